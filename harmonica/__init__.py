@@ -1,0 +1,48 @@
+"""HarmoniCa: learned feature caching for diffusion transformers (ICML 2025, arXiv 2410.01723).
+
+    paper    name              shape      meaning
+    T        steps                        model predictions in one walk
+    t        k = T − t                    executed step, 0 … T−1
+    N        len(sites)                   cacheable modules: attention and feed-forward of every block
+    r        router()          (T, N)     score of each step and site, 1 = compute, 0 = reuse
+    τ        tau                          compute where r > τ
+             schedule.compute  (T, N)     the frozen table, bool
+    λ⁽ᵏ⁾     lam[k]            (T,)       what reuse at step k does to the final image
+    β        beta                         price of computing one site
+    CUR      schedule.cur                 share of the table that is reused, 0 … 1
+    x_t      x                 (B, C, H, W)  noisy image;  x_T pure noise, x₀ the image
+    y        cond                         what the image is of: labels, prompt embeddings
+
+Read in this order: cache, denoise, router, iepo, sdt. Importing this package costs torch only.
+"""
+
+from harmonica.cache import Cache, Gate, blend, gated, reuse
+from harmonica.check import check_denoiser
+from harmonica.cost import Macs, macs
+from harmonica.denoise import Denoiser, denoise, sample
+from harmonica.iepo import image_error, objective
+from harmonica.router import Router, Schedule
+from harmonica.sdt import Update, sdt, train_sdt
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Cache",
+    "Denoiser",
+    "Gate",
+    "Macs",
+    "Router",
+    "Schedule",
+    "Update",
+    "blend",
+    "check_denoiser",
+    "denoise",
+    "gated",
+    "image_error",
+    "macs",
+    "objective",
+    "reuse",
+    "sample",
+    "sdt",
+    "train_sdt",
+]

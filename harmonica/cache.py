@@ -1,0 +1,130 @@
+"""Cache and gates: the only code that touches a model.
+
+A *site* is a module whose output can be reused (attention or feed-forward of a block). While a model is `gated`,
+every site asks a *gate* for its output instead of just computing it:
+
+    block i: h + scale·attn(…) → site.forward → gate(i, compute) ─┬─ compute() → fresh
+                                                                  └─ cache[i]  → the last feature kept
+
+    Cache     site → feature    owned by a trajectory; a new trajectory is a new dict, nothing is ever reset
+    Feature   a tensor, or a tree of them (dual-stream attention returns a tuple)
+    r         scores of one step, 1 = compute, 0 = reuse                                            (N,)
+    τ (tau)   a score above it computes at inference, and renews the cache in training
+
+This file does not know steps, samplers, routers or losses. The model gains nothing that outlives the `with`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+Feature = Any
+Cache = dict[int, Feature]
+Compute = Callable[[], Feature]
+Gate = Callable[[int, Compute], Feature]
+
+
+def reuse(row: Tensor | Sequence[bool], cache: Cache) -> Gate:
+    """Return the gate of inference: compute and keep where `row` is true, else read what was kept.
+
+    A skipped site never calls `compute`; it costs one dict lookup.
+
+    Args:
+        row: (N,) bool, one step of a schedule.
+        cache: of the trajectory; written where the row computes.
+
+    Raises TypeError if row holds scores, which belong to `blend`; the gate raises RuntimeError if it is to reuse what
+    this trajectory never computed.
+
+    >>> cache = {}
+    >>> reuse([True], cache)(0, lambda: "fresh"), reuse([False], cache)(0, lambda: "never called")
+    ('fresh', 'fresh')
+    """
+    if isinstance(row, Tensor):
+        if row.is_floating_point():
+            raise TypeError(f"row is {row.dtype}; reuse takes the bools of a schedule, router.schedule(tau).compute[k]")
+        row = row.tolist()
+
+    def gate(site: int, compute: Compute) -> Feature:
+        try:
+            if not row[site]:
+                return cache[site]
+        except LookupError:
+            raise RuntimeError(
+                f"site {site} of {len(row)} is to be reused but this trajectory has not computed it; start at step 0 "
+                "with an empty cache, or fork with a copy of a filled one, under a schedule for this model"
+            ) from None
+        feature = cache[site] = compute()
+        return feature
+
+    return gate
+
+
+def blend(r: Tensor, cache: Cache, tau: float) -> Gate:
+    """Return the gate of training: the output is r·fresh + (1−r)·cached (paper, Sec. 3).
+
+    The blended feature, detached, replaces the cached one where r > τ: gradients reach the scores of this step through
+    this step's features only. At r = 1 and r = 0 this is `reuse`, bit for bit.
+
+    Args:
+        r: (N,) scores in [0, 1], one row of a router.
+        cache: of the trajectory; empty at its first step, whose row is all ones.
+        tau: τ.
+
+    Raises RuntimeError if the cache is empty and a score is not one: there is nothing to blend with.
+    """
+    if not cache and not bool((r == 1).all()):
+        raise RuntimeError("the cache is empty and this row is not all ones; the first step of a trajectory computes")
+    scores = r.unbind()  # N × ()
+    renew = (r.detach() > tau).tolist()  # asked of the device once a step, not once a site
+    # Reads see the cache as this step found it, writes are for the next. So a block that runs twice in one step, as it
+    # does under activation checkpointing, blends with the same old feature both times.
+    before = cache.copy()
+
+    def gate(site: int, compute: Compute) -> Feature:
+        score, feature = scores[site], compute()
+        if before:
+            feature = tree_map(lambda new, old: score * new + (1 - score) * old, feature, before[site])
+        if renew[site]:
+            cache[site] = tree_map(Tensor.detach, feature)
+        return feature
+
+    return gate
+
+
+@contextmanager
+def gated(sites: Mapping[str, nn.Module] | Sequence[nn.Module], gate: Gate) -> Iterator[None]:
+    """Shadow the `forward` of each site so that it asks `gate`, and put everything back as it was.
+
+    An attribute of the instance shadows the method of its class; a hook could not skip the computation. What stood
+    there before (another `gated`, another library's wrapper) stands there again afterwards, exception or not.
+
+    Args:
+        sites: modules in the order of the table's columns.
+        gate: asked as gate(index of the site, compute).
+
+    Raises ValueError if one module stands at two sites.
+    """
+    modules = list(sites.values() if isinstance(sites, Mapping) else sites)
+    if len(set(map(id, modules))) < len(modules):
+        raise ValueError("a module stands at two sites; each needs a feature, hence a module, of its own")
+    shadowed = [(module, module.__dict__.get("forward")) for module in modules]
+    try:
+        for site, module in enumerate(modules):
+            module.__dict__["forward"] = _asking(gate, site, module.forward)
+        yield
+    finally:
+        for module, forward in shadowed:
+            if forward is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = forward
+
+
+def _asking(gate: Gate, site: int, forward: Callable[..., Feature]) -> Callable[..., Feature]:
+    return lambda *args, **kwargs: gate(site, lambda: forward(*args, **kwargs))

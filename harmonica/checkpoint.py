@@ -1,0 +1,124 @@
+"""Checkpoint: what one training run carries from a trajectory to the next, and its file.
+
+Between two trajectories nothing is alive but the logits, the optimizer's moments, λ and the random generator. Noting
+that state at each start makes a checkpoint a few kilobytes, wherever the run is stopped: resuming repeats the
+trajectory that was cut short, with the same noise, and so ends in the same router, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW
+
+from harmonica.denoise import Denoiser
+from harmonica.files import StrPath
+from harmonica.formats import read_router, write_router
+from harmonica.router import Router
+
+
+class Run:
+    """A training run and, if it has a path, its checkpoint.
+
+    Args:
+        denoiser: what a router is trained for.
+        settings: batch_size, lr and whatever else must be the same when the run is resumed.
+        iterations: updates in all; noted in the router's provenance.
+        generator: draws the router, the noise and the conditions; seed 0 if None.
+        path: of the checkpoint, or None for a run that leaves none.
+        every: updates from one write to the next.
+        resume: continue from the checkpoint.
+
+    Raises:
+        TypeError: if denoiser is not one.
+        FileExistsError: if path exists and resume is false.
+        FileNotFoundError: if resume is true and path does not exist.
+        ValueError: if a setting is out of range, or the file is not a checkpoint or made with other settings.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        settings: dict[str, Any],
+        iterations: int,
+        generator: torch.Generator | None,
+        path: StrPath | None,
+        every: int,
+        resume: bool,
+    ) -> None:
+        if not isinstance(denoiser, Denoiser):
+            raise TypeError(f"{type(denoiser).__name__} lacks a member of harmonica.Denoiser; see its docstring")
+        if denoiser.steps < 2:
+            raise ValueError("the denoiser has 1 step, which always computes; there is nothing to train")
+        if min(iterations, settings["batch_size"], every) < 1:
+            found = f"iterations {iterations}, batch_size {settings['batch_size']}, checkpoint_every {every}"
+            raise ValueError(f"found {found}; each must be 1 or more")
+        self.denoiser, self.settings, self.path, self.every = denoiser, settings, path, every
+        self.generator = torch.Generator().manual_seed(0) if generator is None else generator
+        about = {**denoiser.about, "provenance": {"method": "HarmoniCa", "iterations": iterations, **settings}}
+        self.router = Router(denoiser.steps, denoiser.sites, generator=self.generator, about=about)
+        self.router.to(denoiser.draw(1, torch.Generator())[0].device)
+        self.optimizer = AdamW(self.router.parameters(), lr=settings["lr"], weight_decay=0.0)
+        self.lam = torch.ones(denoiser.steps)  # (T,)
+        self.updates = self.trajectory = self.written = 0
+        if resume:
+            self._restore("the checkpoint to resume" if path is None else path)
+        elif path is not None and Path(path).exists():
+            raise FileExistsError(f"{path} exists; resume=True continues it, or choose another name")
+        self._note()
+
+    def noise(self) -> Iterator[tuple[Tensor, Any]]:
+        """Draw the noise and conditions of one trajectory after another, noting the state before each."""
+        while True:
+            self._note()
+            if self.updates - self.written >= self.every:
+                self.save()
+            yield self.denoiser.draw(self.settings["batch_size"], self.generator)
+
+    def count(self, trajectory: int) -> None:
+        """Count one update; `trajectory` is the one that the next update belongs to."""
+        self.updates, self.trajectory = self.updates + 1, trajectory
+
+    def _note(self) -> None:
+        """Note the state between two trajectories."""
+        self._state: dict[str, Tensor] = {"state.logits": self.router.logits, "state.lam": self.lam.clone()}
+        for k, row in enumerate(self.router.rows):
+            for name, value in self.optimizer.state.get(row, {}).items():
+                self._state[f"state.optimizer.{k}.{name}"] = value.clone()
+        self._state["state.generator"] = self.generator.get_state()
+        self._counts = {"updates": self.updates, "trajectory": self.trajectory}
+
+    def save(self, *, interrupted: bool = False) -> None:
+        """Write the router and the state noted last; of an interrupted trajectory the router at its start."""
+        if self.path is None:
+            return
+        router = self.router
+        if interrupted:
+            router = Router(router.steps, router.sites, logits=self._state["state.logits"], about=router.about)
+        write_router(router, self.path, self._state, {**self._counts, "settings": self.settings})
+        self.written = self.updates
+
+    def _restore(self, path: StrPath) -> None:
+        router, tensors, facts = read_router(path)
+        if "settings" not in facts or "state.logits" not in tensors:
+            raise ValueError(f"{path} is a router without the state of its training; it cannot be resumed")
+        now = {"steps": self.router.steps, "sites": list(self.router.sites), **self.settings}
+        then = {"steps": router.steps, "sites": list(router.sites), **facts["settings"]}
+        changed = [f"{key} {then.get(key)} -> {now[key]}" for key in now if now[key] != then.get(key)]
+        if changed:
+            raise ValueError(f"{path} was trained with other settings ({'; '.join(changed)}); resume with the same")
+        with torch.no_grad():
+            for k, row in enumerate(self.router.rows):
+                row.copy_(tensors["state.logits"][k])
+                prefix = f"state.optimizer.{k}."
+                moments = {key.removeprefix(prefix): v for key, v in tensors.items() if key.startswith(prefix)}
+                # Moments live beside their row; the step count stays on the CPU, where AdamW keeps it.
+                self.optimizer.state[row] = {key: v if key == "step" else v.to(row) for key, v in moments.items()}
+            self.lam.copy_(tensors["state.lam"])
+        self.generator.set_state(tensors["state.generator"])
+        self.updates, self.trajectory = facts["updates"], facts["trajectory"]
+        self.written = self.updates

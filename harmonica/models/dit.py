@@ -1,0 +1,319 @@
+"""DiT (Peebles & Xie 2023) in the original checkpoints' parameter names, and the denoiser built from it.
+
+A DiT is a ViT on latent patches whose every block is steered by the timestep and the class through adaLN-zero:
+
+    c = embed(t) + embed(y)                                              (B, D)
+    shift₁, scale₁, gate₁, shift₂, scale₂, gate₂ = adaLN(c)              6 × (B, D)
+    h = h + gate₁ · attn(norm(h)·(1 + scale₁) + shift₁)                  (B, N, D)
+    h = h + gate₂ · mlp (norm(h)·(1 + scale₂) + shift₂)                  (B, N, D)
+
+`attn` and `mlp` of each block are the cacheable sites: what a router reuses is their output *before* the gate,
+so a reused feature is still scaled by the gate of the step that uses it.
+
+    B batch   C latent channels   H, W latent size   P patch size   N = (H/P)(W/P) tokens   D hidden size
+
+This file does not know caches or routers. A checkpoint of the original (`DiT-XL-2-256x256.pt`) loads strictly.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from harmonica.samplers import Memory, Sampler
+
+
+@dataclass(frozen=True)
+class Size:
+    """The four numbers that make a DiT small or large."""
+
+    depth: int  # blocks
+    hidden_size: int  # D
+    num_heads: int
+    patch_size: int  # P
+
+
+_WIDTHS = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+SIZES: dict[str, Size] = {f"DiT-{w}/{p}": Size(*_WIDTHS[w], p) for w in _WIDTHS for p in (2, 4, 8)}
+"""The original twelve sizes by their original names, `DiT-S/8` to `DiT-XL/2`."""
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention: (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend over the N tokens."""
+        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, N, D/heads)
+        attended = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(attended.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+class Mlp(nn.Module):
+    """Feed-forward network with tanh-approximated GELU: (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform each token by itself."""
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """One adaLN-zero block (the two lines of the module docstring)."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+
+    def forward(self, h: Tensor, c: Tensor) -> Tensor:
+        """Update tokens h (B, N, D) under condition c (B, D)."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)  # (B, 1, D)
+        h = h + gate1 * self.attn(self.norm1(h) * (1 + scale1) + shift1)
+        return h + gate2 * self.mlp(self.norm2(h) * (1 + scale2) + shift2)  # type: ignore[no-any-return]
+
+
+class TimestepEmbedder(nn.Module):
+    """Timestep to vector: sinusoids of 256 frequencies, then a two-layer network. (B,) -> (B, D)."""
+
+    FREQUENCIES = 256
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(self.FREQUENCIES, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    def forward(self, t: Tensor) -> Tensor:
+        """Embed timesteps t (B,), in the model's own clock 0 … 999."""
+        half = self.FREQUENCIES // 2
+        rates = torch.exp(-math.log(10000.0) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
+        angles = t[:, None].float() * rates  # (B, 128)
+        waves = torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, 256)
+        return self.mlp(waves.to(next(self.mlp.parameters()).dtype))  # type: ignore[no-any-return]
+
+
+class LabelEmbedder(nn.Module):
+    """Class label to vector; the row after the last class is the null class of guidance. (B,) -> (B, D)."""
+
+    def __init__(self, num_classes: int, dim: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, dim)
+
+    def forward(self, y: Tensor) -> Tensor:
+        """Look labels y (B,) up."""
+        return self.embedding_table(y)  # type: ignore[no-any-return]
+
+
+class PatchEmbedder(nn.Module):
+    """Cut into P×P patches and project each to a token: (B, C, H, W) -> (B, N, D)."""
+
+    def __init__(self, in_channels: int, patch_size: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Patchify x."""
+        return self.proj(x).flatten(2).transpose(1, 2)  # type: ignore[no-any-return]
+
+
+class FinalLayer(nn.Module):
+    """Modulate once more and project each token to its patch: (B, N, D) -> (B, N, P·P·C_out)."""
+
+    def __init__(self, dim: int, patch_size: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm_final = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(dim, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+
+    def forward(self, h: Tensor, c: Tensor) -> Tensor:
+        """Project tokens h (B, N, D) under condition c (B, D)."""
+        shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)  # (B, 1, D)
+        return self.linear(self.norm_final(h) * (1 + scale) + shift)  # type: ignore[no-any-return]
+
+
+def sincos_positions(dim: int, grid: int) -> Tensor:
+    """Return fixed 2-D sine-cosine position embeddings, column half first, as in MAE: (1, grid², dim)."""
+    rates = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))  # (D/4,)
+    place = torch.arange(grid, dtype=torch.float64)
+    angles = place[:, None] * rates  # (grid, D/4)
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid, D/2)
+    columns, rows = waves.repeat(grid, 1), waves.repeat_interleave(grid, 0)  # (N, D/2) each
+    return torch.cat([columns, rows], dim=1)[None].float()
+
+
+class DiT(nn.Module):
+    """A diffusion transformer conditioned on a class.
+
+    Args:
+        input_size: H = W of the latent (32 for 256×256 images, 64 for 512×512).
+        patch_size: P.
+        in_channels: C, 4 for the Stable Diffusion latent.
+        hidden_size: D; divisible by 4 and by num_heads.
+        depth: number of blocks.
+        num_heads: attention heads.
+        num_classes: real classes; label `num_classes` is the null class.
+        learn_sigma: predict a variance channel for each noise channel (the original does; the bundled one does not).
+        mlp_ratio: width of the feed-forward network over D.
+
+    Raises:
+        ValueError: if a size does not divide another.
+    """
+
+    def __init__(
+        self,
+        *,
+        input_size: int = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        hidden_size: int = 1152,
+        depth: int = 28,
+        num_heads: int = 16,
+        num_classes: int = 1000,
+        learn_sigma: bool = True,
+        mlp_ratio: float = 4.0,
+    ) -> None:
+        super().__init__()
+        for what, value, by, divisor in (
+            ("input_size", input_size, "patch_size", patch_size),
+            ("hidden_size", hidden_size, "num_heads", num_heads),
+            ("hidden_size", hidden_size, "the four parts of a position embedding,", 4),
+        ):
+            if value % divisor:
+                raise ValueError(f"{what} is {value}; it must be divisible by {by} {divisor}")
+        self.input_size, self.in_channels, self.num_classes = input_size, in_channels, num_classes
+        self.patch_size, self.out_channels = patch_size, in_channels * (2 if learn_sigma else 1)
+        self.x_embedder = PatchEmbedder(in_channels, patch_size, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size)
+        positions = sincos_positions(hidden_size, input_size // patch_size)
+        self.pos_embed = nn.Parameter(positions, requires_grad=False)  # (1, N, D)
+        self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
+        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Start as the identity: the gates and the final projection are zero (adaLN-zero)."""
+        for name, weight in self.named_parameters():
+            if name.endswith("bias") or "adaLN" in name or name.startswith("final_layer"):
+                nn.init.zeros_(weight)
+            elif "_embedder" in name and "proj" not in name:
+                nn.init.normal_(weight, std=0.02)
+            elif name != "pos_embed":
+                nn.init.xavier_uniform_(weight.view(len(weight), -1))
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Predict the noise (and variance) in x (B, C, H, W) at timesteps t (B,) for labels y (B,).
+
+        Returns:
+            (B, C or 2C, H, W), noise channels first.
+        """
+        h = self.x_embedder(x) + self.pos_embed  # (B, N, D)
+        c = self.t_embedder(t) + self.y_embedder(y)  # (B, D)
+        for block in self.blocks:
+            h = block(h, c)
+        return self._unpatchify(self.final_layer(h, c))
+
+    def _unpatchify(self, tokens: Tensor) -> Tensor:
+        """Lay (B, N, P·P·C_out) patches back onto the grid: (B, C_out, H, W)."""
+        p, grid = self.patch_size, self.input_size // self.patch_size
+        patches = tokens.view(len(tokens), grid, grid, p, p, self.out_channels)
+        return patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.out_channels, self.input_size, self.input_size)
+
+
+class DiTDenoiser:
+    """A frozen DiT, its sampler and classifier-free guidance: a `harmonica.denoise.Denoiser`.
+
+    Guidance runs one batch [conditional, null] of 2B and mixes the first `guided_channels` channels,
+    ε = ε_null + s·(ε_cond − ε_null), in both halves; the original mixes 3 of its 4 latent channels.
+
+    Args:
+        model: frozen here, in place: evaluation mode, no weight asks for a gradient.
+        sampler: its T timesteps are the steps of the walk.
+        guidance: s; 1 switches guidance off and runs B instead of 2B.
+        guided_channels: how many channels are mixed; all of them by default.
+        name: stored in schedules.
+
+    Raises:
+        ValueError: if guidance is below 1.
+    """
+
+    def __init__(
+        self,
+        model: DiT,
+        sampler: Sampler,
+        *,
+        guidance: float = 1.5,
+        guided_channels: int | None = None,
+        name: str = "dit",
+    ) -> None:
+        if guidance < 1.0:
+            raise ValueError(f"guidance is {guidance}; it must be 1 (off) or more")
+        self.model = model.eval().requires_grad_(False)
+        self.sampler, self.guidance, self.name = sampler, guidance, name
+        self.guided_channels = model.in_channels if guided_channels is None else guided_channels
+        self.steps = len(sampler.timesteps)
+        self.sites: dict[str, nn.Module] = {
+            f"blocks.{i}.{kind}": module
+            for i, block in enumerate(model.blocks)
+            for kind, module in block.named_children()
+            if kind in ("attn", "mlp")
+        }
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What a table trained here belongs to, in the words of `Schedule`'s fields."""
+        facts = {"model": self.name, "sampler": self.sampler.name, "guidance": self.guidance}
+        return {**facts, "timesteps": self.sampler.timesteps}
+
+    def predict(self, x: Tensor, k: int, cond: Tensor) -> Tensor:
+        """Return the guided model output at step k.
+
+        Args:
+            x: (B, C, H, W).
+            k: executed step, 0 … T−1.
+            cond: (B,) class labels.
+
+        Returns:
+            (2B, C or 2C, H, W) with guidance, halves [conditional, null]; (B, …) without. Both halves are
+            returned, as in the original, because the released training loss is taken over both.
+        """
+        t = torch.full((len(x),), self.sampler.timesteps[k], device=x.device)  # (B,)
+        if self.guidance == 1.0:
+            return self.model(x, t, cond)  # type: ignore[no-any-return]
+        labels = torch.cat([cond, torch.full_like(cond, self.model.num_classes)])  # (2B,)
+        out = self.model(torch.cat([x, x]), torch.cat([t, t]), labels)  # (2B, C_out, H, W)
+        mixed, rest = out[:, : self.guided_channels], out[:, self.guided_channels :]
+        conditional, null = mixed.chunk(2)  # (B, guided, H, W) each
+        guided = null + self.guidance * (conditional - null)
+        return torch.cat([torch.cat([guided, guided]), rest], dim=1)
+
+    def step(self, x: Tensor, out: Tensor, k: int, memory: Memory) -> Tensor:
+        """Take x (B, C, H, W) to step k + 1 with the conditional half of `out`."""
+        return self.sampler.step(x, out[: len(x)], k, memory)
+
+    def draw(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Draw pure noise (B, C, H, W) and labels (B,) to start walks from.
+
+        Drawn on the generator's device, then moved, so that one seed gives one noise on every machine.
+        """
+        like = self.model.x_embedder.proj.weight
+        shape = (batch_size, self.model.in_channels, self.model.input_size, self.model.input_size)
+        x = torch.randn(shape, generator=generator, device=generator.device)
+        y = torch.randint(self.model.num_classes, (batch_size,), generator=generator, device=generator.device)
+        return x.to(like), y.to(like.device)

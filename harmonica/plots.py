@@ -1,0 +1,138 @@
+"""Plots: every picture of the library, each a function that returns a matplotlib Figure.
+
+Figures are made without pyplot, so nothing is drawn twice, kept alive or shown by surprise. Colours are told apart in
+grey and by the colour-blind; where lines cross, their marks differ too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+from harmonica.router import Schedule
+
+_MARKS = ("o", "s", "^", "D", "v", "P")
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito
+_STYLES = ("-", "--", "-.", ":")
+
+
+def _kinds(sites: Sequence[str]) -> dict[str, list[int]]:
+    """Group the columns of a table by kind of site, the last part of its name."""
+    kinds: dict[str, list[int]] = {}
+    for i, site in enumerate(sites):
+        kinds.setdefault(site.rsplit(".", 1)[-1], []).append(i)
+    return kinds
+
+
+_TITLES = {"attn": "attention", "mlp": "feed-forward"}
+
+
+def router_heatmap(table: Schedule | Tensor, sites: Sequence[str] = (), *, title: str = "") -> Figure:
+    """Draw a table: steps across, blocks down, one panel for each kind of site; dark computes, light reuses.
+
+    Args:
+        table: a schedule, or scores (T, N) with the names of their N sites.
+        sites: names, when table is a tensor.
+        title: stands before the CUR.
+    """
+    hard = isinstance(table, Schedule)
+    values = table.compute.float() if isinstance(table, Schedule) else table.detach().float().cpu()  # (T, N)
+    names = table.sites if isinstance(table, Schedule) else sites
+    kinds = _kinds(names)
+    tall = max(len(columns) for columns in kinds.values())
+    fig = Figure(figsize=(1.5 + 0.16 * len(values) * len(kinds), 1.6 + 0.16 * tall), layout="constrained")
+    axes = fig.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+    for ax, (kind, columns) in zip(axes, kinds.items(), strict=True):
+        image = ax.imshow(values[:, columns].T, cmap="cividis_r", vmin=0, vmax=1, aspect="auto", interpolation="none")
+        ax.set(xlabel="executed step k", title=_TITLES.get(kind, kind))
+        ax.set_xticks([i - 0.5 for i in range(1, len(values))], minor=True)
+        ax.set_yticks([i - 0.5 for i in range(1, len(columns))], minor=True)
+        ax.grid(which="minor", color="white", linewidth=0.6)
+        ax.tick_params(which="minor", length=0)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[0].set_ylabel("block")
+    bar = fig.colorbar(image, ax=axes, shrink=0.9)
+    if hard:
+        bar.set_ticks([0, 1], labels=["reuse", "compute"])
+    else:
+        bar.set_label("score r (1 computes)")
+    reused = f"CUR {table.cur:.1%}" if isinstance(table, Schedule) else f"mean score {float(values.mean()):.2f}"
+    fig.suptitle(f"{title}: {reused}" if title else reused)
+    return fig
+
+
+def comparison(plain: Tensor, cached: Tensor, *, labels: Sequence[object] = (), title: str = "") -> Figure:
+    """Draw images (B, 1 or 3, H, W) in [−1, 1] without a cache, with it, and their difference, one column each."""
+    count = len(plain)
+    fig = Figure(figsize=(1.2 + 0.75 * count, 3.1), layout="constrained")
+    axes = fig.subplots(3, count, squeeze=False)
+    difference = (cached - plain).float().mean(1).cpu()  # (B, H, W)
+    largest = max(float(difference.abs().max()), 1e-6)
+    for row, name in enumerate(("without cache", "with cache", "difference")):
+        for i, ax in enumerate(axes[row]):
+            if row < 2:
+                image = (plain, cached)[row][i].float().cpu().add(1).div(2).clamp(0, 1).permute(1, 2, 0)
+                ax.imshow(image, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+            else:
+                shown = ax.imshow(difference[i], cmap="PuOr", vmin=-largest, vmax=largest, interpolation="nearest")
+            ax.set_xticks([])
+            ax.set_yticks([])
+            if row == 0 and i < len(labels):
+                ax.set_title(str(labels[i]), fontsize=9)
+        axes[row][0].set_ylabel(name, fontsize=8)
+    fig.colorbar(shown, ax=axes[2], shrink=0.9).set_label("of a range of 2", fontsize=7)
+    fig.suptitle(title)
+    return fig
+
+
+def sheet(images: Tensor, *, columns: int = 10, title: str = "") -> Figure:
+    """Draw images (B, 1 or 3, H, W) in [−1, 1] on one sheet, `columns` a row."""
+    rows = -(-len(images) // columns)
+    fig = Figure(figsize=(0.7 * columns, 0.7 * rows + (0.4 if title else 0.0)), layout="constrained")
+    axes = fig.subplots(rows, columns, squeeze=False).ravel()
+    for ax in axes:
+        ax.axis("off")
+    for ax, image in zip(axes, images.float().cpu().add(1).div(2).clamp(0, 1).permute(0, 2, 3, 1), strict=False):
+        ax.imshow(image, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+    fig.suptitle(title)
+    return fig
+
+
+def error_along_walk(plain: Sequence[Tensor], walks: Mapping[str, Sequence[Tensor]]) -> Figure:
+    """Draw the mean squared error of x after each step, against the same walk without a cache (paper, Fig. 3).
+
+    Args:
+        plain: x (B, C, H, W) after each of T steps, without a cache.
+        walks: the same under each method, by the method's name.
+    """
+    fig = Figure(figsize=(6.0, 3.4), layout="constrained")
+    ax = fig.subplots()
+    for i, (name, walk) in enumerate(walks.items()):
+        errors = [float((a - b).square().mean()) for a, b in zip(walk, plain, strict=True)]
+        ax.plot(range(len(errors)), errors, _STYLES[i % 4], marker=_MARKS[i % 6], color=_COLOURS[i % 6], label=name)
+    ax.set(xlabel="executed step k", ylabel="mean squared error of x\n(squared pixel units)")
+    ax.set_yscale("symlog", linthresh=1e-6)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.grid(alpha=0.3)
+    ax.legend()
+    return fig
+
+
+def lambda_per_step(lams: Mapping[str, Tensor]) -> Figure:
+    """Draw λ (T,) for each step on a logarithmic scale, one line for each definition or router; zeros are left out."""
+    fig = Figure(figsize=(6.0, 3.2), layout="constrained")
+    ax = fig.subplots()
+    for i, (name, lam) in enumerate(lams.items()):
+        steps = torch.arange(len(lam))[lam.cpu() > 0]
+        values = lam.cpu()[lam.cpu() > 0]
+        ax.plot(steps, values, _STYLES[i % 4], marker=_MARKS[i % 6], color=_COLOURS[i % 6], label=name)
+    ax.set(xlabel="executed step k", ylabel="λ (mean squared change\nof the image)", yscale="log")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.grid(alpha=0.3)
+    ax.legend()
+    return fig

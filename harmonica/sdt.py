@@ -1,0 +1,177 @@
+"""SDT, step-wise denoising training (paper, Sec. 4.1, Algorithm 1).
+
+The table is trained on the trajectory that it will be used on: from pure noise, the student takes every sampler step,
+so row k is trained on the errors that reuse at earlier steps has made. No image is needed.
+
+    teacher    the frozen model, no cache, at the student's x: the target of step k
+    student    the same model under `blend`; its output takes the step
+    update     one step of AdamW on row k; T − 1 of them in a trajectory
+
+`sdt` is the algorithm, a generator whose caller decides when to stop. `train_sdt` is what a user calls: it adds noise,
+a progress bar, checkpoints and resuming.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Iterable
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+
+from harmonica.cache import Cache, blend, gated
+from harmonica.checkpoint import Run
+from harmonica.cost import macs
+from harmonica.denoise import Denoiser
+from harmonica.files import StrPath
+from harmonica.iepo import Proxy, image_error, objective
+from harmonica.router import Router
+
+LOGIT_LIMIT = 5.0
+"""Logits are clamped to ±5 after each update (released code), so that no score gets stuck at 0 or 1."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one update did: numbers only, nothing of it keeps a tensor alive."""
+
+    trajectory: int  # from 0
+    k: int  # executed step, 1 … T−1: the row that moved
+    loss: float  # λ·MSE + β·Σ r, before the update
+    mse: float  # of student against teacher
+    lam: float  # λ of step k
+    cur: float  # of the table at τ, after the update, 0 … 1
+
+
+def sdt(
+    denoiser: Denoiser,
+    router: Router,
+    noise: Iterable[tuple[Tensor, Any]],
+    *,
+    tau: float = 0.1,
+    beta: float = 7e-8,
+    lr: float = 0.01,
+    refresh_every: int = 25,
+    proxy: Proxy | None = "leave-one-out",
+    optimizer: Optimizer | None = None,
+    lam: Tensor | None = None,
+    trajectory: int = 0,
+) -> Generator[Update, None, None]:
+    """Train `router` on `denoiser`, one update per step of every trajectory, yielding each (paper, Algorithm 1).
+
+    Args:
+        denoiser: frozen model, sampler, guidance.
+        router: trained in place; nothing else changes.
+        noise: (x_T, cond) of one trajectory each, as many as the caller likes.
+        tau: τ; a blended feature replaces the cached one where its score exceeds it.
+        beta: β, the price of computing one site. The default is the authors' for DiT-XL/2 at T = 10.
+        lr: of AdamW, without weight decay.
+        refresh_every: trajectories from one λ to the next; at T = 20, 25 of them are the paper's C = 500 updates.
+        proxy: which λ (`image_error`); None is λ = 1, SDT without IEPO.
+        optimizer: to continue with; made from lr if None.
+        lam: (T,) λ to continue with, changed in place; ones if None.
+        trajectory: number of the first one, when continuing.
+
+    Raises ValueError if router and denoiser do not fit or a setting is out of range, FloatingPointError if a loss is
+    not finite.
+    """
+    if (router.steps, len(router.sites)) != (denoiser.steps, len(denoiser.sites)):
+        mine, theirs = f"{router.steps} × {len(router.sites)}", f"{denoiser.steps} × {len(denoiser.sites)}"
+        raise ValueError(f"the router is {mine} (steps × sites), the denoiser {theirs}; make one for this denoiser")
+    if not 0.0 <= tau < 1.0 or refresh_every < 1:
+        raise ValueError(f"found tau {tau}, refresh_every {refresh_every}; expected 0 ≤ tau < 1, refresh_every ≥ 1")
+    optimizer = AdamW(router.parameters(), lr=lr, weight_decay=0.0) if optimizer is None else optimizer
+    lam = torch.ones(router.steps) if lam is None else lam
+    for n, (x, cond) in enumerate(noise, start=trajectory):
+        if proxy is not None and n % refresh_every == 0:
+            lam.copy_(image_error(denoiser, router(), x, cond, tau=tau, mode=proxy))
+        cache: Cache = {}
+        memory: dict[str, Any] = {}
+        for k, weight in enumerate(lam.tolist()):
+            with torch.set_grad_enabled(k > 0):
+                r = router.row(k)  # (N,)
+                with gated(denoiser.sites, blend(r, cache, tau)):
+                    out = denoiser.predict(x, k, cond)
+            if k > 0:  # at k = 0 everything computes: the student is the teacher, and there is nothing to learn
+                with torch.no_grad():
+                    target = denoiser.predict(x, k, cond)
+                loss = objective(out, target, r, weight, beta)
+                if not math.isfinite(loss.item()):
+                    raise FloatingPointError(f"the loss of step {k} is {loss.item()}; look for NaN in weights or noise")
+                optimizer.zero_grad(set_to_none=True)  # a row without a gradient is left alone, momentum included
+                loss.backward(inputs=[row := router.rows[k - 1]])  # type: ignore[no-untyped-call]
+                optimizer.step()
+                row.data.clamp_(-LOGIT_LIMIT, LOGIT_LIMIT)
+                mse = F.mse_loss(out.detach(), target).item()
+                yield Update(n, k, loss.item(), mse, weight, float((router() <= tau).float().mean()))
+            with torch.no_grad():
+                x = denoiser.step(x, out.detach(), k, memory)
+
+
+def train_sdt(
+    denoiser: Denoiser,
+    *,
+    iterations: int = 20_000,
+    batch_size: int = 32,
+    tau: float = 0.1,
+    beta: float = 7e-8,
+    lr: float = 0.01,
+    refresh_every: int = 25,
+    proxy: Proxy | None = "leave-one-out",
+    generator: torch.Generator | None = None,
+    checkpoint: StrPath | None = None,
+    checkpoint_every: int = 500,
+    resume: bool = False,
+    progress: bool = True,
+) -> Router:
+    """Train a router for `denoiser` from noise alone. Defaults are the authors' for DiT-XL/2 at T = 10.
+
+    Args:
+        denoiser: what `harmonica.models.load` returns, or any `Denoiser`.
+        iterations: updates; training stops when they are reached, in the middle of a trajectory if need be.
+        batch_size: noises in a trajectory (the authors' 64 count both halves of guidance).
+        tau: as in `sdt`.
+        beta: as in `sdt`.
+        lr: as in `sdt`.
+        refresh_every: as in `sdt`.
+        proxy: as in `sdt`.
+        generator: draws the router, the noise and the conditions; seed 0 if None.
+        checkpoint: a file that `Router.load` reads and training resumes from; written every `checkpoint_every` updates
+            (at the next start of a trajectory), at the end, and on Ctrl-C.
+        checkpoint_every: updates from one write to the next.
+        resume: continue from `checkpoint`, to the same router, bit for bit, as one run without interruption.
+        progress: show a bar with loss, CUR and projected theoretical speedup.
+
+    Raises TypeError if denoiser is not one, ValueError if a setting is out of range or differs from the checkpoint's,
+    FileExistsError if checkpoint exists and resume is false, FileNotFoundError if it does not and resume is true, and
+    on Ctrl-C, after writing the checkpoint, KeyboardInterrupt saying where it is.
+    """
+    from tqdm import tqdm
+
+    settings: dict[str, Any] = {"batch_size": batch_size, "tau": tau, "beta": beta, "lr": lr}
+    settings |= {"refresh_every": refresh_every, "proxy": proxy or "none"}
+    run = Run(denoiser, settings, iterations, generator, checkpoint, checkpoint_every, resume)
+    updates = sdt(
+        denoiser, run.router, run.noise(), tau=tau, beta=beta, refresh_every=refresh_every, proxy=proxy,
+        optimizer=run.optimizer, lam=run.lam, trajectory=run.trajectory,
+    )  # fmt: skip
+    cost, left = macs(denoiser), max(0, iterations - run.updates)
+    try:
+        with closing(updates), tqdm(total=iterations, initial=run.updates, unit="update", disable=not progress) as bar:
+            for update in islice(updates, left):
+                run.count(update.trajectory + (update.k == denoiser.steps - 1))
+                speedup = run.router.schedule(tau).speedup(cost)
+                bar.set_postfix(loss=f"{update.loss:.2e}", CUR=f"{update.cur:.1%}", speedup=f"{speedup:.2f}x")
+                bar.update()
+    except KeyboardInterrupt:
+        run.save(interrupted=True)
+        kept = f"{checkpoint} continues it with resume=True" if checkpoint else "nothing was saved"
+        raise KeyboardInterrupt(f"stopped after {run.updates} updates; {kept}") from None
+    run.save()
+    return run.router

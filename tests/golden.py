@@ -1,0 +1,127 @@
+"""Golden numbers: recordings of the authors' released code, reproduced by ours.
+
+    python tests/golden.py tests/data/golden_a.safetensors
+
+prints a line `record error` for each record of a file in this format, whatever its sizes, and exits 1 if one relative
+error ‖ours − theirs‖ / ‖theirs‖ exceeds 1e-4. Rows of the recorded routers run backwards: row 0 is the last step.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from harmonica import Router, Schedule, blend, denoise, gated, image_error, objective, reuse, sdt
+from harmonica.cache import Cache
+from harmonica.models.dit import DiT, DiTDenoiser
+from harmonica.samplers import DDIM
+
+LIMIT = 1e-4
+
+
+class Recording:
+    """One file: its settings, its tensors, and our denoiser with its weights."""
+
+    def __init__(self, path: str | Path) -> None:
+        with safe_open(path, framework="pt") as file:
+            self.config = json.loads(file.metadata()["config"])
+            self.tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        c = self.config
+        sizes = ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes")
+        model = DiT(**{key: c[key] for key in sizes})
+        model.load_state_dict({k[8:]: v for k, v in self.tensors.items() if k.startswith("weights.")}, strict=True)
+        self.denoiser = DiTDenoiser(model, DDIM(c["steps"]), guidance=c["cfg_scale"], guided_channels=3)
+        self.labels, self.noise = self.tensors["labels"], self.tensors["noise"]
+
+    def router(self) -> Router:
+        """Return the recorded router; the row of the first executed step, the last of theirs, is not trained."""
+        return Router(self.denoiser.steps, self.denoiser.sites, logits=self.tensors["official_logits"].flip(0)[1:])
+
+    def walk(self, gate: Callable[[int], object] | None) -> tuple[Tensor, Tensor]:
+        """Return x before each step and last (T+1, B, …), and guided outputs of the conditional half (T, B, …)."""
+        xs, outs, predict = [self.noise], [], self.denoiser.predict
+
+        def record(x: Tensor, k: int, cond: Tensor) -> Tensor:
+            outs.append(predict(x, k, cond))
+            return outs[-1]
+
+        self.denoiser.predict = record  # type: ignore[method-assign]
+        xs += denoise(self.denoiser, self.noise, self.labels, gate)  # type: ignore[arg-type]
+        self.denoiser.predict = predict  # type: ignore[method-assign]
+        return torch.stack(xs), torch.stack([out[: len(self.noise)] for out in outs])
+
+    def one_trajectory(self) -> dict[str, Tensor]:
+        """Run one SDT trajectory with the logits held fixed and λ = 1."""
+        d, c, router = self.denoiser, self.config, self.router()
+        x, cache, memory = self.noise, Cache(), {}
+        xs, mse, l1, grad = [x], [], [], []
+        for k in range(d.steps):
+            r = router.row(k)
+            with torch.set_grad_enabled(k > 0), gated(d.sites, blend(r, cache, c["threshold"])):
+                out = d.predict(x, k, self.labels)
+            if k > 0:
+                target = d.predict(x, k, self.labels)
+                loss = objective(out, target, r, 1.0, c["beta"])
+                grad.append(torch.autograd.grad(loss, router.rows[k - 1])[0])
+                mse.append(objective(out, target, r, 1.0, 0.0).detach())
+                l1.append(r.detach().sum())
+            x = d.step(x, out.detach(), k, memory)
+            xs.append(x)
+        found = {"mse": mse, "l1": l1, "grad": grad, "x": xs}
+        return {f"sdt.{key}": torch.stack(value) for key, value in found.items()}
+
+    def trained(self) -> Tensor:
+        """Train on the recorded noises and return all T rows of logits in their order."""
+        router, c = self.router(), self.config
+        noise = [(x, self.labels) for x in self.tensors["sdt.train_noise"]]
+        for _ in sdt(self.denoiser, router, noise, tau=c["threshold"], beta=c["beta"], lr=c["lr"], proxy=None):
+            pass
+        return torch.cat([router.logits.flip(0), self.tensors["official_logits"][-1:]])
+
+    def reproduce(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield each record's name and our number for it."""
+        d, tau = self.denoiser, self.config["threshold"]
+        yield "timesteps", torch.tensor(d.sampler.timesteps)
+        full_x, full_out = self.walk(None)
+        yield from (("full.x", full_x), ("full.out", full_out))
+        schedule: Schedule = self.router().schedule(tau)
+        yield "cached.compute", schedule.compute
+        cache: Cache = {}
+        cached_x, cached_out = self.walk(lambda k: reuse(schedule.compute[k], cache))
+        yield from (("cached.x", cached_x), ("cached.out", cached_out))
+        yield from self.one_trajectory().items()
+        yield "sdt.trained_official_logits", self.trained()
+        r = self.router()()
+        for record, mode in (("telescoping", "telescoping"), ("leave_one_out", "leave-one-out")):
+            lam = image_error(d, r, self.noise, self.labels, tau=tau, mode=mode)  # type: ignore[arg-type]
+            yield f"lambda.{record}_mean", lam
+
+    def errors(self) -> Iterator[tuple[str, float]]:
+        """Yield each record's name and the relative error of ours."""
+        for name, ours in self.reproduce():
+            theirs = self.tensors[name].double()
+            if ours.shape != theirs.shape:
+                raise ValueError(f"{name} has shape {tuple(theirs.shape)}; ours has {tuple(ours.shape)}")
+            yield name, float((ours.double() - theirs).norm() / theirs.norm())
+
+
+def main() -> int:
+    """Print an error for each record of the file named on the command line."""
+    if len(sys.argv) != 2:
+        print("usage: python tests/golden.py FILE", file=sys.stderr)
+        return 2
+    worst = 0.0
+    for name, error in Recording(sys.argv[1]).errors():
+        print(f"{name:32} {error:.2e}")
+        worst = max(worst, error)
+    return int(not worst <= LIMIT)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
