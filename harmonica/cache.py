@@ -1,7 +1,7 @@
 """Cache and gates: the only code that touches a model.
 
 A *site* is a module whose output can be reused (attention or feed-forward of a block). While a model is `gated`,
-every site asks a *gate* for its output instead of just computing it:
+every site asks a *gate* for its output:
 
     block i: h + scale·attn(…) → site.forward → gate(i, compute) ─┬─ compute() → fresh
                                                                   └─ cache[i]  → the last feature kept
@@ -32,14 +32,11 @@ Gate = Callable[[int, Compute], Feature]
 def reuse(row: Tensor | Sequence[bool], cache: Cache) -> Gate:
     """Return the gate of inference: compute and keep where `row` is true, else read what was kept.
 
-    A skipped site never calls `compute`; it costs one dict lookup.
+    A skipped site never calls `compute`; it costs one dict lookup. Nothing there to reuse is a RuntimeError.
 
     Args:
-        row: (N,) bool, one step of a schedule.
+        row: (N,) bool, one step of a schedule; a TypeError if it holds scores, which belong to `blend`.
         cache: of the trajectory; written where the row computes.
-
-    Raises TypeError if row holds scores, which belong to `blend`; the gate raises RuntimeError if it is to reuse what
-    this trajectory never computed.
 
     >>> cache = {}
     >>> reuse([True], cache)(0, lambda: "fresh"), reuse([False], cache)(0, lambda: "never called")
@@ -55,10 +52,7 @@ def reuse(row: Tensor | Sequence[bool], cache: Cache) -> Gate:
             if not row[site]:
                 return cache[site]
         except LookupError:
-            raise RuntimeError(
-                f"site {site} of {len(row)} is to be reused but this trajectory has not computed it; start at step 0 "
-                "with an empty cache, or fork with a copy of a filled one, under a schedule for this model"
-            ) from None
+            raise _never_computed(site, len(row)) from None
         feature = cache[site] = compute()
         return feature
 
@@ -75,8 +69,6 @@ def blend(r: Tensor, cache: Cache, tau: float) -> Gate:
         r: (N,) scores in [0, 1], one row of a router.
         cache: of the trajectory; empty at its first step, whose row is all ones.
         tau: τ.
-
-    Raises RuntimeError if the cache is empty and a score is not one: there is nothing to blend with.
     """
     if not cache and not bool((r == 1).all()):
         raise RuntimeError("the cache is empty and this row is not all ones; the first step of a trajectory computes")
@@ -87,14 +79,24 @@ def blend(r: Tensor, cache: Cache, tau: float) -> Gate:
     before = cache.copy()
 
     def gate(site: int, compute: Compute) -> Feature:
-        score, feature = scores[site], compute()
+        feature = compute()
         if before:
-            feature = tree_map(lambda new, old: score * new + (1 - score) * old, feature, before[site])
+            if site not in before:
+                raise _never_computed(site, len(scores))
+            score, old = scores[site], before[site]
+            feature = tree_map(lambda fresh, cached: score * fresh + (1 - score) * cached, feature, old)
         if renew[site]:
             cache[site] = tree_map(Tensor.detach, feature)
         return feature
 
     return gate
+
+
+def _never_computed(site: int, sites: int) -> RuntimeError:
+    return RuntimeError(
+        f"site {site} of {sites} is to be reused but this trajectory has not computed it; start at step 0 with an "
+        "empty cache, or fork with a copy of a filled one, under a table for this model"
+    )
 
 
 @contextmanager
@@ -105,10 +107,8 @@ def gated(sites: Mapping[str, nn.Module] | Sequence[nn.Module], gate: Gate) -> I
     there before (another `gated`, another library's wrapper) stands there again afterwards, exception or not.
 
     Args:
-        sites: modules in the order of the table's columns.
+        sites: modules in the order of the table's columns, no module twice.
         gate: asked as gate(index of the site, compute).
-
-    Raises ValueError if one module stands at two sites.
     """
     modules = list(sites.values() if isinstance(sites, Mapping) else sites)
     if len(set(map(id, modules))) < len(modules):

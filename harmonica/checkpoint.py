@@ -79,6 +79,18 @@ class Run:
                 self.save()
             yield self.denoiser.draw(self.settings["batch_size"], self.generator)
 
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        """Save at the end and on Ctrl-C, which then says where; not after an error, which may be in the numbers."""
+        if kind is KeyboardInterrupt:
+            self.save(interrupted=True)
+            kept = f"{self.path} continues it with resume=True" if self.path else "nothing was saved"
+            raise KeyboardInterrupt(f"stopped after {self.updates} updates; {kept}") from None
+        if kind is None:
+            self.save()
+
     def count(self, trajectory: int) -> None:
         """Count one update; `trajectory` is the one that the next update belongs to."""
         self.updates, self.trajectory = self.updates + 1, trajectory

@@ -1,16 +1,18 @@
-"""Cost: multiply-accumulates (MACs) of each site, counted while the model runs.
+"""Cost: multiply-accumulates (MACs) of each site, counted while the model runs, and the clock beside the theory.
 
 The gate is asked at every site, so a gate that reads a counter before and after `compute` knows what the site costs.
 The model runs on fake tensors: every operation has its shape and no arithmetic is done, so DiT-XL counts in a second.
 
-This file does not know routers. `Schedule.speedup(macs)` turns a count into a theoretical speedup.
+`Schedule.speedup(macs)` turns a count into a theoretical speedup. This file does not know routers.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from statistics import median
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,7 +21,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from harmonica.cache import gated
-from harmonica.denoise import Denoiser
+from harmonica.denoise import Denoiser, sample
+
+if TYPE_CHECKING:
+    from harmonica.router import Schedule
 
 
 @dataclass(frozen=True)
@@ -70,3 +75,39 @@ def macs(denoiser: Denoiser) -> Macs:
     total = counter.get_total_flops()
     sites = torch.tensor(counts, dtype=torch.float64) / 2  # two floating-point operations are one MAC
     return Macs(sites, total / 2 - float(sites.sum()))
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one walk, medians of interleaved repeats."""
+
+    plain: float
+    cached: float
+
+    @property
+    def speedup(self) -> float:
+        """Measured speedup."""
+        return self.plain / self.cached
+
+
+def measure(denoiser: Denoiser, schedule: Schedule, x: Tensor, cond: Any, *, repeats: int = 7) -> Timing:
+    """Time the walk from noise x (B, C, H, W) with and without a schedule, by turns, after one walk of each.
+
+    Turns, because a machine's speed drifts: both medians then saw the same weather.
+    """
+
+    def seconds(table: Schedule | None) -> float:
+        _finish_pending(x)
+        start = time.perf_counter()
+        sample(denoiser, x, cond, table)
+        _finish_pending(x)
+        return time.perf_counter() - start
+
+    turns = [(seconds(None), seconds(schedule)) for _ in range(repeats + 1)][1:]
+    plain, cached = zip(*turns, strict=True)
+    return Timing(median(plain), median(cached))
+
+
+def _finish_pending(x: Tensor) -> None:
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)

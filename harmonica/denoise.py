@@ -1,14 +1,12 @@
 """Denoiser and the walk: all that is asked of a model and its sampler, and one reverse trajectory.
 
-A walk is a loop over T executed steps. Its state is three values, and whoever holds them owns the walk:
+A walk is a loop over T executed steps k = 0 … T−1 (the paper's t is T − k). Its state is three values:
 
     x        the noisy image               (B, C, H, W)
     cache    site → feature                a dict, written by gates (harmonica.cache)
     memory   what the sampler remembers    a dict, written by Denoiser.step
 
-so a walk is forked at any k by copying two dicts. k counts executed steps 0 … T−1; the paper's t is T − k.
-
-This file does not know routers, losses or any particular model.
+so a walk is forked at any k by copying two dicts. This file does not know routers, losses or any particular model.
 """
 
 from __future__ import annotations
@@ -94,10 +92,7 @@ def last(walk: Iterable[Tensor]) -> Tensor:
 
 
 def sample(denoiser: Denoiser, x: Tensor, cond: Any, schedule: Schedule | None = None) -> Tensor:
-    """Return the image x₀ that noise x becomes, both (B, C, H, W), under a schedule or with the plain model.
-
-    Raises ValueError if the schedule has another number of steps, other sites or timesteps than the denoiser.
-    """
+    """Return the image x₀ that noise x becomes, both (B, C, H, W), under a schedule or with the plain model."""
     if schedule is None:
         return last(denoise(denoiser, x, cond))
     schedule.check(steps=denoiser.steps, sites=tuple(denoiser.sites), timesteps=denoiser.about.get("timesteps", ()))

@@ -68,7 +68,7 @@ def image_error(
             table[k : k + 1 if mode == "leave-one-out" else None] = 1.0
             fork = denoise(denoiser, x, cond, under(table, cache.copy()), start=k, memory=memory.copy())
             forks.append(last(fork))
-    ends = [x] * len(forks) if mode == "leave-one-out" else [*forks[1:], x]
+    ends = [x] * len(forks) if mode == "leave-one-out" else [*forks, x][1:]
     errors = [F.mse_loss(end, fork) for end, fork in zip(ends, forks, strict=True)]
     return torch.stack([x.new_zeros(()), *errors])
 

@@ -63,14 +63,11 @@ class Schedule:
             raise ValueError(f"compute has shape {tuple(compute.shape)}; it must be (steps, sites), neither of them 0")
         if not bool(((compute == 0) | (compute == 1)).all()):
             raise ValueError("compute has entries other than 0 and 1; scores become decisions in router.schedule(tau)")
-        sites, times = tuple(self.sites) or _names(compute.shape[1]), tuple(self.timesteps)
-        if (len(sites), len(set(sites)), len(times) or len(compute)) != (
-            compute.shape[1],
-            compute.shape[1],
-            len(compute),
-        ):
+        steps, width = compute.shape
+        sites, times = tuple(self.sites) or _names(width), tuple(self.timesteps)
+        if not len(sites) == len(set(sites)) == width or len(times) not in (0, steps):
             found = f"{len(set(sites))} distinct site names and {len(times)} timesteps"
-            raise ValueError(f"the table is {tuple(compute.shape)} (steps, sites) and has {found}")
+            raise ValueError(f"the table is {steps} × {width} (steps × sites) and comes with {found}")
         if not bool(compute[0].all()):
             first = sites[compute[0].tolist().index(0)]
             raise ValueError(f"step 0 reuses {first}, but nothing is cached yet; the first row must be all true")
@@ -81,9 +78,8 @@ class Schedule:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Schedule):
             return NotImplemented
-        names = [f.name for f in fields(self) if f.name != "compute"]
-        same = all(getattr(self, name) == getattr(other, name) for name in names)
-        return same and torch.equal(self.compute, other.compute)
+        same = (getattr(self, f.name) == getattr(other, f.name) for f in fields(self) if f.name != "compute")
+        return all(same) and torch.equal(self.compute, other.compute)
 
     @property
     def steps(self) -> int:
@@ -101,17 +97,14 @@ class Schedule:
             raise ValueError(f"macs counts {len(macs.sites)} sites and the schedule has {len(self.sites)}")
         return self.steps * macs.total / (float((self.compute * macs.sites).sum()) + self.steps * macs.rest)
 
-    def check(self, *, steps: int, sites: tuple[str, ...], timesteps: tuple[float, ...] = ()) -> None:
+    def check(self, steps: int, sites: tuple[str, ...], timesteps: tuple[float, ...] = ()) -> None:
         """Raise ValueError unless the schedule fits a run of `steps` steps over `sites` at `timesteps`."""
         if steps != self.steps:
-            raise ValueError(
-                f"this schedule has {self.steps} steps ({self.sampler or 'unknown sampler'}), the run has {steps}; "
-                f"run {self.steps} or train a schedule for {steps}"
-            )
-        if sites != self.sites:
-            unlike = [f"{theirs} is {mine}" for theirs, mine in zip(sites, self.sites, strict=False) if theirs != mine]
-            found = unlike[0] if unlike else f"{len(sites)} sites are {len(self.sites)}"
-            raise ValueError(f"this schedule is for other sites ({found} in it); it belongs to another model")
+            mine = f"this schedule has {self.steps} steps ({self.sampler or 'unknown sampler'})"
+            raise ValueError(f"{mine}, the run has {steps}; run {self.steps} or train a schedule for {steps}")
+        if self.sites not in (sites, _names(len(sites))):  # a table without names fits by their number
+            mine = f"{len(self.sites)} sites, {self.sites[0]} … {self.sites[-1]}"
+            raise ValueError(f"this schedule has {mine}, the model has {len(sites)}, {sites[0]} … {sites[-1]}")
         if timesteps and self.timesteps and tuple(timesteps) != self.timesteps:
             mine = f"this schedule was made at timesteps {self.timesteps[0]} … {self.timesteps[-1]} ({self.sampler})"
             raise ValueError(f"{mine}, the run has {timesteps[0]} … {timesteps[-1]}, not all the same; use its sampler")
@@ -140,7 +133,7 @@ class Schedule:
 class Router(nn.Module):
     """The table while it is learned: `router()` is r, (T, N) in (0, 1), row 0 the constant one (paper, Sec. 3).
 
-    Each row is a parameter, so the optimizer keeps a state for each step: a row moves only when its step is trained.
+    Each row is a parameter with an optimizer state of its own, so it moves only when its step is trained.
 
     Args:
         steps: T ≥ 1.
@@ -148,9 +141,6 @@ class Router(nn.Module):
         generator: draws the logits from N(0, 1), as the released code does; torch's own if None.
         logits: (T−1, N) in execution order from k = 1, instead of drawn ones.
         about: fields of `Schedule` to hand on: model, sampler, timesteps, guidance, provenance.
-
-    Raises:
-        ValueError: if there is no step or no site, or logits are of another shape or not finite.
 
     >>> router = Router(3, ["attn", "mlp"])
     >>> router().shape, router()[0].tolist(), sum(p.numel() for p in router.parameters())

@@ -63,7 +63,7 @@ def sdt(
     lam: Tensor | None = None,
     trajectory: int = 0,
 ) -> Generator[Update, None, None]:
-    """Train `router` on `denoiser`, one update per step of every trajectory, yielding each (paper, Algorithm 1).
+    """Train `router`, one update for each step but the first of every trajectory, yielding each (paper, Algorithm 1).
 
     Args:
         denoiser: frozen model, sampler, guidance.
@@ -94,20 +94,21 @@ def sdt(
         cache: Cache = {}
         memory: dict[str, Any] = {}
         for k, weight in enumerate(lam.tolist()):
-            with torch.set_grad_enabled(k > 0):
-                r = router.row(k)  # (N,)
-                with gated(denoiser.sites, blend(r, cache, tau)):
-                    out = denoiser.predict(x, k, cond)
-            if k > 0:  # at k = 0 everything computes: the student is the teacher, and there is nothing to learn
-                with torch.no_grad():
-                    target = denoiser.predict(x, k, cond)
-                loss = objective(out, target, r, weight, beta)
-                if not math.isfinite(loss.item()):
-                    raise FloatingPointError(f"the loss of step {k} is {loss.item()}; look for NaN in weights or noise")
-                optimizer.zero_grad(set_to_none=True)  # a row without a gradient is left alone, momentum included
-                loss.backward(inputs=[row := router.rows[k - 1]])  # type: ignore[no-untyped-call]
+            with torch.no_grad():  # at k = 0 the student is the teacher: everything computes, there is nothing to learn
+                target = denoiser.predict(x, k, cond) if k > 0 else None
+            r = router.row(k)  # (N,)
+            with gated(denoiser.sites, blend(r, cache, tau)), torch.set_grad_enabled(k > 0):
+                out = denoiser.predict(x, k, cond)
+                if target is not None:
+                    loss = objective(out, target, r, weight, beta)
+                    if not math.isfinite(loss.item()):
+                        raise FloatingPointError(f"the loss of step {k} is {loss.item()}; look for NaN in the weights")
+                    optimizer.zero_grad(set_to_none=True)  # a row without a gradient keeps still, momentum included
+                    # Still gated: under activation checkpointing, backward runs the blocks again.
+                    loss.backward(inputs=[router.rows[k - 1]])  # type: ignore[no-untyped-call]
+            if target is not None:
                 optimizer.step()
-                row.data.clamp_(-LOGIT_LIMIT, LOGIT_LIMIT)
+                router.rows[k - 1].data.clamp_(-LOGIT_LIMIT, LOGIT_LIMIT)
                 mse = F.mse_loss(out.detach(), target).item()
                 yield Update(n, k, loss.item(), mse, weight, float((router() <= tau).float().mean()))
             with torch.no_grad():
@@ -162,16 +163,11 @@ def train_sdt(
         optimizer=run.optimizer, lam=run.lam, trajectory=run.trajectory,
     )  # fmt: skip
     cost, left = macs(denoiser), max(0, iterations - run.updates)
-    try:
-        with closing(updates), tqdm(total=iterations, initial=run.updates, unit="update", disable=not progress) as bar:
-            for update in islice(updates, left):
-                run.count(update.trajectory + (update.k == denoiser.steps - 1))
-                speedup = run.router.schedule(tau).speedup(cost)
-                bar.set_postfix(loss=f"{update.loss:.2e}", CUR=f"{update.cur:.1%}", speedup=f"{speedup:.2f}x")
-                bar.update()
-    except KeyboardInterrupt:
-        run.save(interrupted=True)
-        kept = f"{checkpoint} continues it with resume=True" if checkpoint else "nothing was saved"
-        raise KeyboardInterrupt(f"stopped after {run.updates} updates; {kept}") from None
-    run.save()
+    quiet = None if progress else True  # None: silent where stderr is not a terminal
+    with run, closing(updates), tqdm(total=iterations, initial=run.updates, unit="update", disable=quiet) as bar:
+        for update in islice(updates, left):
+            run.count(update.trajectory + (update.k == denoiser.steps - 1))
+            faster = f"{run.router.schedule(tau).speedup(cost):.2f}x"
+            bar.set_postfix(loss=f"{update.loss:.2e}", CUR=f"{update.cur:.1%}", speedup=faster, refresh=False)
+            bar.update()
     return run.router

@@ -18,6 +18,7 @@ This file does not know caches or routers. A checkpoint of the original (`DiT-XL
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -268,7 +269,7 @@ class DiTDenoiser:
         self.sampler, self.guidance, self.name = sampler, guidance, name
         self.guided_channels = model.in_channels if guided_channels is None else guided_channels
         self.steps = len(sampler.timesteps)
-        self.sites: dict[str, nn.Module] = {
+        self.sites: Mapping[str, nn.Module] = {
             f"blocks.{i}.{kind}": module
             for i, block in enumerate(model.blocks)
             for kind, module in block.named_children()

@@ -1,0 +1,52 @@
+"""Small denoisers for the laws: a DiT of a few hundred weights, none of them zero, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+
+from harmonica import Schedule
+from harmonica.models.dit import DiT, DiTDenoiser
+from harmonica.samplers import DDIM
+
+settings.register_profile(
+    "laws", deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+settings.load_profile("laws")
+torch.set_num_threads(1)  # the models here are too small to share
+
+
+def make(
+    steps: int = 4, depth: int = 2, *, guidance: float = 1.5, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> DiTDenoiser:
+    """Return a denoiser with random weights, adaLN gates included, so that every site matters."""
+    model = DiT(input_size=4, patch_size=2, in_channels=2, hidden_size=8, depth=depth, num_heads=2, num_classes=3).to(
+        dtype
+    )
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator, dtype=dtype) * 0.3
+    return DiTDenoiser(model, DDIM(steps), guidance=guidance, guided_channels=1, name="small")
+
+
+def start(denoiser: DiTDenoiser, batch: int = 2, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    return denoiser.draw(batch, torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def small() -> DiTDenoiser:
+    return make()
+
+
+@st.composite
+def tables(draw: st.DrawFn, steps: int = 4, sites: int = 4) -> Schedule:
+    """Draw a schedule: any decisions, a first row of true."""
+    rows = draw(
+        st.lists(st.lists(st.booleans(), min_size=sites, max_size=sites), min_size=steps - 1, max_size=steps - 1)
+    )
+    return Schedule([[True] * sites, *rows])
+
+
+seeds = st.integers(0, 2**31)

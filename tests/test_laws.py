@@ -1,0 +1,402 @@
+"""The laws of the core. Each test is named after the law it holds."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from conftest import make, seeds, start, tables
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from harmonica import Router, blend, check_denoiser, denoise, gated, image_error, objective, reuse, sample, sdt
+from harmonica.denoise import last
+
+
+def state_of(denoiser):
+    """Everything a model could have gained: attributes, hooks, buffers, gradients."""
+    return {
+        name: (set(m.__dict__), len(m._forward_hooks), len(m._forward_pre_hooks), [p.grad for p in m.parameters()])
+        for name, m in denoiser.model.named_modules()
+    }
+
+
+def counted(denoiser):
+    """Count predictions and note for each whether the sites were gated and gradients on."""
+    calls, predict = [], denoiser.predict
+
+    def count(x, k, cond):
+        site = next(iter(denoiser.sites.values()))
+        calls.append((k, "forward" in site.__dict__, torch.is_grad_enabled()))
+        return predict(x, k, cond)
+
+    denoiser.predict = count
+    return calls
+
+
+# ---------------------------------------------------------------------------------------------- gates
+
+
+@given(st.integers(1, 5), st.integers(1, 3), st.integers(1, 3), st.sampled_from([1.0, 1.5, 4.0]), seeds)
+def test_computing_everything_is_the_plain_model_bit_for_bit(steps, depth, batch, guidance, seed):
+    d = make(steps, depth, guidance=guidance, seed=seed % 100)
+    x, y = start(d, batch, seed)
+    cache = {}
+    plain = denoise(d, x, y)
+    full = denoise(d, x, y, lambda k: reuse([True] * len(d.sites), cache))
+    assert all(torch.equal(a, b) for a, b in zip(plain, full, strict=True))
+
+
+@given(tables(), seeds)
+def test_blend_at_a_saturated_router_is_reuse_bit_for_bit(schedule, seed):
+    d = make()
+    x, y = start(d, seed=seed)
+    hard, soft = {}, {}
+    r = schedule.compute.double()
+    a = denoise(d, x, y, lambda k: reuse(schedule.compute[k], hard))
+    b = denoise(d, x, y, lambda k: blend(r[k], soft, 0.1))
+    assert all(torch.equal(one, other) for one, other in zip(a, b, strict=True))
+    assert all(torch.equal(hard[site], soft[site]) for site in hard)
+
+
+@given(tables())
+def test_reuse_runs_exactly_the_scheduled_sites(schedule):
+    d = make()
+    x, y = start(d)
+    ran = []
+    for site, module in enumerate(d.sites.values()):
+        forward = module.forward
+        module.forward = lambda *a, site=site, forward=forward: ran.append(site) or forward(*a)
+    cache = {}
+    for k, _ in enumerate(denoise(d, x, y, lambda k: reuse(schedule.compute[k], cache))):
+        assert ran == schedule.compute[k].nonzero().flatten().tolist()
+        ran.clear()
+
+
+def test_a_skipped_site_never_calls_compute():
+    cache = {0: "kept"}
+    assert reuse([False], cache)(0, lambda: pytest.fail("computed")) == "kept"
+
+
+def test_reusing_what_was_never_computed_is_refused(small):
+    x, y = start(small)
+    walk = denoise(small, x, y, lambda k: reuse([False] * 4, {}), start=1)
+    with pytest.raises(RuntimeError, match="site 0 of 4 is to be reused but this trajectory has not computed it"):
+        next(walk)
+
+
+def test_blending_into_an_empty_cache_is_refused():
+    with pytest.raises(RuntimeError, match="first step of a trajectory computes"):
+        blend(torch.tensor([1.0, 0.5]), {}, 0.1)
+
+
+def test_scores_are_not_taken_for_decisions():
+    with pytest.raises(TypeError, match="bools of a schedule"):
+        reuse(torch.tensor([0.2, 0.9]), {})
+
+
+def test_a_feature_may_be_a_tree_of_tensors():
+    cache = {}
+    pair = lambda v: (torch.full((2,), v), {"text": torch.full((1,), v)})  # noqa: E731
+    blend(torch.ones(1), cache, 0.1)(0, lambda: pair(1.0))
+    image, rest = blend(torch.tensor([0.25]), cache, 0.1)(0, lambda: pair(5.0))
+    assert image.tolist() == [2.0, 2.0]
+    assert rest["text"].tolist() == [2.0]
+    assert reuse([False], cache)(0, pytest.fail)[1]["text"].tolist() == [2.0]
+
+
+def test_the_blended_feature_replaces_the_cached_one_only_above_tau():
+    cache = {}
+    gate = blend(torch.ones(2), cache, 0.1)
+    gate(0, lambda: torch.tensor(4.0)), gate(1, lambda: torch.tensor(4.0))
+    gate = blend(torch.tensor([0.5, 0.05]), cache, 0.1)
+    gate(0, lambda: torch.tensor(0.0)), gate(1, lambda: torch.tensor(0.0))
+    assert (cache[0].item(), cache[1].item()) == (2.0, 4.0)
+
+
+def test_gated_puts_back_what_stood_there(small):
+    module = next(iter(small.sites.values()))
+    module.forward = theirs = lambda x: x  # another library's wrapper
+    with gated(small.sites, reuse([True] * 4, {})):
+        outer = module.__dict__["forward"]
+        with gated(small.sites, reuse([True] * 4, {})):
+            assert module.__dict__["forward"] is not outer
+        assert module.__dict__["forward"] is outer
+    assert module.__dict__["forward"] is theirs
+
+
+def test_one_module_at_two_sites_is_refused():
+    linear = nn.Linear(1, 1)
+    with (
+        pytest.raises(ValueError, match="a module stands at two sites"),
+        gated([linear, linear], reuse([True] * 2, {})),
+    ):
+        pass
+
+
+# ---------------------------------------------------------------------------------------------- walks
+
+
+def test_the_bundled_and_a_random_denoiser_keep_the_laws(small):
+    from harmonica.models import load
+
+    check_denoiser(small)
+    check_denoiser(load("tiny", steps=3))
+
+
+@pytest.mark.parametrize(
+    ("fault", "law"),
+    [
+        (lambda d: d.model.train(), "training mode"),
+        (lambda d: d.model.requires_grad_(True), "asks for a gradient"),
+        (lambda d: setattr(d, "steps", 3), "a walk has"),
+        (lambda d: setattr(d, "sites", {**d.sites, "unused": nn.Linear(1, 1)}), "asked once"),
+        (lambda d: setattr(d, "step", lambda x, out, k, memory: x + torch.randn_like(x)), "global generator"),
+        (lambda d: setattr(d, "step", lambda x, out, k, memory: x - x.mean()), "neighbours"),
+    ],
+)
+def test_check_denoiser_names_the_law_that_is_broken(small, fault, law):
+    fault(small)
+    if law == "a walk has":
+        small.step = lambda x, out, k, memory: (setattr(small, "steps", 9), x)[1]
+    with pytest.raises(AssertionError, match=law):
+        check_denoiser(small)
+
+
+@given(tables(), st.integers(0, 3), seeds)
+def test_a_forked_walk_ends_where_the_original_does(schedule, at, seed):
+    d = make()
+    x, y = start(d, seed=seed)
+    cache, memory = {}, {}
+    fork = (x, {}, {})
+    for k, end in enumerate(denoise(d, x, y, lambda k: reuse(schedule.compute[k], cache), memory=memory), start=1):
+        if k == at:
+            fork = (end, cache.copy(), memory.copy())
+    x, cache, memory = fork
+    assert torch.equal(
+        end, last(denoise(d, x, y, lambda k: reuse(schedule.compute[k], cache), start=at, memory=memory))
+    )
+
+
+@given(tables(), tables(), seeds)
+def test_two_trajectories_share_nothing(one, other, seed):
+    d = make()
+    (x1, y1), (x2, y2) = start(d, seed=seed), start(d, seed=seed + 1)
+    alone = sample(d, x1, y1, one), sample(d, x2, y2, other)
+    cache1, cache2 = {}, {}
+    a = denoise(d, x1, y1, lambda k: reuse(one.compute[k], cache1))
+    b = denoise(d, x2, y2, lambda k: reuse(other.compute[k], cache2))
+    together = list(zip(a, b, strict=True))[-1]  # step by step in turn
+    assert torch.equal(alone[0], together[0])
+    assert torch.equal(alone[1], together[1])
+
+
+@given(tables(), seeds)
+def test_an_image_does_not_depend_on_its_neighbours(schedule, seed):
+    d = make()
+    x, y = start(d, batch=3, seed=seed)
+    torch.testing.assert_close(sample(d, x, y, schedule)[:1], sample(d, x[:1], y[:1], schedule), rtol=1e-9, atol=1e-9)
+
+
+def test_an_interrupted_walk_leaves_nothing_behind(small):
+    before, plain = state_of(small), None
+    x, y = start(small)
+    plain = sample(small, x, y)
+    walk = denoise(small, x, y, lambda k: reuse([True] * 4, {}))
+    next(walk)
+    assert state_of(small) == before  # between two steps
+    walk.close()
+
+    def broken(site, compute):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        next(denoise(small, x, y, lambda k: broken))
+    assert state_of(small) == before
+    assert torch.equal(plain, sample(small, x, y))
+
+
+def test_a_model_copied_after_a_walk_is_a_plain_model(small):
+    x, y = start(small)
+    sample(small, x, y)
+    twin = copy.deepcopy(small)
+    for parameter in twin.model.parameters():
+        parameter.data.zero_()
+    assert float(sample(twin, x, y).abs().sum()) != float(sample(small, x, y).abs().sum())
+
+
+def test_a_walk_leaves_gradients_as_they_were(small):
+    x, y = start(small)
+    for _ in denoise(small, x, y):
+        assert torch.is_grad_enabled()
+
+
+# ---------------------------------------------------------------------------------------------- λ
+
+
+def brute_force(d, r, x, y, tau, mode):
+    """λ by one whole walk for each image, as the definitions read."""
+
+    def image(table):
+        cache = {}
+        return last(denoise(d, x, y, lambda k: blend(table[k], cache, tau)))
+
+    ones = torch.ones_like(r)
+    if mode == "leave-one-out":
+        rows = range(len(r))
+        pairs = [(image(r), image(torch.stack([ones[k] if i == k else r[i] for i in rows]))) for k in rows]
+    else:
+        ends = [image(torch.cat([r[:k], ones[k:]])) for k in range(len(r) + 1)]
+        pairs = list(zip(ends[1:], ends[:-1], strict=True))
+    return torch.stack([(a - b).square().mean() for a, b in pairs])
+
+
+@given(st.integers(1, 5), seeds, st.sampled_from(["leave-one-out", "telescoping"]))
+def test_lambda_by_shared_prefixes_equals_brute_force_at_half_the_predictions(steps, seed, mode):
+    d = make(steps)
+    x, y = start(d, seed=seed)
+    r = Router(steps, 4, generator=torch.Generator().manual_seed(seed))().detach().double()
+    expected = brute_force(d, r, x, y, 0.1, mode)
+    calls = counted(d)
+    assert torch.equal(image_error(d, r, x, y, tau=0.1, mode=mode), expected)
+    assert len(calls) == steps * (steps + 1) // 2
+
+
+@given(tables(), seeds, st.sampled_from(["leave-one-out", "telescoping"]))
+def test_lambda_is_zero_for_a_step_that_reuses_nothing(schedule, seed, mode):
+    d = make()
+    x, y = start(d, seed=seed)
+    lam = image_error(d, schedule.compute.double(), x, y, mode=mode)
+    assert lam[schedule.compute.all(dim=1)].abs().sum() == 0
+
+
+def test_lambda_leaves_every_random_generator_as_it_found_it(small):
+    import random
+
+    import numpy as np
+
+    x, y = start(small)
+    r = Router(4, 4)().detach().double()
+    states = lambda: (torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist())  # noqa: E731
+    before = states()
+    image_error(small, r, x, y)
+    assert states() == before
+
+
+def test_lambda_refuses_what_it_does_not_know(small):
+    x, y = start(small)
+    with pytest.raises(ValueError, match=r"leave-one-out.*telescoping"):
+        image_error(small, torch.ones(4, 4), x, y, mode="other")
+    with pytest.raises(ValueError, match="r has 3 rows and the denoiser 4 steps"):
+        image_error(small, torch.ones(3, 4), x, y)
+
+
+# ---------------------------------------------------------------------------------------------- SDT
+
+
+def trained(d, *, n=2, **options):
+    router = Router(d.steps, d.sites, generator=torch.Generator().manual_seed(3)).double()
+    noise = [start(d, seed=i) for i in range(n)]
+    return router, list(sdt(d, router, noise, beta=1e-3, **options))
+
+
+def test_one_update_for_each_step_but_the_first(small):
+    _, updates = trained(small, n=3, proxy=None)
+    assert [(u.trajectory, u.k) for u in updates] == [(n, k) for n in range(3) for k in range(1, 4)]
+    assert all(u.loss == pytest.approx(u.lam * u.mse + 1e-3 * 0, abs=1e-2) for u in updates)
+
+
+def test_the_teacher_never_touches_the_cache_and_asks_for_no_gradient(small):
+    calls = counted(small)
+    trained(small, n=1, proxy=None)
+    student, teacher = (True, True), (False, False)
+    first = [(0, True, False)]  # everything computes: no gradient, no teacher
+    assert calls == first + [(k, *who) for k in range(1, 4) for who in (teacher, student)]
+
+
+def test_training_moves_the_router_and_nothing_else(small):
+    x, y = start(small)
+    before, weights = state_of(small), copy.deepcopy(small.model.state_dict())
+    image = sample(small, x, y)
+    router, _ = trained(small)
+    fresh = Router(4, small.sites, generator=torch.Generator().manual_seed(3)).double()
+    assert not torch.equal(router.logits, fresh.logits)
+    assert state_of(small) == before
+    assert all(torch.equal(weights[name], value) for name, value in small.model.state_dict().items())
+    assert torch.equal(image, sample(small, x, y))
+
+
+def test_no_weight_ever_gets_a_gradient_even_if_it_asks(small):
+    small.model.requires_grad_(True)
+    trained(small)
+    assert all(p.grad is None for p in small.model.parameters())
+
+
+def test_gradients_never_cross_steps(small):
+    router = Router(4, small.sites).double()
+    x, y = start(small)
+    for update in sdt(small, router, [(x, y)], proxy=None):
+        assert [row.grad is not None for row in router.rows] == [k == update.k for k in range(1, 4)]
+
+
+def test_cached_features_carry_no_history(small):
+    cache = {}
+    x, y = start(small)
+    router = Router(4, small.sites).double()
+    for k in (0, 1):
+        with gated(small.sites, blend(router.row(k), cache, 0.0)):
+            out = small.predict(x, k, y)
+    assert out.requires_grad
+    assert not any(feature.requires_grad for feature in cache.values())
+
+
+def test_blend_is_right_under_activation_checkpointing():
+    d = make()
+    forwards = [block.forward for block in d.model.blocks]
+
+    def gradients(*, checkpointed):
+        for block, forward in zip(d.model.blocks, forwards, strict=True):
+            block.forward = partial(checkpoint, forward, use_reentrant=False) if checkpointed else forward
+        router, _ = trained(d, n=2, proxy=None)
+        return router.logits
+
+    assert torch.equal(gradients(checkpointed=True), gradients(checkpointed=False))
+
+
+@given(st.integers(0, 30), seeds)
+def test_cur_falls_as_tau_falls(percent, seed):
+    router = Router(5, 6, generator=torch.Generator().manual_seed(seed))
+    assert router.schedule(percent / 100).cur <= router.schedule(percent / 100 + 0.01).cur
+
+
+def test_a_loss_that_is_not_finite_stops_training(small):
+    small.model.final_layer.linear.weight.data.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="step 1 is nan; look for NaN in the weights"):
+        trained(small, proxy=None)
+
+
+def test_a_router_of_another_shape_is_refused(small):
+    x, y = start(small)
+    with pytest.raises(ValueError, match="the router is 3 × 4"):
+        next(sdt(small, Router(3, 4), [(x, y)]))
+
+
+def test_lambda_weighs_the_loss(small):
+    _, plain = trained(small, n=1, proxy=None)
+    _, weighed = trained(small, n=1)
+    lam = image_error(small, Router(4, 4, generator=torch.Generator().manual_seed(3)).double()(), *start(small, seed=0))
+    assert [u.lam for u in plain] == [1.0] * 3
+    assert [u.lam for u in weighed] == pytest.approx(lam[1:].tolist(), rel=1e-6)
+    assert weighed[0].mse == plain[0].mse
+
+
+def test_the_objective_is_lambda_mse_plus_beta_sum_r():
+    out, target, r = torch.tensor([1.0, 3.0]), torch.zeros(2), torch.tensor([0.5, 0.25], requires_grad=True)
+    loss = objective(out, target, r, lam=0.1, beta=2.0)
+    assert loss.item() == pytest.approx(0.1 * 5 + 2 * 0.75)
+    loss.backward()
+    assert r.grad.tolist() == [2.0, 2.0]
