@@ -41,7 +41,8 @@ def read_schedule(path: StrPath) -> Schedule:
         raise ValueError(f'{path} is not a schedule: it has no "format": "{OURS}"')
     try:
         columns = data.pop("compute")
-        return Schedule(torch.tensor([_decisions(*item) for item in columns.items()]).T, tuple(columns), **_facts(data))
+        table = torch.tensor([_decisions(*item) for item in columns.items()]).reshape(len(columns), -1)  # (N, T)
+        return Schedule(table.T, tuple(columns), **_facts(data))
     except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} is not a valid schedule: {error}") from None
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
@@ -47,7 +46,9 @@ def router_heatmap(table: Schedule | Tensor, sites: Sequence[str] = (), *, title
     fig = Figure(figsize=(1.5 + 0.16 * len(values) * len(kinds), 1.6 + 0.16 * tall), layout="constrained")
     axes = fig.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
     for ax, (kind, columns) in zip(axes, kinds.items(), strict=True):
-        image = ax.imshow(values[:, columns].T, cmap="cividis_r", vmin=0, vmax=1, aspect="auto", interpolation="none")
+        image = ax.imshow(
+            values[:, columns].T.numpy(), cmap="cividis_r", vmin=0, vmax=1, aspect="auto", interpolation="none"
+        )
         ax.set(xlabel="executed step k", title=_TITLES.get(kind, kind))
         ax.set_xticks([i - 0.5 for i in range(1, len(values))], minor=True)
         ax.set_yticks([i - 0.5 for i in range(1, len(columns))], minor=True)
@@ -76,10 +77,12 @@ def comparison(plain: Tensor, cached: Tensor, *, labels: Sequence[object] = (), 
     for row, name in enumerate(("without cache", "with cache", "difference")):
         for i, ax in enumerate(axes[row]):
             if row < 2:
-                image = (plain, cached)[row][i].float().cpu().add(1).div(2).clamp(0, 1).permute(1, 2, 0)
+                image = (plain, cached)[row][i].float().cpu().add(1).div(2).clamp(0, 1).permute(1, 2, 0).numpy()
                 ax.imshow(image, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
             else:
-                shown = ax.imshow(difference[i], cmap="PuOr", vmin=-largest, vmax=largest, interpolation="nearest")
+                shown = ax.imshow(
+                    difference[i].numpy(), cmap="PuOr", vmin=-largest, vmax=largest, interpolation="nearest"
+                )
             ax.set_xticks([])
             ax.set_yticks([])
             if row == 0 and i < len(labels):
@@ -98,7 +101,7 @@ def sheet(images: Tensor, *, columns: int = 10, title: str = "") -> Figure:
     for ax in axes:
         ax.axis("off")
     for ax, image in zip(axes, images.float().cpu().add(1).div(2).clamp(0, 1).permute(0, 2, 3, 1), strict=False):
-        ax.imshow(image, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+        ax.imshow(image.numpy(), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
     fig.suptitle(title)
     return fig
 
@@ -128,8 +131,8 @@ def lambda_per_step(lams: Mapping[str, Tensor]) -> Figure:
     fig = Figure(figsize=(6.0, 3.2), layout="constrained")
     ax = fig.subplots()
     for i, (name, lam) in enumerate(lams.items()):
-        steps = torch.arange(len(lam))[lam.cpu() > 0]
-        values = lam.cpu()[lam.cpu() > 0]
+        steps = [k for k, value in enumerate(lam.tolist()) if value > 0]
+        values = [value for value in lam.tolist() if value > 0]
         ax.plot(steps, values, _STYLES[i % 4], marker=_MARKS[i % 6], color=_COLOURS[i % 6], label=name)
     ax.set(xlabel="executed step k", ylabel="λ (mean squared change\nof the image)", yscale="log")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))

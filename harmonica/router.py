@@ -61,7 +61,7 @@ class Schedule:
         compute = torch.as_tensor(self.compute, device="cpu")
         if compute.dim() != 2 or 0 in compute.shape:
             raise ValueError(f"compute has shape {tuple(compute.shape)}; it must be (steps, sites), neither of them 0")
-        if not bool(((compute == 0) | (compute == 1)).all()):
+        if bool(((compute != 0) & (compute != 1)).any()):
             raise ValueError("compute has entries other than 0 and 1; scores become decisions in router.schedule(tau)")
         steps, width = compute.shape
         sites, times = tuple(self.sites) or _names(width), tuple(self.timesteps)
@@ -189,9 +189,7 @@ class Router(nn.Module):
             raise ValueError(f"tau is {tau}; it must be at least 0 (compute all) and below 1 (where nothing computes)")
         r = self().detach().cpu()
         if bool(r.isnan().any()):
-            raise ValueError(
-                f"the router's row {int(r.isnan().any(1).nonzero()[0])} is not a number; training diverged"
-            )
+            raise ValueError("the router has scores that are not numbers; its training diverged")
         return Schedule(r > tau, sites=self.sites, threshold=tau, **self.about)
 
     def save(self, path: StrPath) -> None:

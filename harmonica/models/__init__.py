@@ -67,7 +67,6 @@ def load(
     """
     if name not in MODELS:
         raise ValueError(f"model is {name!r}; this version has {', '.join(MODELS)}")
-    model = DiT(**MODELS[name])
     if weights is None:
         if name in _ORIGINAL_FILES:
             raise ValueError(
@@ -75,13 +74,14 @@ def load(
                 'or weights="random" to time it'
             )
         weights = Path(__file__).with_name("tiny.safetensors")
+    drawn = make_sampler(sampler, steps)
+    with torch.device("cpu" if weights == "random" else "meta"):  # nothing is initialised that a file will replace
+        model = DiT(**MODELS[name])
     if weights != "random":
         _fill(model, _state_dict(weights), weights)
     guided = 3 if name != "tiny" else None  # the original guides 3 of its 4 latent channels
     frozen = model.to(device=device, dtype=dtype)
-    return DiTDenoiser(
-        frozen, make_sampler(sampler, steps), guidance=guidance, guided_channels=guided, name=name.removesuffix("-256")
-    )
+    return DiTDenoiser(frozen, drawn, guidance=guidance, guided_channels=guided, name=name.removesuffix("-256"))
 
 
 def _state_dict(path: StrPath) -> dict[str, Tensor]:
@@ -91,7 +91,8 @@ def _state_dict(path: StrPath) -> dict[str, Tensor]:
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"{path} is not a checkpoint of weights alone: {str(error).splitlines()[0]}") from None
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} is not a checkpoint of weights alone: {why}") from None
     data = data.get("ema", data) if isinstance(data, dict) else data  # a training checkpoint keeps an averaged copy
     if not isinstance(data, dict) or not all(isinstance(value, Tensor) for value in data.values()):
         raise ValueError(f"{path} does not hold tensors by parameter name")
@@ -100,7 +101,7 @@ def _state_dict(path: StrPath) -> dict[str, Tensor]:
 
 def _fill(model: DiT, state: dict[str, Tensor], path: StrPath) -> None:
     try:
-        model.load_state_dict(state, strict=True)
+        model.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()[1:3]]
         raise ValueError(f"{path} does not fit the model: {' '.join(lines)}") from None

@@ -1,0 +1,39 @@
+"""record: one result file for each benchmark, with the machine and the command beside the figures."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> dict[str, Any]:
+    """Say what the figures were measured on."""
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        names = [
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ]
+        cpu = names[0] if names else cpu
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu, **versions}
+
+
+def record(name: str, figures: dict[str, Any], to: Path = RESULTS) -> None:
+    """Print the figures and write them to results/NAME.json."""
+    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    result = {"command": command, "date": time.strftime("%Y-%m-%d"), "machine": machine(), "figures": figures}
+    to.mkdir(parents=True, exist_ok=True)
+    (to / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(figures, indent=1))

@@ -1,0 +1,72 @@
+"""The house: who imports whom, what importing costs, how long the core is."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "harmonica"
+CORE = ("router", "cache", "denoise", "iepo", "sdt")
+
+MAY_IMPORT = {
+    "cache": set(),
+    "files": set(),
+    "samplers": set(),
+    "metrics": set(),
+    "denoise": {"cache"},
+    "router": {"files"},
+    "formats": {"files", "router"},
+    "iepo": {"cache", "denoise"},
+    "cost": {"cache", "denoise"},
+    "check": {"cache", "denoise"},
+    "checkpoint": {"denoise", "files", "formats", "router"},
+    "sdt": {"cache", "checkpoint", "cost", "denoise", "files", "iepo", "router"},
+    "plots": {"router"},
+    "models": {"files", "samplers", "cache", "router", "denoise"},
+}
+"""Who may import whom when loaded. Imports inside a function, and for types only, are not arrows of the house."""
+
+
+def arrows(path: Path) -> set[str]:
+    """Return the modules of ours that a file imports when it is loaded."""
+    found = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("harmonica"):
+            found.add((node.module + ".").split(".")[1])
+        elif isinstance(node, ast.Import):
+            found |= {name.name.split(".")[1] for name in node.names if name.name.startswith("harmonica.")}
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_follow_the_arrows(path):
+    name = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if name not in ("__init__", "demo"):  # these two see everything
+        assert arrows(path) - {name} <= MAY_IMPORT[name]
+
+
+def test_importing_the_library_costs_torch_only():
+    heavy = ("diffusers", "transformers", "matplotlib", "sklearn", "scipy", "tqdm", "safetensors", "harmonica.models")
+    script = f"import sys, harmonica; print([m for m in {heavy} if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    # torch itself may bring some of these along; what counts is what we add to it
+    bare = subprocess.run(
+        [sys.executable, "-c", script.replace("harmonica; ", "torch; ")], capture_output=True, text=True, check=True
+    )
+    assert out.stdout == bare.stdout
+
+
+def test_the_core_fits_on_a_train_ride():
+    lines = {name: len((PACKAGE / f"{name}.py").read_text(encoding="utf-8").splitlines()) for name in CORE}
+    assert sum(lines.values()) < 700, lines
+
+
+def test_no_file_of_the_library_prints_but_the_command_line():
+    for path in PACKAGE.rglob("*.py"):
+        calls = [n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Call)]
+        prints = [c for c in calls if isinstance(c.func, ast.Name) and c.func.id == "print"]
+        assert not prints or path.name == "demo.py", path

@@ -1,0 +1,183 @@
+"""The demo, plots and README: what a user meets first."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from harmonica import Router, Schedule, demo, plots
+
+ROOT = Path(__file__).parent.parent
+
+
+def command(*arguments, **how):
+    return subprocess.run(
+        [sys.executable, "-m", "harmonica.demo", *arguments], capture_output=True, text=True, check=False, **how
+    )
+
+
+def test_the_demo_trains_measures_and_saves(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "HELD_OUT", 20)
+    monkeypatch.setattr(demo, "TIMED", 2)
+    out = tmp_path / "with space"
+    assert demo.main(["--steps", "4", "--iterations", "20", "--out", str(out)]) == 0
+    names = ["error.png", "images.png", "lambda.png", "router.png", "schedule.json"]
+    assert sorted(p.name for p in out.iterdir()) == names
+    schedule = Schedule.load(out / "schedule.json")
+    assert (schedule.steps, schedule.model, schedule.sampler) == (4, "tiny", "ddim")
+    # and again with the schedule it saved, on another number of steps and on the same
+    again = ["--schedule", str(out / "schedule.json"), "--out", str(tmp_path / "again")]
+    assert demo.main(["--steps", "4", *again]) == 0
+    assert Schedule.load(tmp_path / "again" / "schedule.json") == schedule
+    assert demo.main(["--steps", "5", *again]) == 2
+
+
+def test_the_demos_table_shows_theory_and_clock_side_by_side(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "HELD_OUT", 20)
+    monkeypatch.setattr(demo, "TIMED", 2)
+    names = [f"blocks.{i}.{kind}" for i in range(8) for kind in ("attn", "mlp")]
+    Schedule([[1] * 16, [0] * 16, [1] * 16, [0] * 16], sites=tuple(names)).save(tmp_path / "s.json")
+    assert demo.main(["--steps", "4", "--schedule", str(tmp_path / "s.json"), "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"CUR\)\s+50.0%", said)
+    for row in (
+        "theoretical speedup",
+        "measured speedup",
+        "measured / theoretical",
+        "image error",
+        "keeping their label",
+    ):
+        assert row in said
+    assert str(tmp_path) in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "dalle"], "model is 'dalle'"),
+        (["--model", "dit-xl"], "--model dit-xl needs weights"),
+        (["--steps", "0"], "steps is 0"),
+        (["--steps", "twenty"], "invalid int value: 'twenty'"),
+        (["--schedule", "no such file.json"], "no such file.json: no such file"),
+        (["--out", "/dev/null/here"], "Not a directory"),
+        (["--tau", "1.5"], "--tau 1.5"),
+        (["--device", "teapot"], "teapot"),
+        (["--unknown"], "unrecognized arguments: --unknown"),
+    ],
+)
+def test_bad_input_is_one_line_on_stderr_and_exit_code_2(arguments, message, capsys):
+    try:
+        code = demo.main(arguments)
+    except SystemExit as exit:  # argparse's way
+        code = exit.code
+    said = capsys.readouterr()
+    assert code == 2
+    assert len(said.err.splitlines()) == 1
+    assert message in said.err
+    assert said.out == ""
+
+
+def test_a_schedule_for_another_number_of_steps_is_refused_before_anything_runs(tmp_path):
+    Router(7, 16).schedule().save(tmp_path / "s.json")
+    done = command("--schedule", str(tmp_path / "s.json"), "--out", str(tmp_path / "out"))
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "7 steps" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_names_every_option():
+    said = command("--help")
+    assert said.returncode == 0
+    for option in ("model", "steps", "iterations", "beta", "tau", "seed", "schedule", "out", "device", "help"):
+        assert f"--{option}" in said.stdout
+
+
+def test_a_plain_ascii_terminal_will_do(tmp_path):
+    environment = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0", "PATH": ""}
+    done = command("--model", "dalle", env=environment)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+# ---------------------------------------------------------------------------------------------- plots
+
+
+def test_every_plot_has_labelled_axes_and_says_the_cur(tmp_path):
+    names = [f"blocks.{i}.{kind}" for i in range(3) for kind in ("attn", "mlp")]
+    router = Router(5, names)
+    images = torch.rand(4, 1, 8, 8) * 2 - 1
+    walk = [images * k for k in range(5)]
+    figures = {
+        "heat": plots.router_heatmap(router.schedule(0.5)),
+        "soft": plots.router_heatmap(router(), names),
+        "images": plots.comparison(images, images + 0.1, labels=range(4)),
+        "sheet": plots.sheet(images),
+        "error": plots.error_along_walk(walk, {"a": [x + 0.1 for x in walk]}),
+        "lambda": plots.lambda_per_step({"a": torch.tensor([0.0, 1e-3, 1e-5])}),
+    }
+    for name, figure in figures.items():
+        assert isinstance(figure, Figure)
+        figure.savefig(tmp_path / f"{name}.png")
+    heat = figures["heat"]
+    assert "CUR" in heat.get_suptitle()
+    assert [ax.get_title() for ax in heat.axes[:2]] == ["attention", "feed-forward"]
+    assert heat.axes[0].get_ylabel() == "block"
+    for name in ("error", "lambda"):
+        ax = figures[name].axes[0]
+        assert ax.get_xlabel() == "executed step k"
+        assert ax.get_ylabel()
+
+
+# ---------------------------------------------------------------------------------------------- README
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_every_command_of_the_readme_exists():
+    lines = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert len(lines) > 4
+    for line in filter(None, lines):
+        if line.startswith("make"):
+            assert line.split()[1] in targets, line
+        elif "harmonica.demo" in line:
+            demo.parser().parse_args(line.split("harmonica.demo")[1].split())
+        elif match := re.search(r"python (\S+\.py)", line):
+            assert (ROOT / match[1]).is_file(), line
+        elif match := re.search(r"-m (harmonica\S*)", line):
+            assert (ROOT / (match[1].replace(".", "/") + ".py")).is_file(), line
+        else:
+            assert line.startswith(("git clone", "cd ", "python3 -m venv", ".venv/bin/pip", ".venv/bin/python")), line
+
+
+def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    for block in blocks("python"):
+        exec(re.sub(r"iterations=\d+", "iterations=20", block), scope)  # fewer updates, the same lines
+    assert scope["schedule"].steps == 20
+
+
+def test_every_link_of_the_readme_leads_somewhere():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!http)([^)#]+)", text):
+        assert (ROOT / target).exists(), target
+
+
+def test_every_result_file_says_machine_and_command():
+    files = list((ROOT / "benchmarks" / "results").glob("*.json"))
+    assert files
+    for path in files:
+        result = json.loads(path.read_text())
+        assert result["command"].startswith("python benchmarks/")
+        assert {"cpu", "cores", "torch"} <= set(result["machine"])
+        assert (ROOT / result["command"].split()[1]).is_file()

@@ -1,0 +1,45 @@
+"""Golden numbers: what the authors' released code computed, computed by ours."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from golden import LIMIT, Recording
+
+HERE = Path(__file__).parent
+FILES = sorted((HERE / "data").glob("golden_*.safetensors"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_record_of_the_authors_code_is_reproduced(path):
+    errors = dict(Recording(path).errors())
+    assert len(errors) == 13
+    assert max(errors.values()) <= LIMIT, errors
+
+
+def test_training_moved_the_golden_logits():
+    recording = Recording(FILES[0])
+    before, after = recording.tensors["official_logits"], recording.tensors["sdt.trained_official_logits"]
+    assert float((before - after).norm() / before.norm()) > 50 * LIMIT
+
+
+def test_the_golden_command_prints_a_line_for_each_record_and_fails_on_a_wrong_one(tmp_path):
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    def run(path):
+        command = [sys.executable, str(HERE / "golden.py"), str(path)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    good = run(FILES[0])
+    assert good.returncode == 0
+    assert len(good.stdout.splitlines()) == 13
+    with safe_open(FILES[0], framework="pt") as file:
+        tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+    tensors["lambda.telescoping_mean"] = tensors["lambda.telescoping_mean"] * torch.tensor(1.001)
+    save_file(tensors, tmp_path / "wrong.safetensors", metadata)
+    assert run(tmp_path / "wrong.safetensors").returncode == 1

@@ -1,0 +1,210 @@
+"""Router and Schedule: the table, its files, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import FrozenInstanceError, replace
+
+import pytest
+import torch
+from conftest import make, seeds, start, tables
+from hypothesis import given
+from hypothesis import strategies as st
+
+from harmonica import Macs, Router, Schedule, sample
+
+FACTS = {"timesteps": (999, 500, 0), "model": "small", "sampler": "ddim", "guidance": 1.5}
+
+
+def test_row_zero_is_the_constant_one_and_not_a_parameter():
+    router = Router(5, 3)
+    assert router()[0].tolist() == [1.0, 1.0, 1.0]
+    assert sum(p.numel() for p in router.parameters()) == 4 * 3
+    router().sum().backward()
+    assert all(row.grad is not None for row in router.rows)
+
+
+@given(st.integers(1, 6), st.integers(1, 6), seeds)
+def test_a_saved_router_is_the_same_table(tmp_path_factory, steps, sites, seed):
+    path = tmp_path_factory.mktemp("router") / "a router.safetensors"
+    router = Router(steps, sites, generator=torch.Generator().manual_seed(seed), about={"model": "small"})
+    router.save(path)
+    again = Router.load(path)
+    assert torch.equal(router(), again())
+    assert (again.sites, again.about) == (router.sites, router.about)
+
+
+@given(tables(), st.text(max_size=8))
+def test_a_saved_schedule_is_the_same_table(tmp_path_factory, schedule, model):
+    path = tmp_path_factory.mktemp("schedule") / "s.json"
+    schedule = replace(schedule, model=model, timesteps=(999, 666, 333, 0), threshold=0.1, provenance={"seed": 1})
+    schedule.save(path)
+    assert Schedule.load(path) == schedule
+
+
+def test_a_schedule_file_is_readable_and_small(tmp_path):
+    sites = [f"blocks.{i}.{kind}" for i in range(28) for kind in ("attn", "mlp")]
+    Router(50, sites, about={"model": "dit-xl", "timesteps": tuple(range(50))}).schedule().save(tmp_path / "s.json")
+    text = (tmp_path / "s.json").read_text()
+    assert len(text) < 3000 * 50 * 56 / 1000
+    assert text.isascii()
+    assert '  "blocks.3.attn": "1' in text
+
+
+def test_a_schedule_equals_only_itself():
+    one = Schedule([[1, 1], [0, 1]], **{**FACTS, "timesteps": ()})
+    assert one == Schedule([[1, 1], [0, 1]], **{**FACTS, "timesteps": ()})
+    assert one != replace(one, model="other")
+    assert one != Schedule([[1, 1], [1, 1]], **{**FACTS, "timesteps": ()})
+    assert one != "a schedule"
+
+
+def test_a_schedule_is_frozen_and_shares_no_memory():
+    table = torch.ones(2, 2, dtype=torch.bool)
+    schedule = Schedule(table)
+    table[1] = False
+    assert schedule.cur == 0.0
+    with pytest.raises(FrozenInstanceError):
+        schedule.compute = table
+
+
+def test_cur_and_speedup_by_hand():
+    schedule = Schedule([[1, 1], [0, 1], [0, 0], [1, 0]])
+    assert schedule.cur == 0.5
+    macs = Macs(torch.tensor([3.0, 6.0], dtype=torch.float64), rest=1.0)
+    assert schedule.speedup(macs) == 4 * 10 / (10 + 7 + 1 + 4)
+    assert Schedule([[1, 1]]).speedup(macs) == 1.0
+    with pytest.raises(ValueError, match="macs counts 2 sites and the schedule has 3"):
+        Schedule([[1, 1, 1]]).speedup(macs)
+
+
+@pytest.mark.parametrize(
+    ("table", "facts", "message"),
+    [
+        ([[1, 0], [1, 1]], {"sites": ("a", "b")}, "step 0 reuses b, but nothing is cached yet"),
+        ([[1, 1], [0.5, 1]], {}, "entries other than 0 and 1"),
+        ([[1.0, float("nan")]], {}, "entries other than 0 and 1"),
+        (torch.ones(0, 3), {}, r"shape \(0, 3\)"),
+        ([1, 1], {}, r"shape \(2,\)"),
+        ([[1, 1]], {"sites": ("a",)}, "1 distinct site names"),
+        ([[1, 1]], {"sites": ("a", "a")}, "1 distinct site names"),
+        ([[1, 1]], {"timesteps": (1, 2)}, "2 timesteps"),
+    ],
+)
+def test_an_impossible_schedule_is_refused(table, facts, message):
+    with pytest.raises(ValueError, match=message):
+        Schedule(table, **facts)
+
+
+@pytest.mark.parametrize("tau", [-0.1, 1.0, 2.0, float("nan")])
+def test_tau_outside_zero_to_one_is_refused(tau):
+    with pytest.raises(ValueError, match="tau is"):
+        Router(3, 2).schedule(tau)
+
+
+def test_a_router_without_steps_sites_or_numbers_is_refused():
+    for steps, sites in ((0, 3), (3, 0), (3, [])):
+        with pytest.raises(ValueError, match="needs a step and a site"):
+            Router(steps, sites)
+    with pytest.raises(ValueError, match=r"\(2, 2\)"):
+        Router(3, 2, logits=torch.zeros(3, 2))
+    with pytest.raises(ValueError, match="finite"):
+        Router(3, 2, logits=torch.full((2, 2), float("nan")))
+    router = Router(3, 2)
+    router.rows[0].data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="not numbers; its training diverged"):
+        router.schedule()
+
+
+def test_a_schedule_refuses_another_run():
+    d = make()
+    x, y = start(d)
+    router = Router(4, d.sites, about=d.about)
+    fits = router.schedule()
+    sample(d, x, y, fits)
+    sample(d, x, y, Schedule(fits.compute))  # without names and timesteps it fits by its shape
+    for wrong, message in (
+        (Router(5, d.sites).schedule(), "this schedule has 5 steps .*the run has 4; run 5 or train a schedule for 4"),
+        (Router(4, 4).schedule(), None),
+        (Router(4, 6).schedule(), "6 sites, site0 … site5, the model has 4, blocks.0.attn"),
+        (replace(fits, sites=("a", "b", "c", "d")), "4 sites, a … d, the model has 4, blocks.0.attn"),
+        (replace(fits, timesteps=(9, 8, 7, 0)), "made at timesteps 9 … 0"),
+    ):
+        if message is None:
+            sample(d, x, y, wrong)
+        else:
+            with pytest.raises(ValueError, match=message):
+                sample(d, x, y, wrong)
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+def test_a_missing_file_is_named(tmp_path):
+    for load in (Schedule.load, Router.load):
+        with pytest.raises(FileNotFoundError, match=r"nothing here: no such file"):
+            load(tmp_path / "nothing here")
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    for table in (Router(2, 2), Router(2, 2).schedule()):
+        with pytest.raises(FileNotFoundError, match="no such folder; make it"):
+            table.save(tmp_path / "not" / "there")
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_give_a_clear_error(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("bytes") / "file"
+    path.write_bytes(data)
+    for load in (Schedule.load, Router.load):
+        with pytest.raises(ValueError, match=r"file"):
+            load(path)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(st.sampled_from(["compute", "timesteps", "model", "guidance", "provenance", "threshold", "extra"]), json_values)
+def test_any_value_in_a_schedule_file_loads_or_is_refused(tmp_path_factory, key, value):
+    path = tmp_path_factory.mktemp("json") / "s.json"
+    Schedule([[1, 1], [0, 1]], model="m").save(path)
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps({**data, key: value}))
+    try:
+        assert str(Schedule.load(path))
+    except ValueError as error:
+        assert "is not a valid schedule" in str(error)  # noqa: PT017 (either outcome is right)
+
+
+@pytest.mark.parametrize("cut", [0.1, 0.5, 0.9, 0.99])
+def test_a_truncated_file_is_refused(tmp_path, cut):
+    Router(3, 2).save(tmp_path / "r")
+    Router(3, 2).schedule().save(tmp_path / "s")
+    for name, load in (("r", Router.load), ("s", Schedule.load)):
+        whole = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(whole[: int(len(whole) * cut)])
+        with pytest.raises(ValueError, match="is not"):
+            load(tmp_path / name)
+
+
+def test_a_file_that_could_not_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "s.json"
+    old = Schedule([[1, 1]], model="old")
+    old.save(path)
+
+    def full(self, text, **_):
+        with open(self, "w") as file:  # noqa: PTH123
+            file.write(text[:10])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        Schedule([[1, 1]], model="new").save(path)
+    monkeypatch.undo()
+    assert Schedule.load(path) == old
+    assert os.listdir(tmp_path) == ["s.json"]  # noqa: PTH208
