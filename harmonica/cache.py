@@ -11,7 +11,7 @@ every site asks a *gate* for its output:
     r         scores of one step, 1 = compute, 0 = reuse                                            (N,)
     τ (tau)   a score above it computes at inference, and renews the cache in training
 
-This file does not know steps, samplers, routers or losses. The model gains nothing that outlives the `with`.
+This file does not know steps, samplers, routers or losses.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def reuse(row: Tensor | Sequence[bool], cache: Cache) -> Gate:
 
 
 def blend(r: Tensor, cache: Cache, tau: float) -> Gate:
-    """Return the gate of training: the output is r·fresh + (1−r)·cached (paper, Sec. 3).
+    """Return the gate of training: the output is r·fresh + (1−r)·cached (paper, "Router").
 
     The blended feature, detached, replaces the cached one where r > τ: gradients reach the scores of this step through
     this step's features only. At r = 1 and r = 0 this is `reuse`, bit for bit.

@@ -96,22 +96,22 @@ class Run:
         self.updates, self.trajectory = self.updates + 1, trajectory
 
     def _note(self) -> None:
-        """Note the state between two trajectories."""
-        self._state: dict[str, Tensor] = {"state.logits": self.router.logits, "state.lam": self.lam.clone()}
+        """Note the state between two trajectories, all of it or, if interrupted, nothing."""
+        state = {"state.logits": self.router.logits, "state.lam": self.lam.clone()}
         for k, row in enumerate(self.router.rows):
             for name, value in self.optimizer.state.get(row, {}).items():
-                self._state[f"state.optimizer.{k}.{name}"] = value.clone()
-        self._state["state.generator"] = self.generator.get_state()
-        self._counts = {"updates": self.updates, "trajectory": self.trajectory}
+                state[f"state.optimizer.{k}.{name}"] = value.clone()
+        state["state.generator"] = self.generator.get_state()
+        self._noted = state, {"updates": self.updates, "trajectory": self.trajectory, "settings": self.settings}
 
     def save(self, *, interrupted: bool = False) -> None:
         """Write the router and the state noted last; of an interrupted trajectory the router at its start."""
         if self.path is None:
             return
-        router = self.router
+        router, (state, facts) = self.router, self._noted
         if interrupted:
-            router = Router(router.steps, router.sites, logits=self._state["state.logits"], about=router.about)
-        write_router(router, self.path, self._state, {**self._counts, "settings": self.settings})
+            router = Router(router.steps, router.sites, logits=state["state.logits"], about=router.about)
+        write_router(router, self.path, state, facts)
         self.written = self.updates
 
     def _restore(self, path: StrPath) -> None:
@@ -123,14 +123,20 @@ class Run:
         changed = [f"{key} {then.get(key)} -> {now[key]}" for key in now if now[key] != then.get(key)]
         if changed:
             raise ValueError(f"{path} was trained with other settings ({'; '.join(changed)}); resume with the same")
-        with torch.no_grad():
-            for k, row in enumerate(self.router.rows):
-                row.copy_(tensors["state.logits"][k])
-                prefix = f"state.optimizer.{k}."
-                moments = {key.removeprefix(prefix): v for key, v in tensors.items() if key.startswith(prefix)}
-                # Moments live beside their row; the step count stays on the CPU, where AdamW keeps it.
-                self.optimizer.state[row] = {key: v if key == "step" else v.to(row) for key, v in moments.items()}
-            self.lam.copy_(tensors["state.lam"])
-        self.generator.set_state(tensors["state.generator"])
-        self.updates, self.trajectory = facts["updates"], facts["trajectory"]
+        try:
+            self._set(tensors)
+            self.updates, self.trajectory = int(facts["updates"]), int(facts["trajectory"])
+        except (LookupError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{path} is a damaged checkpoint: {type(error).__name__}: {error}") from None
         self.written = self.updates
+
+    @torch.no_grad()
+    def _set(self, tensors: dict[str, Tensor]) -> None:
+        for k, row in enumerate(self.router.rows):
+            row.copy_(tensors["state.logits"][k])
+            prefix = f"state.optimizer.{k}."
+            moments = {key.removeprefix(prefix): v for key, v in tensors.items() if key.startswith(prefix)}
+            if moments:  # they live beside their row; the step count stays on the CPU, where AdamW keeps it
+                self.optimizer.state[row] = {key: v if key == "step" else v.to(row) for key, v in moments.items()}
+        self.lam.copy_(tensors["state.lam"])
+        self.generator.set_state(tensors["state.generator"])

@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         print(f"python -m harmonica.demo: {stop or 'stopped'}", file=sys.stderr)
         return 130
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, ArithmeticError) as error:
         print(f"python -m harmonica.demo: {error}", file=sys.stderr)
         return 2
     return 0
@@ -91,7 +91,10 @@ def _denoiser(args: argparse.Namespace) -> DiTDenoiser:
     if not 0.0 <= args.tau < 1.0 or args.beta < 0.0 or args.iterations < 1:
         found = f"--tau {args.tau} --beta {args.beta} --iterations {args.iterations}"
         raise ValueError(f"found {found}; expected 0 <= tau < 1, beta >= 0, iterations >= 1")
-    return load(args.model, steps=args.steps, device=args.device)
+    try:
+        return load(args.model, steps=args.steps, device=args.device)
+    except (AssertionError, RuntimeError) as error:  # what torch raises for a device that is not there
+        raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
 
 
 def _make_writable(folder: Path) -> None:

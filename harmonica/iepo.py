@@ -1,4 +1,4 @@
-"""IEPO, the image-error-proxy-guided objective (paper, Sec. 4.2): λ, and the loss that it weighs.
+"""IEPO, the image-error-proxy-guided objective (paper, L_IEPO): λ, and the loss that it weighs.
 
 What matters is the final image, but a step's loss sees only that step's output. The proxy λ⁽ᵏ⁾ says what reuse at
 step k does to the image at the end:
@@ -31,7 +31,7 @@ Proxy = Literal["leave-one-out", "telescoping"]
 def image_error(
     denoiser: Denoiser, r: Tensor, x: Tensor, cond: Any, *, tau: float = 0.1, mode: Proxy = "leave-one-out"
 ) -> Tensor:
-    """Return λ, what reuse at each step does to the final image (paper, Sec. 4.2).
+    """Return λ, what reuse at each step does to the final image (paper, "image error proxy").
 
     leave-one-out   λ⁽ᵏ⁾ = mean (x₀ − x₀⁽ᵏ⁾)²: the image under r against the one with reuse disabled at k alone.
     telescoping     λ⁽ᵏ⁾ = mean (y⁽ᵏ⁾ − y⁽ᵏ⁻¹⁾)²: y⁽ᵏ⁾ has rows 0 … k of r and computes afterwards (released code).
@@ -74,7 +74,7 @@ def image_error(
 
 
 def objective(out: Tensor, target: Tensor, r: Tensor, lam: Tensor | float, beta: float) -> Tensor:
-    """Return λ·MSE(out, target) + β·Σᵢ rᵢ, the loss of one step (paper, Sec. 4.2; λ = 1 is plain SDT).
+    """Return λ·MSE(out, target) + β·Σᵢ rᵢ, the loss of one step (paper, L_IEPO; λ = 1 is plain SDT).
 
     Args:
         out: prediction with reuse, any shape.

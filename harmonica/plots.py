@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
@@ -42,12 +43,13 @@ def router_heatmap(table: Schedule | Tensor, sites: Sequence[str] = (), *, title
     values = table.compute.float() if isinstance(table, Schedule) else table.detach().float().cpu()  # (T, N)
     names = table.sites if isinstance(table, Schedule) else sites
     kinds = _kinds(names)
+    colours = colormaps["cividis_r"].resampled(2 if hard else 256)
     tall = max(len(columns) for columns in kinds.values())
     fig = Figure(figsize=(1.5 + 0.16 * len(values) * len(kinds), 1.6 + 0.16 * tall), layout="constrained")
     axes = fig.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
     for ax, (kind, columns) in zip(axes, kinds.items(), strict=True):
         image = ax.imshow(
-            values[:, columns].T.numpy(), cmap="cividis_r", vmin=0, vmax=1, aspect="auto", interpolation="none"
+            values[:, columns].T.numpy(), cmap=colours, vmin=0, vmax=1, aspect="auto", interpolation="none"
         )
         ax.set(xlabel="executed step k", title=_TITLES.get(kind, kind))
         ax.set_xticks([i - 0.5 for i in range(1, len(values))], minor=True)
@@ -59,7 +61,7 @@ def router_heatmap(table: Schedule | Tensor, sites: Sequence[str] = (), *, title
     axes[0].set_ylabel("block")
     bar = fig.colorbar(image, ax=axes, shrink=0.9)
     if hard:
-        bar.set_ticks([0, 1], labels=["reuse", "compute"])
+        bar.set_ticks([0.25, 0.75], labels=["reuse", "compute"])
     else:
         bar.set_label("score r (1 computes)")
     reused = f"CUR {table.cur:.1%}" if isinstance(table, Schedule) else f"mean score {float(values.mean()):.2f}"
@@ -107,7 +109,7 @@ def sheet(images: Tensor, *, columns: int = 10, title: str = "") -> Figure:
 
 
 def error_along_walk(plain: Sequence[Tensor], walks: Mapping[str, Sequence[Tensor]]) -> Figure:
-    """Draw the mean squared error of x after each step, against the same walk without a cache (paper, Fig. 3).
+    """Draw the mean squared error of x after each step, against the same walk without a cache (a figure of the paper).
 
     Args:
         plain: x (B, C, H, W) after each of T steps, without a cache.

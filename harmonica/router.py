@@ -88,7 +88,7 @@ class Schedule:
 
     @property
     def cur(self) -> float:
-        """Cache utilisation ratio, 0 … 1: the share of the table that is reused (paper, Sec. 5)."""
+        """Cache utilisation ratio, 0 … 1: the share of the table that is reused (paper, "CUR")."""
         return int((~self.compute).sum()) / self.compute.numel()
 
     def speedup(self, macs: Macs) -> float:
@@ -131,7 +131,7 @@ class Schedule:
 
 
 class Router(nn.Module):
-    """The table while it is learned: `router()` is r, (T, N) in (0, 1), row 0 the constant one (paper, Sec. 3).
+    """The table while it is learned: `router()` is r, (T, N) in (0, 1), row 0 the constant one (paper, "Router").
 
     Each row is a parameter with an optimizer state of its own, so it moves only when its step is trained.
 
@@ -184,7 +184,7 @@ class Router(nn.Module):
         return torch.stack([self.row(k) for k in range(self.steps)])
 
     def schedule(self, tau: float = 0.1) -> Schedule:
-        """Freeze the table: compute where r > τ, 0 ≤ τ < 1 (paper, Sec. 3)."""
+        """Freeze the table: compute where r > τ, 0 ≤ τ < 1 (paper, "Router")."""
         if not 0.0 <= tau < 1.0:
             raise ValueError(f"tau is {tau}; it must be at least 0 (compute all) and below 1 (where nothing computes)")
         r = self().detach().cpu()

@@ -1,4 +1,4 @@
-"""SDT, step-wise denoising training (paper, Sec. 4.1, Algorithm 1).
+"""SDT, step-wise denoising training (paper, Algorithm 1).
 
 The table is trained on the trajectory that it will be used on: from pure noise, the student takes every sampler step,
 so row k is trained on the errors that reuse at earlier steps has made. No image is needed.
@@ -78,8 +78,7 @@ def sdt(
         lam: (T,) λ to continue with, changed in place; ones if None.
         trajectory: number of the first one, when continuing.
 
-    Raises ValueError if router and denoiser do not fit or a setting is out of range, FloatingPointError if a loss is
-    not finite.
+    Raises ValueError if router and denoiser do not fit, FloatingPointError if a loss is not finite.
     """
     if (router.steps, len(router.sites)) != (denoiser.steps, len(denoiser.sites)):
         mine, theirs = f"{router.steps} × {len(router.sites)}", f"{denoiser.steps} × {len(denoiser.sites)}"
@@ -167,7 +166,8 @@ def train_sdt(
     with run, closing(updates), tqdm(total=iterations, initial=run.updates, unit="update", disable=quiet) as bar:
         for update in islice(updates, left):
             run.count(update.trajectory + (update.k == denoiser.steps - 1))
-            faster = f"{run.router.schedule(tau).speedup(cost):.2f}x"
-            bar.set_postfix(loss=f"{update.loss:.2e}", CUR=f"{update.cur:.1%}", speedup=faster, refresh=False)
+            if not bar.disable:
+                faster = f"{run.router.schedule(tau).speedup(cost):.2f}x"
+                bar.set_postfix(loss=f"{update.loss:.2e}", CUR=f"{update.cur:.1%}", speedup=faster, refresh=False)
             bar.update()
     return run.router

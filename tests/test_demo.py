@@ -68,7 +68,8 @@ def test_the_demos_table_shows_theory_and_clock_side_by_side(tmp_path, capsys, m
         (["--schedule", "no such file.json"], "no such file.json: no such file"),
         (["--out", "/dev/null/here"], "Not a directory"),
         (["--tau", "1.5"], "--tau 1.5"),
-        (["--device", "teapot"], "teapot"),
+        (["--device", "teapot"], "--device teapot: "),
+        (["--device", "cuda:99"], "--device cuda:99: "),
         (["--unknown"], "unrecognized arguments: --unknown"),
     ],
 )

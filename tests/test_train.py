@@ -14,7 +14,7 @@ from conftest import make
 
 from harmonica import Router, train_sdt
 from harmonica.checkpoint import Run
-from harmonica.files import read_tensors
+from harmonica.files import read_tensors, write_tensors
 
 QUICK = {"batch_size": 2, "beta": 1e-4, "lr": 0.05, "refresh_every": 2, "progress": False}
 
@@ -96,6 +96,11 @@ def test_resuming_refuses_what_it_cannot_continue(tmp_path):
         router_of(d, 6, checkpoint=path, resume=True, beta=0.1)
     with pytest.raises(ValueError, match="steps 4 -> 5"):
         router_of(make(5, dtype=torch.float32), 6, checkpoint=path, resume=True)
+    tensors, facts = read_tensors(path)
+    for broken in (({**tensors, "state.lam": torch.ones(9)}, facts), (tensors, {**facts, "updates": None})):
+        write_tensors(path, *broken)
+        with pytest.raises(ValueError, match="is a damaged checkpoint"):
+            router_of(d, 6, checkpoint=path, resume=True)
     Router(4, d.sites).save(path)
     with pytest.raises(ValueError, match="without the state of its training"):
         router_of(d, 6, checkpoint=path, resume=True)
