@@ -1,4 +1,4 @@
-"""What λ is worth: image error of SDT with λ = 1, with the paper's λ and with the released code's, at equal CUR.
+"""What λ is worth: image error of SDT with λ = 1, with the paper's λ, with others, at equal CUR.
 
     python benchmarks/ablation.py                      all of it, half an hour on two cores
     python benchmarks/ablation.py --updates 40 --seeds 1   to see it run
@@ -14,7 +14,7 @@ import argparse
 import json
 import math
 from concurrent.futures import ProcessPoolExecutor
-from itertools import pairwise
+from itertools import count, islice, pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,13 +22,14 @@ from typing import Any
 import torch
 from record import RESULTS, record
 
-from harmonica import Router, sample, train_sdt
+from harmonica import Denoiser, Router, image_error, sample, sdt, train_sdt
 from harmonica.metrics import image_mse
 from harmonica.models import load
 
 WAYS: dict[str, tuple[Any, tuple[float, ...]]] = {
     "sdt, lambda = 1": (None, (1e-4, 2e-4, 4e-4, 1e-3, 2e-3)),
     "sdt + iepo (leave-one-out)": ("leave-one-out", (3e-8, 1e-7, 3e-7, 1e-6, 2e-6)),
+    "sdt, lambda / mse": ("relative", (3e-5, 1e-4, 3e-4)),
     "sdt + iepo (telescoping)": ("telescoping", (3e-8, 1e-7, 3e-7, 1e-6, 2e-6)),
 }
 HELD_OUT = 500
@@ -42,6 +43,9 @@ def train(job: tuple[str, float, int, int, float, Path]) -> dict[str, Any]:
     path = out / f"{way.replace(' ', '_')}-{beta:g}-{seed}-{updates}-{lr:g}.safetensors"
     if path.exists():
         router = Router.load(path)
+    elif WAYS[way][0] == "relative":
+        router = train_relative(denoiser, beta, seed, updates, lr)
+        router.save(path)
     else:
         router = train_sdt(
             denoiser, iterations=updates, batch_size=8, beta=beta, lr=lr, refresh_every=10, proxy=WAYS[way][0],
@@ -53,6 +57,21 @@ def train(job: tuple[str, float, int, int, float, Path]) -> dict[str, Any]:
     error = image_mse(sample(denoiser, x, labels, schedule), sample(denoiser, x, labels))
     undecided = float(((r > 0.05) & (r < 0.95)).float().mean())
     return {"way": way, "seed": seed, "beta": beta, "cur": schedule.cur, "error": error, "undecided": undecided}
+
+
+def train_relative(denoiser: Denoiser, beta: float, seed: int, updates: int, lr: float) -> Router:
+    """Train with fixed weights λ / MSE, what a unit of error at step k does to the image, taken on the first noise."""
+    generator = torch.Generator().manual_seed(seed)
+    router = Router(denoiser.steps, denoiser.sites, generator=generator)
+    x, labels = denoiser.draw(8, generator)
+    lam = image_error(denoiser, router(), x, labels)
+    still = Router(denoiser.steps, denoiser.sites, logits=router.logits)
+    for update in sdt(denoiser, still, [(x, labels)], lr=0.0, proxy=None):
+        lam[update.k] /= update.mse
+    noise = (denoiser.draw(8, generator) for _ in count())
+    for _ in islice(sdt(denoiser, router, noise, beta=beta, lr=lr, proxy=None, lam=lam), updates):
+        pass
+    return router
 
 
 def at(cur: float, runs: list[dict[str, Any]]) -> float | None:

@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from harmonica import Router, Schedule, blend, denoise, gated, image_error, objective, reuse, sdt
+from harmonica import Router, Schedule, denoise, image_error, reuse, sdt
 from harmonica.cache import Cache
 from harmonica.models.dit import DiT, DiTDenoiser
 from harmonica.samplers import DDIM
@@ -57,22 +57,22 @@ class Recording:
         return torch.stack(xs), torch.stack([out[: len(self.noise)] for out in outs])
 
     def one_trajectory(self) -> dict[str, Tensor]:
-        """Run one SDT trajectory with the logits held fixed and λ = 1."""
+        """Run one trajectory of `sdt` with λ = 1 and a learning rate of 0, which holds the logits fixed."""
         d, c, router = self.denoiser, self.config, self.router()
-        x, cache, memory = self.noise, Cache(), {}
-        xs, mse, l1, grad = [x], [], [], []
-        for k in range(d.steps):
-            r = router.row(k)
-            with torch.set_grad_enabled(k > 0), gated(d.sites, blend(r, cache, c["threshold"])):
-                out = d.predict(x, k, self.labels)
-            if k > 0:
-                target = d.predict(x, k, self.labels)
-                loss = objective(out, target, r, 1.0, c["beta"])
-                grad.append(torch.autograd.grad(loss, router.rows[k - 1])[0])
-                mse.append(objective(out, target, r, 1.0, 0.0).detach())
-                l1.append(r.detach().sum())
-            x = d.step(x, out.detach(), k, memory)
-            xs.append(x)
+        xs, mse, l1, grad, step = [self.noise], [], [], [], self.denoiser.step
+
+        def record(x: Tensor, out: Tensor, k: int, memory: dict[str, object]) -> Tensor:
+            xs.append(step(x, out, k, memory))
+            return xs[-1]
+
+        d.step = record  # type: ignore[method-assign]
+        noise = [(self.noise, self.labels)]
+        for update in sdt(d, router, noise, tau=c["threshold"], beta=c["beta"], lr=0.0, proxy=None):
+            row = router.rows[update.k - 1]
+            mse.append(torch.tensor(update.mse))
+            l1.append(torch.sigmoid(row.detach()).sum())
+            grad.append(row.grad.clone())
+        d.step = step  # type: ignore[method-assign]
         found = {"mse": mse, "l1": l1, "grad": grad, "x": xs}
         return {f"sdt.{key}": torch.stack(value) for key, value in found.items()}
 
