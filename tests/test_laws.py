@@ -310,6 +310,25 @@ def test_one_update_for_each_step_but_the_first(small):
     assert all(u.loss == pytest.approx(u.lam * u.mse + 1e-3 * 0, abs=1e-2) for u in updates)
 
 
+def test_each_trajectory_begins_with_an_empty_cache(small):
+    """A feature left from another trajectory would be of another batch, and not blend."""
+    router = Router(4, small.sites).double()
+    noise = [start(small, batch=2), start(small, batch=3)]
+    assert len(list(sdt(small, router, noise, proxy=None))) == 6
+
+
+def test_the_student_takes_the_step(small):
+    walked, step = [], small.step
+    small.step = lambda x, out, k, memory: walked.append((k, x)) or step(x, out, k, memory)
+    router = Router(4, small.sites, generator=torch.Generator().manual_seed(3)).double()
+    x, y = start(small)
+    list(sdt(small, router, [(x, y)], lr=0.0, proxy=None))
+    cache = {}
+    soft = [x, *denoise(small, x, y, lambda k: blend(router.row(k).detach(), cache, 0.1))]
+    assert all(torch.equal(x, soft[k]) for k, x in walked[:4])
+    assert not torch.equal(walked[3][1], list(denoise(small, x, y))[2])
+
+
 def test_the_teacher_never_touches_the_cache_and_asks_for_no_gradient(small):
     calls = counted(small)
     trained(small, n=1, proxy=None)
