@@ -14,6 +14,7 @@ It does not know the model, guidance, caches or routers.
 
 from __future__ import annotations
 
+from itertools import accumulate, repeat
 from typing import Any, Protocol
 
 import torch
@@ -71,7 +72,8 @@ def spaced_timesteps(steps: int, train_timesteps: int = TRAIN_TIMESTEPS) -> tupl
     if steps == 1:
         return (train_timesteps - 1,)
     stride = (train_timesteps - 1) / (steps - 1)
-    return tuple(round(i * stride) for i in reversed(range(steps)))
+    # Added up, not multiplied: where a timestep falls on a half, as at T = 21, rounding follows the original's sum.
+    return tuple(round(t) for t in accumulate(repeat(stride, steps - 1), initial=0.0))[::-1]
 
 
 class DDIM:

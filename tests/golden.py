@@ -108,7 +108,7 @@ class Recording:
             theirs = self.tensors[name].double()
             if ours.shape != theirs.shape:
                 raise ValueError(f"{name} has shape {tuple(theirs.shape)}; ours has {tuple(ours.shape)}")
-            yield name, float((ours.double() - theirs).norm() / theirs.norm())
+            yield name, float((ours.double() - theirs).norm() / (theirs.norm() or 1.0))
 
 
 def main() -> int:
@@ -116,11 +116,11 @@ def main() -> int:
     if len(sys.argv) != 2:
         print("usage: python tests/golden.py FILE", file=sys.stderr)
         return 2
-    worst = 0.0
+    wrong = 0
     for name, error in Recording(sys.argv[1]).errors():
         print(f"{name:32} {error:.2e}")
-        worst = max(worst, error)
-    return int(not worst <= LIMIT)
+        wrong += not error <= LIMIT  # a NaN is not
+    return int(wrong > 0)
 
 
 if __name__ == "__main__":

@@ -195,6 +195,11 @@ def test_timesteps_run_from_the_first_to_the_last_without_repeats(steps):
     assert list(timesteps) == sorted(timesteps, reverse=True)
 
 
+def test_timesteps_on_a_half_round_as_the_originals_sum_does():
+    assert spaced_timesteps(21)[10] == 499  # 10 · 49.95 is 499.5; the original's sum falls short of it
+    assert spaced_timesteps(31)[15] == 500
+
+
 def test_one_step_starts_from_pure_noise_and_zero_steps_are_refused():
     assert spaced_timesteps(1) == (999,)
     for steps in (0, -1, 1001):

@@ -192,6 +192,16 @@ def test_a_truncated_file_is_refused(tmp_path, cut):
             load(tmp_path / name)
 
 
+def test_a_reader_sees_the_old_file_or_the_new_one(tmp_path):
+    path = tmp_path / "s.json"
+    Schedule([[1, 1]] * 9, model="old").save(path)
+    with path.open() as reader:
+        half = reader.read(20)
+        Schedule([[1, 1]], model="new").save(path)
+        assert json.loads(half + reader.read())["model"] == "old"
+    assert Schedule.load(path).model == "new"
+
+
 def test_a_file_that_could_not_be_written_leaves_the_old_one(tmp_path, monkeypatch):
     path = tmp_path / "s.json"
     old = Schedule([[1, 1]], model="old")
