@@ -229,8 +229,10 @@ def test_a_model_copied_after_a_walk_is_a_plain_model(small):
     assert float(sample(twin, x, y).abs().sum()) != float(sample(small, x, y).abs().sum())
 
 
-def test_a_walk_leaves_gradients_as_they_were(small):
+def test_a_walk_takes_no_gradients_and_leaves_the_mode_as_it_was(small):
     x, y = start(small)
+    router, cache = Router(4, small.sites).double(), {}
+    assert not last(denoise(small, x, y, lambda k: blend(router.row(k), cache, 0.1))).requires_grad
     for _ in denoise(small, x, y):
         assert torch.is_grad_enabled()
 
