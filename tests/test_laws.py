@@ -154,6 +154,10 @@ def test_the_bundled_and_a_random_denoiser_keep_the_laws(small):
         (lambda d: d.model.train(), "training mode"),
         (lambda d: d.model.requires_grad_(True), "asks for a gradient"),
         (lambda d: setattr(d, "steps", 3), "a walk has"),
+        (
+            lambda d: [block.attn.register_forward_hook(lambda m, i, o: o.add_(1)) for block in d.model.blocks],
+            "in place",
+        ),
         (lambda d: setattr(d, "sites", {**d.sites, "unused": nn.Linear(1, 1)}), "asked once"),
         (lambda d: setattr(d, "step", lambda x, out, k, memory: x + torch.randn_like(x)), "global generator"),
         (lambda d: setattr(d, "step", lambda x, out, k, memory: x - x.mean()), "neighbours"),
