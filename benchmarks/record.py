@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -32,7 +33,7 @@ def machine() -> dict[str, Any]:
 
 def record(name: str, figures: dict[str, Any], to: Path = RESULTS) -> None:
     """Print the figures and write them to results/NAME.json."""
-    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     result = {"command": command, "date": time.strftime("%Y-%m-%d"), "machine": machine(), "figures": figures}
     to.mkdir(parents=True, exist_ok=True)
     (to / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")

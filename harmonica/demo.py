@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from harmonica.models import DiTDenoiser
 
-HELD_OUT = 250  # noises that the router was not trained on
+HELD_OUT = 500  # noises that the router was not trained on
 TIMED = 64  # of them in a timed batch
 
 
@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--steps", type=int, default=20, help="T, sampler steps (20)")
     p.add_argument("--iterations", type=int, default=1500, help="updates of the router (1500)")
     p.add_argument(
-        "--beta", type=float, default=2e-7, help="price of computing a site; more is faster and worse (2e-7)"
+        "--beta", type=float, default=1e-7, help="price of computing a site; more is faster and worse (1e-7)"
     )
     p.add_argument("--tau", type=float, default=0.1, help="a score above it computes (0.1)")
     p.add_argument("--seed", type=int, default=0, help="of training; the held-out noises are always the same (0)")
