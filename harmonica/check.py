@@ -9,9 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._pytree import tree_all, tree_map
 
-from harmonica.cache import Cache, gated, reuse
+from harmonica.cache import Cache, Gate, gated, reuse
 from harmonica.denoise import Denoiser, denoise, last
 
 
@@ -27,6 +28,21 @@ def check_denoiser(denoiser: Denoiser, *, batch_size: int = 2, seed: int = 0) ->
         AssertionError: naming the law that is broken.
     """
     x, cond = denoiser.draw(batch_size, torch.Generator().manual_seed(seed))
+    _each_site_is_asked_once(denoiser, x, cond)
+    _the_model_is_frozen(denoiser)
+    _cached_features_are_left_alone(denoiser, x, cond)
+    random_state = torch.get_rng_state()
+    plain = list(denoise(denoiser, x, cond))
+    assert torch.equal(random_state, torch.get_rng_state()), "the walk draws from torch's global generator"
+    assert len(plain) == denoiser.steps, f"a walk has {denoiser.steps} steps, not {len(plain)}"
+    _computing_everything_is_the_plain_model_also_from_a_fork(denoiser, x, cond, plain)
+    if isinstance(cond, Tensor):  # other conditions have no first half that we know of
+        alone = last(denoise(denoiser, x[:1], cond[:1]))
+        close = torch.allclose(alone, plain[-1][:1], rtol=1e-3, atol=1e-3)
+        assert close, "an image depends on its neighbours in the batch"
+
+
+def _each_site_is_asked_once(denoiser: Denoiser, x: Tensor, cond: Any) -> None:
     asked: list[int] = []
 
     def count(site: int, compute: Callable[[], Any]) -> Any:
@@ -36,38 +52,38 @@ def check_denoiser(denoiser: Denoiser, *, batch_size: int = 2, seed: int = 0) ->
     with torch.no_grad(), gated(denoiser.sites, count):
         denoiser.predict(x, 0, cond)
     assert sorted(asked) == list(range(len(denoiser.sites))), f"each site is asked once in a prediction, not {asked}"
+
+
+def _the_model_is_frozen(denoiser: Denoiser) -> None:
     for name, site in denoiser.sites.items():
         assert not any(p.requires_grad for p in site.parameters()), f"{name}: a weight asks for a gradient; freeze it"
         assert not site.training, f"{name} is in training mode; call eval() on the model"
 
-    everything = [True] * len(denoiser.sites)
+
+def _cached_features_are_left_alone(denoiser: Denoiser, x: Tensor, cond: Any) -> None:
     cache: Cache = {}
-    with torch.no_grad(), gated(denoiser.sites, reuse(everything, cache)):
-        denoiser.predict(x, 0, cond)
-    kept = tree_map(torch.clone, cache)
-    with torch.no_grad(), gated(denoiser.sites, reuse([False] * len(denoiser.sites), cache)):
-        denoiser.predict(x, 0, cond)
-    same = tree_map(torch.equal, kept, cache)
-    assert tree_all(bool, same), f"the model changes a cached feature in place: {same}"
+    kept: Cache = {}
+    for everything in (True, False):  # fill the cache, then read all of it
+        with torch.no_grad(), gated(denoiser.sites, reuse([everything] * len(denoiser.sites), cache)):
+            denoiser.predict(x, 0, cond)
+        kept = kept or tree_map(torch.clone, cache)
+    assert tree_all(bool, tree_map(torch.equal, kept, cache)), "the model changes a cached feature in place"
 
-    random_state = torch.get_rng_state()
-    plain = list(denoise(denoiser, x, cond))
-    assert torch.equal(random_state, torch.get_rng_state()), "the walk draws from torch's global generator"
-    assert len(plain) == denoiser.steps, f"a walk has {denoiser.steps} steps, not {len(plain)}"
 
-    cache, memory = {}, dict[str, Any]()
-    fork_at, fork = denoiser.steps // 2, (x, cache.copy(), memory.copy())
-    walk = denoise(denoiser, x, cond, lambda k: reuse(everything, cache), memory=memory)
+def _computing_everything_is_the_plain_model_also_from_a_fork(
+    denoiser: Denoiser, x: Tensor, cond: Any, plain: list[Tensor]
+) -> None:
+    def everything(cache: Cache) -> Callable[[int], Gate]:
+        return lambda k: reuse([True] * len(denoiser.sites), cache)
+
+    cache: Cache = {}
+    memory: dict[str, Any] = {}
+    at, fork = denoiser.steps // 2, (x, cache.copy(), memory.copy())
+    walk = denoise(denoiser, x, cond, everything(cache), memory=memory)
     for k, (one, other) in enumerate(zip(plain, walk, strict=True), start=1):
         assert torch.equal(one, other), f"computing everything differs from the plain model after step {k - 1}"
-        if k == fork_at:
+        if k == at:
             fork = (other, cache.copy(), memory.copy())
     x, cache, memory = fork
-    branch = denoise(denoiser, x, cond, lambda k: reuse(everything, cache), start=fork_at, memory=memory)
-    assert torch.equal(last(branch), plain[-1]), f"a walk forked at step {fork_at} ends elsewhere than the original"
-
-    if isinstance(cond, torch.Tensor) and batch_size > 1:
-        x, _ = denoiser.draw(batch_size, torch.Generator().manual_seed(seed))
-        alone = last(denoise(denoiser, x[:1], cond[:1]))
-        close = torch.allclose(alone, plain[-1][:1], rtol=1e-3, atol=1e-3)
-        assert close, "an image depends on its neighbours in the batch"
+    end = last(denoise(denoiser, x, cond, everything(cache), start=at, memory=memory))
+    assert torch.equal(end, plain[-1]), f"a walk forked at step {at} ends elsewhere than the original"
