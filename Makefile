@@ -43,6 +43,7 @@ bench: $(READY)      ## the figures in benchmarks/results (an hour; each script 
 	$(BIN)/python benchmarks/gate.py
 	$(BIN)/python benchmarks/update.py
 	$(BIN)/python benchmarks/tiny_model.py
+	$(BIN)/python benchmarks/sensitivity.py
 	$(BIN)/python benchmarks/ablation.py
 
 weights: $(READY)    ## train the bundled model again (an hour)

@@ -118,8 +118,8 @@ class Run:
         router, tensors, facts = read_router(path)
         if "settings" not in facts or "state.logits" not in tensors:
             raise ValueError(f"{path} is a router without the state of its training; it cannot be resumed")
-        now = {"steps": self.router.steps, "sites": list(self.router.sites), **self.settings}
-        then = {"steps": router.steps, "sites": list(router.sites), **facts["settings"]}
+        now = {**_belongs_to(self.router), **self.settings}
+        then = {**_belongs_to(router), **facts["settings"]}
         changed = [f"{key} {then.get(key)} -> {now[key]}" for key in now if now[key] != then.get(key)]
         if changed:
             raise ValueError(f"{path} was trained with other settings ({'; '.join(changed)}); resume with the same")
@@ -140,3 +140,9 @@ class Run:
                 self.optimizer.state[row] = {key: v if key == "step" else v.to(row) for key, v in moments.items()}
         self.lam.copy_(tensors["state.lam"])
         self.generator.set_state(tensors["state.generator"])
+
+
+def _belongs_to(router: Router) -> dict[str, Any]:
+    """Return what a router was made for, in a form that survives JSON."""
+    about = {key: list(v) if isinstance(v, tuple) else v for key, v in router.about.items() if key != "provenance"}
+    return {"steps": router.steps, "sites": list(router.sites), **about}

@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0, help="of training; the held-out noises are always the same (0)")
     p.add_argument("--schedule", type=Path, metavar="FILE", help="use this schedule instead of training")
     p.add_argument("--out", type=Path, default=Path("out/demo"), metavar="DIR", help="folder for results (out/demo)")
-    p.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
+    p.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (cpu)")
     return p
 
 
@@ -91,6 +91,8 @@ def _denoiser(args: argparse.Namespace) -> DiTDenoiser:
     if not 0.0 <= args.tau < 1.0 or args.beta < 0.0 or args.iterations < 1:
         found = f"--tau {args.tau} --beta {args.beta} --iterations {args.iterations}"
         raise ValueError(f"found {found}; expected 0 <= tau < 1, beta >= 0, iterations >= 1")
+    if args.device.split(":")[0] not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"--device {args.device}: expected cpu, cuda, cuda:N or mps")
     try:
         return load(args.model, steps=args.steps, device=args.device)
     except (AssertionError, RuntimeError) as error:  # what torch raises for a device that is not there
@@ -151,7 +153,8 @@ def _pictures(
     lams = {"leave-one-out": schedule.compute.float()}
     if router is not None:
         lams = {"soft, as trained": router().detach(), "hard, as run": schedule.compute.float()}
-    lams = {name: image_error(denoiser, r.to(x.device), few, kinds) for name, r in lams.items()}
+    tau = 0.1 if schedule.threshold is None else schedule.threshold
+    lams = {name: image_error(denoiser, r.to(x.device), few, kinds, tau=tau) for name, r in lams.items()}
     shown = torch.cat([(labels == digit).nonzero()[:1, 0].cpu() for digit in range(10)])
     ends = [sample(denoiser, x[shown], labels[shown], table) for table in (None, schedule)]
     return {

@@ -8,8 +8,6 @@ step k does to the image at the end:
     λ⁽ᵏ⁾      ‖x₀ − x₀⁽ᵏ⁾‖² / elements                                           (T,)
 
 The paper writes the squared Frobenius norm, the released code the mean; they differ by a constant that β absorbs.
-
-This file does not know how r is trained.
 """
 
 from __future__ import annotations
@@ -69,8 +67,8 @@ def image_error(
             fork = denoise(denoiser, x, cond, under(table, cache.copy()), start=k, memory=memory.copy())
             forks.append(last(fork))
     ends = [x] * len(forks) if mode == "leave-one-out" else [*forks, x][1:]
-    errors = [F.mse_loss(end, fork) for end, fork in zip(ends, forks, strict=True)]
-    return torch.stack([x.new_zeros(()), *errors])
+    errors = [F.mse_loss(_wide(end), _wide(fork)) for end, fork in zip(ends, forks, strict=True)]
+    return torch.stack([_wide(x).new_zeros(()), *errors])
 
 
 def objective(out: Tensor, target: Tensor, r: Tensor, lam: Tensor | float, beta: float) -> Tensor:
@@ -86,4 +84,8 @@ def objective(out: Tensor, target: Tensor, r: Tensor, lam: Tensor | float, beta:
     >>> float(objective(torch.ones(2), torch.zeros(2), torch.tensor([0.5, 0.25]), lam=2.0, beta=4.0))
     5.0
     """
-    return lam * F.mse_loss(out, target) + beta * r.sum()
+    return lam * F.mse_loss(_wide(out), _wide(target)) + beta * r.sum()
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.element_size() < 4 else x  # λ·MSE reaches 1e-12, which half precision rounds to zero

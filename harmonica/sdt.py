@@ -114,7 +114,7 @@ def sdt(
                 x = denoiser.step(x, out.detach(), k, memory)
 
 
-def train_sdt(
+def train_sdt(  # noqa: D417 (five arguments are described in one line)
     denoiser: Denoiser,
     *,
     iterations: int = 20_000,
@@ -130,17 +130,13 @@ def train_sdt(
     resume: bool = False,
     progress: bool = True,
 ) -> Router:
-    """Train a router for `denoiser` from noise alone. Defaults are the authors' for DiT-XL/2 at T = 10.
+    """Train a router for `denoiser` from noise alone, with the authors' settings for DiT-XL/2 unless told otherwise.
 
     Args:
         denoiser: what `harmonica.models.load` returns, or any `Denoiser`.
         iterations: updates; training stops when they are reached, in the middle of a trajectory if need be.
         batch_size: noises in a trajectory (the authors' 64 count both halves of guidance).
-        tau: as in `sdt`.
-        beta: as in `sdt`.
-        lr: as in `sdt`.
-        refresh_every: as in `sdt`.
-        proxy: as in `sdt`.
+        tau, beta, lr, refresh_every, proxy: as in `sdt`.
         generator: draws the router, the noise and the conditions; seed 0 if None.
         checkpoint: a file that `Router.load` reads and training resumes from; written every `checkpoint_every` updates
             (at the next start of a trajectory), at the end, and on Ctrl-C.
@@ -161,12 +157,13 @@ def train_sdt(
         denoiser, run.router, run.noise(), tau=tau, beta=beta, refresh_every=refresh_every, proxy=proxy,
         optimizer=run.optimizer, lam=run.lam, trajectory=run.trajectory,
     )  # fmt: skip
-    cost, left = macs(denoiser), max(0, iterations - run.updates)
+    left = max(0, iterations - run.updates)
     quiet = None if progress else True  # None: silent where stderr is not a terminal
     with run, closing(updates), tqdm(total=iterations, initial=run.updates, unit="update", disable=quiet) as bar:
+        cost = None if bar.disable else macs(denoiser)
         for update in islice(updates, left):
             run.count(update.trajectory + (update.k == denoiser.steps - 1))
-            if not bar.disable:
+            if cost is not None:
                 faster = f"{run.router.schedule(tau).speedup(cost):.2f}x"
                 bar.set_postfix(loss=f"{update.loss:.2e}", CUR=f"{update.cur:.1%}", speedup=faster, refresh=False)
             bar.update()

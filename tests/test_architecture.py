@@ -49,6 +49,13 @@ def test_imports_follow_the_arrows(path):
         assert arrows(path) - {name} <= MAY_IMPORT[name]
 
 
+def test_the_core_never_imports_models_not_even_inside_a_function():
+    for name in CORE:
+        for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom | ast.Import):
+                assert "harmonica.models" not in ast.unparse(node), name
+
+
 def test_importing_the_library_costs_torch_only():
     heavy = ("diffusers", "transformers", "matplotlib", "sklearn", "scipy", "tqdm", "safetensors", "harmonica.models")
     script = f"import sys, harmonica; print([m for m in {heavy} if m in sys.modules])"

@@ -13,14 +13,32 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from harmonica import Router, blend, check_denoiser, denoise, gated, image_error, objective, reuse, sample, sdt
+from harmonica import (
+    Router,
+    Schedule,
+    blend,
+    check_denoiser,
+    denoise,
+    gated,
+    image_error,
+    objective,
+    reuse,
+    sample,
+    sdt,
+)
 from harmonica.denoise import last
 
 
 def state_of(denoiser):
     """Everything a model could have gained: attributes, hooks, buffers, gradients."""
     return {
-        name: (set(m.__dict__), len(m._forward_hooks), len(m._forward_pre_hooks), [p.grad for p in m.parameters()])
+        name: (
+            set(m.__dict__),
+            id(m.__dict__.get("forward")),
+            set(m._buffers),
+            len(m._forward_hooks) + len(m._forward_pre_hooks),
+            [p.grad for p in m.parameters()],
+        )
         for name, m in denoiser.model.named_modules()
     }
 
@@ -226,11 +244,11 @@ def test_an_interrupted_walk_leaves_nothing_behind(small):
 
 def test_a_model_copied_after_a_walk_is_a_plain_model(small):
     x, y = start(small)
-    sample(small, x, y)
+    sample(small, x, y, Schedule([[True] * 4] * 4))
     twin = copy.deepcopy(small)
-    for parameter in twin.model.parameters():
+    for parameter in [p for site in twin.sites.values() for p in site.parameters()]:
         parameter.data.zero_()
-    assert float(sample(twin, x, y).abs().sum()) != float(sample(small, x, y).abs().sum())
+    assert not torch.equal(sample(twin, x, y), sample(small, x, y))
 
 
 def test_a_walk_takes_no_gradients_and_leaves_the_mode_as_it_was(small):
@@ -280,6 +298,26 @@ def test_lambda_is_zero_for_a_step_that_reuses_nothing(schedule, seed, mode):
     assert lam[schedule.compute.all(dim=1)].abs().sum() == 0
 
 
+@pytest.mark.parametrize("mode", ["leave-one-out", "telescoping"])
+def test_a_sampler_with_a_memory_is_forked_with_it(mode):
+    d = make(5, remembers=True)
+    check_denoiser(d)
+    x, y = start(d)
+    r = Router(5, 4, generator=torch.Generator().manual_seed(0))().detach().double()
+    assert torch.equal(image_error(d, r, x, y, mode=mode), brute_force(d, r, x, y, 0.1, mode))
+    one, two = start(d, seed=1), start(d, batch=3, seed=2)  # a memory left over would be of another batch
+    assert len(list(sdt(d, Router(5, 4).double(), [one, two], proxy=None))) == 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_loss_and_lambda_are_wide_although_the_model_is_half(dtype):
+    out, target = torch.full((4,), 1e-3, dtype=dtype), torch.zeros(4, dtype=dtype)
+    loss = objective(out, target, torch.zeros(1), lam=1e-6, beta=0.0)
+    assert loss.item() == pytest.approx(1e-12, rel=0.02)
+    d = make(3, dtype=dtype)
+    assert image_error(d, Router(3, 4)(), *start(d)).dtype == torch.float32
+
+
 def test_lambda_leaves_every_random_generator_as_it_found_it(small):
     import random
 
@@ -311,9 +349,11 @@ def trained(d, *, n=2, **options):
 
 
 def test_one_update_for_each_step_but_the_first(small):
-    _, updates = trained(small, n=3, proxy=None)
+    router, updates = trained(small, n=3, proxy=None)
     assert [(u.trajectory, u.k) for u in updates] == [(n, k) for n in range(3) for k in range(1, 4)]
-    assert all(u.loss == pytest.approx(u.lam * u.mse + 1e-3 * 0, abs=1e-2) for u in updates)
+    router, updates = trained(small, n=1, lr=0.0)
+    for u in updates:
+        assert u.loss == pytest.approx(u.lam * u.mse + 1e-3 * float(router.row(u.k).detach().sum()), rel=1e-9)
 
 
 def test_each_trajectory_begins_with_an_empty_cache(small):

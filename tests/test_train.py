@@ -94,6 +94,8 @@ def test_resuming_refuses_what_it_cannot_continue(tmp_path):
     router_of(d, 3, checkpoint=path)
     with pytest.raises(ValueError, match=r"other settings \(beta 0.0001 -> 0.1\)"):
         router_of(d, 6, checkpoint=path, resume=True, beta=0.1)
+    with pytest.raises(ValueError, match=r"guidance 1.5 -> 4.0"):
+        router_of(make(guidance=4.0, dtype=torch.float32), 6, checkpoint=path, resume=True)
     with pytest.raises(ValueError, match="steps 4 -> 5"):
         router_of(make(5, dtype=torch.float32), 6, checkpoint=path, resume=True)
     tensors, facts = read_tensors(path)
