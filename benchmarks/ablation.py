@@ -114,10 +114,10 @@ def main() -> None:
     table: dict[str, Any] = {}
     for way in args.ways:
         for cur in (0.3, 0.5):
-            errors = [at(cur, [r for r in runs if (r["way"], r["seed"]) == (way, seed)]) for seed in range(args.seeds)]
+            seeds = [[r for r in runs if (r["way"], r["seed"]) == (way, seed)] for seed in range(args.seeds)]
+            errors = [at(cur, seed) for seed in seeds]
             # A median needs every seed; of three, one whose routers do not reach the CUR still leaves a middle one.
-            ends = [reach(cur, [r for r in runs if (r["way"], r["seed"]) == (way, seed)]) for seed in range(args.seeds)]
-            middle = median(e if e is not None else end for e, end in zip(errors, ends, strict=True))
+            middle = median(reach(cur, seed) if e is None else e for e, seed in zip(errors, seeds, strict=True))
             table[f"{way}, CUR {cur:.0%}"] = {
                 "median": middle if math.isfinite(middle) and middle else None,
                 "seeds": errors,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import torch
+from torch import Tensor
 
 from harmonica import Router, Schedule, denoise, image_error, macs, reuse, sample, train_sdt
 from harmonica.cache import Cache
@@ -65,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """Train or load, draw, measure, print, save."""
+    from harmonica import plots
+
     denoiser = _denoiser(args)
     schedule = Schedule.load(args.schedule) if args.schedule else None
     if schedule is not None:
@@ -76,9 +79,14 @@ def run(args: argparse.Namespace) -> None:
         schedule = router.schedule(args.tau)
     # The held-out seed is far from training's: the same noises judge every router.
     x, labels = denoiser.draw(HELD_OUT, torch.Generator().manual_seed(1_000_003))
-    print(_table(denoiser, schedule, x, labels))
+    plain, cached = sample(denoiser, x, labels), sample(denoiser, x, labels, schedule)
+    print(_table(denoiser, schedule, x, labels, plain, cached))
     schedule.save(args.out / "schedule.json")
-    for name, figure in _pictures(denoiser, schedule, router, x, labels).items():
+    shown = torch.cat([(labels == digit).nonzero()[:1, 0] for digit in range(10)])
+    images = plots.comparison(
+        plain[shown], cached[shown], labels=labels[shown].tolist(), title="same noise, same labels"
+    )
+    for name, figure in {"images": images, **_pictures(denoiser, schedule, router, x[:8], labels[:8])}.items():
         figure.savefig(args.out / f"{name}.png", dpi=120)
     print(f"schedule.json and pictures are in {args.out}")
 
@@ -121,14 +129,14 @@ def _train(denoiser: DiTDenoiser, args: argparse.Namespace) -> Router:
     )
 
 
-def _table(denoiser: DiTDenoiser, schedule: Schedule, x: torch.Tensor, labels: torch.Tensor) -> str:
+def _table(denoiser: DiTDenoiser, schedule: Schedule, x: Tensor, labels: Tensor, plain: Tensor, cached: Tensor) -> str:
     from harmonica.metrics import image_mse, label_agreement
     from harmonica.models.tiny import digits
 
-    plain, cached = sample(denoiser, x, labels), sample(denoiser, x, labels, schedule)
+    real = digits()
     theory = schedule.speedup(macs(denoiser))
     clock = measure(denoiser, schedule, x[:TIMED], labels[:TIMED], repeats=5)
-    keep = [label_agreement(images, labels, *digits()) for images in (plain, cached)]
+    keep = [label_agreement(images, labels, *real) for images in (plain, cached)]
     rows = (
         ("cache utilisation (CUR)", f"{schedule.cur:.1%}"),
         ("theoretical speedup", f"{theory:.2f}x"),
@@ -142,26 +150,22 @@ def _table(denoiser: DiTDenoiser, schedule: Schedule, x: torch.Tensor, labels: t
 
 
 def _pictures(
-    denoiser: DiTDenoiser, schedule: Schedule, router: Router | None, x: torch.Tensor, labels: torch.Tensor
+    denoiser: DiTDenoiser, schedule: Schedule, router: Router | None, x: Tensor, labels: Tensor
 ) -> dict[str, Figure]:
     from harmonica import plots
 
     cache: Cache = {}
-    few, kinds = x[:8], labels[:8]
-    plain = list(denoise(denoiser, few, kinds))
-    cached = list(denoise(denoiser, few, kinds, lambda k: reuse(schedule.compute[k], cache)))
+    plain = list(denoise(denoiser, x, labels))
+    cached = list(denoise(denoiser, x, labels, lambda k: reuse(schedule.compute[k], cache)))
     lams = {"leave-one-out": schedule.compute.float()}
     if router is not None:
         lams = {"soft, as trained": router().detach(), "hard, as run": schedule.compute.float()}
     tau = 0.1 if schedule.threshold is None else schedule.threshold
-    lams = {name: image_error(denoiser, r.to(x.device), few, kinds, tau=tau) for name, r in lams.items()}
-    shown = torch.cat([(labels == digit).nonzero()[:1, 0].cpu() for digit in range(10)])
-    ends = [sample(denoiser, x[shown], labels[shown], table) for table in (None, schedule)]
+    lams = {name: image_error(denoiser, r.to(x.device), x, labels, tau=tau) for name, r in lams.items()}
     return {
         "router": plots.router_heatmap(
             schedule, title=f"{denoiser.name}, {denoiser.sampler.name}, T = {schedule.steps}"
         ),
-        "images": plots.comparison(*ends, labels=labels[shown].tolist(), title="same noise, same labels"),
         "error": plots.error_along_walk(plain, {f"HarmoniCa, CUR {schedule.cur:.0%}": cached}),
         "lambda": plots.lambda_per_step(lams),
     }

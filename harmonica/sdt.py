@@ -21,7 +21,6 @@ from itertools import islice
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
@@ -78,7 +77,8 @@ def sdt(
         lam: (T,) λ to continue with, changed in place; ones if None.
         trajectory: number of the first one, when continuing.
 
-    Raises ValueError if router and denoiser do not fit, FloatingPointError if a loss is not finite.
+    Raises ValueError if router and denoiser do not fit or a setting is out of range, FloatingPointError if a loss is
+    not finite.
     """
     if (router.steps, len(router.sites)) != (denoiser.steps, len(denoiser.sites)):
         mine, theirs = f"{router.steps} × {len(router.sites)}", f"{denoiser.steps} × {len(denoiser.sites)}"
@@ -108,7 +108,7 @@ def sdt(
             if target is not None:
                 optimizer.step()
                 router.rows[k - 1].data.clamp_(-LOGIT_LIMIT, LOGIT_LIMIT)
-                mse = F.mse_loss(out.detach(), target).item()
+                mse = objective(out.detach(), target, r.detach(), 1.0, 0.0).item()
                 yield Update(n, k, loss.item(), mse, weight, float((router() <= tau).float().mean()))
             with torch.no_grad():
                 x = denoiser.step(x, out.detach(), k, memory)
