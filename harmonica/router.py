@@ -6,19 +6,20 @@
     CUR        cache utilisation ratio, the share of the T×N entries that are reused
 
 Row k is the k-th *executed* step. Row 0 is not trained: a trajectory has nothing to reuse at its first step.
-This file does not know models, caches or losses.
+This file does not know models, caches or losses; what the table looks like on disk and on the Hub is in hub.py.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from harmonica.files import StrPath
+from harmonica.hub import RouterFiles, ScheduleFiles
 
 if TYPE_CHECKING:
     from harmonica.cost import Macs
@@ -29,7 +30,7 @@ def _names(sites: int) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, eq=False)
-class Schedule:
+class Schedule(ScheduleFiles):
     """A frozen table of decisions, and what it was made for.
 
     Attributes:
@@ -97,30 +98,29 @@ class Schedule:
             raise ValueError(f"macs counts {len(macs.sites)} sites and the schedule has {len(self.sites)}")
         return self.steps * macs.total / (float((self.compute * macs.sites).sum()) + self.steps * macs.rest)
 
+    def resample(self, steps: int) -> Schedule:
+        """Return a guess for another number of steps, each row from the same relative place of the walk; warns."""
+        if steps == self.steps:
+            return self
+        if steps < 1:
+            raise ValueError(f"steps is {steps}; a walk has at least 1")
+        warnings.warn(f"a schedule for {self.steps} steps was stretched to {steps}, not trained there", stacklevel=2)
+        rows = [round(k * (self.steps - 1) / max(steps - 1, 1)) for k in range(steps)]  # row 0 stays row 0
+        note = {"resampled_from": self.steps, **self.provenance}  # of a second resampling, the first origin stays
+        return replace(self, compute=self.compute[rows], timesteps=(), provenance=note)
+
     def check(self, steps: int, sites: tuple[str, ...], timesteps: tuple[float, ...] = ()) -> None:
         """Raise ValueError unless the schedule fits a run of `steps` steps over `sites` at `timesteps`."""
         if steps != self.steps:
             mine = f"this schedule has {self.steps} steps ({self.sampler or 'unknown sampler'})"
-            raise ValueError(f"{mine}, the run has {steps}; run {self.steps} or train a schedule for {steps}")
+            todo = f"run {self.steps} or train a schedule for {steps}, or call schedule.resample({steps})"
+            raise ValueError(f"{mine}, the run has {steps}; {todo}")
         if self.sites not in (sites, _names(len(sites))):  # a table without names fits by their number
             mine = f"{len(self.sites)} sites, {self.sites[0]} … {self.sites[-1]}"
             raise ValueError(f"this schedule has {mine}, the model has {len(sites)}, {sites[0]} … {sites[-1]}")
         if timesteps and self.timesteps and tuple(timesteps) != self.timesteps:
             mine = f"this schedule was made at timesteps {self.timesteps[0]} … {self.timesteps[-1]} ({self.sampler})"
             raise ValueError(f"{mine}, the run has {timesteps[0]} … {timesteps[-1]}, not all the same; use its sampler")
-
-    def save(self, path: StrPath) -> None:
-        """Write readable JSON: for each site one string of T digits, 1 = compute."""
-        from harmonica.formats import write_schedule
-
-        write_schedule(self, path)
-
-    @classmethod
-    def load(cls, path: StrPath) -> Schedule:
-        """Read a schedule; raises FileNotFoundError, or ValueError if the file is not one."""
-        from harmonica.formats import read_schedule
-
-        return read_schedule(path)
 
     def __str__(self) -> str:
         head = f"{self.steps} steps × {len(self.sites)} sites, CUR {100 * self.cur:.1f} %"
@@ -130,7 +130,7 @@ class Schedule:
         return "\n".join([f"{head} (# computes, . reuses; steps run left to right)", *lines])
 
 
-class Router(nn.Module):
+class Router(RouterFiles, nn.Module):
     """The table while it is learned: `router()` is r, (T, N) in (0, 1), row 0 the constant one (paper, "Router").
 
     Each row is a parameter with an optimizer state of its own, so it moves only when its step is trained.
@@ -191,16 +191,3 @@ class Router(nn.Module):
         if bool(r.isnan().any()):
             raise ValueError("the router has scores that are not numbers; its training diverged")
         return Schedule(r > tau, sites=self.sites, threshold=tau, **self.about)
-
-    def save(self, path: StrPath) -> None:
-        """Write logits, site names and `about` as safetensors."""
-        from harmonica.formats import write_router
-
-        write_router(self, path)
-
-    @classmethod
-    def load(cls, path: StrPath) -> Router:
-        """Read a router, or the one in a checkpoint; raises FileNotFoundError, or ValueError if the file is not one."""
-        from harmonica.formats import read_router
-
-        return read_router(path)[0]

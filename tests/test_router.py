@@ -49,7 +49,8 @@ def test_a_schedule_file_is_readable_and_small(tmp_path):
     text = (tmp_path / "s.json").read_text()
     assert len(text) < 3000 * 50 * 56 / 1000
     assert text.isascii()
-    assert '  "blocks.3.attn": "1' in text
+    assert ' "prefix": "blocks.",' in text
+    assert '  "3.attn": "1' in text
 
 
 def test_a_schedule_equals_only_itself():
