@@ -4,6 +4,12 @@ A sampler knows its T timesteps in the order they are executed and one update ru
 between steps: what a multistep or stochastic rule must remember lives in `memory`, a dict that belongs to
 the walk, so a walk is forked at any k by copying two dicts (its cache and its memory).
 
+    name           rule                                                       the paper runs it at
+    ddim           deterministic, to the true next timestep                   T = 10, 20, 50   DiT
+    dpm-solver++   multistep of order 2, data prediction                      T = 20           PixArt, U-ViT
+    iddpm          ancestral, learned variance where the model has one        T = 100          PixArt
+    sa-solver      stochastic Adams, predictor and corrector of order 2       T = 25           PixArt
+
     T                     executed steps                       steps
     k = 0 … T−1           index of an executed step            k
     timesteps[k]          the model's own clock, 999 … 0       (T,)
@@ -14,8 +20,12 @@ It does not know the model, guidance, caches or routers.
 
 from __future__ import annotations
 
+import copy
+import inspect
+import zlib
+from collections.abc import Callable
 from itertools import accumulate, repeat
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -32,25 +42,40 @@ class Sampler(Protocol):
 
     Attributes:
         name: short name, stored in schedules.
+        learns_variance: whether `step` reads variance channels, so that out is (B, 2C, H, W).
         timesteps: (T,) timesteps given to the model, in execution order.
     """
 
     name: str
-    timesteps: tuple[int, ...]
+    learns_variance: bool
+    timesteps: tuple[float, ...]
 
     def step(self, x: Tensor, out: Tensor, k: int, memory: Memory) -> Tensor:
         """Take x (B, C, H, W) from step k to step k + 1 with the model output (B, C or 2C, H, W)."""
         ...
 
 
-def linear_alphas_cumprod(train_timesteps: int = TRAIN_TIMESTEPS) -> Tensor:
-    """Return ᾱ_t = ∏_{s≤t} (1 − β_s), β linear from 1e-4 to 0.02 (DDPM; used by DiT): (1000,) float64.
+Betas = Literal["linear", "scaled-linear"]
+"""Noise schedules: DiT and PixArt were trained with the first, Stable Diffusion and U-ViT with the second."""
 
-    >>> round(float(linear_alphas_cumprod()[-1]), 7)
+_ENDS = {"linear": (1e-4, 0.02), "scaled-linear": (0.00085, 0.012)}
+
+
+def alphas_cumprod(betas: Betas = "linear", train_timesteps: int = TRAIN_TIMESTEPS) -> Tensor:
+    """Return ᾱ_t = ∏_{s≤t} (1 − β_s): (1000,) float64.
+
+    linear          β from 1e-4 to 0.02 (Ho et al. 2020)
+    scaled-linear   √β from √0.00085 to √0.012 (Rombach et al. 2022)
+
+    >>> round(float(alphas_cumprod()[-1]), 7)
     4.04e-05
     """
-    betas = torch.linspace(1e-4, 0.02, train_timesteps, dtype=torch.float64)
-    return torch.cumprod(1.0 - betas, dim=0)
+    low, high = _ENDS[betas]
+    if betas == "linear":
+        beta = torch.linspace(low, high, train_timesteps, dtype=torch.float64)
+    else:
+        beta = torch.linspace(low**0.5, high**0.5, train_timesteps, dtype=torch.float64) ** 2
+    return torch.cumprod(1.0 - beta, dim=0)
 
 
 def spaced_timesteps(steps: int, train_timesteps: int = TRAIN_TIMESTEPS) -> tuple[int, ...]:
@@ -86,6 +111,7 @@ class DDIM:
 
     Args:
         steps: T, the number of model evaluations.
+        betas: the noise schedule that the model was trained with.
 
     Raises:
         ValueError: if steps is not between 1 and 1000.
@@ -95,10 +121,12 @@ class DDIM:
     """
 
     name = "ddim"
+    learns_variance = False
 
-    def __init__(self, steps: int) -> None:
-        self.timesteps = spaced_timesteps(steps)
-        alphas = linear_alphas_cumprod()[list(self.timesteps)].tolist()
+    def __init__(self, steps: int, betas: Betas = "linear") -> None:
+        spaced = spaced_timesteps(steps)
+        self.timesteps: tuple[float, ...] = spaced
+        alphas = alphas_cumprod(betas)[list(spaced)].tolist()
         # Python floats: a step reads two numbers, moves nothing to the device and waits for nothing.
         self._alphas: list[float] = [*alphas, 1.0]  # (T + 1,)
 
@@ -111,16 +139,138 @@ class DDIM:
         return moved
 
 
-SAMPLERS: dict[str, type[DDIM]] = {DDIM.name: DDIM}
+class Scheduled:
+    """A diffusers scheduler as a sampler whose state belongs to the walk.
+
+    diffusers keeps what a multistep rule remembers on the scheduler object. Here every step works on a shallow copy of
+    the object whose state comes out of `memory` and goes back into it: two walks never meet, and a fork is exact.
+
+    Noise, where the rule wants some, comes from a generator seeded by (seed of the sample, k), so that any step can be
+    run again. The seeds are `memory["seeds"]`, one integer for each of the B samples. If the walk does not bring any,
+    they are read off its x_T: other noise at the start, other noise on the way, and a sample does not depend on its
+    neighbours in the batch.
+
+    Args:
+        scheduler: of diffusers, its timesteps set; copied.
+        name: stored in schedules.
+
+    Raises:
+        ValueError: if the timesteps are not set.
+    """
+
+    def __init__(self, scheduler: Any, name: str) -> None:
+        if scheduler.num_inference_steps is None and not getattr(scheduler, "custom_timesteps", False):
+            raise ValueError(f"{type(scheduler).__name__} has no timesteps yet; call its set_timesteps(steps) first")
+        self.name = name
+        self._scheduler = copy.copy(scheduler)
+        self._times = scheduler.timesteps.cpu()  # (T,); a timestep on the device would be waited for at every step
+        vars(self._scheduler)["timesteps"] = self._times
+        self.timesteps: tuple[float, ...] = tuple(self._times.tolist())
+        if callable(getattr(scheduler, "set_begin_index", None)):
+            self._scheduler.set_begin_index(0)  # else a timestep that occurs twice, as Heun's do, is looked up wrongly
+        self._start = _state(self._scheduler)
+        self.learns_variance = scheduler.config.get("variance_type") in ("learned", "learned_range")
+        self._draws = "generator" in inspect.signature(scheduler.step).parameters
+
+    def step(self, x: Tensor, out: Tensor, k: int, memory: Memory) -> Tensor:
+        """Take x (B, C, H, W) to step k + 1; variance channels of `out` are used if the scheduler learns them.
+
+        Raises RuntimeError for a walk that starts after step 0 without the memory of the steps before.
+        """
+        if k > 0 and "scheduler" not in memory:
+            raise RuntimeError(f"step {k} of {self.name} needs what the steps before it left in `memory`; pass a copy")
+        if self._draws and "seeds" not in memory:
+            memory["seeds"] = tuple(map(_seed, x))
+        scheduler = copy.copy(self._scheduler)
+        vars(scheduler).update(_state(memory.get("scheduler", self._start)))
+        noise = {"generator": [_generator(seed, k) for seed in memory["seeds"]]} if self._draws else {}
+        out = out if self.learns_variance else out[:, : x.shape[1]]  # (B, C or 2C, H, W)
+        moved: Tensor = scheduler.step(out, self._times[k], x, return_dict=False, **noise)[0]
+        memory["scheduler"] = _state(scheduler)
+        return moved.to(x.dtype)
+
+
+class IDDPM:
+    """Ancestral sampling with learned variance (Nichol & Dhariwal 2021), as the original DiT and PixArt run it.
+
+    A model without variance channels is sampled with the posterior's variance instead (Ho et al. 2020).
+    """
+
+    name = "iddpm"
+    learns_variance = True
+
+    def __init__(self, steps: int, betas: Betas = "linear") -> None:
+        from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+
+        def made(variance: str) -> Scheduled:
+            # clip_sample defaults to true in diffusers, for images in [−1, 1]; these are latents
+            scheduler = DDPMScheduler(**_trained_with(betas), variance_type=variance, clip_sample=False)
+            scheduler.set_timesteps(timesteps=list(self.timesteps))
+            return Scheduled(scheduler, self.name)
+
+        self.timesteps: tuple[float, ...] = spaced_timesteps(steps)
+        self._learned, self._fixed = made("learned_range"), made("fixed_small")
+
+    def step(self, x: Tensor, out: Tensor, k: int, memory: Memory) -> Tensor:
+        """Take x (B, C, H, W) to step k + 1 with out (B, 2C, H, W), or (B, C, H, W) if no variance is learned."""
+        return (self._learned if out.shape[1] == 2 * x.shape[1] else self._fixed).step(x, out, k, memory)
+
+
+def dpm_solver(steps: int, betas: Betas = "linear") -> Scheduled:
+    """Return DPM-Solver++, multistep of order 2 (Lu et al. 2022), with diffusers' defaults, which are PixArt's."""
+    from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+
+    return _scheduled(DPMSolverMultistepScheduler(**_trained_with(betas)), steps, "dpm-solver++")
+
+
+def sa_solver(steps: int, betas: Betas = "linear") -> Scheduled:
+    """Return SA-Solver (Xue et al. 2023): predictor and corrector of order 2, τ(t) = 1 for 200 ≤ t ≤ 800, else 0."""
+    from diffusers.schedulers.scheduling_sasolver import SASolverScheduler
+
+    orders = {"predictor_order": 2, "corrector_order": 2, "algorithm_type": "data_prediction"}
+    return _scheduled(SASolverScheduler(**_trained_with(betas), **orders), steps, "sa-solver")
+
+
+def _scheduled(scheduler: Any, steps: int, name: str) -> Scheduled:
+    spaced_timesteps(steps)  # refuses a number that is out of range
+    scheduler.set_timesteps(steps)
+    return Scheduled(scheduler, name)
+
+
+def _trained_with(betas: Betas) -> dict[str, Any]:
+    low, high = _ENDS[betas]
+    return {"beta_start": low, "beta_end": high, "beta_schedule": betas.replace("-", "_")}
+
+
+def _state(scheduler: Any) -> dict[str, Any]:
+    """Return what a scheduler remembers: its attributes, lists copied; tensors are replaced by it, never changed."""
+    held = scheduler if isinstance(scheduler, dict) else vars(scheduler)
+    return {key: list(value) if isinstance(value, list) else value for key, value in held.items()}
+
+
+def _seed(sample: Tensor) -> int:
+    return zlib.crc32(sample.detach().float().cpu().numpy().tobytes())
+
+
+def _generator(seed: int, k: int) -> torch.Generator:
+    return torch.Generator().manual_seed((seed << 12) + k)  # k < 1000 < 2¹²
+
+
+SAMPLERS: dict[str, Callable[[int, Betas], Sampler]] = {
+    "ddim": DDIM,
+    "dpm-solver++": dpm_solver,
+    "iddpm": IDDPM,
+    "sa-solver": sa_solver,
+}
 """Samplers by the name that `load(…, sampler=…)` and schedules use."""
 
 
-def make_sampler(name: str, steps: int) -> Sampler:
-    """Return the sampler called `name` with `steps` steps.
+def make_sampler(name: str, steps: int, betas: Betas = "linear") -> Sampler:
+    """Return the sampler called `name` with `steps` steps, for a model trained with the noise schedule `betas`.
 
     Raises:
         ValueError: if the name is not one of SAMPLERS, or steps is out of range.
     """
     if name not in SAMPLERS:
         raise ValueError(f"sampler is {name!r}; this version has {', '.join(SAMPLERS)}")
-    return SAMPLERS[name](steps)
+    return SAMPLERS[name](steps, betas)

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from harmonica.models.dit import DiT
-from harmonica.samplers import TRAIN_TIMESTEPS, linear_alphas_cumprod
+from harmonica.samplers import TRAIN_TIMESTEPS, alphas_cumprod
 
 TINY = {
     "input_size": 8,  # pixels; there is no autoencoder
@@ -72,7 +72,7 @@ def train(
     average = DiT(**TINY)  # type: ignore[arg-type]
     average.load_state_dict(model.state_dict())
     images, labels = digits()
-    alphas = linear_alphas_cumprod().float()  # (1000,)
+    alphas = alphas_cumprod().float()  # (1000,)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.01)
     warm = max(1, updates // 100)
     schedule = torch.optim.lr_scheduler.SequentialLR(

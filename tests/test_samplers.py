@@ -1,0 +1,171 @@
+"""Samplers: diffusers' schedulers under another owner of their state; forks; noise that can be drawn again."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import make, start
+from hypothesis import given
+from hypothesis import strategies as st
+
+from harmonica import denoise, image_error
+from harmonica.denoise import last
+from harmonica.models.dit import DiT, DiTDenoiser
+from harmonica.samplers import IDDPM, SAMPLERS, Scheduled, alphas_cumprod, make_sampler, spaced_timesteps
+
+BETAS = ("linear", "scaled-linear")
+STOCHASTIC = ("iddpm", "sa-solver")
+names = st.sampled_from(sorted(SAMPLERS))
+
+
+def under(name: str, steps: int, *, learn_sigma: bool = True, betas: str = "linear") -> DiTDenoiser:
+    """Return the small denoiser of the laws under another sampler."""
+    d = make(steps)
+    model = d.model
+    if not learn_sigma:
+        model = DiT(input_size=4, in_channels=2, hidden_size=8, depth=2, num_heads=2, num_classes=3, learn_sigma=False)
+        generator = torch.Generator().manual_seed(0)
+        for p in model.double().parameters():
+            p.data = torch.randn(p.shape, generator=generator, dtype=p.dtype) * 0.3
+    return DiTDenoiser(model, make_sampler(name, steps, betas), guidance=1.5, guided_channels=1)
+
+
+@given(names, st.integers(2, 12), st.data())
+def test_a_fork_ends_where_the_original_does_at_every_k(name, steps, data):
+    d = under(name, steps)
+    x, y = start(d)
+    memory, forks = {}, []
+    for k, x in enumerate(denoise(d, x, y, memory=memory), start=1):  # noqa: B020
+        forks.append((k, x, memory.copy()))
+    k, at, then = forks[data.draw(st.integers(0, steps - 2))]
+    assert torch.equal(last(denoise(d, at, y, start=k, memory=then.copy())), x)
+    assert torch.equal(last(denoise(d, at, y, start=k, memory=forks[k - 1][2])), x)  # a second time
+
+
+@given(names, st.integers(2, 12))
+def test_two_walks_of_one_sampler_share_nothing(name, steps):
+    d = under(name, steps)
+    (x, y), (other, _) = start(d, seed=1), start(d, seed=2)
+    alone = last(denoise(d, x, y))
+    for one, _two in zip(denoise(d, x, y), denoise(d, other, y), strict=True):  # by turns
+        end = one
+    assert torch.equal(end, alone)
+
+
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_noise_differs_between_samples_steps_and_walks_but_not_between_runs(name):
+    d = under(name, 6)
+    x, y = start(d, batch=3)
+    before = torch.get_rng_state()
+    one, again = last(denoise(d, x, y)), last(denoise(d, x, y))
+    assert torch.equal(one, again)
+    assert torch.equal(before, torch.get_rng_state())
+    seeded = [last(denoise(d, x, y, memory={"seeds": seeds})) for seeds in ((1, 2, 3), (1, 2, 4))]
+    assert torch.equal(seeded[0][:2], seeded[1][:2])  # a sample's seed is its own
+    assert not torch.equal(seeded[0][2], seeded[1][2])
+    assert not torch.equal(seeded[0][0], one[0])
+    same = last(denoise(d, x[:1].expand(2, -1, -1, -1), y[:1].expand(2), memory={"seeds": (5, 6)}))
+    assert not torch.equal(same[0], same[1])  # the noise, not only x_T, makes the image
+
+
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_a_sample_under_noise_does_not_depend_on_its_neighbours(name):
+    d = under(name, 5)
+    x, y = start(d, batch=3)
+    torch.testing.assert_close(last(denoise(d, x[1:2], y[1:2])), last(denoise(d, x, y))[1:2])
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+def test_lambda_works_on_every_sampler_and_is_zero_where_nothing_is_reused(name):
+    d = under(name, 5)
+    x, y = start(d)
+    r = torch.full((5, 4), 0.4, dtype=torch.float64)
+    r[0] = r[2] = 1.0
+    lam = image_error(d, r, x, y)
+    assert lam[0] == lam[2] == 0.0
+    assert all(lam[k] > 0.0 for k in (1, 3, 4))
+    assert torch.equal(lam, image_error(d, r, x, y))
+
+
+@pytest.mark.parametrize("betas", BETAS)
+@pytest.mark.parametrize("name", ["dpm-solver++", "sa-solver"])
+def test_a_multistep_walk_is_the_one_diffusers_takes(name, betas):
+    from diffusers import DPMSolverMultistepScheduler, SASolverScheduler
+
+    low, high = (1e-4, 0.02) if betas == "linear" else (0.00085, 0.012)
+    facts = {"beta_start": low, "beta_end": high, "beta_schedule": betas.replace("-", "_")}
+    scheduler = (DPMSolverMultistepScheduler if name == "dpm-solver++" else SASolverScheduler)(**facts)
+    scheduler.set_timesteps(8)
+    sampler = make_sampler(name, 8, betas)
+    assert sampler.timesteps == tuple(scheduler.timesteps.tolist())
+    x = ours = torch.randn(1, 2, 4, 4, generator=torch.Generator().manual_seed(3))
+    memory = {"seeds": (11,)}
+    for k, t in enumerate(scheduler.timesteps):
+        noise = {"generator": torch.Generator().manual_seed((11 << 12) + k)}
+        x = scheduler.step(torch.tanh(x) + t / 1000, t, x, return_dict=False, **noise)[0]
+        ours = sampler.step(ours, torch.cat([torch.tanh(ours) + t / 1000, ours], 1), k, memory)
+        assert torch.equal(x, ours), k
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_iddpm_is_its_definition(learned):
+    """Nichol & Dhariwal 2021: mean of the posterior, log-variance between its own and β by the model's v in [−1, 1]."""
+    steps, times = 7, spaced_timesteps(7)
+    sampler = IDDPM(steps)
+    assert sampler.timesteps == times
+    a = alphas_cumprod()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 2, 4, 4, generator=generator, dtype=torch.float64)
+    for k in range(steps):
+        out = torch.randn(2, 4, 4, 4, generator=generator, dtype=torch.float64)
+        eps, v = out.chunk(2, 1)
+        now, after = a[times[k]], a[times[k + 1]] if k < steps - 1 else torch.tensor(1.0)
+        beta = 1 - now / after
+        x0 = (x - (1 - now).sqrt() * eps) / now.sqrt()
+        mean = after.sqrt() * beta / (1 - now) * x0 + (now / after).sqrt() * (1 - after) / (1 - now) * x
+        small = ((1 - after) / (1 - now) * beta).clamp(min=1e-20)
+        log = (v + 1) / 2 * beta.log() + (1 - v) / 2 * small.log() if learned else small.log().expand_as(x)
+        noises = [torch.Generator().manual_seed((seed << 12) + k) for seed in (5, 6)]
+        z = torch.cat([torch.randn(1, 2, 4, 4, generator=g, dtype=torch.float64) for g in noises])
+        expected = mean + (log / 2).exp() * z * (k < steps - 1)
+        got = sampler.step(x, out if learned else eps, k, {"seeds": (5, 6), **({"scheduler": {}} if k else {})})
+        torch.testing.assert_close(got, expected, rtol=2e-4, atol=2e-4)
+        x = expected
+
+
+def test_no_sampler_clips_latents():
+    """Diffusers' DDIM and DDPM clip x₀ to [−1, 1] unless told not to."""
+    for name in SAMPLERS:
+        sampler = make_sampler(name, 4)
+        x = torch.full((1, 1, 2, 2), 30.0)
+        moved = sampler.step(x, torch.zeros_like(x), 0, {"seeds": (0,)})
+        assert float(moved.abs().max()) > 5.0, name
+
+
+def test_a_multistep_walk_cannot_start_in_the_middle_without_its_memory():
+    d = under("dpm-solver++", 5)
+    x, y = start(d)
+    with pytest.raises(RuntimeError, match=r"step 2 of dpm-solver\+\+ needs what the steps before it left"):
+        next(denoise(d, x, y, start=2))
+
+
+def test_a_scheduler_without_timesteps_is_refused():
+    from diffusers import DPMSolverMultistepScheduler
+
+    with pytest.raises(ValueError, match="has no timesteps yet; call its set_timesteps"):
+        Scheduled(DPMSolverMultistepScheduler(), "dpm")
+
+
+@given(names, st.sampled_from(BETAS), st.integers(1, 200))
+def test_every_sampler_has_one_timestep_for_each_prediction(name, betas, steps):
+    sampler = make_sampler(name, steps, betas)
+    assert len(sampler.timesteps) == steps
+    assert list(sampler.timesteps) == sorted(sampler.timesteps, reverse=True)
+    assert sampler.timesteps[0] == 999
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+def test_a_model_without_variance_channels_walks_under_every_sampler(name):
+    d = under(name, 4, learn_sigma=False, betas="scaled-linear")
+    x, y = start(d)
+    assert last(denoise(d, x, y)).isfinite().all()
