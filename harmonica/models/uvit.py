@@ -1,0 +1,320 @@
+"""U-ViT (Bao et al. 2023) in the original checkpoints' parameter names, and the denoiser built from it.
+
+A U-ViT is a ViT in which everything is a token, label and timestep too, and whose blocks are joined in pairs by long
+skips, the first with the last, as in a U-Net:
+
+    h = [embed(y), embed(t), patches(x)] + positions                              (B, 2 + N, D)
+    h = h + attn(norm1(h));  h = h + mlp(norm2(h))       each block               (B, 2 + N, D)
+    h = skip_linear([h, skip])                           before it, in out_blocks (B, 2 + N, D)
+
+`attn` and `mlp` of each block are the cacheable sites. Nothing scales their output afterwards: it is added as it is.
+`skip_linear` always computes, 7 % of U-ViT-H/2.
+
+The original guides with two calls of the model, one for each label, and a cache for each call. Here both calls run
+side by side, block by block, as *streams*. A site is asked once and answers for all streams, so its feature is a tuple
+and one cache holds what two would; each stream is computed as in a call of its own, bit for bit.
+
+    B batch   C latent channels   H, W latent size   P patch size   N = (H/P)(W/P) patches   D hidden size
+    S streams, one for each label that the model is asked about: 2 with guidance, 1 without
+
+This file does not know caches or routers. A checkpoint of the original (`imagenet256_uvit_huge.pth`) loads strictly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from harmonica.models.dit import PatchEmbedder
+from harmonica.samplers import Memory, Sampler
+
+UVIT_H = {
+    "input_size": 32,  # the latent of 256×256 images
+    "patch_size": 2,  # 256 patches
+    "in_channels": 4,
+    "hidden_size": 1152,
+    "depth": 28,  # 58 sites
+    "num_heads": 16,
+    "num_classes": 1000,
+}
+"""Arguments of `UViT` for U-ViT-H/2 on ImageNet 256×256: 501 million parameters."""
+
+Streams = tuple[Tensor, ...]
+"""S tensors of one shape that go through the model side by side and never meet."""
+
+EXTRAS = 2
+"""Tokens before the patches: the label's, then the timestep's."""
+
+
+def each(function: Callable[..., Tensor], *streams: Streams) -> Streams:
+    """Apply `function` to every stream by itself, with the matching parts of further streams, if any.
+
+    >>> each(torch.sub, (torch.tensor(5), torch.tensor(7)), (torch.tensor(1), torch.tensor(2)))
+    (tensor(4), tensor(5))
+    """
+    return tuple(function(*parts) for parts in zip(*streams, strict=True))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention within each stream: S × (B, L, D) -> S × (B, L, D)."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, h: Streams) -> Streams:
+        """Attend over the L tokens."""
+        return each(self._attend, h)
+
+    def _attend(self, h: Tensor) -> Tensor:
+        q, k, v = self.qkv(h).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, L, D/heads)
+        attended = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(attended.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+class Mlp(nn.Module):
+    """Feed-forward network with exact GELU: S × (B, L, D) -> S × (B, L, D)."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, h: Streams) -> Streams:
+        """Transform each token by itself."""
+        return each(self._transform, h)
+
+    def _transform(self, h: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(h)))  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """One pre-norm block (the middle line of the module docstring), joined to a long skip first if `skip` is true."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, *, skip: bool = False) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.skip_linear = nn.Linear(2 * dim, dim) if skip else None
+
+    def forward(self, h: Streams, skip: Streams = ()) -> Streams:
+        """Update tokens h, S × (B, L, D), with those of the long skip, the same shape, in a block that has one."""
+        if self.skip_linear is not None:
+            h = each(self.skip_linear, each(_concatenate, h, skip))
+        h = each(torch.add, h, self.attn(each(self.norm1, h)))
+        return each(torch.add, h, self.mlp(each(self.norm2, h)))
+
+
+def _concatenate(h: Tensor, skip: Tensor) -> Tensor:
+    return torch.cat([h, skip], dim=-1)  # (B, L, 2D)
+
+
+def sinusoids(t: Tensor, dim: int) -> Tensor:
+    """Return cosines, then sines, of timesteps t (B,) at dim/2 rates from 1 down to almost 1e-4: (B, dim) float32.
+
+    >>> sinusoids(torch.zeros(1), 4)
+    tensor([[1., 1., 0., 0.]])
+    """
+    half = dim // 2
+    rates = torch.exp(-math.log(10000.0) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
+    angles = t[:, None].float() * rates  # (B, dim/2)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class UViT(nn.Module):
+    """A U-ViT conditioned on a class. It predicts noise alone, no variance.
+
+    Args:
+        input_size: H = W of the latent (32 for 256×256 images).
+        patch_size: P.
+        in_channels: C, 4 for the Stable Diffusion latent.
+        hidden_size: D; even, and divisible by num_heads.
+        depth: blocks on both sides of the middle one, which is not counted; even.
+        num_heads: attention heads.
+        num_classes: real classes; label `num_classes` is the null class. (The original's `num_classes` counts both.)
+        mlp_ratio: width of the feed-forward network over D.
+        mlp_time_embed: pass the timestep's sinusoids through two layers; U-ViT-H/2 uses them as they are.
+        conv: end in a 3×3 convolution; U-ViT-H/2 does not.
+        activation_checkpointing: when gradients are on, keep only what enters each block and compute the block again
+            in backward. Less memory, one more forward pass, the same gradients bit for bit.
+
+    Raises:
+        ValueError: if a size does not divide another, or depth is odd.
+
+    >>> model = UViT(input_size=4, in_channels=1, hidden_size=8, depth=2, num_heads=2, num_classes=3)
+    >>> x, t, y = torch.zeros(5, 1, 4, 4), torch.ones(5), torch.zeros(5, dtype=torch.long)
+    >>> [noise.shape for noise in model(x, t, (y, y + 3))]
+    [torch.Size([5, 1, 4, 4]), torch.Size([5, 1, 4, 4])]
+    """
+
+    def __init__(
+        self,
+        *,
+        input_size: int = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        hidden_size: int = 1152,
+        depth: int = 28,
+        num_heads: int = 16,
+        num_classes: int = 1000,
+        mlp_ratio: float = 4.0,
+        mlp_time_embed: bool = False,
+        conv: bool = False,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        for what, value, by, divisor in (
+            ("input_size", input_size, "patch_size", patch_size),
+            ("hidden_size", hidden_size, "num_heads", num_heads),
+            ("hidden_size", hidden_size, "the two halves of the sinusoids,", 2),
+            ("depth", depth, "the two sides of the middle block, which is not counted,", 2),
+        ):
+            if value % divisor:
+                raise ValueError(f"{what} is {value}; it must be divisible by {by} {divisor}")
+        self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
+        self.num_classes, self.activation_checkpointing = num_classes, activation_checkpointing
+        self.patch_embed = PatchEmbedder(in_channels, patch_size, hidden_size)
+        widths = (hidden_size, 4 * hidden_size)
+        layers = nn.Linear(*widths), nn.SiLU(), nn.Linear(*widths[::-1])
+        self.time_embed: nn.Module = nn.Sequential(*layers) if mlp_time_embed else nn.Identity()
+        self.label_emb = nn.Embedding(num_classes + 1, hidden_size)
+        tokens = EXTRAS + (input_size // patch_size) ** 2
+        self.pos_embed = nn.Parameter(torch.zeros(1, tokens, hidden_size))  # (1, 2 + N, D)
+        sizes = (hidden_size, num_heads, mlp_ratio)
+        self.in_blocks = nn.ModuleList(Block(*sizes) for _ in range(depth // 2))
+        self.mid_block = Block(*sizes)
+        self.out_blocks = nn.ModuleList(Block(*sizes, skip=True) for _ in range(depth // 2))
+        self.norm = nn.LayerNorm(hidden_size)
+        self.decoder_pred = nn.Linear(hidden_size, patch_size * patch_size * in_channels)
+        smooth = nn.Conv2d(in_channels, in_channels, kernel_size=3, padding=1) if conv else nn.Identity()
+        self.final_layer: nn.Module = smooth
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Start linear layers and positions small; the rest keeps torch's own start, as in the original.
+
+        The original cuts its normal distribution at ±2, a hundred standard deviations away: the plain one is the same.
+        """
+        nn.init.normal_(self.pos_embed, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, x: Tensor, t: Tensor, labels: Sequence[Tensor]) -> Streams:
+        """Predict the noise in x (B, C, H, W) at times t (B,), once for each of S labels (B,).
+
+        Args:
+            x: noisy latents, the same for all streams.
+            t: the model's clock, above 0 up to 1000; not rounded.
+            labels: S × (B,), 0 … num_classes.
+
+        Returns:
+            S × (B, C, H, W).
+        """
+        patches = self.patch_embed(x)  # (B, N, D)
+        time = self.time_embed(sinusoids(t, patches.shape[2]).to(patches.dtype))[:, None]  # (B, 1, D)
+        named = (self.label_emb(y)[:, None] for y in labels)  # S × (B, 1, D)
+        h: Streams = tuple(torch.cat([label, time, patches], dim=1) + self.pos_embed for label in named)
+        skips: list[Streams] = []
+        for block in self.in_blocks:
+            h = self._run(block, h)
+            skips.append(h)
+        h = self._run(self.mid_block, h)
+        for block in self.out_blocks:
+            h = self._run(block, h, skips.pop())
+        return each(self._decode, h)
+
+    def _run(self, block: nn.Module, *streams: Streams) -> Streams:
+        """Run a block, twice under activation checkpointing: now without keeping anything, and in backward."""
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            # Nothing here is random, so there is no random state to put back for the second run.
+            return checkpoint(block, *streams, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
+        return block(*streams)  # type: ignore[no-any-return]
+
+    def _decode(self, h: Tensor) -> Tensor:
+        """Project each patch token to its patch and lay the patches onto the grid: (B, 2 + N, D) -> (B, C, H, W)."""
+        p, grid, channels = self.patch_size, self.input_size // self.patch_size, self.in_channels
+        flat = self.decoder_pred(self.norm(h))[:, EXTRAS:]  # (B, N, P·P·C)
+        patches = flat.view(len(h), grid, grid, p, p, channels).permute(0, 5, 1, 3, 2, 4)  # (B, C, H/P, P, W/P, P)
+        return self.final_layer(patches.reshape(len(h), channels, grid * p, grid * p))  # type: ignore[no-any-return]
+
+
+class UViTDenoiser:
+    """A frozen U-ViT, its sampler and classifier-free guidance: a `harmonica.denoise.Denoiser`.
+
+    Guidance asks for two streams and mixes all channels, ε = ε_null + g·(ε_cond − ε_null). The original writes the same
+    as ε_cond + s·(ε_cond − ε_null), so g = 1 + s; its s of 0.4 is the default here.
+
+    x stays float32 when the weights are narrower: only what enters the model is rounded, so a walk does not collect
+    the rounding of its steps.
+
+    Args:
+        model: frozen here, in place: evaluation mode, no weight asks for a gradient.
+        sampler: its T timesteps, 0 … 999, are the steps of the walk. The model counts them from 1.
+        guidance: g; 1 switches guidance off and runs one stream instead of two.
+        name: stored in schedules.
+
+    Raises:
+        ValueError: if guidance is below 1.
+    """
+
+    def __init__(self, model: UViT, sampler: Sampler, *, guidance: float = 1.4, name: str = "uvit-h") -> None:
+        if guidance < 1.0:
+            raise ValueError(f"guidance is {guidance}; it must be 1 (off) or more, 1 + the original's scale")
+        self.model = model.eval().requires_grad_(False)
+        self.sampler, self.guidance, self.name = sampler, guidance, name
+        self.steps = len(sampler.timesteps)
+        self.sites: Mapping[str, nn.Module] = {
+            name: module for name, module in model.named_modules() if isinstance(module, Attention | Mlp)
+        }
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What a table trained here belongs to, in the words of `Schedule`'s fields."""
+        facts = {"model": self.name, "sampler": self.sampler.name, "guidance": self.guidance}
+        return {**facts, "timesteps": self.sampler.timesteps}
+
+    def predict(self, x: Tensor, k: int, cond: Tensor) -> Tensor:
+        """Return the guided noise at step k.
+
+        Args:
+            x: (B, C, H, W).
+            k: executed step, 0 … T−1.
+            cond: (B,) class labels.
+
+        Returns:
+            (B, C, H, W) in the type of x. The loss is taken over it alone: the streams are no batch of 2B.
+        """
+        # A sampler's timestep is an index into β, from 0; the model was trained with the number of that β, from 1.
+        t = torch.full((len(x),), self.sampler.timesteps[k] + 1.0, device=x.device)  # (B,)
+        labels = (cond,) if self.guidance == 1.0 else (cond, torch.full_like(cond, self.model.num_classes))
+        streams: Streams = self.model(x.to(self.model.pos_embed.dtype), t, labels)
+        conditional, *null = (noise.to(x.dtype) for noise in streams)  # (B, C, H, W) each
+        return null[0] + self.guidance * (conditional - null[0]) if null else conditional
+
+    def step(self, x: Tensor, out: Tensor, k: int, memory: Memory) -> Tensor:
+        """Take x (B, C, H, W) to step k + 1 with the guided noise `out`, the same shape."""
+        return self.sampler.step(x, out, k, memory)
+
+    def draw(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Draw pure noise (B, C, H, W), never narrower than float32, and labels (B,) to start walks from.
+
+        Drawn on the generator's device, then moved, so that one seed gives one noise on every machine.
+        """
+        like = self.model.pos_embed
+        shape = (batch_size, self.model.in_channels, self.model.input_size, self.model.input_size)
+        x = torch.randn(shape, generator=generator, device=generator.device)
+        y = torch.randint(self.model.num_classes, (batch_size,), generator=generator, device=generator.device)
+        return x.to(like.device, torch.promote_types(like.dtype, torch.float32)), y.to(like.device)
