@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -104,7 +105,8 @@ def gated(sites: Mapping[str, nn.Module] | Sequence[nn.Module], gate: Gate) -> I
     """Shadow the `forward` of each site so that it asks `gate`, and put everything back as it was.
 
     An attribute of the instance shadows the method of its class; a hook could not skip the computation. What stood
-    there before (another `gated`, another library's wrapper) stands there again afterwards, exception or not.
+    there before (another `gated`, another library's wrapper) stands there again afterwards, exception or not; what
+    somebody has put there or taken away meanwhile is left to them.
 
     Args:
         sites: modules in the order of the table's columns, no module twice.
@@ -113,18 +115,22 @@ def gated(sites: Mapping[str, nn.Module] | Sequence[nn.Module], gate: Gate) -> I
     modules = list(sites.values() if isinstance(sites, Mapping) else sites)
     if len(set(map(id, modules))) < len(modules):
         raise ValueError("a module stands at two sites; each needs a feature, hence a module, of its own")
-    shadowed = [(module, module.__dict__.get("forward")) for module in modules]
+    shadowed = []
     try:
         for site, module in enumerate(modules):
-            module.__dict__["forward"] = _asking(gate, site, module.forward)
+            before, asking = module.__dict__.get("forward"), partial(_ask, gate, site, module.forward)
+            module.__dict__["forward"] = asking
+            shadowed.append((module, before, asking))
         yield
     finally:
-        for module, forward in shadowed:
-            if forward is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.__dict__["forward"] = forward
+        for module, before, asking in shadowed:
+            if module.__dict__.get("forward") is asking:
+                module.__dict__["forward"] = before
+                if before is None:
+                    del module.__dict__["forward"]
 
 
-def _asking(gate: Gate, site: int, forward: Callable[..., Feature]) -> Callable[..., Feature]:
-    return lambda *args, **kwargs: gate(site, lambda: forward(*args, **kwargs))
+def _ask(gate: Gate, site: int, forward: Callable[..., Feature], /, *args: Any, **kwargs: Any) -> Feature:
+    # Shadows are partials of this function: copying a module copies them with it, forward included, so that a copy made
+    # while gated runs its own weights.
+    return gate(site, lambda: forward(*args, **kwargs))

@@ -9,13 +9,14 @@ The model runs on fake tensors: every operation has its shape and no arithmetic 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -60,21 +61,51 @@ def macs(denoiser: Denoiser) -> Macs:
         denoiser: `draw` gives it one noise to predict.
     """
     x, cond = denoiser.draw(1, torch.Generator().manual_seed(0))
-    counts = [0.0] * len(denoiser.sites)
+    return count(lambda: denoiser.predict(x, 0, cond), denoiser.sites).macs
+
+
+@dataclass(frozen=True)
+class Count:
+    """What one run of a model did.
+
+    Attributes:
+        macs: MACs of the sites and of the rest.
+        calls: how often each site was asked, N numbers; a table of decisions needs each to be 1.
+        modules: MACs of every module, by a name that begins with the class of the outermost module called.
+    """
+
+    macs: Macs
+    calls: tuple[int, ...]
+    modules: Mapping[str, float]
+
+
+def count(run: Callable[[], Any], sites: Mapping[str, nn.Module], *, fake: bool = True) -> Count:
+    """Count the MACs of `run`, which calls a model once, site by site.
+
+    Args:
+        run: called once, without gradients.
+        sites: modules of the model that `run` calls.
+        fake: shapes only, no arithmetic; a model that looks at the values of its tensors then raises RuntimeError.
+    """
+    counts, calls = [0.0] * len(sites), [0] * len(sites)
+    counter = FlopCounterMode(display=False)
     # The fused attention kernels of the CPU are invisible to the counter; the plain one is two counted products.
-    fake, counter = FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False)
+    shapes = FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext()
 
     def gate(site: int, compute: Callable[[], Any]) -> Any:
         before = counter.get_total_flops()
         feature = compute()
         counts[site] += counter.get_total_flops() - before
+        calls[site] += 1
         return feature
 
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), fake, counter, gated(denoiser.sites, gate):
-        denoiser.predict(x, 0, cond)
-    total = counter.get_total_flops()
-    sites = torch.tensor(counts, dtype=torch.float64) / 2  # two floating-point operations are one MAC
-    return Macs(sites, total / 2 - float(sites.sum()))
+    # What was compiled runs as Python: a compiled attempt that fails would be remembered, and fail again.
+    eager = torch.compiler.set_stance("force_eager")
+    with torch.no_grad(), eager, sdpa_kernel(SDPBackend.MATH), shapes, counter, gated(sites, gate):
+        run()
+    macs_of = {name: sum(flops.values()) / 2 for name, flops in counter.get_flop_counts().items()}
+    each = torch.tensor(counts, dtype=torch.float64) / 2  # two floating-point operations are one MAC
+    return Count(Macs(each, counter.get_total_flops() / 2 - float(each.sum())), tuple(calls), macs_of)
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from harmonica import Router, Schedule, gated, macs, reuse, sample
 from harmonica.cost import measure
 from harmonica.metrics import frechet_distance, image_mse, label_agreement
-from harmonica.models import MODELS, load
+from harmonica.models import DITS, load
 from harmonica.models.dit import SIZES, DiT, DiTDenoiser, sincos_positions
 from harmonica.models.tiny import TINY, digits
-from harmonica.samplers import DDIM, linear_alphas_cumprod, make_sampler, spaced_timesteps
+from harmonica.samplers import DDIM, alphas_cumprod, make_sampler, spaced_timesteps
 
 # ---------------------------------------------------------------------------------------------- DiT
 
@@ -131,7 +131,7 @@ def test_load_names_what_there_is():
 def small_xl(monkeypatch):
     """Make 'dit-xl' a small model of the same class, so that its loading code runs."""
     small = {"input_size": 4, "hidden_size": 8, "depth": 1, "num_heads": 2, "num_classes": 3}
-    monkeypatch.setitem(MODELS, "dit-xl", small)
+    monkeypatch.setitem(DITS, "dit-xl", small)
     return DiT(**small)
 
 
@@ -211,7 +211,7 @@ def test_alphas_are_those_of_diffusers():
     from diffusers import DDIMScheduler
 
     theirs = DDIMScheduler(beta_schedule="linear", beta_start=1e-4, beta_end=0.02).alphas_cumprod
-    torch.testing.assert_close(linear_alphas_cumprod().float(), theirs, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(alphas_cumprod().float(), theirs, rtol=1e-4, atol=1e-7)
 
 
 @given(st.integers(2, 50), st.integers(0, 100))
@@ -219,7 +219,7 @@ def test_ddim_recovers_an_image_from_its_true_noise(steps, seed):
     """If the model's noise is the true one, every step lands on the true trajectory and the last one on the image."""
     generator = torch.Generator().manual_seed(seed)
     image, noise = torch.randn(2, 1, 2, 2, 2, generator=generator, dtype=torch.float64)
-    ddim, alphas = DDIM(steps), linear_alphas_cumprod()
+    ddim, alphas = DDIM(steps), alphas_cumprod()
     at = lambda a: a**0.5 * image + (1 - a) ** 0.5 * noise  # noqa: E731
     x = at(alphas[ddim.timesteps[0]])
     for k in range(steps):
@@ -237,7 +237,7 @@ def test_ddim_recovers_an_image_from_its_true_noise(steps, seed):
 )
 def test_macs_of_dit_xl_are_the_published_ones(name, total, attention, feed_forward):
     with torch.device("meta"):
-        model = DiT(**MODELS[name])
+        model = DiT(**DITS[name])
     count = macs(DiTDenoiser(model, DDIM(2), guidance=1.0))
     assert count.total == pytest.approx(total, rel=0.005)
     assert float(count.sites[0::2].sum()) / count.total == pytest.approx(attention, abs=0.001)

@@ -1,28 +1,42 @@
 """Models: load(name) gives a `Denoiser`, a frozen model with its sampler and guidance.
 
-    tiny                   bundled: 8 blocks, 0.6 M parameters, real 8×8 digits, no autoencoder
-    dit-xl, dit-xl-256     DiT-XL/2 on the 32×32 latent of 256×256 images
-    dit-xl-512             DiT-XL/2 on the 64×64 latent of 512×512 images
+    name                  model              on what                           default sampler
+    tiny                  DiT, bundled       8×8 digits, no autoencoder        ddim, T = 20, guidance 1.5
+    dit-xl, dit-xl-256    DiT-XL/2           32×32 latent of 256×256 images    ddim, T = 20, guidance 1.5
+    dit-xl-512            DiT-XL/2           64×64 latent                      ddim, T = 20, guidance 1.5
+    pixart-alpha-256      PixArt-α           32×32 latent and a prompt         dpm-solver++, T = 20, guidance 4.5
+    pixart-alpha-512      PixArt-α           64×64 latent                      dpm-solver++, T = 20, guidance 4.5
+    pixart-alpha-1024     PixArt-α           128×128 latent, micro-conditions  dpm-solver++, T = 20, guidance 4.5
+    pixart-sigma-1024     PixArt-Σ           128×128 latent, 300 tokens        dpm-solver++, T = 20, guidance 4.5
+    pixart-sigma-2k       PixArt-Σ           256×256 latent, 300 tokens        dpm-solver++, T = 20, guidance 4.5
+    uvit-h                U-ViT-H/2          32×32 latent of 256×256 images    dpm-solver++, T = 20, guidance 1.4
 
-Weights of the large ones are given as a file of the original (`DiT-XL-2-256x256.pt`), or "random" for timing.
+Each takes each of the four samplers. Weights come from the hub, a folder, a file of the original, or are "random".
+A stock diffusers pipeline that is already in memory becomes a denoiser with `pipelines.from_pipeline`.
 """
 
 from __future__ import annotations
 
-import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from harmonica.files import StrPath, existing, read_tensors
-from harmonica.models.dit import SIZES, DiT, DiTDenoiser
+from harmonica.denoise import Denoiser
+from harmonica.files import StrPath
+from harmonica.models import pixart
+from harmonica.models.dit import SIZES, DiT, DiTDenoiser, sincos_positions
+from harmonica.models.pixart import PIXART, PixArtDenoiser
 from harmonica.models.tiny import TINY
-from harmonica.samplers import make_sampler
+from harmonica.models.uvit import UVIT_H, UViT, UViTDenoiser
+from harmonica.models.weights import component, dit_from_diffusers, fetch, fill, read_state
+from harmonica.prompts import read_prompts
+from harmonica.samplers import Sampler, make_sampler
 
 _XL = {"depth": 28, "hidden_size": 1152, "num_heads": 16, "patch_size": 2}
-MODELS: dict[str, dict[str, Any]] = {
+DITS: dict[str, dict[str, Any]] = {
     "tiny": TINY,
     "dit-xl": {**_XL, "input_size": 32},
     "dit-xl-256": {**_XL, "input_size": 32},
@@ -30,36 +44,42 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 """Arguments of `DiT` by model name."""
 
-_ORIGINAL_FILES = {"dit-xl": "DiT-XL-2-256x256.pt", "dit-xl-256": "DiT-XL-2-256x256.pt"}
-_ORIGINAL_FILES["dit-xl-512"] = "DiT-XL-2-512x512.pt"
+MODELS = (*DITS, *PIXART, "uvit-h")
+"""The names that `load` knows."""
 
-__all__ = ["MODELS", "SIZES", "DiT", "DiTDenoiser", "load"]
+__all__ = ["DITS", "MODELS", "PIXART", "SIZES", "DiT", "DiTDenoiser", "PixArtDenoiser", "UViTDenoiser", "load"]
 
 
 def load(
     name: str = "tiny",
     *,
-    sampler: str = "ddim",
+    sampler: str | None = None,
     steps: int = 20,
-    guidance: float = 1.5,
+    guidance: float | None = None,
     weights: StrPath | None = None,
+    prompts: StrPath | Sequence[str] | None = None,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
-) -> DiTDenoiser:
+    activation_checkpointing: bool = False,
+) -> Denoiser:
     """Return a frozen model with its sampler and guidance, ready to walk, to train a router for, or to count.
 
     Args:
         name: one of MODELS.
-        sampler: "ddim".
+        sampler: "ddim", "dpm-solver++", "iddpm" or "sa-solver"; None for the model's own (table above).
         steps: T, predictions in one walk.
-        guidance: classifier-free guidance scale; 1 switches it off.
-        weights: a .pt or .safetensors file in the original parameter names; "random" for timing; None for the bundled
-            weights, which only `tiny` has.
-        dtype: of the weights and of x.
-        device: where they live.
+        guidance: classifier-free guidance scale; 1 switches it off; None for the model's own.
+        weights: None for the model's repository on the hub (`tiny` has its weights in the package); a folder saved by
+            diffusers; a .pt, .pth or .safetensors file in the original parameter names; "random" for timing.
+        prompts: for PixArt, what images to train on: a file with one prompt a line, or the prompts; None for a bundled
+            list. They are encoded here, once; with random weights the embeddings are drawn.
+        dtype: of the weights; x stays float32 if they are half as wide.
+        device: where everything lives.
+        activation_checkpointing: in training, run blocks again instead of keeping what they computed: less memory,
+            more time, the same gradients.
 
     Raises:
-        ValueError: if a name, a number or the weights do not fit.
+        ValueError: if a name, a number, or the weights do not fit, or the weights cannot be had.
         FileNotFoundError: if there is no such file.
 
     >>> load("tiny", steps=10).steps
@@ -67,44 +87,99 @@ def load(
     """
     if name not in MODELS:
         raise ValueError(f"model is {name!r}; this version has {', '.join(MODELS)}")
+    own = "ddim" if name in DITS else "dpm-solver++"
+    drawn = make_sampler(sampler or own, steps, "scaled-linear" if name == "uvit-h" else "linear")
+    if prompts is not None and name not in PIXART:
+        raise ValueError(f"{name} takes no prompts; it draws classes")
+    if guidance is not None and guidance < 1.0:
+        raise ValueError(f"guidance is {guidance}; it must be 1 (off) or more")
+    place = _Place(dtype, device, activation_checkpointing)
+    if name in DITS:
+        return _dit(name, drawn, 1.5 if guidance is None else guidance, weights, place)
+    if name in PIXART:
+        listed = isinstance(prompts, Sequence) and not isinstance(prompts, str)
+        texts = tuple(prompts) if listed else read_prompts(prompts)  # type: ignore[arg-type]
+        return _pixart(name, drawn, 4.5 if guidance is None else guidance, weights, texts, place)
+    return _uvit(drawn, 1.4 if guidance is None else guidance, weights, place)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """How and where a model lives."""
+
+    dtype: torch.dtype
+    device: str | torch.device
+    activation_checkpointing: bool
+
+
+def _where(weights: StrPath | None) -> Any:
+    """Return torch's device context: nothing is initialised that a file will replace."""
+    return torch.device("cpu" if weights == "random" else "meta")
+
+
+def _dit(name: str, sampler: Sampler, guidance: float, weights: StrPath | None, place: _Place) -> DiTDenoiser:
     if weights is None:
-        if name in _ORIGINAL_FILES:
-            raise ValueError(
-                f"the weights of {name} are not bundled; pass weights=PATH of the original {_ORIGINAL_FILES[name]}, "
-                'or weights="random" to time it'
-            )
-        weights = Path(__file__).with_name("tiny.safetensors")
-    drawn = make_sampler(sampler, steps)
-    with torch.device("cpu" if weights == "random" else "meta"):  # nothing is initialised that a file will replace
-        model = DiT(**MODELS[name])
+        weights = Path(__file__).with_name("tiny.safetensors") if name == "tiny" else _dit_from_hub(name)
+    with _where(weights):
+        model = DiT(**DITS[name])
     if weights != "random":
-        _fill(model, _state_dict(weights), weights)
+        state = _diffusers_dit(weights, model) if Path(weights).is_dir() else read_state(weights)
+        fill(model, state, weights)
+    model.activation_checkpointing = place.activation_checkpointing
     guided = 3 if name != "tiny" else None  # the original guides 3 of its 4 latent channels
-    frozen = model.to(device=device, dtype=dtype)
-    return DiTDenoiser(frozen, drawn, guidance=guidance, guided_channels=guided, name=name.removesuffix("-256"))
+    model.to(device=place.device, dtype=place.dtype)
+    return DiTDenoiser(model, sampler, guidance=guidance, guided_channels=guided, name=name.removesuffix("-256"))
 
 
-def _state_dict(path: StrPath) -> dict[str, Tensor]:
-    """Read parameters by name, executing nothing that the file says."""
-    if existing(path).suffix == ".safetensors":
-        return read_tensors(path)[0]
-    try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        why = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path} is not a checkpoint of weights alone: {why}") from None
-    data = data.get("ema", data) if isinstance(data, dict) else data  # a training checkpoint keeps an averaged copy
-    if not isinstance(data, dict) or not all(isinstance(value, Tensor) for value in data.values()):
-        raise ValueError(f"{path} does not hold tensors by parameter name")
-    return data
+def _dit_from_hub(name: str) -> Path:
+    pixels = name.removeprefix("dit-xl").removeprefix("-") or "256"
+    file = f"DiT-XL-2-{pixels}x{pixels}.pt"
+    ways = f'pass weights=PATH of the original {file} or of a diffusers folder, or weights="random" to time it'
+    return fetch(f"facebook/DiT-XL-2-{pixels}", ["transformer/*"], otherwise=ways)
 
 
-def _fill(model: DiT, state: dict[str, Tensor], path: StrPath) -> None:
-    try:
-        model.load_state_dict(state, strict=True, assign=True)
-    except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines()[1:3]]
-        raise ValueError(f"{path} does not fit the model: {' '.join(lines)}") from None
-    for name, value in model.state_dict().items():
-        if not bool(value.isfinite().all()):
-            raise ValueError(f"{path} has a value in {name} that is not finite; the file is damaged")
+def _diffusers_dit(folder: StrPath, model: DiT) -> dict[str, torch.Tensor]:
+    from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+
+    theirs = DiTTransformer2DModel.from_pretrained(component(folder, "transformer"))
+    positions = sincos_positions(model.pos_embed.shape[2], model.input_size // model.patch_size)
+    return dit_from_diffusers(theirs.state_dict(), positions)
+
+
+def _pixart(
+    name: str, sampler: Sampler, guidance: float, weights: StrPath | None, texts: Sequence[str], place: _Place
+) -> PixArtDenoiser:
+    variant = PIXART[name]
+    if weights == "random":
+        encoded = pixart.random_prompts(texts, variant.text_tokens, pixart.XL["caption_channels"])
+        transformer = pixart.transformer_of(variant).to(place.dtype)
+    else:
+        text_folder = _pixart_folder(variant.rest, ["tokenizer/*", "text_encoder/*"], weights)
+        encoded = pixart.encode(text_folder, texts, variant.text_tokens, dtype=place.dtype, device=place.device)
+        folder = _pixart_folder(variant.transformer, ["transformer/*"], weights)
+        transformer = pixart.read_transformer(component(folder, "transformer"), variant, name, place.dtype)
+    transformer.to(place.device)
+    if place.activation_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    return PixArtDenoiser(transformer, sampler, encoded, guidance=guidance, name=name)
+
+
+def _pixart_folder(repository: str, patterns: list[str], weights: StrPath | None) -> Path:
+    if weights is not None:
+        return Path(weights)
+    ways = 'pass weights=FOLDER of a diffusers pipeline, or weights="random" to time it'
+    return fetch(repository, patterns, otherwise=ways)
+
+
+def _uvit(sampler: Sampler, guidance: float, weights: StrPath | None, place: _Place) -> UViTDenoiser:
+    if weights is None:
+        raise ValueError(
+            "the weights of uvit-h are on no hub that we know; pass weights=PATH of the original "
+            'imagenet256_uvit_huge.pth (or the same in .safetensors), or weights="random" to time it'
+        )
+    with _where(weights):
+        model = UViT(**UVIT_H)  # type: ignore[arg-type]
+    if weights != "random":
+        fill(model, read_state(weights), weights)
+    model.activation_checkpointing = place.activation_checkpointing
+    return UViTDenoiser(model.to(device=place.device, dtype=place.dtype), sampler, guidance=guidance)

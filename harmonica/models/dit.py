@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from harmonica.samplers import Memory, Sampler
 
@@ -206,6 +207,7 @@ class DiT(nn.Module):
         self.pos_embed = nn.Parameter(positions, requires_grad=False)  # (1, N, D)
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
+        self.activation_checkpointing = False  # in training, run blocks again instead of keeping what they computed
         self._initialise()
 
     def _initialise(self) -> None:
@@ -227,7 +229,10 @@ class DiT(nn.Module):
         h = self.x_embedder(x) + self.pos_embed  # (B, N, D)
         c = self.t_embedder(t) + self.y_embedder(y)  # (B, D)
         for block in self.blocks:
-            h = block(h, c)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                h = checkpoint(block, h, c, use_reentrant=False)
+            else:
+                h = block(h, c)
         return self._unpatchify(self.final_layer(h, c))
 
     def _unpatchify(self, tokens: Tensor) -> Tensor:
@@ -249,6 +254,7 @@ class DiTDenoiser:
         guidance: s; 1 switches guidance off and runs B instead of 2B.
         guided_channels: how many channels are mixed; all of them by default.
         name: stored in schedules.
+        sites: cacheable modules by name; by default `attn` and `mlp` of every block.
 
     Raises:
         ValueError: if guidance is below 1.
@@ -262,6 +268,7 @@ class DiTDenoiser:
         guidance: float = 1.5,
         guided_channels: int | None = None,
         name: str = "dit",
+        sites: Mapping[str, nn.Module] | None = None,
     ) -> None:
         if guidance < 1.0:
             raise ValueError(f"guidance is {guidance}; it must be 1 (off) or more")
@@ -269,7 +276,7 @@ class DiTDenoiser:
         self.sampler, self.guidance, self.name = sampler, guidance, name
         self.guided_channels = model.in_channels if guided_channels is None else guided_channels
         self.steps = len(sampler.timesteps)
-        self.sites: Mapping[str, nn.Module] = {
+        self.sites: Mapping[str, nn.Module] = sites or {
             f"blocks.{i}.{kind}": module
             for i, block in enumerate(model.blocks)
             for kind, module in block.named_children()
@@ -296,13 +303,17 @@ class DiTDenoiser:
         """
         t = torch.full((len(x),), self.sampler.timesteps[k], device=x.device)  # (B,)
         if self.guidance == 1.0:
-            return self.model(x, t, cond)  # type: ignore[no-any-return]
+            return self._run(x, t, cond)
         labels = torch.cat([cond, torch.full_like(cond, self.model.num_classes)])  # (2B,)
-        out = self.model(torch.cat([x, x]), torch.cat([t, t]), labels)  # (2B, C_out, H, W)
+        out = self._run(torch.cat([x, x]), torch.cat([t, t]), labels)  # (2B, C_out, H, W)
         mixed, rest = out[:, : self.guided_channels], out[:, self.guided_channels :]
         conditional, null = mixed.chunk(2)  # (B, guided, H, W) each
         guided = null + self.guidance * (conditional - null)
         return torch.cat([torch.cat([guided, guided]), rest], dim=1)
+
+    def _run(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        weights = next(self.model.parameters())
+        return self.model(x.to(weights.dtype), t, y).to(x.dtype)  # type: ignore[no-any-return]
 
     def step(self, x: Tensor, out: Tensor, k: int, memory: Memory) -> Tensor:
         """Take x (B, C, H, W) to step k + 1 with the conditional half of `out`."""
@@ -311,10 +322,11 @@ class DiTDenoiser:
     def draw(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Draw pure noise (B, C, H, W) and labels (B,) to start walks from.
 
-        Drawn on the generator's device, then moved, so that one seed gives one noise on every machine.
+        Drawn on the generator's device, then moved, so that one seed gives one noise on every machine. x is float32
+        where the weights are half as wide: a walk adds up small steps.
         """
-        like = self.model.x_embedder.proj.weight
+        like = next(self.model.parameters())
         shape = (batch_size, self.model.in_channels, self.model.input_size, self.model.input_size)
         x = torch.randn(shape, generator=generator, device=generator.device)
         y = torch.randint(self.model.num_classes, (batch_size,), generator=generator, device=generator.device)
-        return x.to(like), y.to(like.device)
+        return x.to(like.device, torch.promote_types(like.dtype, torch.float32)), y.to(like.device)

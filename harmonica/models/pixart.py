@@ -1,0 +1,236 @@
+"""PixArt-α and PixArt-Σ: text-conditioned diffusion transformers, run as diffusers' pipelines run them.
+
+A block has three sites: self-attention `attn1`, cross-attention to the prompt `attn2`, feed-forward `ff`. The
+transformer is diffusers' own class; the prompts are encoded once, before the walk, and the 4.7 billion parameters of T5
+are let go. A condition of a walk is then the number of a prompt, as a class label is for DiT.
+
+    B batch   P prompts   L text tokens (120 for α, 300 for Σ)   D_text 4096   C, H, W latent
+    prompts.embeds   what T5 says of each prompt                           (P, L, D_text)
+    prompts.mask     1 where a token is a word, 0 where it is padding      (P, L)
+
+This file does not know caches or routers.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harmonica.models.sites import sites
+from harmonica.samplers import Memory, Sampler
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One of the released PixArt models."""
+
+    latent_size: int  # H = W of the latent, an eighth of the image's
+    text_tokens: int  # L
+    micro_conditions: bool  # the model is told the image's size and aspect ratio
+    transformer: str  # hub repository of the transformer
+    rest: str  # hub repository of tokenizer, text encoder and autoencoder
+
+
+_ALPHA, _SIGMA = "PixArt-alpha/PixArt-XL-2-1024-MS", "PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers"
+PIXART: dict[str, Variant] = {
+    "pixart-alpha-256": Variant(32, 120, False, "PixArt-alpha/PixArt-XL-2-256x256", _ALPHA),
+    "pixart-alpha-512": Variant(64, 120, False, "PixArt-alpha/PixArt-XL-2-512x512", _ALPHA),
+    "pixart-alpha-1024": Variant(128, 120, True, _ALPHA, _ALPHA),
+    "pixart-sigma-1024": Variant(128, 300, False, "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", _SIGMA),
+    "pixart-sigma-2k": Variant(256, 300, False, "PixArt-alpha/PixArt-Sigma-XL-2-2K-MS", _SIGMA),
+}
+"""The five models of the paper by name; all have 28 blocks of width 1152."""
+
+XL: dict[str, int] = {"num_attention_heads": 16, "attention_head_dim": 72, "num_layers": 28}
+XL |= {"cross_attention_dim": 1152, "caption_channels": 4096}
+"""Arguments of `PixArtTransformer2DModel` that all variants share."""
+
+
+def transformer_of(variant: Variant) -> Any:
+    """Return diffusers' transformer of this variant, freshly initialised (on torch's current device)."""
+    from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
+
+    return PixArtTransformer2DModel(
+        **XL, sample_size=variant.latent_size, use_additional_conditions=variant.micro_conditions
+    )
+
+
+def read_transformer(folder: Path, variant: Variant, name: str, dtype: torch.dtype) -> Any:
+    """Read diffusers' transformer from its folder; raises ValueError if it is not this variant's."""
+    from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
+
+    transformer = PixArtTransformer2DModel.from_pretrained(folder, torch_dtype=dtype)
+    size = transformer.config.sample_size
+    if size != variant.latent_size:
+        raise ValueError(f"{folder} is for a latent of {size} × {size}; {name} has {variant.latent_size}")
+    return transformer
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What a text encoder says of P prompts, and of the empty one that guidance contrasts them with."""
+
+    texts: tuple[str, ...]  # P
+    embeds: Tensor  # (P, L, D_text)
+    mask: Tensor  # (P, L)
+    null_embeds: Tensor  # (1, L, D_text)
+    null_mask: Tensor  # (1, L)
+
+    def to(self, like: Tensor) -> Prompts:
+        """Return the same prompts on the device and in the dtype of `like`."""
+        mask, null_mask = self.mask.to(like.device), self.null_mask.to(like.device)
+        return Prompts(self.texts, self.embeds.to(like), mask, self.null_embeds.to(like), null_mask)
+
+
+def random_prompts(texts: Sequence[str], tokens: int, width: int = 4096) -> Prompts:
+    """Return drawn embeddings (P, L, width) for timing: no text encoder has read the texts.
+
+    Raises ValueError if there are no texts.
+    """
+    _some(texts)
+    generator = torch.Generator().manual_seed(0)
+    embeds = torch.randn(len(texts) + 1, tokens, width, generator=generator)
+    words = torch.randint(1, tokens + 1, (len(texts) + 1, 1), generator=generator)
+    mask = (torch.arange(tokens) < words).long()  # (P + 1, L)
+    return Prompts(tuple(texts), embeds[1:], mask[1:], embeds[:1], mask[:1])
+
+
+def encode(
+    folder: Path, texts: Sequence[str], tokens: int, *, dtype: torch.dtype, device: str | torch.device
+) -> Prompts:
+    """Encode prompts with the T5 of a diffusers folder, eight at a time, and let it go.
+
+    Args:
+        folder: holds `tokenizer` and `text_encoder`.
+        texts: P prompts.
+        tokens: L; longer prompts are cut.
+        dtype: of the text encoder.
+        device: where it runs; the embeddings come back to the CPU.
+    """
+    from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import PixArtAlphaPipeline
+    from transformers import AutoTokenizer, T5EncoderModel
+
+    encoder = T5EncoderModel.from_pretrained(folder / "text_encoder", dtype=dtype).to(device)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    pipe = PixArtAlphaPipeline(tokenizer, encoder, vae=None, transformer=None, scheduler=None)
+    prompts = encoded_by(pipe, texts, tokens)
+    del pipe, encoder
+    gc.collect()  # T5 takes more memory than everything that follows; it leaves before that is loaded
+    return prompts
+
+
+@torch.no_grad()
+def encoded_by(pipe: Any, texts: Sequence[str], tokens: int) -> Prompts:
+    """Encode prompts with a pipeline's own text encoder, eight at a time; embeddings come to the CPU."""
+    _some(texts)
+    parts = []
+    for start in range(0, len(texts), 8):
+        group = list(texts[start : start + 8])
+        encoded = pipe.encode_prompt(group, device=pipe.text_encoder.device, max_sequence_length=tokens)
+        parts.append([tensor.cpu() for tensor in encoded])  # embeds, mask, null embeds, null mask
+    embeds, mask, null_embeds, null_mask = (torch.cat(group) for group in zip(*parts, strict=True))
+    return Prompts(tuple(texts), embeds, mask, null_embeds[:1], null_mask[:1])
+
+
+def _some(texts: Sequence[str]) -> None:
+    if not texts:
+        raise ValueError("there are no prompts; give at least one")
+
+
+class PixArtDenoiser:
+    """A frozen PixArt, its sampler, guidance and encoded prompts: a `harmonica.denoise.Denoiser`.
+
+    Guidance runs one batch [null, conditional] of 2B, ε = ε_null + s·(ε_cond − ε_null) over all latent channels, as
+    diffusers' pipelines do.
+
+    Args:
+        transformer: diffusers' `PixArtTransformer2DModel`; frozen here, in place.
+        sampler: its T timesteps are the steps of the walk.
+        prompts: encoded prompts; a condition is the number of one of them.
+        guidance: s; 1 switches guidance off and runs B instead of 2B.
+        name: stored in schedules.
+
+    Raises:
+        ValueError: if guidance is below 1.
+    """
+
+    def __init__(
+        self, transformer: Any, sampler: Sampler, prompts: Prompts, *, guidance: float = 4.5, name: str = "pixart"
+    ) -> None:
+        if guidance < 1.0:
+            raise ValueError(f"guidance is {guidance}; it must be 1 (off) or more")
+        self.model = transformer.eval().requires_grad_(False)
+        self.sampler, self.guidance, self.name = sampler, guidance, name
+        self.prompts = prompts.to(next(transformer.parameters()))
+        self.steps = len(sampler.timesteps)
+        self.sites: Mapping[str, nn.Module] = sites(transformer)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What a table trained here belongs to, in the words of `Schedule`'s fields."""
+        facts = {"model": self.name, "sampler": self.sampler.name, "guidance": self.guidance}
+        return {**facts, "timesteps": self.sampler.timesteps}
+
+    def predict(self, x: Tensor, k: int, cond: Tensor) -> Tensor:
+        """Return the guided noise at step k, with the conditional variance if the sampler reads one.
+
+        Args:
+            x: (B, C, H, W).
+            k: executed step, 0 … T−1.
+            cond: (B,) numbers of prompts.
+
+        Returns:
+            (B, C, H, W), or (B, 2C, H, W) if the sampler learns the variance: what the sampler takes, nothing else,
+            so the training loss is not spent on channels that nobody reads.
+        """
+        text, mask = self.prompts.embeds[cond], self.prompts.mask[cond]  # (B, L, D_text), (B, L)
+        null, null_mask = self.prompts.null_embeds.expand_as(text), self.prompts.null_mask.expand_as(mask)
+        if self.guidance == 1.0:
+            out = self._run(x, k, text, mask)  # (B, 2C, H, W)
+            guided = conditional = out
+        else:
+            out = self._run(torch.cat([x, x]), k, torch.cat([null, text]), torch.cat([null_mask, mask]))
+            unconditional, conditional = out.chunk(2)  # (B, 2C, H, W) each
+            guided = unconditional + self.guidance * (conditional - unconditional)
+        channels = x.shape[1]
+        noise = guided[:, :channels]
+        return torch.cat([noise, conditional[:, channels:]], 1) if self.sampler.learns_variance else noise
+
+    def _run(self, x: Tensor, k: int, text: Tensor, mask: Tensor) -> Tensor:
+        t = torch.full((len(x),), self.sampler.timesteps[k], device=x.device)
+        size: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
+        if self.model.use_additional_conditions:  # in pixels, eight for each latent place
+            height, width = 8 * x.shape[2], 8 * x.shape[3]
+            size["resolution"] = text.new_tensor([[height, width]]).expand(len(x), -1)
+            size["aspect_ratio"] = text.new_tensor([[height / width]]).expand(len(x), -1)
+        out: Tensor = self.model(
+            x.to(text.dtype),
+            encoder_hidden_states=text,
+            encoder_attention_mask=mask,
+            timestep=t,
+            added_cond_kwargs=size,
+            return_dict=False,
+        )[0]
+        return out.to(x.dtype)
+
+    def step(self, x: Tensor, out: Tensor, k: int, memory: Memory) -> Tensor:
+        """Take x (B, C, H, W) to step k + 1."""
+        return self.sampler.step(x, out, k, memory)
+
+    def draw(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Draw pure noise (B, C, H, W) and prompt numbers (B,) to start walks from.
+
+        Drawn on the generator's device, then moved. x is float32 where the weights are half as wide: a walk adds up
+        small steps.
+        """
+        config, like = self.model.config, self.prompts.embeds
+        shape = (batch_size, config.in_channels, config.sample_size, config.sample_size)
+        x = torch.randn(shape, generator=generator, device=generator.device)
+        numbers = torch.randint(len(self.prompts.texts), (batch_size,), generator=generator, device=generator.device)
+        return x.to(like.device, torch.promote_types(like.dtype, torch.float32)), numbers.to(like.device)

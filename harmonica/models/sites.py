@@ -1,0 +1,305 @@
+"""sites: where a diffusion transformer can be cached, found by the names of its modules.
+
+    block    an element of an nn.ModuleList of the transformer: transformer_blocks, layers, single_transformer_blocks …
+    site     inside a block, an outermost module whose name says attention or feed-forward: attn1, self_attn, ff,
+             img_mlp, feed_forward, ff_context …; what a site holds inside itself is part of it
+
+Two kinds of block have no such module for part of their work, so their linear layers are sites one by one:
+
+    single-stream   proj_mlp ─┐                         Flux and its kin: attn is a module, the feed-forward is not,
+                    attn ─────┴→ proj_out               and one projection ends both
+    inlined         gate_proj, up_proj → down_proj      PRX: the block multiplies them itself
+
+Reusing proj_out alone would skip one product and still compute all that it reads, so all three are sites.
+
+Token refiners, embedders, text encoders and projections have modules of the same names, but most of them run on the
+condition and none is the denoiser: they are left out. A rule about names can be wrong about a model it has never seen.
+The laws that tell are in tests/test_zoo.py, and `sites(transformer, inputs)` holds a model to the first of them: each
+site is asked exactly once in a forward.
+
+Some models keep attention keys and values of their own between forwards (QwenImage 2.1 with use_kv_cache, AnyFlow FAR):
+a skipped attention writes none, so run those without their cache.
+
+This file does not know pipelines, samplers or routers.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from harmonica.cost import Count, Macs, count
+
+Uncovered = tuple[tuple[str, float], ...]
+"""(name, MACs) of modules."""
+
+ATTENTION, CROSS, FEED_FORWARD, BOTH = "attention", "cross-attention", "feed-forward", "both"
+
+_ATTENTION = re.compile(r"\w*(attn|attention)\d*|mhb?a")
+_FEED_FORWARD = re.compile(r"ffn?\d*|mlp\d*|feedforward|densereludense|transition")
+_CROSS = re.compile(r"\w*cross\w*|attn2|to")
+_INLINED = ("gate_proj", "up_proj", "down_proj")
+_NOT_A_SITE = re.compile(r"\w*norm\d*|adaln\w*|act|mod|modulation|drop(out)?|emb\w*|time\w*|film\w*")
+_NOT_THE_DENOISER = re.compile(
+    r"refine|embed|encoder|extractor|projection|projector|fus(ion|er)|perceiver$|^(text|txt|context|caption)_"
+)
+_TWICE = {
+    "CogView4TransformerBlock": ("ff", ""),
+    "EasyAnimateTransformerBlock": ("ff", "txt_ff"),
+    "GlmImageTransformerBlock": ("ff", ""),
+}
+"""Blocks that call a module on the image's tokens and then on the text's, unless they have another one for the text."""
+_ADVICE = "give the modules yourself, as cached(pipe, schedule, sites={name: module, …})"
+
+
+@dataclass(frozen=True, eq=False)
+class Sites(Mapping[str, nn.Module]):
+    """The cacheable modules of a transformer by name, in the order of the modules: the columns of a router's table.
+
+    Attributes:
+        modules: name -> module.
+        kinds: N words, attention, cross-attention, feed-forward or both.
+        macs: of each site and of what no site covers; of one forward, or of one token if estimated.
+        counted: true if `macs` was counted in a forward, false if it was estimated from the sizes of the weights.
+        uncovered: the largest modules that no site covers, and their MACs.
+    """
+
+    modules: Mapping[str, nn.Module]
+    kinds: tuple[str, ...]
+    macs: Macs
+    counted: bool
+    uncovered: Uncovered = ()
+
+    def __getitem__(self, name: str) -> nn.Module:
+        return self.modules[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.modules)
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    def __repr__(self) -> str:
+        return f"Sites({len(self)} of {next(iter(self))} … {list(self)[-1]}, {100 * self.macs.covered:.1f} % covered)"
+
+    def __str__(self) -> str:
+        sizes = self.macs.sites.tolist()
+        columns = (
+            ["site", *self],
+            ["kind", *self.kinds],
+            ["MACs" if self.counted else "MACs/token", *map(_short, sizes)],
+            ["share", *(f"{100 * size / self.macs.total:.1f} %" for size in sizes)],
+        )
+        name, kind, macs, share = (max(map(len, column)) for column in columns)
+        rows = zip(*columns, strict=True)
+        lines = [f"{r[0]:{name}}  {r[1]:{kind}}  {r[2]:>{macs}}  {r[3]:>{share}}" for r in rows]
+        how = "counted in one forward" if self.counted else "estimated per token from the weights of the blocks"
+        return "\n".join([*lines, f"{len(self)} sites cover {100 * self.macs.covered:.1f} % of the MACs, {how}"])
+
+
+def sites(transformer: nn.Module, inputs: Mapping[str, Any] | None = None) -> Sites:
+    """Find the sites of a transformer by the rule of this module, and what they cost.
+
+    Args:
+        transformer: of a diffusers pipeline, or any model whose blocks stand in lists and name their parts.
+        inputs: keyword arguments of one forward. With them MACs are counted, attention products included, and a
+            module that this forward never calls (the audio half of a model run on video) is no site. Without, MACs
+            per token are estimated from the weights of the blocks that hold sites: no attention products, and every
+            expert of a mixture.
+
+    Raises:
+        ValueError: if it is not a module, has no sites, has a module at two sites, chunks its feed-forwards, or calls a
+            site several times in a forward.
+
+    Warns UserWarning, naming the largest uncovered modules, if the sites cover less than half of the MACs.
+
+    >>> block = nn.ModuleDict({"attn": nn.Linear(4, 4), "ff": nn.Linear(4, 8)})
+    >>> print(sites(nn.ModuleDict({"blocks": nn.ModuleList([block])})))
+    site           kind          MACs/token   share
+    blocks.0.attn  attention             16  33.3 %
+    blocks.0.ff    feed-forward          32  66.7 %
+    2 sites cover 100.0 % of the MACs, estimated per token from the weights of the blocks
+    """
+    if not isinstance(transformer, nn.Module):
+        raise ValueError(f"sites() takes the transformer of a pipeline, a torch module; found {type(transformer)}")
+    blocks = dict(_blocks(transformer, ""))
+    found = {name: (site, kind) for path, block in blocks.items() for name, site, kind in _inside(block, path)}
+    _refuse_what_cannot_be_cached(transformer, blocks, found)
+    modules = {name: site for name, (site, _) in found.items()}
+    if inputs is None:
+        macs, uncovered = _estimated(blocks, modules)
+    else:
+        modules, macs, uncovered = _counted(transformer, modules, inputs)
+    kinds = tuple(found[name][1] for name in modules)
+    result = Sites(MappingProxyType(modules), kinds, macs, inputs is not None, uncovered)
+    if macs.covered < 0.5:
+        largest = ", ".join(f"{name} ({100 * size / macs.total:.1f} %)" for name, size in uncovered)
+        share = f"the {len(result)} sites of {type(transformer).__name__} cover {100 * macs.covered:.1f} % of its MACs"
+        warnings.warn(f"{share}; the largest modules left out are {largest}; to add some, {_ADVICE}", stacklevel=2)
+    return result
+
+
+def kind_of(name: str) -> str | None:
+    """Return what a module of this name is: attention, cross-attention, feed-forward, or None of them.
+
+    >>> kind_of("img_mlp"), kind_of("attn2"), kind_of("ff_norm")
+    ('feed-forward', 'cross-attention', None)
+    """
+    words = name.lower().replace("feed_forward", "feedforward").split("_")
+    if any(map(_NOT_A_SITE.fullmatch, words)):
+        return None
+    if any(map(_ATTENTION.fullmatch, words)):
+        return CROSS if any(map(_CROSS.fullmatch, words)) else ATTENTION
+    return FEED_FORWARD if any(map(_FEED_FORWARD.fullmatch, words)) else None
+
+
+def _blocks(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the blocks under a module, outside of what is not the denoiser."""
+    for name, child in module.named_children():
+        if _NOT_THE_DENOISER.search(name):
+            continue
+        if isinstance(child, nn.ModuleList):
+            yield from ((f"{path}{name}.{i}", block) for i, block in child.named_children())
+        else:
+            yield from _blocks(child, f"{path}{name}.")
+
+
+def _inside(block: nn.Module, path: str) -> Iterator[tuple[str, nn.Module, str]]:
+    """Yield (name, module, kind) of the sites of a block: outermost matches, in the order of the modules."""
+    of_list = kind_of(path.split(".")[-2])
+    if of_list:  # a list of attentions, each of them a site
+        yield path, block, of_list
+        return
+    children = dict(block.named_children())
+    twice, unless = _TWICE.get(type(block).__name__, ("", ""))
+    if unless not in children:
+        children.pop(twice, None)
+    joined = {"proj_mlp": FEED_FORWARD, "proj_out": BOTH} if {"proj_mlp", "proj_out"} <= children.keys() else {}
+    linear = joined | dict.fromkeys(_INLINED, FEED_FORWARD)
+    for name, child in children.items():
+        kind = linear.get(name) or kind_of(name)
+        if kind:
+            yield f"{path}.{name}", child, kind
+        elif not _NOT_THE_DENOISER.search(name):
+            yield from _inside(child, f"{path}.{name}")
+
+
+def _refuse_what_cannot_be_cached(
+    transformer: nn.Module, blocks: Mapping[str, nn.Module], found: Mapping[str, tuple[nn.Module, str]]
+) -> None:
+    name = type(transformer).__name__
+    if not found:
+        lists = ", ".join(dict.fromkeys(path.rpartition(".")[0] for path in blocks)) or "no list of blocks"
+        looked = f"attention and feed-forward modules (attn…, ff…, mlp …) inside the blocks of its lists ({lists})"
+        raise ValueError(f"{name} has no sites that the rule knows; looked for {looked}; {_ADVICE}")
+    first: dict[int, str] = {}
+    for here, (site, _) in found.items():
+        other = first.setdefault(id(site), here)
+        if other != here:
+            raise ValueError(f"{name}: {other} and {here} are one module, which would need two features; {_ADVICE}")
+    for path, block in blocks.items():
+        if getattr(block, "_chunk_size", None) is not None:
+            raise ValueError(
+                f"{name}: the feed-forward of {path} runs in chunks, so it is called several times in a forward; "
+                "call set_chunk_feed_forward(None, 0) on the blocks"
+            )
+
+
+def _counted(
+    transformer: nn.Module, modules: Mapping[str, nn.Module], inputs: Mapping[str, Any]
+) -> tuple[dict[str, nn.Module], Macs, Uncovered]:
+    """Count one forward of a twin, so that nothing the model keeps between calls stays behind in it."""
+    name = type(transformer).__name__
+    result = _count(transformer, modules, inputs, fake=True) or _count(transformer, modules, inputs, fake=False)
+    if result is None:
+        raise ValueError(f"{name}: torch cannot count its operations; leave `inputs` out for an estimate")
+    calls = dict(zip(modules, result.calls, strict=True))
+    for site, times in calls.items():
+        if times > 1:
+            raise ValueError(f"{name}: {site} is called {times} times in a forward and has one feature; {_ADVICE}")
+    called = {site: module for site, module in modules.items() if calls[site]}
+    if not called:
+        raise ValueError(f"{name}: none of the {len(modules)} modules that look like sites is called; {_ADVICE}")
+    each = result.macs.sites[[times == 1 for times in result.calls]]
+    by_name = {path.removeprefix(f"{name}."): size for path, size in result.modules.items() if "." in path}
+    return called, Macs(each, result.macs.rest), _largest(by_name, called)
+
+
+def _count(
+    transformer: nn.Module, modules: Mapping[str, nn.Module], inputs: Mapping[str, Any], *, fake: bool
+) -> Count | None:
+    """Count one forward; None if it cannot be: fake tensors have no values to look at, flex attention no counter."""
+    twin = _twin(transformer)
+    mine = {name: twin.get_submodule(name) for name in modules}
+    own = tree_map(lambda leaf: leaf, dict(inputs))  # dicts and lists of our own: some models take things out of them
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    log.disabled, before = True, log.disabled  # it would print the stack of what is caught here
+    try:
+        return count(lambda: twin(**own), mine, fake=fake)
+    except (RuntimeError, TypeError):
+        if not fake:
+            _twin(transformer)(**inputs)  # raises what is wrong with the inputs, if that is what it was
+        return None
+    finally:
+        log.disabled = before
+
+
+def _twin(transformer: nn.Module) -> nn.Module:
+    """Return a copy that shares the weights, and whose modules run the forward of their class."""
+    tensors = {id(tensor): tensor for tensor in chain(transformer.parameters(), transformer.buffers())}
+    twin = copy.deepcopy(transformer, tensors)
+    for module in twin.modules():
+        module.__dict__.pop("forward", None)  # a wrapper that was copied still calls the original
+    return twin
+
+
+def _estimated(blocks: Mapping[str, nn.Module], modules: Mapping[str, nn.Module]) -> tuple[Macs, Uncovered]:
+    """Estimate MACs per token: one for each entry of each matrix or kernel in the blocks that hold sites."""
+    sizes: dict[str, float] = {}
+    for path, block in blocks.items():
+        if any(name == path or name.startswith(f"{path}.") for name in modules):
+            for name, module in block.named_modules(prefix=path):
+                sizes[name] = float(sum(p.numel() for p in module.parameters() if p.dim() > 1))
+    each = torch.tensor([sizes[name] for name in modules], dtype=torch.float64)
+    largest = _largest({name: size for name, size in sizes.items() if not _once_per_image(name)}, modules, None)
+    return Macs(each, sum(size for _, size in largest)), largest[:3]
+
+
+def _once_per_image(name: str) -> bool:
+    """Tell whether part of a name says modulation, normalisation or embedding: run for an image, not for each token."""
+    return any(_NOT_A_SITE.fullmatch(word) for word in re.split(r"[._]", name.lower()))
+
+
+def _largest(sizes: Mapping[str, float], modules: Mapping[str, nn.Module], most: int | None = 3) -> Uncovered:
+    """Return the largest modules that neither hold a site, nor are one, nor are part of a module returned."""
+    holds = {name.rsplit(".", depth)[0] for name in modules for depth in range(name.count(".") + 1)}
+    outermost: dict[str, float] = {}
+    for name in sorted(sizes, key=lambda name: name.count(".")):
+        above = {name.rsplit(".", depth)[0] for depth in range(name.count(".") + 1)}
+        if name and sizes[name] and name not in holds and not above & (modules.keys() | outermost.keys()):
+            outermost[name] = sizes[name]
+    return tuple(sorted(outermost.items(), key=lambda item: -item[1]))[:most]
+
+
+def _short(macs: float) -> str:
+    """Write a count in at most five characters and a unit.
+
+    >>> _short(16.0), _short(35_600_000.0)
+    ('16', '35.6 M')
+    """
+    for unit in ("", " k", " M", " G", " T"):
+        if macs < 1000:
+            return f"{macs:.4g}{unit}"
+        macs /= 1000
+    return f"{macs:.4g} P"

@@ -1,0 +1,127 @@
+"""Weights: from the hub, a folder of diffusers or a file of the original, into a model.
+
+    original file     DiT-XL-2-256x256.pt, imagenet256_uvit_huge.pth    parameters by the original's names
+    diffusers folder  a pipeline (model_index.json) or its transformer  parameters by diffusers' names
+    "random"          no weights at all, for timing
+
+Reading executes nothing that a file says. This file does not know samplers, caches or routers.
+"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from harmonica.files import StrPath, existing, read_tensors
+
+
+def fetch(repository: str, patterns: list[str], *, otherwise: str) -> Path:
+    """Return the local copy of a hub repository, downloaded if need be.
+
+    Args:
+        repository: such as facebook/DiT-XL-2-256.
+        patterns: files wanted, such as transformer/*.
+        otherwise: what else the user can do, for the error.
+
+    Raises:
+        ValueError: if it can neither be downloaded nor is there already.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=patterns))
+    except (OSError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        found = f"{repository} is not on this machine and cannot be fetched ({type(error).__name__})"
+        raise ValueError(f"{found}; connect to the hub once, or {otherwise}") from None
+
+
+def component(folder: StrPath, name: str) -> Path:
+    """Return the folder of one part of a pipeline, or the folder itself if it is that part.
+
+    Raises:
+        FileNotFoundError: if neither is there.
+    """
+    for place in (Path(folder) / name, Path(folder)):
+        if (place / "config.json").is_file():
+            return place
+    raise FileNotFoundError(f"{folder} has no {name}/config.json; expected a folder saved by diffusers")
+
+
+def read_state(path: StrPath) -> dict[str, Tensor]:
+    """Read parameters by name from a .safetensors, .pt or .pth file, executing nothing that the file says.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it does not hold tensors by parameter name.
+    """
+    if existing(path).suffix == ".safetensors":
+        return read_tensors(path)[0]
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} is not a checkpoint of weights alone: {why}") from None
+    data = data.get("ema", data) if isinstance(data, dict) else data  # a training checkpoint keeps an averaged copy
+    if not isinstance(data, dict) or not all(isinstance(value, Tensor) for value in data.values()):
+        raise ValueError(f"{path} does not hold tensors by parameter name")
+    return data
+
+
+def fill(model: nn.Module, state: dict[str, Tensor], path: StrPath) -> None:
+    """Give a model its parameters, every one of them and no other.
+
+    Raises:
+        ValueError: naming the first parameters that do not fit, or one that is not finite.
+    """
+    try:
+        model.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()[1:3]]
+        raise ValueError(f"{path} does not fit the model: {' '.join(lines)}") from None
+    for name, value in model.state_dict().items():
+        if not bool(value.isfinite().all()):
+            raise ValueError(f"{path} has a value in {name} that is not finite; the file is damaged")
+
+
+def dit_from_diffusers(state: dict[str, Tensor], positions: Tensor) -> dict[str, Tensor]:
+    """Rename the parameters of diffusers' DiT to the original's.
+
+    diffusers splits the original's `qkv` in three and gives every block a copy of the timestep and label embedders;
+    the copies of block 0 are taken, after a look whether the others are the same.
+
+    Args:
+        state: of `DiTTransformer2DModel`.
+        positions: (1, N, D), which diffusers computes anew.
+
+    Raises:
+        ValueError: if the blocks' copies differ, as in a fine-tuned model: the original has one for all of them.
+        KeyError: never to the user; a missing parameter is named by `fill`.
+    """
+    renamed = {"pos_embed": positions}
+    rules = {"norm1.linear": "adaLN_modulation.1", "attn1.to_out.0": "attn.proj"}
+    rules |= {"ff.net.0.proj": "mlp.fc1", "ff.net.2": "mlp.fc2"}
+    outside = {"pos_embed.proj": "x_embedder.proj", "proj_out_1": "final_layer.adaLN_modulation.1"}
+    outside |= {"proj_out_2": "final_layer.linear"}
+    embedders = {"norm1.emb.timestep_embedder.linear_1": "t_embedder.mlp.0"}
+    embedders |= {"norm1.emb.timestep_embedder.linear_2": "t_embedder.mlp.2"}
+    embedders |= {"norm1.emb.class_embedder.embedding_table": "y_embedder.embedding_table"}
+    for key, value in state.items():
+        module, kind = key.rsplit(".", 1)
+        if module in outside:
+            renamed[f"{outside[module]}.{kind}"] = value
+        elif module.startswith("transformer_blocks."):
+            _, i, inner = module.split(".", 2)
+            if inner in rules:
+                renamed[f"blocks.{i}.{rules[inner]}.{kind}"] = value
+            elif inner in embedders:
+                first = renamed.setdefault(f"{embedders[inner]}.{kind}", value)
+                if not torch.equal(first, value):
+                    raise ValueError(f"{key} differs from block 0's; use the pipeline itself, from_pipeline(pipe, …)")
+            elif inner == "attn1.to_q":
+                parts = [state[f"transformer_blocks.{i}.attn1.to_{part}.{kind}"] for part in "qkv"]
+                renamed[f"blocks.{i}.attn.qkv.{kind}"] = torch.cat(parts)
+    return renamed

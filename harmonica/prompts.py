@@ -1,0 +1,32 @@
+"""Prompts: the text that text-to-image models are trained and timed on, one to a line.
+
+This file does not know models or tokenizers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from harmonica.files import StrPath, existing
+
+BUNDLED = Path(__file__).with_name("prompts.txt")
+"""64 prompts of our own."""
+
+
+def read_prompts(path: StrPath | None = None) -> tuple[str, ...]:
+    """Read prompts from a text file in UTF-8, or the bundled ones; blank lines and lines starting with # are ignored.
+
+    Raises FileNotFoundError if there is no such file, ValueError if it has no prompt or is not text.
+
+    >>> len(read_prompts())
+    64
+    """
+    file = existing(BUNDLED if path is None else path)
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not text in UTF-8: {error.reason} at byte {error.start}") from None
+    prompts = tuple(line for line in lines if line and not line.startswith("#"))
+    if not prompts:
+        raise ValueError(f"{file} has no prompt; write one to a line (lines starting with # do not count)")
+    return prompts
