@@ -1,6 +1,8 @@
 """python -m harmonica.demo: train a router, draw the same noises with and without it, say what it was worth.
 
 Prints one table, writes the schedule and four pictures to --out. Two minutes on two cores with the bundled model.
+Every other model takes its weights from the hub, a folder or a file, and hours of a GPU to train on; give a trained
+--schedule and it takes seconds. --weights random times a model without any weights: the pictures are noise then.
 """
 
 from __future__ import annotations
@@ -9,166 +11,200 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from harmonica import Router, Schedule, denoise, image_error, macs, reuse, sample, train_sdt
+from harmonica import Denoiser, Router, Schedule, denoise, image_error, macs, reuse, sample, train_sdt
 from harmonica.cache import Cache
+from harmonica.cli import Parser, check_device, exit_code, make_writable
 from harmonica.cost import measure
+from harmonica.names import fit
+from harmonica.train import AUTHORS, DTYPES, QUICK
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from harmonica.models import DiTDenoiser
-
-HELD_OUT = 500  # noises that the router was not trained on
+HELD_OUT = 500  # noises that the router was not trained on, of the bundled model
 TIMED = 64  # of them in a timed batch
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Say what is wrong in one line."""
-        self.exit(2, f"{self.prog}: {message} (--help shows the options)\n")
+SHOWN = 10  # in the picture
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line of the demo."""
-    p = _Parser(prog="python -m harmonica.demo", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    p.add_argument("--model", default="tiny", help="tiny (bundled)")
+    p = Parser(prog="python -m harmonica.demo", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    p.add_argument("--model", default="tiny", help="a name that harmonica.models.load knows (tiny, which is bundled)")
+    p.add_argument("--weights", metavar="PATH", help='weights of the model, or "random" (what the model comes with)')
+    p.add_argument("--vae", type=Path, metavar="DIR", help="autoencoder saved by diffusers (the model's own)")
+    p.add_argument("--sampler", help="ddim, dpm-solver++, iddpm or sa-solver (the model's own)")
     p.add_argument("--steps", type=int, default=20, help="T, sampler steps (20)")
-    p.add_argument("--iterations", type=int, default=1500, help="updates of the router (1500)")
-    p.add_argument(
-        "--beta", type=float, default=1e-7, help="price of computing a site; more is faster and worse (1e-7)"
-    )
+    p.add_argument("--guidance", type=float, help="classifier-free guidance scale (the model's own)")
+    p.add_argument("--prompts", type=Path, metavar="FILE", help="one to a line, for text-to-image (64 of our own)")
+    p.add_argument("--images", type=int, help="held-out noises (500 for tiny, else 4)")
+    p.add_argument("--schedule", type=Path, metavar="FILE", help="use this schedule instead of training")
+    p.add_argument("--iterations", type=int, help="updates of the router (1500 for tiny, else 20000)")
+    p.add_argument("--beta", type=float, help="price of computing a site; more is faster (1e-7 for tiny, else 7e-8)")
     p.add_argument("--tau", type=float, default=0.1, help="a score above it computes (0.1)")
     p.add_argument("--seed", type=int, default=0, help="of training; the held-out noises are always the same (0)")
-    p.add_argument("--schedule", type=Path, metavar="FILE", help="use this schedule instead of training")
     p.add_argument("--out", type=Path, default=Path("out/demo"), metavar="DIR", help="folder for results (out/demo)")
     p.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (cpu)")
+    p.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (float32)")
     return p
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo; return 0, 2 for bad input or 130 after Ctrl-C, with one line on stderr."""
     args = parser().parse_args(arguments)
-    try:
-        run(args)
-    except KeyboardInterrupt as stop:
-        print(f"python -m harmonica.demo: {stop or 'stopped'}", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, ArithmeticError) as error:
-        print(f"python -m harmonica.demo: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code("python -m harmonica.demo", lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> None:
     """Train or load, draw, measure, print, save."""
     from harmonica import plots
+    from harmonica.models.autoencoder import decoder
 
-    denoiser = _denoiser(args)
+    settings = _settings(args)
     schedule = Schedule.load(args.schedule) if args.schedule else None
+    denoiser = _denoiser(args)
     if schedule is not None:
+        schedule = fit(schedule, tuple(denoiser.sites))
         schedule.check(denoiser.steps, tuple(denoiser.sites), denoiser.about["timesteps"])
-    _make_writable(args.out)
+    decode = decoder(args.model, args.weights, vae=args.vae, device=args.device)
+    make_writable(args.out)
     router = None
-    if schedule is None:
-        router = _train(denoiser, args)
+    if schedule is None and args.weights == "random" and args.iterations is None:
+        schedule = _every_other_step(denoiser)
+    elif schedule is None:
+        router = _train(denoiser, args, settings)
         schedule = router.schedule(args.tau)
     # The held-out seed is far from training's: the same noises judge every router.
-    x, labels = denoiser.draw(HELD_OUT, torch.Generator().manual_seed(1_000_003))
-    plain, cached = sample(denoiser, x, labels), sample(denoiser, x, labels, schedule)
-    print(_table(denoiser, schedule, x, labels, plain, cached))
+    held_out = args.images or (HELD_OUT if args.model == "tiny" else 4)
+    x, cond = denoiser.draw(held_out, torch.Generator().manual_seed(1_000_003))
+    plain, cached = (decode(sample(denoiser, x, cond, table)).cpu() for table in (None, schedule))
+    print(_table(denoiser, schedule, x, cond, plain, cached))
+    if args.weights == "random":
+        print("  weights are random: the timing is real, the pictures are noise")
     schedule.save(args.out / "schedule.json")
-    shown = torch.cat([(labels == digit).nonzero()[:1, 0] for digit in range(10)])
-    images = plots.comparison(
-        plain[shown], cached[shown], labels=labels[shown].tolist(), title="same noise, same labels"
-    )
-    for name, figure in {"images": images, **_pictures(denoiser, schedule, router, x[:8], labels[:8])}.items():
+    shown = _shown(denoiser, cond)
+    title = "same noise, same conditions" if args.weights != "random" else "latents under random weights"
+    images = plots.comparison(plain[shown], cached[shown], labels=_captions(denoiser, cond[shown]), title=title)
+    pictures = {"images": images, **_pictures(denoiser, schedule, x[:8], cond[:8])}
+    if args.weights != "random":  # λ takes T(T+1)/2 predictions, and of noise it says nothing
+        pictures["lambda"] = _lambda(denoiser, schedule, router, x[:8], cond[:8])
+    for name, figure in pictures.items():
         figure.savefig(args.out / f"{name}.png", dpi=120)
     print(f"schedule.json and pictures are in {args.out}")
 
 
-def _denoiser(args: argparse.Namespace) -> DiTDenoiser:
-    from harmonica.models import MODELS, load
-
-    if args.model in MODELS and args.model != "tiny":
-        raise ValueError(f"--model {args.model} needs weights and an autoencoder, which come next; today: --model tiny")
-    if not 0.0 <= args.tau < 1.0 or args.beta < 0.0 or args.iterations < 1:
-        found = f"--tau {args.tau} --beta {args.beta} --iterations {args.iterations}"
-        raise ValueError(f"found {found}; expected 0 <= tau < 1, beta >= 0, iterations >= 1")
-    if args.device.split(":")[0] not in ("cpu", "cuda", "mps"):
-        raise ValueError(f"--device {args.device}: expected cpu, cuda, cuda:N or mps")
-    try:
-        return load(args.model, steps=args.steps, device=args.device)
-    except (AssertionError, RuntimeError) as error:  # what torch raises for a device that is not there
-        raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Return how to train: quickly for the bundled model, as the authors did for the others; raise on bad numbers."""
+    given = {name: getattr(args, name) for name in ("iterations", "beta") if getattr(args, name) is not None}
+    settings = {**(QUICK if args.model == "tiny" else AUTHORS), **given}
+    if not 0.0 <= args.tau < 1.0 or not settings["beta"] >= 0.0 or settings["iterations"] < 1 or (args.images or 1) < 1:
+        found = f"--tau {args.tau} --beta {settings['beta']} --iterations {settings['iterations']}"
+        raise ValueError(f"found {found}; expected 0 <= tau < 1, beta >= 0, iterations and images >= 1")
+    check_device(args.device)
+    return settings
 
 
-def _make_writable(folder: Path) -> None:
-    """Fail before the training, not after it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / ".writable"
-    probe.touch()
-    probe.unlink()
+def _denoiser(args: argparse.Namespace) -> Denoiser:
+    from harmonica.models import load
 
-
-def _train(denoiser: DiTDenoiser, args: argparse.Namespace) -> Router:
-    # A tenth of the authors' updates on a thousandth of their model: ten times their learning rate, a small batch.
-    return train_sdt(
-        denoiser,
-        iterations=args.iterations,
-        batch_size=8,
-        beta=args.beta,
-        tau=args.tau,
-        lr=0.1,
-        refresh_every=10,
-        generator=torch.Generator().manual_seed(args.seed),
+    return load(
+        args.model,
+        sampler=args.sampler,
+        steps=args.steps,
+        guidance=args.guidance,
+        weights=args.weights,
+        prompts=args.prompts,
+        dtype=getattr(torch, args.dtype),
+        device=args.device,
     )
 
 
-def _table(denoiser: DiTDenoiser, schedule: Schedule, x: Tensor, labels: Tensor, plain: Tensor, cached: Tensor) -> str:
-    from harmonica.metrics import image_mse, label_agreement
-    from harmonica.models.tiny import digits
+def _every_other_step(denoiser: Denoiser) -> Schedule:
+    """Return a table for timing alone: everything at even steps, nothing at odd ones."""
+    rows = torch.tensor([[k % 2 == 0] * len(denoiser.sites) for k in range(denoiser.steps)])  # (T, N)
+    return Schedule(rows, sites=tuple(denoiser.sites), **denoiser.about, provenance={"method": "every other step"})
 
-    real = digits()
+
+def _train(denoiser: Denoiser, args: argparse.Namespace, settings: dict[str, Any]) -> Router:
+    generator = torch.Generator().manual_seed(args.seed)
+    return train_sdt(denoiser, **settings, tau=args.tau, generator=generator)
+
+
+def _table(denoiser: Denoiser, schedule: Schedule, x: Tensor, cond: Tensor, plain: Tensor, cached: Tensor) -> str:
+    from harmonica.metrics import image_mse
+
     theory = schedule.speedup(macs(denoiser))
-    clock = measure(denoiser, schedule, x[:TIMED], labels[:TIMED], repeats=5)
-    keep = [label_agreement(images, labels, *real) for images in (plain, cached)]
+    timed = len(x[:TIMED])
+    clock = measure(denoiser, schedule, x[:TIMED], cond[:TIMED], repeats=5 if _bundled(denoiser) else 3)
     rows = (
         ("cache utilisation (CUR)", f"{schedule.cur:.1%}"),
         ("theoretical speedup", f"{theory:.2f}x"),
-        ("measured speedup", f"{clock.speedup:.2f}x  ({clock.plain:.3f} s -> {clock.cached:.3f} s, batch {TIMED})"),
+        ("measured speedup", f"{clock.speedup:.2f}x  ({clock.plain:.3f} s -> {clock.cached:.3f} s, batch {timed})"),
         ("measured / theoretical", f"{clock.speedup / theory:.2f}"),
         ("image error (mean squared)", f"{image_mse(cached, plain):.2e}  of a pixel range of 2"),
-        ("samples keeping their label", f"{keep[1]:.1%}  (without cache {keep[0]:.1%})"),
+        *_labels_kept(denoiser, cond, plain, cached),
     )
-    head = f"{denoiser.name}, {denoiser.sampler.name}, T = {denoiser.steps}, {len(x)} held-out noises"
-    return "\n".join([head, *(f"  {name:29}{value}" for name, value in rows)])
+    head = f"{schedule.model or denoiser.about['model']}, {denoiser.about['sampler']}, T = {denoiser.steps}"
+    return "\n".join([f"{head}, {len(x)} held-out noises", *(f"  {name:29}{value}" for name, value in rows)])
 
 
-def _pictures(
-    denoiser: DiTDenoiser, schedule: Schedule, router: Router | None, x: Tensor, labels: Tensor
-) -> dict[str, Figure]:
+def _bundled(denoiser: Denoiser) -> bool:
+    return bool(denoiser.about["model"] == "tiny")
+
+
+def _labels_kept(denoiser: Denoiser, cond: Tensor, plain: Tensor, cached: Tensor) -> list[tuple[str, str]]:
+    """Return the row that only digits can have: we know what they should look like."""
+    if not _bundled(denoiser):
+        return []
+    from harmonica.metrics import label_agreement
+    from harmonica.models.tiny import digits
+
+    before, after = (label_agreement(images, cond, *digits()) for images in (plain, cached))
+    return [("samples keeping their label", f"{after:.1%}  (without cache {before:.1%})")]
+
+
+def _shown(denoiser: Denoiser, cond: Tensor) -> Tensor:
+    """Return which samples to show: of the digits one of each, else the first few."""
+    if not _bundled(denoiser):
+        return torch.arange(min(SHOWN, len(cond)))
+    return torch.cat([(cond.cpu() == digit).nonzero()[:1, 0] for digit in range(10)])
+
+
+def _captions(denoiser: Denoiser, cond: Tensor) -> list[str]:
+    """Return what each image is of: the class, or the beginning of the prompt."""
+    from harmonica.models import PixArtDenoiser
+
+    if isinstance(denoiser, PixArtDenoiser):
+        return [denoiser.prompts.texts[i][:14] for i in cond.tolist()]
+    return [str(label) for label in cond.tolist()]
+
+
+def _pictures(denoiser: Denoiser, schedule: Schedule, x: Tensor, cond: Tensor) -> dict[str, Figure]:
     from harmonica import plots
 
     cache: Cache = {}
-    plain = list(denoise(denoiser, x, labels))
-    cached = list(denoise(denoiser, x, labels, lambda k: reuse(schedule.compute[k], cache)))
-    lams = {"leave-one-out": schedule.compute.float()}
-    if router is not None:
-        lams = {"soft, as trained": router().detach(), "hard, as run": schedule.compute.float()}
-    tau = 0.1 if schedule.threshold is None else schedule.threshold
-    lams = {name: image_error(denoiser, r.to(x.device), x, labels, tau=tau) for name, r in lams.items()}
+    plain = list(denoise(denoiser, x, cond))
+    cached = list(denoise(denoiser, x, cond, lambda k: reuse(schedule.compute[k], cache)))
+    about = denoiser.about
     return {
-        "router": plots.router_heatmap(
-            schedule, title=f"{denoiser.name}, {denoiser.sampler.name}, T = {schedule.steps}"
-        ),
+        "router": plots.router_heatmap(schedule, title=f"{about['model']}, {about['sampler']}, T = {schedule.steps}"),
         "error": plots.error_along_walk(plain, {f"HarmoniCa, CUR {schedule.cur:.0%}": cached}),
-        "lambda": plots.lambda_per_step(lams),
     }
+
+
+def _lambda(denoiser: Denoiser, schedule: Schedule, router: Router | None, x: Tensor, cond: Tensor) -> Figure:
+    from harmonica import plots
+
+    tables = {"leave-one-out": schedule.compute.float()}
+    if router is not None:
+        tables = {"soft, as trained": router().detach(), "hard, as run": schedule.compute.float()}
+    tau = 0.1 if schedule.threshold is None else schedule.threshold
+    lams = {name: image_error(denoiser, r.to(x.device), x, cond, tau=tau) for name, r in tables.items()}
+    return plots.lambda_per_step(lams)
 
 
 if __name__ == "__main__":

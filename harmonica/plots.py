@@ -28,7 +28,8 @@ def _kinds(sites: Sequence[str]) -> dict[str, list[int]]:
     return kinds
 
 
-_TITLES = {"attn": "attention", "mlp": "feed-forward"}
+_TITLES = {"attn": "attention", "attn1": "attention", "attn2": "cross-attention"}
+_TITLES |= {"mlp": "feed-forward", "ff": "feed-forward"}
 
 
 def router_heatmap(table: Schedule | Tensor, sites: Sequence[str] = (), *, title: str = "") -> Figure:

@@ -62,7 +62,7 @@ def test_the_demos_table_shows_theory_and_clock_side_by_side(tmp_path, capsys, m
     ("arguments", "message"),
     [
         (["--model", "dalle"], "model is 'dalle'"),
-        (["--model", "dit-xl"], "--model dit-xl needs weights"),
+        (["--model", "uvit-h"], "pass weights=PATH of the original imagenet256_uvit_huge.pth"),
         (["--steps", "0"], "steps is 0"),
         (["--steps", "twenty"], "invalid int value: 'twenty'"),
         (["--schedule", "no such file.json"], "no such file.json: no such file"),
@@ -94,10 +94,65 @@ def test_a_schedule_for_another_number_of_steps_is_refused_before_anything_runs(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.fixture
+def small_models(monkeypatch):
+    """Shrink the real models; everything else is as it is."""
+    from harmonica.models import DITS, PIXART, pixart
+    from harmonica.models.pixart import Variant
+
+    monkeypatch.setitem(DITS, "dit-xl", {"input_size": 4, "hidden_size": 8, "depth": 1, "num_heads": 2})
+    monkeypatch.setitem(PIXART, "pixart-alpha-256", Variant(8, 6, False, "a", "b"))
+    small = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 1}
+    monkeypatch.setattr(pixart, "XL", {**small, "cross_attention_dim": 24, "caption_channels": 12})
+
+
+@pytest.mark.parametrize("model", ["dit-xl", "pixart-alpha-256"])
+def test_random_weights_are_timed_and_said_to_be_noise(model, tmp_path, capsys, small_models):
+    arguments = ["--model", model, "--weights", "random", "--steps", "4", "--images", "2", "--out", str(tmp_path)]
+    assert demo.main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "the timing is real, the pictures are noise" in said
+    assert re.search(r"CUR\)\s+50.0%", said)  # no training: everything at even steps, nothing at odd ones
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["error.png", "images.png", "router.png", "schedule.json"]
+    assert demo.main([*arguments, "--schedule", str(tmp_path / "schedule.json")]) == 0
+    assert demo.main([*arguments, "--iterations", "3"]) == 0  # asked to, it trains
+
+
+def test_a_real_folder_is_trained_decoded_and_pictured(tmp_path, small_models):
+    from pipes import pixart_pipe
+
+    pixart_pipe().save_pretrained(tmp_path / "pixart")
+    (tmp_path / "prompts.txt").write_text("a blue boat\nthe cat in the house\n")
+    arguments = ["--model", "pixart-alpha-256", "--weights", str(tmp_path / "pixart"), "--steps", "3"]
+    arguments += ["--prompts", str(tmp_path / "prompts.txt"), "--iterations", "2", "--out", str(tmp_path / "out")]
+    assert demo.main(arguments) == 0
+    names = ["error.png", "images.png", "lambda.png", "router.png", "schedule.json"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == names
+    assert Schedule.load(tmp_path / "out" / "schedule.json").model == "pixart-alpha-256"
+
+
 def test_help_names_every_option():
     said = command("--help")
     assert said.returncode == 0
-    for option in ("model", "steps", "iterations", "beta", "tau", "seed", "schedule", "out", "device", "help"):
+    for option in (
+        "model",
+        "weights",
+        "vae",
+        "sampler",
+        "guidance",
+        "prompts",
+        "images",
+        "dtype",
+        "steps",
+        "iterations",
+        "beta",
+        "tau",
+        "seed",
+        "schedule",
+        "out",
+        "device",
+        "help",
+    ):
         assert f"--{option}" in said.stdout
 
 
