@@ -196,6 +196,35 @@ def test_a_diffusers_folder_of_pixart_is_the_stock_pipeline(tmp_path):
     assert torch.equal(sample(d, x, torch.tensor([0, 1])), theirs)
 
 
+def test_the_tokenizer_is_read_as_the_hub_has_it(tmp_path):
+    """The original's folder holds a sentencepiece model and no converted tokenizer."""
+    import json
+    import shutil
+
+    import sentencepiece
+
+    pixart_pipe().save_pretrained(tmp_path)
+    shutil.rmtree(tmp_path / "tokenizer")
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "words.txt").write_text("a blue boat at night\nthe cat in the house\na river under the tree\n" * 20)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "words.txt"), model_prefix=str(tmp_path / "tokenizer" / "spiece"), vocab_size=20,
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2, hard_vocab_limit=False,
+    )  # fmt: skip
+    facts = {"tokenizer_class": "T5Tokenizer", "extra_ids": 0, "model_max_length": 120}
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(facts))
+    d = load("pixart-alpha-256", weights=tmp_path, prompts=["a blue boat", "the cat"], steps=2)
+    assert d.prompts.mask.sum(1).min() > 2  # words, not one unknown token
+    assert not torch.equal(d.prompts.embeds[0], d.prompts.embeds[1])
+
+
+def test_what_t5_needs_is_named_if_it_is_missing(tmp_path, monkeypatch):
+    pixart_pipe().save_pretrained(tmp_path)
+    monkeypatch.setattr(pixart, "_installed", lambda name: name != "sentencepiece")
+    with pytest.raises(ValueError, match=r"takes sentencepiece; pip install 'harmonica-dit\[pixart\]'"):
+        load("pixart-alpha-256", weights=tmp_path, prompts=["a river"])
+
+
 def test_the_text_encoder_is_gone_before_training(tmp_path):
     import gc
 

@@ -66,6 +66,24 @@ def test_computing_everything_is_the_stock_pipeline_bit_for_bit(pipe):
     assert torch.equal(run(pipe, batch=2), plain)
 
 
+@pytest.mark.parametrize("scheduler", ["DDIM", "DPMSolverMultistep", "DDPM", "SASolver"])
+@pytest.mark.parametrize("name", PIPES)
+def test_under_each_of_the_four_samplers_computing_everything_is_the_stock_pipeline(name, scheduler):
+    import diffusers
+
+    pipe = PIPES[name]()
+    made = getattr(diffusers, f"{scheduler}Scheduler")
+    pipe.scheduler = made() if scheduler in ("DPMSolverMultistep", "SASolver") else made(clip_sample=False)
+    torch.manual_seed(0)  # DiTPipeline hands no generator to a stochastic scheduler
+    plain = run(pipe, batch=2)
+    with cached(pipe, Schedule(torch.ones(4, len(sites(pipe.transformer))))):
+        torch.manual_seed(0)
+        assert torch.equal(run(pipe, batch=2), plain)
+    with cached(pipe, table(pipe)) as session:
+        assert run(pipe, batch=2).isfinite().all()
+        assert session.skipped == 2 * len(session.modules)
+
+
 def test_every_image_inside_the_with_is_the_same_and_skips_the_same(pipe):
     """SmoothCache's second image silently has no speedup; others leak state from one call into the next."""
     with cached(pipe, table(pipe)) as session:

@@ -152,7 +152,8 @@ def _pixart(
     variant = PIXART[name]
     if weights == "random":
         encoded = pixart.random_prompts(texts, variant.text_tokens, pixart.XL["caption_channels"])
-        transformer = pixart.transformer_of(variant).to(place.dtype)
+        transformer = pixart.transformer_of(variant)
+        torch.nn.Module.to(transformer, place.dtype)  # diffusers' own `to` warns of modules that it does not have
     else:
         text_folder = _pixart_folder(variant.rest, ["tokenizer/*", "text_encoder/*"], weights)
         encoded = pixart.encode(text_folder, texts, variant.text_tokens, dtype=place.dtype, device=place.device)

@@ -14,6 +14,7 @@ This file does not know caches or routers.
 from __future__ import annotations
 
 import gc
+import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,7 +113,13 @@ def encode(
         tokens: L; longer prompts are cut.
         dtype: of the text encoder.
         device: where it runs; the embeddings come back to the CPU.
+
+    Raises:
+        ValueError: if a package that reads T5 is missing, or there are no prompts.
     """
+    missing = [name for name in ("transformers", "sentencepiece", "google.protobuf") if not _installed(name)]
+    if missing:
+        raise ValueError(f"reading T5 takes {', '.join(missing)}; pip install 'harmonica-dit[pixart]' brings them")
     from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import PixArtAlphaPipeline
     from transformers import AutoTokenizer, T5EncoderModel
 
@@ -123,6 +130,13 @@ def encode(
     del pipe, encoder
     gc.collect()  # T5 takes more memory than everything that follows; it leaves before that is loaded
     return prompts
+
+
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # of the package that it would be in
+        return False
 
 
 @torch.no_grad()

@@ -10,7 +10,8 @@ Two kinds of block have no such module for part of their work, so their linear l
                     attn ─────┴→ proj_out               and one projection ends both
     inlined         gate_proj, up_proj → down_proj      PRX: the block multiplies them itself
 
-Reusing proj_out alone would skip one product and still compute all that it reads, so all three are sites.
+Reusing proj_out alone would skip one product and still compute all that it reads, so all three are sites. In Flux at
+1024 × 1024, proj_out alone brings 56 % of the model's MACs within reach, attn beside it 82 %, all three nearly 100 %.
 
 Token refiners, embedders, text encoders and projections have modules of the same names, but most of them run on the
 condition and none is the denoiser: they are left out. A rule about names can be wrong about a model it has never seen.
