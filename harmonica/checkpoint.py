@@ -3,6 +3,9 @@
 Between two trajectories nothing is alive but the logits, the optimizer's moments, λ and the random generator. Noting
 that state at each start makes a checkpoint a few kilobytes, wherever the run is stopped: resuming repeats the
 trajectory that was cut short, with the same noise, and so ends in the same router, bit for bit.
+
+Of several processes (harmonica.distributed) rank 0 alone touches the file. All of them start from its state and draw
+the same joint noise, so a run may be resumed with another number of processes, to the same router to rounding.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from harmonica.denoise import Denoiser
+from harmonica.distributed import from_rank_0, own, rank, share
 from harmonica.files import StrPath
 from harmonica.formats import read_router, write_router
 from harmonica.router import Router
@@ -26,9 +30,9 @@ class Run:
 
     Args:
         denoiser: what a router is trained for.
-        settings: batch_size, lr and whatever else must be the same when the run is resumed.
+        settings: batch_size (of all processes together), lr and whatever else must be the same on resuming.
         iterations: updates in all; noted in the router's provenance.
-        generator: draws the router, the noise and the conditions; seed 0 if None.
+        generator: draws the router, the noise and the conditions; seed 0 if None. Rank 0's is everyone's.
         path: of the checkpoint, or None for a run that leaves none.
         every: updates from one write to the next.
         resume: continue from the checkpoint.
@@ -57,6 +61,7 @@ class Run:
         if min(iterations, settings["batch_size"], every) < 1:
             found = f"iterations {iterations}, batch_size {settings['batch_size']}, checkpoint_every {every}"
             raise ValueError(f"found {found}; each must be 1 or more")
+        share(settings["batch_size"])
         self.denoiser, self.settings, self.path, self.every = denoiser, settings, path, every
         self.generator = torch.Generator().manual_seed(0) if generator is None else generator
         about = {**denoiser.about, "provenance": {"method": "HarmoniCa", "iterations": iterations, **settings}}
@@ -65,19 +70,28 @@ class Run:
         self.optimizer = AdamW(self.router.parameters(), lr=settings["lr"], weight_decay=0.0)
         self.lam = torch.ones(denoiser.steps)  # (T,)
         self.updates = self.trajectory = self.written = 0
-        if resume:
-            self._restore("the checkpoint to resume" if path is None else path)
-        elif path is not None and Path(path).exists():
-            raise FileExistsError(f"{path} exists; resume=True continues it, or choose another name")
+        self._set(*from_rank_0(lambda: self._begin(resume)))
+        self.written = self.updates
         self._note()
 
+    def _begin(self, resume: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return the state to start from: the checkpoint's, or that of a run which has done nothing."""
+        if resume:
+            self._restore("the checkpoint to resume" if self.path is None else self.path)
+        elif self.path is not None and Path(self.path).exists():
+            raise FileExistsError(f"{self.path} exists; resume=True continues it, or choose another name")
+        self._note()
+        tensors, facts = self._noted
+        return {key: value.cpu() for key, value in tensors.items()}, facts
+
     def noise(self) -> Iterator[tuple[Tensor, Any]]:
-        """Draw the noise and conditions of one trajectory after another, noting the state before each."""
+        """Draw this process's noise and conditions, a trajectory at a time, noting the state before each."""
         while True:
             self._note()
             if self.updates - self.written >= self.every:
                 self.save()
-            yield self.denoiser.draw(self.settings["batch_size"], self.generator)
+            joint = self.settings["batch_size"]
+            yield own(self.denoiser.draw(joint, self.generator), joint)
 
     def __enter__(self) -> Run:
         return self
@@ -106,13 +120,13 @@ class Run:
 
     def save(self, *, interrupted: bool = False) -> None:
         """Write the router and the state noted last; of an interrupted trajectory the router at its start."""
-        if self.path is None:
+        self.written = self.updates
+        if self.path is None or rank() > 0:
             return
         router, (state, facts) = self.router, self._noted
         if interrupted:
             router = Router(router.steps, router.sites, logits=state["state.logits"], about=router.about)
         write_router(router, self.path, state, facts)
-        self.written = self.updates
 
     def _restore(self, path: StrPath) -> None:
         router, tensors, facts = read_router(path)
@@ -124,14 +138,13 @@ class Run:
         if changed:
             raise ValueError(f"{path} was trained with other settings ({'; '.join(changed)}); resume with the same")
         try:
-            self._set(tensors)
-            self.updates, self.trajectory = int(facts["updates"]), int(facts["trajectory"])
+            self._set(tensors, facts)
         except (LookupError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{path} is a damaged checkpoint: {type(error).__name__}: {error}") from None
-        self.written = self.updates
 
     @torch.no_grad()
-    def _set(self, tensors: dict[str, Tensor]) -> None:
+    def _set(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        self.updates, self.trajectory = int(facts["updates"]), int(facts["trajectory"])
         for k, row in enumerate(self.router.rows):
             row.copy_(tensors["state.logits"][k])
             prefix = f"state.optimizer.{k}."

@@ -28,6 +28,7 @@ from harmonica.cache import Cache, blend, gated
 from harmonica.checkpoint import Run
 from harmonica.cost import macs
 from harmonica.denoise import Denoiser
+from harmonica.distributed import mean_over_ranks, rank
 from harmonica.files import StrPath
 from harmonica.iepo import Proxy, image_error, objective
 from harmonica.router import Router
@@ -67,7 +68,7 @@ def sdt(
     Args:
         denoiser: frozen model, sampler, guidance.
         router: trained in place; nothing else changes.
-        noise: (x_T, cond) of one trajectory each, as many as the caller likes.
+        noise: (x_T, cond) of one trajectory each, as many as the caller likes; each process brings its own.
         tau: τ; a blended feature replaces the cached one where its score exceeds it.
         beta: β, the price of computing one site. The default is the authors' for DiT-XL/2 at T = 10.
         lr: of AdamW, without weight decay.
@@ -89,7 +90,7 @@ def sdt(
     lam = torch.ones(router.steps) if lam is None else lam
     for n, (x, cond) in enumerate(noise, start=trajectory):
         if proxy is not None and n % refresh_every == 0:
-            lam.copy_(image_error(denoiser, router(), x, cond, tau=tau, mode=proxy))
+            lam.copy_(mean_over_ranks(image_error(denoiser, router(), x, cond, tau=tau, mode=proxy)))
         cache: Cache = {}
         memory: dict[str, Any] = {}
         for k, weight in enumerate(lam.tolist()):
@@ -100,16 +101,17 @@ def sdt(
                 out = denoiser.predict(x, k, cond)
                 if target is not None:
                     loss = objective(out, target, r, weight, beta)
-                    if not math.isfinite(loss.item()):
-                        raise FloatingPointError(f"the loss of step {k} is {loss.item()}; look for NaN in the weights")
+                    joint = mean_over_ranks(loss.detach()).item()  # all processes stop, or none
+                    if not math.isfinite(joint):
+                        raise FloatingPointError(f"the loss of step {k} is {joint}; look for NaN in the weights")
                     optimizer.zero_grad(set_to_none=True)  # a row without a gradient keeps still, momentum included
                     # Still gated: under activation checkpointing, backward runs the blocks again.
-                    loss.backward(inputs=[router.rows[k - 1]])  # type: ignore[no-untyped-call]
+                    router.rows[k - 1].grad = mean_over_ranks(torch.autograd.grad(loss, router.rows[k - 1])[0])
             if target is not None:
                 optimizer.step()
                 router.rows[k - 1].data.clamp_(-LOGIT_LIMIT, LOGIT_LIMIT)
-                mse = objective(out.detach(), target, r.detach(), 1.0, 0.0).item()
-                yield Update(n, k, loss.item(), mse, weight, float((router() <= tau).float().mean()))
+                mse = mean_over_ranks(objective(out.detach(), target, r.detach(), 1.0, 0.0)).item()
+                yield Update(n, k, joint, mse, weight, float((router() <= tau).float().mean()))
             with torch.no_grad():
                 x = denoiser.step(x, out.detach(), k, memory)
 
@@ -135,7 +137,7 @@ def train_sdt(  # noqa: D417 (five arguments are described in one line)
     Args:
         denoiser: what `harmonica.models.load` returns, or any `Denoiser`.
         iterations: updates; training stops when they are reached, in the middle of a trajectory if need be.
-        batch_size: noises in a trajectory (the authors' 64 count both halves of guidance).
+        batch_size: noises in a trajectory, of all processes (the authors' 64 count both halves of guidance).
         tau, beta, lr, refresh_every, proxy: as in `sdt`.
         generator: draws the router, the noise and the conditions; seed 0 if None.
         checkpoint: a file that `Router.load` reads and training resumes from; written every `checkpoint_every` updates
@@ -157,11 +159,10 @@ def train_sdt(  # noqa: D417 (five arguments are described in one line)
         denoiser, run.router, run.noise(), tau=tau, beta=beta, refresh_every=refresh_every, proxy=proxy,
         optimizer=run.optimizer, lam=run.lam, trajectory=run.trajectory,
     )  # fmt: skip
-    left = max(0, iterations - run.updates)
-    quiet = None if progress else True  # None: silent where stderr is not a terminal
+    quiet = None if progress and rank() == 0 else True  # None: silent where stderr is not a terminal
     with run, closing(updates), tqdm(total=iterations, initial=run.updates, unit="update", disable=quiet) as bar:
         cost = None if bar.disable else macs(denoiser)
-        for update in islice(updates, left):
+        for update in islice(updates, max(0, iterations - run.updates)):
             run.count(update.trajectory + (update.k == denoiser.steps - 1))
             if cost is not None:
                 faster = f"{run.router.schedule(tau).speedup(cost):.2f}x"

@@ -119,6 +119,50 @@ def pixart_pipe(kind: str = "alpha", seed: int = 0, *, micro: bool = False, sche
     return pipe
 
 
+def flux_pipe() -> Any:
+    """Dual-stream blocks whose attention returns a tuple, single-stream blocks, shifted flow-matching timesteps."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+    from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+
+    transformer = FluxTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=12, pooled_projection_dim=8, axes_dims_rope=(4, 4, 8),
+    )  # fmt: skip
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    pipe = FluxPipeline(scheduler, vae(), None, None, None, None, randomised(transformer))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def wan_pipe() -> Any:
+    """Video; the transformer is called twice a step, once for each half of guidance."""
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
+    from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+
+    transformer = WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=16, out_channels=16,
+        text_dim=12, freq_dim=8, ffn_dim=16, num_layers=2,
+    )  # fmt: skip
+    autoencoder = AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    pipe = WanPipeline(None, None, autoencoder, scheduler, randomised(transformer))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def run_embedded(pipe: Any, steps: int = 4) -> torch.Tensor:
+    """Return the latents that Flux or Wan makes of drawn prompt embeddings, guided by drawn negative ones."""
+    generator = torch.Generator().manual_seed(1)
+    text, negative = torch.randn(2, 1, 5, 12, generator=generator)
+    options = {"prompt_embeds": text, "negative_prompt_embeds": negative, "generator": generator}
+    options |= {"num_inference_steps": steps, "output_type": "latent"}
+    if type(pipe).__name__ == "WanPipeline":
+        return pipe(height=16, width=16, num_frames=5, **options).frames
+    pooled, negative = torch.randn(2, 1, 8, generator=generator)
+    options |= {"pooled_prompt_embeds": pooled, "negative_pooled_prompt_embeds": negative, "true_cfg_scale": 3.0}
+    return pipe(height=64, width=64, **options).images
+
+
 def run(pipe: Any, steps: int = 4, *, seed: int = 1, batch: int = 1, **more: Any) -> torch.Tensor:
     """Return what the pipeline makes: DiT's images, PixArt's latents."""
     generator = torch.Generator().manual_seed(seed)

@@ -18,15 +18,20 @@ MAY_IMPORT = {
     "samplers": set(),
     "metrics": set(),
     "denoise": {"cache"},
-    "router": {"files"},
+    "hub": {"files"},
+    "router": {"hub"},
     "formats": {"files", "router"},
     "iepo": {"cache", "denoise"},
     "cost": {"cache", "denoise"},
     "check": {"cache", "denoise"},
-    "checkpoint": {"denoise", "files", "formats", "router"},
-    "sdt": {"cache", "checkpoint", "cost", "denoise", "files", "iepo", "router"},
+    "cli": set(),
+    "distributed": set(),
+    "prompts": {"files"},
+    "checkpoint": {"denoise", "distributed", "files", "formats", "router"},
+    "sdt": {"cache", "checkpoint", "cost", "denoise", "distributed", "files", "iepo", "router"},
     "plots": {"router"},
-    "models": {"files", "samplers", "cache", "router", "denoise"},
+    "names": {"router"},
+    "models": {"files", "samplers", "cache", "router", "denoise", "cost", "names", "prompts"},
 }
 """Who may import whom when loaded. Imports inside a function, and for types only, are not arrows of the house."""
 
@@ -45,7 +50,7 @@ def arrows(path: Path) -> set[str]:
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_follow_the_arrows(path):
     name = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    if name not in ("__init__", "demo"):  # these two see everything
+    if name not in ("__init__", "demo", "train"):  # these see everything
         assert arrows(path) - {name} <= MAY_IMPORT[name]
 
 
@@ -76,4 +81,4 @@ def test_no_file_of_the_library_prints_but_the_command_line():
     for path in PACKAGE.rglob("*.py"):
         calls = [n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Call)]
         prints = [c for c in calls if isinstance(c.func, ast.Name) and c.func.id == "print"]
-        assert not prints or path.name == "demo.py", path
+        assert not prints or path.name in ("demo.py", "train.py"), path

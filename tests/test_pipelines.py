@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from pipes import dit_pipe, dit_transformer, pixart_pipe, randomised, run
+from pipes import dit_pipe, dit_transformer, flux_pipe, pixart_pipe, randomised, run, run_embedded, wan_pipe
 
 import pytest
 import torch
@@ -148,6 +148,22 @@ def test_heun_calls_the_model_seven_times_in_four_steps_and_each_call_is_a_step(
         assert session.skipped == 3 * 4
     with pytest.raises(ValueError, match="HeunDiscreteScheduler scales its inputs"):
         from_pipeline(pipe, steps=4)
+
+
+@pytest.mark.parametrize("make", [flux_pipe, wan_pipe])
+def test_pipelines_that_nobody_here_wrote_an_adapter_for_are_exact_too(make):
+    """Flux and Wan: features that are tuples, two calls in a step, timesteps that are not integers."""
+    pipe = make()
+    plain, before = run_embedded(pipe), snapshot(pipe)
+    with cached(pipe, Schedule(torch.ones(4, len(sites(pipe.transformer))))):
+        assert torch.equal(run_embedded(pipe), plain)
+    with cached(pipe, table(pipe)) as session:
+        image = run_embedded(pipe)
+        assert torch.equal(run_embedded(pipe), image)
+        assert session.skipped == 2 * 2 * 2 * len(session.modules)  # walks, calls in a step, steps that reuse
+        assert "theoretical speedup" in str(session)
+    assert not torch.equal(image, plain)
+    assert snapshot(pipe) == before
 
 
 def test_guidance_as_two_calls_has_one_cache_for_each():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 import torch
 from conftest import make
 
-from harmonica import Router, train_sdt
+from harmonica import Router, sdt, train_sdt
 from harmonica.checkpoint import Run
 from harmonica.files import read_tensors, write_tensors
 
@@ -128,6 +129,29 @@ def test_the_router_says_what_it_was_trained_on():
     assert schedule.timesteps == d.sampler.timesteps
     assert schedule.threshold == 0.2
     assert schedule.provenance["beta"] == 1e-4
+
+
+@pytest.mark.parametrize("proxy", [None, "leave-one-out"])
+def test_half_precision_weights_train_a_float32_router(proxy):
+    d, updates, gradients = make(dtype=torch.bfloat16), [], []
+    router = Router(d.steps, d.sites, generator=torch.Generator().manual_seed(0))
+    before, lam = router.logits, torch.ones(d.steps)
+    noise = [d.draw(2, torch.Generator().manual_seed(seed)) for seed in range(4)]
+    for update in sdt(d, router, noise, beta=1e-4, lr=0.05, refresh_every=2, proxy=proxy, lam=lam):
+        updates.append(update)
+        gradients.append(router.rows[update.k - 1].grad)
+    assert {p.dtype for p in d.model.parameters()} == {torch.bfloat16}
+    assert {lam.dtype, router.logits.dtype, *(g.dtype for g in gradients)} == {torch.float32}
+    assert all(bool(g.isfinite().all()) and float(g.abs().max()) > 0 for g in gradients)
+    assert all(math.isfinite(u.loss) and u.mse > 0 for u in updates)
+    assert float((router.logits - before).abs().min()) > 0.01
+    # and what it learns from is the error that float32 weights have, to bfloat16's rounding
+    wide = make(dtype=torch.float32)
+    wide.model.load_state_dict(d.model.state_dict())
+    twin = Router(d.steps, d.sites, generator=torch.Generator().manual_seed(0))
+    first = [(x.float(), y) for x, y in noise[:1]]
+    u = next(sdt(wide, twin, first, beta=1e-4, lr=0.05, proxy=None))
+    assert u.mse == pytest.approx(updates[0].mse, rel=0.1)
 
 
 SCRIPT = """

@@ -1,0 +1,165 @@
+"""python -m harmonica.train: train a router for a model, from noise alone, and freeze it.
+
+Writes router.safetensors (the table in training, which --resume continues) and schedule.json (the decisions) to --out.
+On several GPUs or machines, with the same options:
+
+    torchrun --nproc-per-node 4 -m harmonica.train --model dit-xl --device cuda --out out/dit-xl
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+import torch
+
+from harmonica import Router, macs, train_sdt
+from harmonica.cli import Parser, check_device, exit_code, make_writable
+from harmonica.distributed import processes, rank, share, started_as
+from harmonica.iepo import Proxy
+from harmonica.prompts import read_prompts
+
+if TYPE_CHECKING:
+    from harmonica.denoise import Denoiser
+
+PROG = "python -m harmonica.train"
+AUTHORS = {"iterations": 20_000, "batch_size": 32, "beta": 7e-8, "lr": 0.01, "refresh_every": 25}
+"""The authors' settings for DiT-XL/2, which are train_sdt's defaults."""
+QUICK = {"iterations": 1500, "batch_size": 8, "beta": 1e-7, "lr": 0.1, "refresh_every": 10}
+"""The demo's settings for the bundled model: a tenth of the updates on a thousandth of the model."""
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def parser() -> Parser:
+    """Return the command line of training."""
+    p = Parser(prog=PROG, description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    p.add_argument("--model", default="tiny", help="a name that harmonica.models.load knows (tiny, which is bundled)")
+    p.add_argument("--weights", metavar="FILE", help='weights of the model, or "random" (what the model comes with)')
+    p.add_argument("--sampler", help="the model's own unless given")
+    p.add_argument("--steps", type=int, default=20, help="T, sampler steps (20)")
+    p.add_argument("--guidance", type=float, help="classifier-free guidance scale (the model's own)")
+    p.add_argument("--prompts", type=Path, metavar="FILE", help="one to a line, for text-to-image (64 of our own)")
+    _add_settings(p)
+    p.add_argument("--out", type=Path, default=Path("out/train"), metavar="DIR", help="folder for results (out/train)")
+    p.add_argument("--resume", action="store_true", help="continue the router.safetensors in --out")
+    p.add_argument("--checkpoint-every", type=int, default=500, help="updates from one write to the next (500)")
+    p.add_argument("--seed", type=int, default=0, help="draws the first router and the noise (0)")
+    p.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (cpu); under torchrun cuda is a GPU each")
+    p.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights; the router is always float32")
+    p.add_argument("--activation-checkpointing", action="store_true", help="less memory: backward runs blocks again")
+    return p
+
+
+def _add_settings(p: Parser) -> None:
+    """Add what train_sdt takes, without defaults: they depend on the model."""
+
+    def default(name: str) -> str:
+        return f"({AUTHORS[name]:g}; tiny: {QUICK[name]:g})"
+
+    p.add_argument("--iterations", type=int, help=f"updates of the router, in all {default('iterations')}")
+    p.add_argument("--batch-size", type=int, help=f"noises in a trajectory, of all GPUs {default('batch_size')}")
+    p.add_argument("--beta", type=float, help=f"price of computing a site; more is faster {default('beta')}")
+    p.add_argument("--lr", type=float, help=f"learning rate of the router {default('lr')}")
+    p.add_argument("--refresh-every", type=int, help=f"trajectories between two lambdas {default('refresh_every')}")
+    p.add_argument("--tau", type=float, default=0.1, help="a score above it computes (0.1)")
+    proxies = (*get_args(Proxy), "none")
+    p.add_argument("--proxy", choices=proxies, default=proxies[0], help=f"which lambda; none is 1 ({proxies[0]})")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train; return 0, 2 for bad input or 130 after Ctrl-C, with one line on stderr."""
+    number, world = started_as()
+    prog = PROG if world == 1 else f"{PROG} (rank {number} of {world})"
+    p = parser()
+    p.prog = prog
+    args = p.parse_args(arguments)
+    return exit_code(prog, lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Check, join the other processes if any, load, train, freeze, save; rank 0 alone writes and prints.
+
+    What can be checked without the model is checked first: a large one takes minutes to load.
+    """
+    _fill_in_and_check(args)
+    checkpoint = args.out / "router.safetensors"
+    if started_as()[0] == 0:
+        _check_out(checkpoint, args.resume)
+    with processes(args.device) as device:
+        share(args.batch_size)
+        denoiser = _load(args, device)
+        router = _train(denoiser, args, checkpoint)
+        if rank() == 0:
+            schedule = router.schedule(args.tau)
+            schedule.save(args.out / "schedule.json")
+            print(f"{schedule.model}, {schedule.sampler}, T = {schedule.steps}, {args.iterations} updates")
+            print(f"  cache utilisation (CUR)      {schedule.cur:.1%}")
+            print(f"  theoretical speedup          {schedule.speedup(macs(denoiser)):.2f}x")
+            print(f"{args.out / 'schedule.json'} and {checkpoint} are written")
+
+
+def _fill_in_and_check(args: argparse.Namespace) -> None:
+    """Fill in the settings that were not given, and refuse what no model could be trained with."""
+    for name, value in (QUICK if args.model == "tiny" else AUTHORS).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if not 0.0 <= args.tau < 1.0 or not args.beta >= 0.0 or not args.lr > 0.0:
+        found = f"--tau {args.tau} --beta {args.beta} --lr {args.lr}"
+        raise ValueError(f"found {found}; expected 0 <= tau < 1, beta >= 0, lr > 0")
+    for name in ("iterations", "batch_size", "refresh_every", "checkpoint_every"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be 1 or more")
+    if started_as()[1] == 1:
+        check_device(args.device)
+    args.prompts = None if args.prompts is None else read_prompts(args.prompts)
+
+
+def _check_out(checkpoint: Path, resume: bool) -> None:
+    if resume and not checkpoint.is_file():
+        raise FileNotFoundError(f"--resume: there is no {checkpoint} to continue; check --out, or train without it")
+    if not resume and checkpoint.exists():
+        raise FileExistsError(f"{checkpoint} exists; continue it with --resume, or choose another --out")
+    make_writable(checkpoint.parent)
+
+
+def _load(args: argparse.Namespace, device: torch.device) -> Denoiser:
+    from harmonica.models import load
+
+    return load(
+        args.model,
+        sampler=args.sampler,
+        steps=args.steps,
+        guidance=args.guidance,
+        weights=args.weights,
+        prompts=args.prompts,
+        dtype=getattr(torch, args.dtype),
+        device=device,
+        activation_checkpointing=args.activation_checkpointing,
+    )
+
+
+def _train(denoiser: Denoiser, args: argparse.Namespace, checkpoint: Path) -> Router:
+    try:
+        return train_sdt(
+            denoiser,
+            iterations=args.iterations,
+            batch_size=args.batch_size,
+            tau=args.tau,
+            beta=args.beta,
+            lr=args.lr,
+            refresh_every=args.refresh_every,
+            proxy=None if args.proxy == "none" else args.proxy,
+            generator=torch.Generator().manual_seed(args.seed),
+            checkpoint=checkpoint,
+            checkpoint_every=args.checkpoint_every,
+            resume=args.resume,
+        )
+    except KeyboardInterrupt as stop:  # the library says resume=True, this is a command line
+        raise KeyboardInterrupt(str(stop).replace("resume=True", "--resume")) from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
