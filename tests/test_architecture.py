@@ -82,3 +82,22 @@ def test_no_file_of_the_library_prints_but_the_command_line():
         calls = [n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Call)]
         prints = [c for c in calls if isinstance(c.func, ast.Name) and c.func.id == "print"]
         assert not prints or path.name in ("demo.py", "train.py"), path
+
+
+def test_models_and_samplers_need_no_transformers():
+    """Only PixArt's prompts do; `from diffusers import AutoencoderKL` would bring transformers along."""
+    script = (
+        "import sys; import harmonica.models.pipelines, harmonica.models.autoencoder\n"
+        "print([m for m in ('diffusers', 'transformers') if m in sys.modules])\n"
+        "import importlib.util as u; real = u.find_spec; hidden = ('transformers', 'peft', 'accelerate')\n"
+        "u.find_spec = lambda name, *a: None if name.split('.')[0] in hidden else real(name, *a)\n"
+        "sys.modules.update(dict.fromkeys(hidden))\n"
+        "from harmonica.samplers import SAMPLERS, make_sampler\n"
+        "for name in SAMPLERS: make_sampler(name, 3)\n"
+        "from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL\n"
+        "from harmonica.models.pixart import PIXART, transformer_of\n"
+        "import torch\n"
+        "with torch.device('meta'): transformer_of(PIXART['pixart-alpha-256'])\n"
+    )
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (out.returncode, out.stdout) == (0, "[]\n"), out.stderr

@@ -95,6 +95,20 @@ def test_guidance_mixes_the_channels_it_is_told_to_and_returns_both_halves():
     torch.testing.assert_close(out[:, 1:], torch.cat([conditional, null])[:, 1:])
 
 
+@given(st.integers(1, 12))
+def test_a_model_of_any_number_of_classes_has_its_own_null_class(classes):
+    """The released code has 1000 written into it."""
+    model = DiT(**{**TINY, "num_classes": classes})
+    assert model.y_embedder.embedding_table.num_embeddings == classes + 1
+    asked = []
+    model.y_embedder.register_forward_hook(lambda _, inputs, __: asked.append(inputs[0].tolist()))
+    d = DiTDenoiser(model, DDIM(2), guidance=2.0)
+    x, y = d.draw(3, torch.Generator().manual_seed(0))
+    d.predict(x, 0, y)
+    assert asked == [[*y.tolist(), *[classes] * 3]]
+    assert max(y.tolist()) < classes
+
+
 def test_a_denoiser_freezes_its_model():
     model = DiT(**TINY).train()
     DiTDenoiser(model, DDIM(2))
@@ -123,8 +137,6 @@ def test_load_names_what_there_is():
         load("tiny", steps=0)
     with pytest.raises(ValueError, match=r"guidance is 0.5"):
         load("tiny", guidance=0.5)
-    with pytest.raises(ValueError, match=r"not bundled; pass weights=PATH of the original DiT-XL-2-512x512.pt"):
-        load("dit-xl-512")
 
 
 @pytest.fixture
@@ -261,6 +273,26 @@ def test_counting_runs_nothing_and_leaves_nothing(small):
     assert {name: set(module.__dict__) for name, module in small.model.named_modules()} == before
     x, y = start(small)
     assert sample(small, x, y).isfinite().all()
+
+
+def test_the_clock_warms_up_takes_turns_and_gives_medians(small, monkeypatch):
+    from harmonica import cost
+
+    walked, now = [], iter(range(0, 10_000, 10))
+    durations = iter([99, 99, 5, 1, 50, 2, 6, 30])  # the first turn is thrown away
+    monkeypatch.setattr(cost, "sample", lambda _, __, ___, table: walked.append(table))
+    ticks = []
+
+    def clock():
+        ticks.append(next(now) if len(ticks) % 2 == 0 else ticks[-1] + next(durations))
+        return ticks[-1]
+
+    monkeypatch.setattr(cost.time, "perf_counter", clock)
+    x, y = start(small)
+    schedule = Router(4, small.sites).schedule()
+    timing = measure(small, schedule, x, y, repeats=3)
+    assert walked == [None, schedule] * 4
+    assert (timing.plain, timing.cached) == (6, 2)
 
 
 def test_measured_time_is_of_both_walks(small):

@@ -8,7 +8,7 @@ from conftest import make, start
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harmonica import denoise, image_error
+from harmonica import Schedule, denoise, image_error, train_sdt
 from harmonica.denoise import last
 from harmonica.models.dit import DiT, DiTDenoiser
 from harmonica.samplers import IDDPM, SAMPLERS, Scheduled, alphas_cumprod, make_sampler, spaced_timesteps
@@ -169,3 +169,25 @@ def test_a_model_without_variance_channels_walks_under_every_sampler(name):
     d = under(name, 4, learn_sigma=False, betas="scaled-linear")
     x, y = start(d)
     assert last(denoise(d, x, y)).isfinite().all()
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+def test_a_step_may_be_taken_under_autograd(name):
+    """A deep copy of a scheduler that holds such a tensor would fail."""
+    sampler, memory = make_sampler(name, 4), {}
+    x = torch.randn(1, 2, 4, 4, requires_grad=True)
+    for k in range(4):
+        out = x.repeat(1, 2, 1, 1).tanh()
+        fork = memory.copy()
+        x, again = sampler.step(x, out, k, memory), sampler.step(x, out, k, fork)
+        assert torch.equal(x, again)
+    assert x.requires_grad
+
+
+def test_a_schedule_trained_under_sa_solver_is_saved(tmp_path):
+    """Its scheduler holds a function, which no configuration file can say; a schedule holds names and numbers."""
+    d = under("sa-solver", 3)
+    schedule = train_sdt(d, iterations=2, batch_size=1, progress=False).schedule()
+    schedule.save(tmp_path / "s.json")
+    assert Schedule.load(tmp_path / "s.json") == schedule
+    assert schedule.sampler == "sa-solver"
