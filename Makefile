@@ -45,6 +45,9 @@ bench: $(READY)      ## the figures in benchmarks/results (an hour; each script 
 	$(BIN)/python benchmarks/tiny_model.py
 	$(BIN)/python benchmarks/sensitivity.py
 	$(BIN)/python benchmarks/ablation.py
+	$(BIN)/python benchmarks/zoo.py
+	$(BIN)/python benchmarks/two_processes.py
+	$(BIN)/python benchmarks/full_size.py
 
 weights: $(READY)    ## train the bundled model again (an hour)
 	$(BIN)/python -m harmonica.models.tiny --out harmonica/models/tiny.safetensors

@@ -12,7 +12,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from harmonica import Router, Schedule, demo, plots
+from harmonica import Router, Schedule, demo, plots, train
 
 ROOT = Path(__file__).parent.parent
 
@@ -199,7 +199,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
 
 
-def test_every_command_of_the_readme_runs_or_exists(tmp_path, monkeypatch):
+def test_every_command_of_the_readme_runs_or_exists(tmp_path, monkeypatch, small_models):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(demo, "HELD_OUT", 20)
     monkeypatch.setattr(demo, "TIMED", 2)
@@ -209,9 +209,9 @@ def test_every_command_of_the_readme_runs_or_exists(tmp_path, monkeypatch):
     for line in filter(None, lines):
         if line.startswith("make"):
             assert line.split()[1] in targets, line
-        elif "harmonica.demo" in line:  # really run, with fewer updates; later lines read what earlier ones wrote
-            quick = ["--iterations", "20"]
-            assert demo.main([*line.split("harmonica.demo")[1].split(), *quick]) == 0, line
+        elif match := re.search(r"harmonica\.(demo|train)(.*)", line):  # really run; later lines read what they wrote
+            quick = ["--steps", "3"] if "random" in line else ["--steps", "5", "--iterations", "20"]
+            assert {"demo": demo, "train": train}[match[1]].main([*match[2].split(), *quick]) == 0, line
         elif match := re.search(r"python (\S+\.py)", line):
             assert (ROOT / match[1]).is_file(), line
         elif match := re.search(r"-m (harmonica\S*)", line):
@@ -221,11 +221,21 @@ def test_every_command_of_the_readme_runs_or_exists(tmp_path, monkeypatch):
             assert line.startswith(known), line
 
 
+def readme_pipe():
+    """A small pipeline in the place of the real one."""
+    from pipes import pixart_pipe, pixart_transformer
+
+    pipe = pixart_pipe()
+    pipe.transformer = pixart_transformer(sample_size=32)
+    return pipe
+
+
 def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    scope = {}
+    scope = {"pipe": readme_pipe()}
     for block in blocks("python"):
-        exec(re.sub(r"iterations=\d+", "iterations=20", block), scope)  # fewer updates, the same lines
+        quick = re.sub(r"iterations=\d+, batch_size=\d+", "iterations=20, batch_size=1", block)
+        exec(quick, scope)  # fewer updates, the same lines
     assert scope["schedule"].steps == 20
 
 
