@@ -316,6 +316,41 @@ def test_a_copy_made_under_a_cache_runs_its_own_weights():
         assert not torch.equal(mine, pipe.transformer(x, timestep=t, class_labels=y).sample)
 
 
+def test_a_scheduler_copied_under_a_cache_keeps_its_own_state():
+    from diffusers import DPMSolverMultistepScheduler
+
+    pipe = pixart_pipe(scheduler=DPMSolverMultistepScheduler())
+    x = torch.randn(1, 4, 8, 8)
+    with cached(pipe, Schedule(torch.ones(4, 6))):
+        twin = copy.deepcopy(pipe.scheduler)
+        twin.set_timesteps(4)
+        twin.step(x, twin.timesteps[0], x)
+        assert twin.lower_order_nums == 1
+        assert pipe.scheduler.lower_order_nums == 0
+        assert pipe.scheduler.num_inference_steps is None
+
+
+def test_only_the_innermost_schedule_is_held_against_the_run():
+    pipe = dit_pipe()
+    with cached(pipe, table(pipe, 4)):
+        under = run(pipe, 4)
+        with cached(pipe, table(pipe, 6)) as inner:
+            run(pipe, 6)
+            assert inner.skipped == 3 * 4
+        assert torch.equal(run(pipe, 4), under)
+
+
+def test_closing_in_another_order_leaves_nothing_that_acts():
+    pipe = dit_pipe()
+    plain = run(pipe, 6)
+    enable_cache(pipe, table(pipe, 4))
+    run(pipe, 4)
+    with cached(pipe, table(pipe, 6)):
+        disable_cache(pipe)
+        run(pipe, 6)
+    assert torch.equal(run(pipe, 6), plain)
+
+
 def test_a_walk_under_inference_mode_does_not_break_later_training():
     pipe = dit_pipe()
     with torch.inference_mode(), cached(pipe, table(pipe)):

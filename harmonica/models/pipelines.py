@@ -82,8 +82,11 @@ class Session:
         return gate
 
     def begin(self) -> None:
-        """Begin a walk; other sessions of this transformer, around this one, step back."""
-        for other in _sessions.get(self.transformer, []):
+        """Begin a walk, if this session is the innermost of its scheduler; others of this transformer step back."""
+        sessions = _sessions.get(self.transformer, [])
+        if self is not next((each for each in reversed(sessions) if each.scheduler is self.scheduler), None):
+            return
+        for other in sessions:
             other.forget()
         times = tuple(torch.as_tensor(self.scheduler.timesteps).tolist())
         self.schedule.check(len(times), self.schedule.sites, times)
@@ -168,6 +171,9 @@ class Session:
         self._k, self._calls, self._gate = self._k + 1, 0, None
         if self._k == self.schedule.steps:
             self.forget()  # the features are let go with the walk
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Session:
+        return self  # what is copied with us is still ours to answer
 
     def __str__(self) -> str:
         share = self.skipped / self.asked if self.asked else 0.0
@@ -264,24 +270,27 @@ def _found(transformer: nn.Module) -> Mapping[str, nn.Module]:
 @contextmanager
 def _tapped(scheduler: Any, session: Session) -> Iterator[None]:
     """Tell the session when the scheduler sets its timesteps and when it steps."""
-    set_timesteps, step = scheduler.set_timesteps, scheduler.step
-
-    # Pipelines look at the signatures of both; wraps keeps them.
-    @functools.wraps(set_timesteps)
-    def telling_set_timesteps(*args: Any, **kwargs: Any) -> Any:
-        result = set_timesteps(*args, **kwargs)
-        session.begin()
-        return result
-
-    @functools.wraps(step)
-    def telling_step(*args: Any, **kwargs: Any) -> Any:
-        session.step(kwargs.get("timestep", args[1] if len(args) > 1 else None))
-        return step(*args, **kwargs)
-
     with ExitStack() as stack:
-        for name, tap in (("set_timesteps", telling_set_timesteps), ("step", telling_step)):
-            stack.enter_context(_attribute(scheduler, name, tap))
+        for name, tap in (("set_timesteps", _set_timesteps), ("step", _step)):
+            method = getattr(scheduler, name)
+            # A partial, as in `gated`: a scheduler copied inside the `with` has its own state, and tells nobody.
+            telling = functools.partial(tap, session, scheduler, method)
+            vars(telling)["__signature__"] = inspect.signature(method)  # pipelines look at it
+            stack.enter_context(_attribute(scheduler, name, telling))
         yield
+
+
+def _set_timesteps(session: Session, scheduler: Any, method: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    result = method(*args, **kwargs)
+    if scheduler is session.scheduler:
+        session.begin()
+    return result
+
+
+def _step(session: Session, scheduler: Any, method: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    if scheduler is session.scheduler:
+        session.step(kwargs.get("timestep", args[1] if len(args) > 1 else None))
+    return method(*args, **kwargs)
 
 
 @contextmanager
