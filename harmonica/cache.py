@@ -24,6 +24,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from harmonica.shadows import put_back
+
 Feature = Any
 Cache = dict[int, Feature]
 Compute = Callable[[], Feature]
@@ -85,12 +87,16 @@ def blend(r: Tensor, cache: Cache, tau: float) -> Gate:
             if site not in before:
                 raise _never_computed(site, len(scores))
             score, old = scores[site], before[site]
-            feature = tree_map(lambda fresh, cached: score * fresh + (1 - score) * cached, feature, old)
+            feature = tree_map(lambda new, kept: score * new + (1 - score) * kept if _soft(new) else new, feature, old)
         if renew[site]:
-            cache[site] = tree_map(Tensor.detach, feature)
+            cache[site] = tree_map(lambda new: new.detach() if _soft(new) else new, feature)
         return feature
 
     return gate
+
+
+def _soft(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor)  # attention may return (output, None)
 
 
 def _never_computed(site: int, sites: int) -> RuntimeError:
@@ -124,10 +130,7 @@ def gated(sites: Mapping[str, nn.Module] | Sequence[nn.Module], gate: Gate) -> I
         yield
     finally:
         for module, before, asking in shadowed:
-            if module.__dict__.get("forward") is asking:
-                module.__dict__["forward"] = before
-                if before is None:
-                    del module.__dict__["forward"]
+            put_back(module, "forward", asking, before)
 
 
 def _ask(gate: Gate, site: int, forward: Callable[..., Feature], /, *args: Any, **kwargs: Any) -> Feature:

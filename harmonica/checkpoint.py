@@ -10,6 +10,7 @@ the same joint noise, so a run may be resumed with another number of processes, 
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ class Run:
     Args:
         denoiser: what a router is trained for.
         settings: batch_size (of all processes together), lr and whatever else must be the same on resuming.
-        iterations: updates in all; noted in the router's provenance.
+        iterations: updates in all; those that were made are noted in the router's provenance.
         generator: draws the router, the noise and the conditions; seed 0 if None. Rank 0's is everyone's.
         path: of the checkpoint, or None for a run that leaves none.
         every: updates from one write to the next.
@@ -62,9 +63,10 @@ class Run:
             found = f"iterations {iterations}, batch_size {settings['batch_size']}, checkpoint_every {every}"
             raise ValueError(f"found {found}; each must be 1 or more")
         share(settings["batch_size"])
+        self.iterations = iterations
         self.denoiser, self.settings, self.path, self.every = denoiser, settings, path, every
         self.generator = torch.Generator().manual_seed(0) if generator is None else generator
-        about = {**denoiser.about, "provenance": {"method": "HarmoniCa", "iterations": iterations, **settings}}
+        about = {**denoiser.about, "provenance": {"method": "HarmoniCa", "iterations": 0, **settings}}
         self.router = Router(denoiser.steps, denoiser.sites, generator=self.generator, about=about)
         self.router.to(denoiser.draw(1, torch.Generator())[0].device)
         self.optimizer = AdamW(self.router.parameters(), lr=settings["lr"], weight_decay=0.0)
@@ -80,6 +82,8 @@ class Run:
             self._restore("the checkpoint to resume" if self.path is None else self.path)
         elif self.path is not None and Path(self.path).exists():
             raise FileExistsError(f"{self.path} exists; resume=True continues it, or choose another name")
+        elif self.path is not None and not Path(self.path).absolute().parent.is_dir():
+            raise FileNotFoundError(f"{Path(self.path).parent}: no such folder; make it before training")
         self._note()
         tensors, facts = self._noted
         return {key: value.cpu() for key, value in tensors.items()}, facts
@@ -108,6 +112,7 @@ class Run:
     def count(self, trajectory: int) -> None:
         """Count one update; `trajectory` is the one that the next update belongs to."""
         self.updates, self.trajectory = self.updates + 1, trajectory
+        self.router.about["provenance"]["iterations"] = self.updates
 
     def _note(self) -> None:
         """Note the state between two trajectories, all of it or, if interrupted, nothing."""
@@ -116,7 +121,8 @@ class Run:
             for name, value in self.optimizer.state.get(row, {}).items():
                 state[f"state.optimizer.{k}.{name}"] = value.clone()
         state["state.generator"] = self.generator.get_state()
-        self._noted = state, {"updates": self.updates, "trajectory": self.trajectory, "settings": self.settings}
+        facts = {"settings": self.settings, "weights": _fingerprint(self.denoiser)}
+        self._noted = state, {"updates": self.updates, "trajectory": self.trajectory, **facts}
 
     def save(self, *, interrupted: bool = False) -> None:
         """Write the router and the state noted last; of an interrupted trajectory the router at its start."""
@@ -125,18 +131,22 @@ class Run:
             return
         router, (state, facts) = self.router, self._noted
         if interrupted:
-            router = Router(router.steps, router.sites, logits=state["state.logits"], about=router.about)
+            about = {**router.about, "provenance": {**router.about["provenance"], "iterations": facts["updates"]}}
+            router = Router(router.steps, router.sites, logits=state["state.logits"], about=about)
         write_router(router, self.path, state, facts)
 
     def _restore(self, path: StrPath) -> None:
         router, tensors, facts = read_router(path)
         if "settings" not in facts or "state.logits" not in tensors:
             raise ValueError(f"{path} is a router without the state of its training; it cannot be resumed")
-        now = {**_belongs_to(self.router), **self.settings}
-        then = {**_belongs_to(router), **facts["settings"]}
+        now = {**_belongs_to(self.router), **self.settings, "weights": _fingerprint(self.denoiser)}
+        then = {**_belongs_to(router), **facts["settings"], "weights": facts.get("weights")}
         changed = [f"{key} {then.get(key)} -> {now[key]}" for key in now if now[key] != then.get(key)]
         if changed:
             raise ValueError(f"{path} was trained with other settings ({'; '.join(changed)}); resume with the same")
+        done = router.about.get("provenance", {}).get("iterations", 0)
+        if self.iterations < done:
+            raise ValueError(f"{path} has {done} updates already and {self.iterations} were asked for; ask for more")
         try:
             self._set(tensors, facts)
         except (LookupError, TypeError, ValueError, RuntimeError) as error:
@@ -145,6 +155,7 @@ class Run:
     @torch.no_grad()
     def _set(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         self.updates, self.trajectory = int(facts["updates"]), int(facts["trajectory"])
+        self.router.about["provenance"]["iterations"] = self.updates
         for k, row in enumerate(self.router.rows):
             row.copy_(tensors["state.logits"][k])
             prefix = f"state.optimizer.{k}."
@@ -153,6 +164,17 @@ class Run:
                 self.optimizer.state[row] = {key: v if key == "step" else v.to(row) for key, v in moments.items()}
         self.lam.copy_(tensors["state.lam"])
         self.generator.set_state(tensors["state.generator"])
+
+
+def _fingerprint(denoiser: Denoiser) -> str:
+    """Return a few numbers of the first and the last site in short: other weights would make another router."""
+    sites = list(denoiser.sites.values())
+    few = [
+        parameter.detach().flatten()[:64].float().cpu()
+        for site in (sites[0], sites[-1])
+        for parameter in site.parameters()
+    ]
+    return f"{zlib.crc32(torch.cat(few).numpy().tobytes()) if few else 0:08x}"
 
 
 def _belongs_to(router: Router) -> dict[str, Any]:

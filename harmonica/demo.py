@@ -1,8 +1,8 @@
 """python -m harmonica.demo: train a router, draw the same noises with and without it, say what it was worth.
 
 Prints one table, writes the schedule and four pictures to --out. Two minutes on two cores with the bundled model.
-Every other model takes its weights from the hub, a folder or a file, and hours of a GPU to train on; give a trained
---schedule and it takes seconds. --weights random times a model without any weights: the pictures are noise then.
+Every other model takes its weights from the hub, a folder or a file, and hours of a GPU to train on: train with
+python -m harmonica.train, which can be resumed, and give its schedule.json as --schedule here. --weights random times a model without any weights: the pictures are noise then.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
     from harmonica.models.autoencoder import decoder
 
     settings = _settings(args)
-    schedule = Schedule.load(args.schedule) if args.schedule else None
+    schedule = Schedule.load(args.schedule, args.tau) if args.schedule else None
     denoiser = _denoiser(args)
     if schedule is not None:
         schedule = fit(schedule, tuple(denoiser.sites))
@@ -78,14 +78,14 @@ def run(args: argparse.Namespace) -> None:
     elif schedule is None:
         router = _train(denoiser, args, settings)
         schedule = router.schedule(args.tau)
+    schedule.save(args.out / "schedule.json")  # before anything else can go wrong: it may have taken hours
     # The held-out seed is far from training's: the same noises judge every router.
-    held_out = args.images or (HELD_OUT if args.model == "tiny" else 4)
+    held_out = args.images if args.images is not None else (HELD_OUT if args.model == "tiny" else 4)
     x, cond = denoiser.draw(held_out, torch.Generator().manual_seed(1_000_003))
     plain, cached = (decode(sample(denoiser, x, cond, table)).cpu() for table in (None, schedule))
     print(_table(denoiser, schedule, x, cond, plain, cached))
     if args.weights == "random":
         print("  weights are random: the timing is real, the pictures are noise")
-    schedule.save(args.out / "schedule.json")
     shown = _shown(denoiser, cond)
     title = "same noise, same conditions" if args.weights != "random" else "latents under random weights"
     images = plots.comparison(plain[shown], cached[shown], labels=_captions(denoiser, cond[shown]), title=title)
@@ -101,8 +101,15 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """Return how to train: quickly for the bundled model, as the authors did for the others; raise on bad numbers."""
     given = {name: getattr(args, name) for name in ("iterations", "beta") if getattr(args, name) is not None}
     settings = {**(QUICK if args.model == "tiny" else AUTHORS), **given}
-    if not 0.0 <= args.tau < 1.0 or not settings["beta"] >= 0.0 or settings["iterations"] < 1 or (args.images or 1) < 1:
-        found = f"--tau {args.tau} --beta {settings['beta']} --iterations {settings['iterations']}"
+    if (
+        not 0.0 <= args.tau < 1.0
+        or not settings["beta"] >= 0.0
+        or settings["iterations"] < 1
+        or args.images in range(-99, 1)
+    ):
+        found = (
+            f"--tau {args.tau} --beta {settings['beta']} --iterations {settings['iterations']} --images {args.images}"
+        )
         raise ValueError(f"found {found}; expected 0 <= tau < 1, beta >= 0, iterations and images >= 1")
     check_device(args.device)
     return settings
@@ -148,7 +155,7 @@ def _table(denoiser: Denoiser, schedule: Schedule, x: Tensor, cond: Tensor, plai
         ("image error (mean squared)", f"{image_mse(cached, plain):.2e}  of a pixel range of 2"),
         *_labels_kept(denoiser, cond, plain, cached),
     )
-    head = f"{schedule.model or denoiser.about['model']}, {denoiser.about['sampler']}, T = {denoiser.steps}"
+    head = f"{denoiser.about['model']}, {denoiser.about['sampler']}, T = {denoiser.steps}"
     return "\n".join([f"{head}, {len(x)} held-out noises", *(f"  {name:29}{value}" for name, value in rows)])
 
 

@@ -139,7 +139,10 @@ def own(batch: Any, batch_size: int) -> Any:
 
     def take(value: Any) -> Any:
         if not isinstance(value, Tensor):
-            return value
+            if value is None or isinstance(value, int | float):
+                return value  # the same for every sample
+            found = f"a {type(value).__name__} in a joint batch of {batch_size}"
+            raise ValueError(f"found {found}; several processes can share out tensors only, by their first dimension")
         if value.shape[:1] != (batch_size,):
             found = f"a tensor of shape {tuple(value.shape)} in a joint batch of {batch_size}"
             raise ValueError(f"found {found}; several processes share noise and conditions by their first dimension")

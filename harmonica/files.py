@@ -8,12 +8,14 @@ This file does not know what the tensors and the JSON mean.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 StrPath = str | os.PathLike[str]
@@ -80,6 +82,22 @@ def read_json(path: StrPath) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ValueError(f"{path} holds a JSON {type(data).__name__}; an object was expected")
     return data
+
+
+def read_pickle(path: StrPath) -> Any:
+    """Unpickle tensors, containers and argparse.Namespace, a plain bag of values; anything else is refused unread.
+
+    Raises:
+        ValueError: if there is anything else in it, or it is damaged. torch's own message would advise to run the file.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # for this call; nobody else's loads change
+            return torch.load(existing(path), map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception:  # bytes that someone made up can raise anything here
+        found = "is damaged, or holds more than tensors and settings"
+        raise ValueError(f"{path} {found}; nothing in it was run") from None
 
 
 def write_tensors(path: StrPath, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:

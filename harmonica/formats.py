@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harmonica.files import StrPath, existing, read_json, read_tensors, write_json, write_tensors
+from harmonica.files import StrPath, existing, read_json, read_pickle, read_tensors, write_json, write_tensors
 from harmonica.router import Router, Schedule
 
 OURS = "harmonica-schedule-1"
@@ -230,7 +230,7 @@ def _smoothcache(path: StrPath, data: dict[str, list[Any]]) -> Schedule:
 
 def _router_file(path: StrPath, tau: float) -> Schedule:
     """Return the schedule of a router file of Learning-to-Cache or HarmoniCa's authors, frozen at tau."""
-    data = _tensors_only(path)
+    data = read_pickle(path)
     data = data if isinstance(data, dict) else {}
     args = data.get("args")
     told = vars(args) if isinstance(args, argparse.Namespace) else {}
@@ -241,16 +241,6 @@ def _router_file(path: StrPath, tau: float) -> Schedule:
     provenance: dict[str, str | float] = {"format": f"{method} router file", "file": Path(path).name, "tau": tau}
     model = told.get("model")
     return _started(path, compute, _columns(logits.shape[1]), tau, provenance, model if isinstance(model, str) else "")
-
-
-def _tensors_only(path: StrPath) -> Any:
-    """Unpickle tensors, containers and argparse.Namespace, a plain bag of values; anything else is refused."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # for this call; nobody else's loads change
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # bytes that someone made up can raise anything here; torch's own advice would run them
-        found = "is damaged, or holds more than tensors and settings"
-        raise ValueError(f"{path} {found}; it is not a router file, and nothing in it was run") from None
 
 
 def _rows(path: StrPath, routers: Any) -> Tensor:

@@ -60,8 +60,8 @@ class HubFiles:
             FileNotFoundError: if the folder that this one is in does not exist.
             FileExistsError: if there is a file of that name.
         """
-        folder = Path(folder)
-        if not folder.absolute().parent.is_dir():
+        folder = Path(folder).absolute()
+        if not folder.parent.is_dir():
             raise FileNotFoundError(f"{folder.parent}: no such folder; make it before writing {folder.name}")
         if folder.exists() and not folder.is_dir():
             raise FileExistsError(f"{folder} is a file; save_pretrained writes a folder, choose another name")

@@ -14,6 +14,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
+
 from harmonica.router import Schedule
 
 _KINDS = {"attn": "attn", "attn1": "attn", "attention": "attn", "self_attn": "attn", "attn2": "attn2"}
@@ -25,7 +27,8 @@ def fit(schedule: Schedule, sites: Sequence[str]) -> Schedule:
     """Return the schedule in the names and the order of `sites`, or as it is if it is for other sites.
 
     A table without names fits by the number of its columns. A table for kinds of site ("attn", "mlp") gives each site
-    the column of its kind; cross-attention follows attention if it has none of its own.
+    the column of its kind; cross-attention follows "attn" if it has none of its own, and a kind that the table does not
+    name computes.
 
     >>> fit(Schedule([[1, 1], [0, 1]], sites=("attn", "mlp")), ["blocks.0.attn", "blocks.0.mlp", "blocks.1.mlp"]).sites
     ('blocks.0.attn', 'blocks.0.mlp', 'blocks.1.mlp')
@@ -36,14 +39,16 @@ def fit(schedule: Schedule, sites: Sequence[str]) -> Schedule:
     if mine == tuple(f"site{i}" for i in range(len(theirs))):
         return replace(schedule, sites=theirs)
     columns = {_canonical(name): i for i, name in enumerate(mine)}
-    if len(columns) == len(mine) and set(columns) == {_canonical(name) for name in theirs}:
+    if len(columns) == len(mine) == len(theirs) and set(columns) == {_canonical(name) for name in theirs}:
         return replace(schedule, compute=schedule.compute[:, [columns[_canonical(n)] for n in theirs]], sites=theirs)
     if set(mine) <= set(_KINDS):
-        columns = {_KINDS[name]: i for i, name in enumerate(mine)}
-        columns.setdefault("attn2", columns.get("attn", -1))
-        wanted = [columns.get(_KINDS.get(name.rsplit(".", 1)[-1], ""), -1) for name in theirs]
-        if -1 not in wanted:
-            return replace(schedule, compute=schedule.compute[:, wanted], sites=theirs)
+        kinds = {_KINDS[name]: schedule.compute[:, i] for i, name in enumerate(mine)}
+        if {"attn", "attention"} & set(mine):
+            kinds.setdefault("attn2", kinds["attn"])
+        always = torch.ones(schedule.steps, dtype=torch.bool)
+        wanted = [kinds.get(_KINDS.get(name.rsplit(".", 1)[-1], ""), always) for name in theirs]
+        if any(column is not always for column in wanted):
+            return replace(schedule, compute=torch.stack(wanted, dim=1), sites=theirs)
     return schedule
 
 

@@ -5,6 +5,8 @@ This file does not know models or tokenizers.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from harmonica.files import StrPath, existing
@@ -30,3 +32,14 @@ def read_prompts(path: StrPath | None = None) -> tuple[str, ...]:
     if not prompts:
         raise ValueError(f"{file} has no prompt; write one to a line (lines starting with # do not count)")
     return prompts
+
+
+def prompts_from(given: StrPath | Sequence[str] | None) -> tuple[str, ...]:
+    """Return prompts given as a file, as a list, or not at all, which means the bundled ones; raises as `read_prompts`.
+
+    >>> prompts_from(["a red house"])
+    ('a red house',)
+    """
+    if given is None or isinstance(given, str | os.PathLike):
+        return read_prompts(given)
+    return tuple(given)

@@ -243,9 +243,15 @@ def _trained_with(betas: Betas) -> dict[str, Any]:
 
 
 def _state(scheduler: Any) -> dict[str, Any]:
-    """Return what a scheduler remembers: its attributes, lists copied; tensors are replaced by it, never changed."""
+    """Return what a scheduler remembers, its attributes, in copies: PNDM adds to a tensor in place."""
     held = scheduler if isinstance(scheduler, dict) else vars(scheduler)
-    return {key: list(value) if isinstance(value, list) else value for key, value in held.items()}
+    return {key: _copy(value) for key, value in held.items()}
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_copy(item) for item in value]
+    return value.clone() if isinstance(value, Tensor) else value  # not deepcopy, which fails under autograd
 
 
 def _seed(sample: Tensor) -> int:

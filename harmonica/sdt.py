@@ -106,7 +106,10 @@ def sdt(
                         raise FloatingPointError(f"the loss of step {k} is {joint}; look for NaN in the weights")
                     optimizer.zero_grad(set_to_none=True)  # a row without a gradient keeps still, momentum included
                     # Still gated: under activation checkpointing, backward runs the blocks again.
-                    router.rows[k - 1].grad = mean_over_ranks(torch.autograd.grad(loss, router.rows[k - 1])[0])
+                    # Scaled by a power of two, exact in float32: in half precision the gradient λ·2Δ/numel vanishes.
+                    scale = 2.0 ** round(math.log2(out.numel() / weight)) if weight > 0 else 1.0
+                    gradient = torch.autograd.grad(loss * scale, router.rows[k - 1])[0] / scale
+                    router.rows[k - 1].grad = mean_over_ranks(gradient)
             if target is not None:
                 optimizer.step()
                 router.rows[k - 1].data.clamp_(-LOGIT_LIMIT, LOGIT_LIMIT)
@@ -150,7 +153,7 @@ def train_sdt(  # noqa: D417 (five arguments are described in one line)
     FileExistsError if checkpoint exists and resume is false, FileNotFoundError if it does not and resume is true, and
     on Ctrl-C, after writing the checkpoint, KeyboardInterrupt saying where it is.
     """
-    from tqdm import tqdm
+    from tqdm.auto import tqdm
 
     settings: dict[str, Any] = {"batch_size": batch_size, "tau": tau, "beta": beta, "lr": lr}
     settings |= {"refresh_every": refresh_every, "proxy": proxy or "none"}

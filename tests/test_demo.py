@@ -94,6 +94,25 @@ def test_a_schedule_for_another_number_of_steps_is_refused_before_anything_runs(
     assert not (tmp_path / "out").exists()
 
 
+def test_the_threshold_of_the_command_freezes_a_router_given_as_schedule(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "HELD_OUT", 20)
+    monkeypatch.setattr(demo, "TIMED", 2)
+    logits = torch.zeros(2, 16)
+    Router(3, 16, logits=logits).save(tmp_path / "router.safetensors")
+    options = ["--steps", "3", "--schedule", str(tmp_path / "router.safetensors"), "--out", str(tmp_path)]
+    assert demo.main([*options, "--tau", "0.6"]) == 0
+    assert re.search(r"CUR\)\s+66.7%", capsys.readouterr().out)
+
+
+def test_what_was_trained_is_saved_before_anything_else_can_go_wrong(tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(demo, "sample", full)
+    assert demo.main(["--steps", "3", "--iterations", "2", "--out", str(tmp_path)]) == 2
+    assert Schedule.load(tmp_path / "schedule.json").steps == 3
+
+
 @pytest.fixture
 def small_models(monkeypatch):
     """Shrink the real models; everything else is as it is."""
@@ -234,7 +253,7 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     scope = {"pipe": readme_pipe()}
     for block in blocks("python"):
-        quick = re.sub(r"iterations=\d+, batch_size=\d+", "iterations=20, batch_size=1", block)
+        quick = re.sub(r"iterations=[0-9_]+, batch_size=[0-9]+", "iterations=20, batch_size=1", block)
         exec(quick, scope)  # fewer updates, the same lines
     assert scope["schedule"].steps == 20
 

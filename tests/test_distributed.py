@@ -169,6 +169,16 @@ def test_each_rank_takes_its_own_samples_and_conditions(both):
         assert tensors["share"] == 2
 
 
+def test_a_condition_that_cannot_be_shared_out_is_refused(monkeypatch):
+    from harmonica import distributed
+
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    assert own((torch.arange(4), None, 0.5), 4)[1:] == (None, 0.5)
+    with pytest.raises(ValueError, match="found a str in a joint batch of 4"):
+        own((torch.arange(4), ["a", "b", "c", "d"]), 4)
+
+
 def test_the_mean_is_over_ranks(both):
     assert [tensors["mean"].tolist() for tensors, _ in both] == [[1.5, 2.5]] * 2
 

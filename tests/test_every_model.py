@@ -265,3 +265,22 @@ def test_prompts_come_from_a_file_or_a_list_or_are_bundled(tmp_path):
     assert loaded("pixart-alpha-256", prompts=path).prompts.texts == ("a cat", "a dog")
     assert loaded("pixart-alpha-256", prompts=["one"]).prompts.texts == ("one",)
     assert len(loaded("pixart-alpha-256").prompts.texts) == 64
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "message"),
+    [
+        ("pixart-alpha-256", "nowhere", "has no transformer/config.json"),
+        ("pixart-alpha-256", "dit", "holds a DiTTransformer2DModel; a PixArtTransformer2DModel was expected"),
+        ("pixart-alpha-256", "pixart/transformer", "has no text_encoder/config.json; expected the folder of a whole"),
+        ("dit-xl", "pixart", "holds a PixArtTransformer2DModel; a DiTTransformer2DModel was expected"),
+        ("dit-xl", "large", "is for a latent of 16 × 16; this model has 8"),
+        ("uvit-h", "dit", "is a folder; uvit-h takes the original file"),
+    ],
+)
+def test_the_folder_of_another_model_is_refused_by_name(tmp_path, name, folder, message):
+    pixart_pipe().save_pretrained(tmp_path / "pixart")
+    dit_transformer().save_pretrained(tmp_path / "dit" / "transformer")
+    dit_transformer(sample_size=16).save_pretrained(tmp_path / "large" / "transformer")
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load(name, weights=tmp_path / folder, prompts=["a river"] if "pixart" in name else None)

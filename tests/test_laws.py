@@ -127,6 +127,16 @@ def test_a_feature_may_be_a_tree_of_tensors():
     assert reuse([False], cache)(0, pytest.fail)[1]["text"].tolist() == [2.0]
 
 
+def test_what_is_not_a_tensor_in_a_feature_passes_through(small):
+    cache = {}
+    r = torch.tensor([1.0])
+    gate = blend(r, cache, 0.1)
+    gate(0, lambda: (torch.ones(2), None))
+    feature = blend(torch.tensor([0.5]), cache, 0.1)(0, lambda: (torch.zeros(2), None))
+    assert torch.equal(feature[0], torch.full((2,), 0.5))
+    assert feature[1] is None
+
+
 def test_the_blended_feature_replaces_the_cached_one_only_above_tau():
     cache = {}
     gate = blend(torch.ones(2), cache, 0.1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import pickle
 
 import pytest
@@ -147,7 +148,11 @@ def small_xl(monkeypatch):
     return DiT(**small)
 
 
-@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"model": s, "ema": s}], ids=["bare", "training checkpoint"])
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda s: s, lambda s: {"model": s, "ema": s, "opt": {}, "args": argparse.Namespace(lr=1e-4)}],
+    ids=["bare", "training checkpoint"],
+)
 def test_an_original_checkpoint_loads_strictly(tmp_path, small_xl, wrap):
     torch.save(wrap(small_xl.state_dict()), tmp_path / "DiT-XL-2-256x256.pt")
     d = load("dit-xl", weights=tmp_path / "DiT-XL-2-256x256.pt", steps=2)
@@ -169,7 +174,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path, small_xl):
             load("dit-xl", weights=path)
     for data in (b"", b"not a checkpoint"):
         path.write_bytes(data)
-        with pytest.raises(ValueError, match="is not a checkpoint of weights alone"):
+        with pytest.raises(ValueError, match="is damaged, or holds more than tensors and settings"):
             load("dit-xl", weights=path)
 
 
@@ -181,9 +186,19 @@ def test_a_hostile_checkpoint_executes_nothing(tmp_path, small_xl):
     torch.save({"x": Hostile()}, tmp_path / "w.pt")
     (tmp_path / "raw.pt").write_bytes(pickle.dumps(Hostile()))
     for name in ("w.pt", "raw.pt"):
-        with pytest.raises(ValueError, match="weights alone"):
+        with pytest.raises(ValueError, match="more than tensors and settings; nothing in it was run"):
             load("dit-xl", weights=tmp_path / name)
     assert not (tmp_path / "executed").exists()
+
+
+def test_what_others_write_in_the_metadata_of_safetensors_is_theirs(tmp_path, small_xl):
+    from safetensors.torch import save_file
+
+    save_file(small_xl.state_dict(), tmp_path / "w.safetensors", metadata={"format": "pt"})
+    assert load("dit-xl", weights=tmp_path / "w.safetensors", steps=2).steps == 2
+    (tmp_path / "w.safetensors").write_bytes(b"junk")
+    with pytest.raises(ValueError, match="is not a safetensors file"):
+        load("dit-xl", weights=tmp_path / "w.safetensors")
 
 
 @pytest.mark.gpu

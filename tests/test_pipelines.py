@@ -468,10 +468,15 @@ def test_columns_in_another_order_are_put_in_order():
     schedule = Schedule(rows, ("blocks.0.mlp", "blocks.0.attn", "skip"))
     fitted = fit(schedule, ("transformer_blocks.0.attn1", "transformer_blocks.0.ff", "skip"))
     assert fitted.compute.int().tolist() == [[1, 1, 1], [1, 0, 0]]
-    kinds = fit(Schedule([[1, 1], [0, 1]], ("attn", "mlp")), ("b.0.attn1", "b.0.attn2", "b.0.ff"))
-    assert kinds.compute.int().tolist() == [[1, 1, 1], [0, 0, 1]]
+    sites = ("b.0.attn1", "b.0.attn2", "b.0.ff", "b.0.conv")
+    kinds = fit(Schedule([[1, 1], [0, 1]], ("attn", "mlp")), sites)
+    assert kinds.compute.int().tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]  # what the table does not name computes
+    only = fit(Schedule([[1], [0]], ("attn1",)), sites)
+    assert only.compute.int().tolist() == [[1, 1, 1, 1], [0, 1, 1, 1]]
     strange = Schedule([[1, 1], [0, 1]], ("attn", "mlp"))
-    assert fit(strange, ("b.0.attn", "b.0.conv")) is strange
+    assert fit(strange, ("b.0.conv", "b.0.norm")) is strange
+    one = Schedule([[1], [0]], ("blocks.0.mlp",))
+    assert fit(one, ("blocks.0.mlp", "blocks.0.ff")) is one
 
 
 def test_other_sites_are_refused_and_named():
@@ -517,12 +522,15 @@ def test_a_scheduler_swapped_inside_the_with_is_noticed():
     with cached(pipe, table(pipe)) as session:
         run(pipe)
         pipe.scheduler, kept = DPMSolverMultistepScheduler(), pipe.scheduler
-        skipped = session.skipped
-        run(pipe)  # between walks: the new scheduler is not followed, and nothing is reused
-        assert session.skipped == skipped
-        kept.set_timesteps(4)
-        with pytest.raises(RuntimeError, match="the pipeline's scheduler was replaced at step 0 of 4"):
+        with pytest.raises(RuntimeError, match="the scheduler of DiTPipeline was replaced inside the with"):
             run(pipe)
+        pipe.scheduler = kept
+        run(pipe)
+        assert session.walks == 2
+        pipe.transformer, kept = dit_transformer(7), pipe.transformer
+        with pytest.raises(RuntimeError, match="the transformer of DiTPipeline was replaced inside the with"):
+            run(pipe)
+        pipe.transformer = kept
 
 
 def _change(pipe, how):
@@ -625,8 +633,12 @@ def test_what_is_not_such_a_pipeline_is_refused():
     pipe.transformer = torch.compile(pipe.transformer)
     with pytest.raises(TypeError, match="is compiled"):
         cached(pipe, Schedule([[1]])).__enter__()
-    with pytest.raises(TypeError, match="from_pipeline knows DiT and PixArt"):
+    pipe = wan_pipe()
+    with pytest.raises(TypeError, match="from_pipeline knows DiTPipeline, PixArtAlphaPipeline and .*, not WanPipeline"):
         from_pipeline(pipe)
+    pipe.transformer_2 = pipe.transformer
+    with pytest.raises(TypeError, match="runs two transformers in one walk, transformer and transformer_2"):
+        cached(pipe, Schedule([[1]])).__enter__()
     with pytest.raises(ValueError, match="steps is 0; it must be between 1 and 1000"):
         from_pipeline(dit_pipe(), steps=0)
 
@@ -661,3 +673,146 @@ def test_the_timestep_embeddings_of_a_stock_dit_are_copies_of_one():
     state = dit_transformer().state_dict()
     with pytest.raises(ValueError, match=r"transformer_blocks\.1\..* differs from block 0's"):
         dit_from_diffusers(state, torch.zeros(1))
+
+
+# ------------------------------------------------------------------------------------------ found by trying to break it
+
+
+def test_asking_the_session_or_copying_the_model_in_the_middle_of_a_walk_changes_nothing():
+    pipe = pixart_pipe()
+    with cached(pipe, table(pipe)):
+        whole = run(pipe)
+    x, text = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 12)
+    sizes = {"resolution": None, "aspect_ratio": None}
+    plain = pipe.transformer(x, text, torch.tensor([5]), sizes, return_dict=False)[0]
+
+    with cached(pipe, table(pipe)) as session:
+
+        def look(step, *_):
+            assert "theoretical speedup" in str(session)
+            twin = copy.deepcopy(pipe.transformer)
+            assert torch.equal(twin(x, text, torch.tensor([5]), sizes, return_dict=False)[0], plain)
+
+        assert torch.equal(run(pipe, callback=look, callback_steps=1), whole)
+
+
+def test_a_session_over_sites_of_ones_own_choice_counts_those():
+    pipe = dit_pipe()
+    mine = {"first": pipe.transformer.transformer_blocks[0].ff}
+    with cached(pipe, Schedule([[1], [0], [0], [1]], ("first",)), sites=mine) as session:
+        run(pipe)
+        assert "theoretical speedup of the transformer 1." in str(session)
+
+
+def test_features_do_not_pile_up_where_no_step_is_taken():
+    pipe = dit_pipe()
+    x, t, y = torch.randn(1, 4, 8, 8), torch.tensor([750]), torch.tensor([1])
+    with cached(pipe, table(pipe)) as session:
+        pipe.scheduler.set_timesteps(4)
+        with pytest.raises(RuntimeError, match=r"called 16 times and the scheduler has not.*forget\(\)"):
+            for _ in range(50):
+                pipe.transformer(x, timestep=t, class_labels=y)
+        session.forget()
+        pipe.transformer(x, timestep=t, class_labels=y)
+        run(pipe)
+
+
+def test_a_denoiser_made_after_an_interrupted_walk_sees_no_stale_feature():
+    pipe = dit_pipe()
+    d = from_pipeline(pipe, steps=4)
+    x, y = d.draw(1, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        plain = d.predict(x, 0, y)
+        with cached(pipe, table(pipe)):
+            run(pipe)
+            pipe.scheduler.set_timesteps(4)
+            pipe.transformer(torch.cat([x, x]), timestep=torch.tensor([750, 750]), class_labels=torch.tensor([1, 1000]))
+            pipe.scheduler.step(x, pipe.scheduler.timesteps[0], x)  # and here it was interrupted
+            assert torch.equal(from_pipeline(pipe, steps=4).predict(x, 0, y), plain)
+
+
+def test_enable_cache_does_not_keep_a_pipeline_alive():
+    import gc
+    import weakref
+
+    pipe = dit_pipe()
+    enable_cache(pipe, table(pipe))
+    run(pipe)
+    alive = weakref.ref(pipe), weakref.ref(pipe.transformer)
+    del pipe
+    gc.collect()
+    assert [ref() for ref in alive] == [None, None]
+
+
+@given(st.permutations(["a", "b", "c"]))
+def test_sessions_closed_in_any_order_leave_nothing_behind(order):
+    pipe = STOCK
+    before, open_sessions = snapshot(pipe), {}
+    for name in "abc":
+        open_sessions[name] = cached(pipe, Schedule(torch.ones(4, 4)))
+        open_sessions[name].__enter__()
+    for name in order:
+        open_sessions[name].__exit__(None, None, None)
+    assert snapshot(pipe) == before
+
+
+def test_pipelines_that_share_a_scheduler_too_are_told_apart_or_refused():
+    one = pixart_pipe()
+    other = type(one)(**one.components)
+    with pytest.warns(UserWarning, match="no site was skipped"):
+        with cached(one, table(one)):
+            with pytest.raises(ValueError, match="shares its scheduler with another that is cached"):
+                cached(other, table(other)).__enter__()
+
+
+def test_enabling_a_schedule_that_does_not_fit_leaves_the_one_that_does():
+    pipe = dit_pipe()
+    enable_cache(pipe, table(pipe))
+    image = run(pipe)
+    with pytest.raises(ValueError, match="has 2 sites"):
+        enable_cache(pipe, Schedule([[1, 1]], ("a", "b")))
+    assert torch.equal(run(pipe), image)
+    disable_cache(pipe)
+
+
+def test_the_timestep_is_found_wherever_a_scheduler_takes_it():
+    """CogVideoX's DPM scheduler has it third; others are given one for each sample."""
+    from diffusers import CogVideoXDPMScheduler
+
+    pipe = dit_pipe(scheduler=CogVideoXDPMScheduler())
+    x = torch.randn(2, 4, 8, 8)
+    with pytest.warns(UserWarning, match="no site was skipped"), cached(pipe, Schedule([[1] * 4, [0] * 4])):
+        pipe.scheduler.set_timesteps(2)
+        t = pipe.scheduler.timesteps[1]
+        with pytest.raises(RuntimeError, match="starts at timestep"):
+            pipe.scheduler.step(x, None, t, None, x)
+    pipe = dit_pipe()
+    with pytest.warns(UserWarning, match="no site was skipped"), cached(pipe, Schedule([[1] * 4, [0] * 4])):
+        pipe.scheduler.set_timesteps(2)
+        with pytest.raises(RuntimeError, match="starts at timestep 1, not"):
+            pipe.scheduler.step(x, torch.ones(2), x)
+
+
+def test_pndm_which_changes_its_memory_in_place_is_forked_right():
+    from diffusers import PNDMScheduler
+
+    d = from_pipeline(dit_pipe(scheduler=PNDMScheduler()), steps=5, guidance=1.0)
+    assert d.steps > 5
+    check_denoiser(d)
+
+
+def test_a_pipeline_that_cannot_be_followed_says_why():
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler scales its inputs or mixes noise"):
+        from_pipeline(dit_pipe(scheduler=FlowMatchEulerDiscreteScheduler()), steps=4)
+    pipe = pixart_pipe()
+    pipe.text_encoder = None
+    with pytest.raises(ValueError, match="has no text encoder or no tokenizer"):
+        from_pipeline(pipe, steps=4)
+
+
+def test_prompts_of_a_pipeline_are_a_file_or_a_list(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a blue boat\nthe cat\n")
+    for prompts in (tmp_path / "prompts.txt", str(tmp_path / "prompts.txt"), ["a blue boat", "the cat"]):
+        assert from_pipeline(pixart_pipe(), steps=2, prompts=prompts).prompts.texts == ("a blue boat", "the cat")

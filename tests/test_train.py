@@ -16,6 +16,7 @@ from conftest import make
 from harmonica import Router, sdt, train_sdt
 from harmonica.checkpoint import Run
 from harmonica.files import read_tensors, write_tensors
+from harmonica.models import load
 
 QUICK = {"batch_size": 2, "beta": 1e-4, "lr": 0.05, "refresh_every": 2, "progress": False}
 
@@ -189,8 +190,9 @@ def test_ctrl_c_writes_the_checkpoint_and_says_so_in_one_line(tmp_path):
     assert child.returncode == 0
     assert said.startswith("stopped after ")
     assert said.endswith(f"updates; {path} continues with resume=True\n".replace("continues", "continues it"))
-    assert read_tensors(path)[1]["updates"] >= 50
-    again = train_sdt(make(20, dtype=torch.float32), iterations=1, batch_size=2, checkpoint=path, resume=True)
+    done = read_tensors(path)[1]["updates"]
+    assert done >= 50
+    again = train_sdt(make(20, dtype=torch.float32), iterations=done, batch_size=2, checkpoint=path, resume=True)
     assert torch.equal(again.logits, Router.load(path).logits)  # nothing left to do, nothing lost
 
 
@@ -202,3 +204,42 @@ def test_a_killed_run_leaves_a_whole_checkpoint(tmp_path):
     child.communicate()
     assert Router.load(path).steps == 20
     assert read_tensors(path)[1]["updates"] >= 50
+
+
+@pytest.mark.parametrize("lam", [1.0, 1e-3, 1e-6])
+def test_half_precision_does_not_lose_the_gradient_of_the_image_error(lam):
+    """λ·2Δ/numel is below what float16 can say; unscaled, β alone would train the table."""
+    gradients = {}
+    for dtype in (torch.float32, torch.float16):
+        d = load("tiny", steps=4, dtype=dtype)
+        router = Router(4, d.sites, generator=torch.Generator().manual_seed(0))
+        noise = [d.draw(4, torch.Generator().manual_seed(1))]
+        updates = sdt(d, router, noise, beta=0.0, proxy=None, lam=torch.full((4,), lam))
+        next(updates)
+        gradients[dtype] = router.rows[0].grad
+    full, half = (gradient.double() / lam for gradient in gradients.values())
+    assert float(full @ half / full.norm() / half.norm()) > 0.95
+    assert float(half.norm() / full.norm()) == pytest.approx(1.0, abs=0.2)
+
+
+def test_a_missing_folder_is_noticed_before_training(tmp_path, small):
+    with pytest.raises(FileNotFoundError, match="no such folder; make it before training"):
+        train_sdt(small, iterations=3, batch_size=1, checkpoint=tmp_path / "no" / "r.safetensors")
+
+
+def test_provenance_counts_the_updates_that_were_made(tmp_path, small):
+    path = tmp_path / "r.safetensors"
+    train_sdt(small, iterations=6, batch_size=1, checkpoint=path, progress=False)
+    assert Router.load(path).about["provenance"]["iterations"] == 6
+    with pytest.raises(ValueError, match="has 6 updates already and 3 were asked for"):
+        train_sdt(small, iterations=3, batch_size=1, checkpoint=path, resume=True, progress=False)
+    router = train_sdt(small, iterations=6, batch_size=1, checkpoint=path, resume=True, progress=False)
+    assert router.about["provenance"]["iterations"] == 6
+    assert torch.equal(Router.load(path).logits, router.logits)
+
+
+def test_other_weights_are_not_resumed(tmp_path):
+    path = tmp_path / "r.safetensors"
+    train_sdt(make(seed=0), iterations=3, batch_size=1, checkpoint=path, progress=False)
+    with pytest.raises(ValueError, match="trained with other settings \\(weights"):
+        train_sdt(make(seed=1), iterations=6, batch_size=1, checkpoint=path, resume=True, progress=False)

@@ -32,7 +32,7 @@ from harmonica.models.pixart import PIXART, PixArtDenoiser
 from harmonica.models.tiny import TINY
 from harmonica.models.uvit import UVIT_H, UViT, UViTDenoiser
 from harmonica.models.weights import component, dit_from_diffusers, fetch, fill, read_state
-from harmonica.prompts import read_prompts
+from harmonica.prompts import prompts_from
 from harmonica.samplers import Sampler, make_sampler
 
 _XL = {"depth": 28, "hidden_size": 1152, "num_heads": 16, "patch_size": 2}
@@ -97,9 +97,7 @@ def load(
     if name in DITS:
         return _dit(name, drawn, 1.5 if guidance is None else guidance, weights, place)
     if name in PIXART:
-        listed = isinstance(prompts, Sequence) and not isinstance(prompts, str)
-        texts = tuple(prompts) if listed else read_prompts(prompts)  # type: ignore[arg-type]
-        return _pixart(name, drawn, 4.5 if guidance is None else guidance, weights, texts, place)
+        return _pixart(name, drawn, 4.5 if guidance is None else guidance, weights, prompts_from(prompts), place)
     return _uvit(drawn, 1.4 if guidance is None else guidance, weights, place)
 
 
@@ -141,7 +139,12 @@ def _dit_from_hub(name: str) -> Path:
 def _diffusers_dit(folder: StrPath, model: DiT) -> dict[str, torch.Tensor]:
     from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 
-    theirs = DiTTransformer2DModel.from_pretrained(component(folder, "transformer"))
+    theirs = DiTTransformer2DModel.from_pretrained(
+        component(folder, "transformer", "DiTTransformer2DModel", "Transformer2DModel")
+    )
+    if theirs.config.sample_size != model.input_size:  # positions are made anew, so the shapes alone would fit
+        size = theirs.config.sample_size
+        raise ValueError(f"{folder} is for a latent of {size} × {size}; this model has {model.input_size}")
     positions = sincos_positions(model.pos_embed.shape[2], model.input_size // model.patch_size)
     return dit_from_diffusers(theirs.state_dict(), positions)
 
@@ -156,9 +159,10 @@ def _pixart(
         torch.nn.Module.to(transformer, place.dtype)  # diffusers' own `to` warns of modules that it does not have
     else:
         text_folder = _pixart_folder(variant.rest, ["tokenizer/*", "text_encoder/*"], weights)
-        encoded = pixart.encode(text_folder, texts, variant.text_tokens, dtype=place.dtype, device=place.device)
         folder = _pixart_folder(variant.transformer, ["transformer/*"], weights)
-        transformer = pixart.read_transformer(component(folder, "transformer"), variant, name, place.dtype)
+        folder = component(folder, "transformer", "PixArtTransformer2DModel", "Transformer2DModel")
+        encoded = pixart.encode(text_folder, texts, variant.text_tokens, dtype=place.dtype, device=place.device)
+        transformer = pixart.read_transformer(folder, variant, name, place.dtype)
     transformer.to(place.device)
     if place.activation_checkpointing:
         transformer.enable_gradient_checkpointing()
@@ -178,6 +182,8 @@ def _uvit(sampler: Sampler, guidance: float, weights: StrPath | None, place: _Pl
             "the weights of uvit-h are on no hub that we know; pass weights=PATH of the original "
             'imagenet256_uvit_huge.pth (or the same in .safetensors), or weights="random" to time it'
         )
+    if Path(weights).is_dir():
+        raise ValueError(f"{weights} is a folder; uvit-h takes the original file, imagenet256_uvit_huge.pth")
     with _where(weights):
         model = UViT(**UVIT_H)  # type: ignore[arg-type]
     if weights != "random":

@@ -22,6 +22,7 @@ import copy
 import functools
 import inspect
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -32,16 +33,23 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from harmonica.cache import Cache, Compute, Feature, Gate, gated, reuse
+from harmonica.cost import Count
 from harmonica.denoise import Denoiser
+from harmonica.files import StrPath
 from harmonica.models.dit import DiTDenoiser
 from harmonica.models.pixart import PixArtDenoiser, encoded_by
-from harmonica.models.sites import Sites, sites
+from harmonica.models.sites import count_calls, sites
 from harmonica.names import fit
-from harmonica.prompts import read_prompts
+from harmonica.prompts import prompts_from
 from harmonica.router import Schedule
 from harmonica.samplers import Scheduled
+from harmonica.shadows import put_back
 
 __all__ = ["cached", "disable_cache", "enable_cache", "from_pipeline", "original_numerics", "sites", "summary"]
+
+
+MOST_CALLS = 16
+"""Calls of the transformer before the scheduler's first step, each with features of its own, that are believed."""
 
 
 class Session:
@@ -54,7 +62,8 @@ class Session:
     """
 
     def __init__(self, pipe: Any, schedule: Schedule, modules: Mapping[str, nn.Module]) -> None:
-        self.pipe, self.transformer, self.scheduler = pipe, pipe.transformer, pipe.scheduler
+        self.pipe = weakref.ref(pipe)  # enable_cache must not keep a pipeline alive
+        self.transformer, self.scheduler = pipe.transformer, pipe.scheduler
         self.modules = modules
         self.schedule = fit(schedule, tuple(modules))
         self.schedule.check(self.schedule.steps, tuple(modules))
@@ -72,20 +81,12 @@ class Session:
         self._gate: Gate | None = None
         self._times_asked: dict[int, int] = {}
 
-    def answering(self) -> Gate:
-        """Return the gate of the `with`: by the schedule inside a walk, computing outside of one."""
-
-        # A function, not a method: a module copied inside the `with` is copied without the session.
-        def gate(site: int, compute: Compute) -> Feature:
-            return compute() if self._gate is None else self._gate(site, compute)
-
-        return gate
-
     def begin(self) -> None:
         """Begin a walk, if this session is the innermost of its scheduler; others of this transformer step back."""
         sessions = _sessions.get(self.transformer, [])
         if self is not next((each for each in reversed(sessions) if each.scheduler is self.scheduler), None):
             return
+        self._must_be_the_same_parts()
         for other in sessions:
             other.forget()
         times = tuple(torch.as_tensor(self.scheduler.timesteps).tolist())
@@ -94,6 +95,7 @@ class Session:
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin a call of the transformer: choose the gate of this step and this call."""
+        self._must_be_the_same_parts()
         if self._k < 0:
             return
         call, self._calls = self._calls, self._calls + 1
@@ -113,10 +115,10 @@ class Session:
         at = f"at step {self._k} of {self.schedule.steps}"
         if self.transformer.training:
             raise RuntimeError(f"the transformer is in training mode {at}, so its features are noisy; call its eval()")
-        if self.pipe.scheduler is not self.scheduler:
+        if self._k == 0 and call == MOST_CALLS:
             raise RuntimeError(
-                f"the pipeline's scheduler was replaced {at} or before, and the new one is not followed; "
-                "set the scheduler first, then open cached(pipe, schedule)"
+                f"the transformer was called {call} times and the scheduler has not stepped; a walk interrupted at its "
+                "first step, or calls outside of a walk? session.forget() ends it"
             )
         if self._k == 0:
             return
@@ -132,6 +134,15 @@ class Session:
                 f"the transformer's inputs have shapes {now} {at}, and had {then} at step 0: batch, size or guidance "
                 "changed in the middle of a walk, so cached features do not fit; keep them the same"
             )
+
+    def _must_be_the_same_parts(self) -> None:
+        pipe = self.pipe()
+        for part, mine in (("scheduler", self.scheduler), ("transformer", self.transformer)):
+            if pipe is not None and getattr(pipe, part) is not mine:
+                raise RuntimeError(
+                    f"the {part} of {type(pipe).__name__} was replaced inside the with, and the new one is not "
+                    f"followed; set the {part} first, then open cached(pipe, schedule)"
+                )
 
     def _counting(self, gate: Gate) -> Gate:
         """Count how often each site is asked, at step 0, where everything computes anyway."""
@@ -154,11 +165,13 @@ class Session:
         """End a step, before the scheduler takes it."""
         if self._k < 0:
             return
+        self._must_be_the_same_parts()
         if self._k == 0:
             first = float(torch.as_tensor(self.scheduler.timesteps)[0])
-            if timestep is not None and float(timestep) != first:
+            start = first if timestep is None else float(torch.as_tensor(timestep).flatten()[0])
+            if start != first:
                 raise RuntimeError(
-                    f"this walk starts at timestep {float(timestep):g}, not at the first one, {first:g} (image to "
+                    f"this walk starts at timestep {start:g}, not at the first one, {first:g} (image to "
                     "image?); a schedule is for whole walks: train one from there, or sample without the cache"
                 )
             if self._calls and not self._times_asked:
@@ -166,26 +179,32 @@ class Session:
         elif self._calls != len(self._caches):
             raise RuntimeError(
                 f"the transformer was called {self._calls} times at step {self._k} and {len(self._caches)} times at "
-                "step 0; the number of calls must not change in the middle of a walk"
+                "step 0; a pipeline that steps its scheduler without the transformer (a second transformer, two steps "
+                "for one call) or changes its guidance in the middle of a walk cannot be followed"
             )
         self._k, self._calls, self._gate = self._k + 1, 0, None
         if self._k == self.schedule.steps:
             self.forget()  # the features are let go with the walk
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
-        return self  # what is copied with us is still ours to answer
+        """Return a session of no pipeline: a copied module computes, and a copied scheduler tells nobody."""
+        idle = copy.copy(self)
+        idle.scheduler = None
+        idle.forget()
+        return idle
 
     def __str__(self) -> str:
         share = self.skipped / self.asked if self.asked else 0.0
         head = f"{type(self.transformer).__name__}, {self.schedule.steps} steps × {len(self.modules)} sites"
         lines = [f"{head}, CUR {self.schedule.cur:.1%}", f"{self.walks} walks, {share:.1%} of the sites reused so far"]
         if self._inputs is not None:
-            found = self._costed()
-            faster = self.schedule.speedup(found.macs)
-            lines.append(f"theoretical speedup of the transformer {faster:.2f}x ({found.macs.covered:.1%} covered)")
+            count = self._costed()
+            if count is not None:
+                faster = self.schedule.speedup(count.macs)
+                lines.append(f"theoretical speedup of the transformer {faster:.2f}x ({count.macs.covered:.1%} covered)")
         return "\n".join(lines)
 
-    def _costed(self) -> Sites:
+    def _costed(self) -> Count | None:
         """Count one call like the last one, with zeros for its tensors."""
         weight = next(self.transformer.parameters())
         args, kwargs = tree_map(
@@ -193,7 +212,14 @@ class Session:
             self._inputs,
         )
         names = _argument_names(self.transformer)
-        return sites(self.transformer, {**dict(zip(names, args, strict=False)), **kwargs})
+        inputs = {**dict(zip(names, args, strict=False)), **kwargs}
+        return count_calls(self.transformer, self.modules, inputs)
+
+
+def _answer(session: Session, site: int, compute: Compute) -> Feature:
+    """Answer a site: by the schedule inside a walk, by computing outside of one."""
+    gate = session._gate
+    return compute() if gate is None else gate(site, compute)
 
 
 _sessions: WeakKeyDictionary[nn.Module, list[Session]] = WeakKeyDictionary()
@@ -224,7 +250,7 @@ def cached(
         Session: `print(session)` says what was reused.
 
     Raises:
-        TypeError: if pipe has no transformer or scheduler.
+        TypeError: if pipe has no transformer or scheduler, or has two transformers.
         ValueError: if the schedule does not fit, now or when the pipeline sets its timesteps.
         RuntimeError: from inside the pipeline, where a walk is not one that the schedule is for.
 
@@ -233,6 +259,11 @@ def cached(
     for part in ("transformer", "scheduler"):
         if getattr(pipe, part, None) is None:
             raise TypeError(f"{type(pipe).__name__} has no {part}; cached takes a diffusers pipeline that has one")
+    if getattr(pipe, "transformer_2", None) is not None:
+        raise TypeError(
+            f"{type(pipe).__name__} runs two transformers in one walk, transformer and transformer_2; "
+            "cached follows pipelines that have one"
+        )
     transformer = pipe.transformer
     if not isinstance(transformer, nn.Module) or hasattr(transformer, "_orig_mod"):
         raise TypeError(
@@ -241,13 +272,20 @@ def cached(
     if transformer.training:
         raise ValueError("pipe.transformer is in training mode, where features are noisy; call its eval() first")
     session = Session(pipe, schedule, _found(transformer) if sites is None else sites)
+    for other in _sessions.get(transformer, []):
+        if other.scheduler is pipe.scheduler and other.pipe() is not pipe:
+            raise ValueError(
+                "this pipeline shares its scheduler with another that is cached; give it a copy of its own"
+            )
+    del pipe  # this frame must not keep it alive
     with ExitStack() as stack:
         if parity:
             stack.enter_context(original_numerics(transformer))
-        stack.enter_context(gated(session.modules, session.answering()))
+        # A partial: a module that is copied inside the `with` is copied with an idle session.
+        stack.enter_context(gated(session.modules, functools.partial(_answer, session)))
         stack.enter_context(_tapped(session.scheduler, session))
         hook = transformer.register_forward_pre_hook(
-            lambda module, args, kwargs: session.call(args, kwargs), with_kwargs=True
+            lambda module, args, kwargs: session.call(args, kwargs) if module is transformer else None, with_kwargs=True
         )
         stack.callback(hook.remove)
         open_sessions = _sessions.setdefault(transformer, [])
@@ -289,23 +327,19 @@ def _set_timesteps(session: Session, scheduler: Any, method: Callable[..., Any],
 
 def _step(session: Session, scheduler: Any, method: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     if scheduler is session.scheduler:
-        session.step(kwargs.get("timestep", args[1] if len(args) > 1 else None))
+        session.step(inspect.signature(method).bind(*args, **kwargs).arguments.get("timestep"))
     return method(*args, **kwargs)
 
 
 @contextmanager
-def _attribute(thing: Any, name: str, value: Callable[..., Any]) -> Iterator[None]:
+def _attribute(thing: Any, name: str, value: functools.partial[Any]) -> Iterator[None]:
     """Shadow a method on one instance and put back what was there, unless somebody has replaced it since."""
     before = vars(thing).get(name)
     vars(thing)[name] = value
     try:
         yield
     finally:
-        if vars(thing).get(name) is value:
-            if before is None:
-                del vars(thing)[name]
-            else:
-                vars(thing)[name] = before
+        put_back(thing, name, value, before)
 
 
 def enable_cache(pipe: Any, schedule: Schedule) -> None:
@@ -313,9 +347,10 @@ def enable_cache(pipe: Any, schedule: Schedule) -> None:
 
     Raises as `cached` does.
     """
-    disable_cache(pipe)
     stack = ExitStack()
-    _enabled[pipe] = stack, stack.enter_context(cached(pipe, schedule))
+    opened = stack, stack.enter_context(cached(pipe, schedule))
+    disable_cache(pipe)
+    _enabled[pipe] = opened
 
 
 def disable_cache(pipe: Any) -> None:
@@ -377,7 +412,7 @@ def from_pipeline(
     *,
     steps: int = 20,
     guidance: float | None = None,
-    prompts: Sequence[str] | None = None,
+    prompts: StrPath | Sequence[str] | None = None,
     parity: bool = False,
 ) -> Denoiser:
     """Return a denoiser that walks as this pipeline does: its transformer, its scheduler, its guidance.
@@ -394,46 +429,51 @@ def from_pipeline(
         pipe: DiTPipeline, PixArtAlphaPipeline or PixArtSigmaPipeline.
         steps: T, `num_inference_steps`.
         guidance: `guidance_scale`; None for the pipeline's default, 4.0 for DiT and 4.5 for PixArt.
-        prompts: for PixArt, what to train on; encoded here by the pipeline's text encoder. None for a bundled list.
+        prompts: for PixArt, what to train on, encoded here by the pipeline's text encoder: a file with one prompt a
+            line, or the prompts; None for a bundled list.
         parity: for DiT, train with the original's numerics; run with cached(…, parity=True) then.
 
     Raises:
         TypeError: if it is another pipeline; write a `Denoiser` for it, and `check_denoiser` says whether it is one.
         ValueError: if a number is out of range.
     """
-    kind = type(getattr(pipe, "transformer", None)).__name__
-    scheduler = _fresh(pipe.scheduler, steps) if kind in ("DiTTransformer2DModel", "PixArtTransformer2DModel") else None
-    if scheduler is None:
-        raise TypeError(
-            f"{type(pipe).__name__} has a {kind}; from_pipeline knows DiT and PixArt. Write a harmonica.Denoiser for "
-            "it (harmonica/models/pixart.py is an example) and hold it to harmonica.check_denoiser"
-        )
-    sampler = Scheduled(scheduler, type(pipe.scheduler).__name__)
     name = type(pipe).__name__
-    if kind == "DiTTransformer2DModel":
+    if name not in ("DiTPipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline"):
+        raise TypeError(
+            f"from_pipeline knows DiTPipeline, PixArtAlphaPipeline and PixArtSigmaPipeline, not {name}. Write a "
+            "harmonica.Denoiser for it (harmonica/models/pixart.py is an example) and hold it to check_denoiser"
+        )
+    for session in _sessions.get(pipe.transformer, []):
+        session.forget()  # of a walk that was interrupted
+    sampler = Scheduled(_fresh(pipe.scheduler, steps), type(pipe.scheduler).__name__)
+    named = f"{name}-{8 * pipe.transformer.config.sample_size}"  # one class has several sizes
+    if name == "DiTPipeline":
         model: Any = StockDiT(pipe.transformer, parity=parity)
         scale = 4.0 if guidance is None else guidance
-        return DiTDenoiser(model, sampler, guidance=scale, name=name, sites=sites(pipe.transformer))
+        return DiTDenoiser(model, sampler, guidance=scale, name=named, sites=sites(pipe.transformer))
     if parity:
         raise ValueError("parity is for diffusers' DiT; PixArt needs none")
     tokens = 300 if "Sigma" in name else 120
-    encoded = encoded_by(pipe, read_prompts() if prompts is None else prompts, tokens)
-    return PixArtDenoiser(pipe.transformer, sampler, encoded, guidance=4.5 if guidance is None else guidance, name=name)
+    encoded = encoded_by(pipe, prompts_from(prompts), tokens)
+    return PixArtDenoiser(
+        pipe.transformer, sampler, encoded, guidance=4.5 if guidance is None else guidance, name=named
+    )
 
 
 def _fresh(scheduler: Any, steps: int) -> Any:
     """Return a scheduler of the same settings with its timesteps set; the pipeline's own is not touched."""
-    if not 1 <= steps <= scheduler.config.num_train_timesteps:
-        raise ValueError(f"steps is {steps}; it must be between 1 and {scheduler.config.num_train_timesteps}")
+    longest = getattr(scheduler.config, "num_train_timesteps", 1000)
+    if not 1 <= steps <= longest:
+        raise ValueError(f"steps is {steps}; it must be between 1 and {longest}")
     mine = copy.copy(scheduler)
     for name in ("set_timesteps", "step"):
         vars(mine).pop(name, None)  # taps of an open `cached` are the pipeline's, not ours
     mine.set_timesteps(steps)
-    if float(mine.init_noise_sigma) != 1.0:
+    if float(getattr(mine, "init_noise_sigma", 0.0)) != 1.0:
         raise ValueError(
-            f"{type(scheduler).__name__} scales its inputs, which from_pipeline does not follow (its first noise has a "
-            f"deviation of {float(mine.init_noise_sigma):.3g}); use a scheduler of unit noise, such as DDIM or "
-            "DPM-Solver++, or give cached(pipe, …) a schedule that you have"
+            f"{type(scheduler).__name__} scales its inputs or mixes noise in another way, which from_pipeline does not "
+            "follow; use a scheduler of unit noise, such as DDIM or DPM-Solver++, or give cached(pipe, …) a schedule "
+            "that you have"
         )
     return mine
 

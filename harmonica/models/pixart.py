@@ -116,7 +116,11 @@ def encode(
 
     Raises:
         ValueError: if a package that reads T5 is missing, or there are no prompts.
+        FileNotFoundError: if the folder has no tokenizer or text encoder.
     """
+    for part, file in (("text_encoder", "config.json"), ("tokenizer", "tokenizer_config.json")):
+        if not (folder / part / file).is_file():
+            raise FileNotFoundError(f"{folder} has no {part}/{file}; expected the folder of a whole diffusers pipeline")
     missing = [name for name in ("transformers", "sentencepiece", "google.protobuf") if not _installed(name)]
     if missing:
         raise ValueError(f"reading T5 takes {', '.join(missing)}; pip install 'harmonica-dit[pixart]' brings them")
@@ -143,6 +147,8 @@ def _installed(name: str) -> bool:
 def encoded_by(pipe: Any, texts: Sequence[str], tokens: int) -> Prompts:
     """Encode prompts with a pipeline's own text encoder, eight at a time; embeddings come to the CPU."""
     _some(texts)
+    if pipe.text_encoder is None or pipe.tokenizer is None:
+        raise ValueError("the pipeline has no text encoder or no tokenizer, which the prompts are read with; load both")
     parts = []
     for start in range(0, len(texts), 8):
         group = list(texts[start : start + 8])

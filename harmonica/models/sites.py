@@ -217,12 +217,17 @@ def _refuse_what_cannot_be_cached(
             )
 
 
+def count_calls(transformer: nn.Module, modules: Mapping[str, nn.Module], inputs: Mapping[str, Any]) -> Count | None:
+    """Count one forward, for modules of one's own choice; None if torch cannot count this model's operations."""
+    return _count(transformer, modules, inputs, fake=True) or _count(transformer, modules, inputs, fake=False)
+
+
 def _counted(
     transformer: nn.Module, modules: Mapping[str, nn.Module], inputs: Mapping[str, Any]
 ) -> tuple[dict[str, nn.Module], Macs, Uncovered]:
     """Count one forward of a twin, so that nothing the model keeps between calls stays behind in it."""
     name = type(transformer).__name__
-    result = _count(transformer, modules, inputs, fake=True) or _count(transformer, modules, inputs, fake=False)
+    result = count_calls(transformer, modules, inputs)
     if result is None:
         raise ValueError(f"{name}: torch cannot count its operations; leave `inputs` out for an estimate")
     calls = dict(zip(modules, result.calls, strict=True))
@@ -242,7 +247,10 @@ def _count(
 ) -> Count | None:
     """Count one forward; None if it cannot be: fake tensors have no values to look at, flex attention no counter."""
     twin = _twin(transformer)
-    mine = {name: twin.get_submodule(name) for name in modules}
+    paths = {id(module): path for path, module in transformer.named_modules()}
+    if any(id(module) not in paths for module in modules.values()):
+        return None
+    mine = {name: twin.get_submodule(paths[id(module)]) for name, module in modules.items()}
     own = tree_map(lambda leaf: leaf, dict(inputs))  # dicts and lists of our own: some models take things out of them
     log = logging.getLogger("torch._subclasses.fake_tensor")
     log.disabled, before = True, log.disabled  # it would print the stack of what is caught here

@@ -9,13 +9,13 @@ Reading executes nothing that a file says. This file does not know samplers, cac
 
 from __future__ import annotations
 
-import pickle
+import json
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from harmonica.files import StrPath, existing, read_tensors
+from harmonica.files import StrPath, existing, read_pickle
 
 
 def fetch(repository: str, patterns: list[str], *, otherwise: str) -> Path:
@@ -39,14 +39,23 @@ def fetch(repository: str, patterns: list[str], *, otherwise: str) -> Path:
         raise ValueError(f"{found}; connect to the hub once, or {otherwise}") from None
 
 
-def component(folder: StrPath, name: str) -> Path:
+def component(folder: StrPath, name: str, *classes: str) -> Path:
     """Return the folder of one part of a pipeline, or the folder itself if it is that part.
+
+    Args:
+        folder: of a pipeline, or of the part alone.
+        name: of the part, such as transformer.
+        classes: of diffusers, one of which it must have been saved from; any if none is given.
 
     Raises:
         FileNotFoundError: if neither is there.
+        ValueError: if it is a part of another class.
     """
     for place in (Path(folder) / name, Path(folder)):
         if (place / "config.json").is_file():
+            found = json.loads((place / "config.json").read_text(encoding="utf-8")).get("_class_name")
+            if classes and found not in classes:
+                raise ValueError(f"{place} holds a {found}; a {classes[0]} was expected")
             return place
     raise FileNotFoundError(f"{folder} has no {name}/config.json; expected a folder saved by diffusers")
 
@@ -59,16 +68,23 @@ def read_state(path: StrPath) -> dict[str, Tensor]:
         ValueError: if it does not hold tensors by parameter name.
     """
     if existing(path).suffix == ".safetensors":
-        return read_tensors(path)[0]
-    try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        why = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path} is not a checkpoint of weights alone: {why}") from None
+        return _safetensors(path)
+    data = read_pickle(path)
     data = data.get("ema", data) if isinstance(data, dict) else data  # a training checkpoint keeps an averaged copy
     if not isinstance(data, dict) or not all(isinstance(value, Tensor) for value in data.values()):
         raise ValueError(f"{path} does not hold tensors by parameter name")
     return data
+
+
+def _safetensors(path: StrPath) -> dict[str, Tensor]:
+    """Read tensors; what others wrote in the metadata is theirs."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}") from None
 
 
 def fill(model: nn.Module, state: dict[str, Tensor], path: StrPath) -> None:
