@@ -2,8 +2,8 @@
 
     python benchmarks/imports.py FOLDER
 
-FOLDER holds l2c/DDIM20_router.pt and l2c/DDIM50_router.pt of Learning-to-Cache (github.com/horseee/learning-to-cache) and
-smoothcache/50-N-2-l2c.json of SmoothCache (github.com/Roblox/SmoothCache), which is the second of them at threshold 0.1.
+FOLDER holds l2c/DDIM20_router.pt and l2c/DDIM50_router.pt of Learning-to-Cache (github.com/horseee/learning-to-cache)
+and smoothcache/50-N-2-l2c.json of SmoothCache (github.com/Roblox/SmoothCache), the second of them at threshold 0.1.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the commands share: options whose errors take one line, and the exit codes.
+"""What the commands share: the options of a model, errors that take one line, and the exit codes.
 
     0      done
     2      bad input, one line on stderr
@@ -13,9 +13,15 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
+
+if TYPE_CHECKING:
+    from harmonica.denoise import Denoiser
+
+DTYPES = ("float32", "bfloat16", "float16")
+"""Of the weights; what a router learns is always float32."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -24,6 +30,37 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Say what is wrong in one line and exit with code 2."""
         self.exit(2, f"{self.prog}: {message} (--help shows the options)\n")
+
+
+def add_model_options(p: argparse.ArgumentParser) -> None:
+    """Add the options that `load_model` reads: which model, how it samples, where it runs."""
+    p.add_argument("--model", default="tiny", help="a name that harmonica.models.load knows (tiny, which is bundled)")
+    p.add_argument("--weights", metavar="PATH", help='weights of the model, or "random" (what the model comes with)')
+    p.add_argument("--sampler", help="ddim, dpm-solver++, iddpm or sa-solver (the model's own)")
+    p.add_argument("--steps", type=int, default=20, help="T, sampler steps (20)")
+    p.add_argument("--guidance", type=float, help="classifier-free guidance scale (the model's own)")
+    p.add_argument("--prompts", type=Path, metavar="FILE", help="one to a line, for text-to-image (64 of our own)")
+    p.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (cpu); under torchrun cuda is a GPU each")
+    p.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (float32)")
+
+
+def load_model(
+    args: argparse.Namespace, device: str | torch.device | None = None, *, activation_checkpointing: bool = False
+) -> Denoiser:
+    """Load the model that `add_model_options` asked for, to `device` or to args.device."""
+    from harmonica.models import load
+
+    return load(
+        args.model,
+        sampler=args.sampler,
+        steps=args.steps,
+        guidance=args.guidance,
+        weights=args.weights,
+        prompts=args.prompts,
+        dtype=getattr(torch, args.dtype),
+        device=args.device if device is None else device,
+        activation_checkpointing=activation_checkpointing,
+    )
 
 
 def exit_code(prog: str, work: Callable[[], None]) -> int:

@@ -2,7 +2,8 @@
 
 Prints one table, writes the schedule and four pictures to --out. Two minutes on two cores with the bundled model.
 Every other model takes its weights from the hub, a folder or a file, and hours of a GPU to train on: train with
-python -m harmonica.train, which can be resumed, and give its schedule.json as --schedule here. --weights random times a model without any weights: the pictures are noise then.
+python -m harmonica.train, which can be resumed, and give its schedule.json as --schedule here. --weights random times
+a model without any weights: the pictures are noise then.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from torch import Tensor
 
 from harmonica import Denoiser, Router, Schedule, denoise, image_error, macs, reuse, sample, train_sdt
 from harmonica.cache import Cache
-from harmonica.cli import Parser, check_device, exit_code, make_writable
+from harmonica.cli import Parser, add_model_options, check_device, exit_code, load_model, make_writable
 from harmonica.cost import measure
 from harmonica.names import fit
-from harmonica.train import AUTHORS, DTYPES, QUICK
+from harmonica.train import AUTHORS, QUICK
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,13 +35,8 @@ SHOWN = 10  # in the picture
 def parser() -> argparse.ArgumentParser:
     """Return the command line of the demo."""
     p = Parser(prog="python -m harmonica.demo", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    p.add_argument("--model", default="tiny", help="a name that harmonica.models.load knows (tiny, which is bundled)")
-    p.add_argument("--weights", metavar="PATH", help='weights of the model, or "random" (what the model comes with)')
+    add_model_options(p)
     p.add_argument("--vae", type=Path, metavar="DIR", help="autoencoder saved by diffusers (the model's own)")
-    p.add_argument("--sampler", help="ddim, dpm-solver++, iddpm or sa-solver (the model's own)")
-    p.add_argument("--steps", type=int, default=20, help="T, sampler steps (20)")
-    p.add_argument("--guidance", type=float, help="classifier-free guidance scale (the model's own)")
-    p.add_argument("--prompts", type=Path, metavar="FILE", help="one to a line, for text-to-image (64 of our own)")
     p.add_argument("--images", type=int, help="held-out noises (500 for tiny, else 4)")
     p.add_argument("--schedule", type=Path, metavar="FILE", help="use this schedule instead of training")
     p.add_argument("--iterations", type=int, help="updates of the router (1500 for tiny, else 20000)")
@@ -48,8 +44,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--tau", type=float, default=0.1, help="a score above it computes (0.1)")
     p.add_argument("--seed", type=int, default=0, help="of training; the held-out noises are always the same (0)")
     p.add_argument("--out", type=Path, default=Path("out/demo"), metavar="DIR", help="folder for results (out/demo)")
-    p.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (cpu)")
-    p.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (float32)")
     return p
 
 
@@ -66,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
 
     settings = _settings(args)
     schedule = Schedule.load(args.schedule, args.tau) if args.schedule else None
-    denoiser = _denoiser(args)
+    denoiser = load_model(args)
     if schedule is not None:
         schedule = fit(schedule, tuple(denoiser.sites))
         schedule.check(denoiser.steps, tuple(denoiser.sites), denoiser.about["timesteps"])
@@ -113,21 +107,6 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"found {found}; expected 0 <= tau < 1, beta >= 0, iterations and images >= 1")
     check_device(args.device)
     return settings
-
-
-def _denoiser(args: argparse.Namespace) -> Denoiser:
-    from harmonica.models import load
-
-    return load(
-        args.model,
-        sampler=args.sampler,
-        steps=args.steps,
-        guidance=args.guidance,
-        weights=args.weights,
-        prompts=args.prompts,
-        dtype=getattr(torch, args.dtype),
-        device=args.device,
-    )
 
 
 def _every_other_step(denoiser: Denoiser) -> Schedule:

@@ -183,7 +183,7 @@ class Scheduled:
             memory["seeds"] = tuple(map(_seed, x))
         scheduler = copy.copy(self._scheduler)
         vars(scheduler).update(_state(memory.get("scheduler", self._start)))
-        noise = {"generator": [_generator(seed, k) for seed in memory["seeds"]]} if self._draws else {}
+        noise = {"generator": [noise_generator(seed, k) for seed in memory["seeds"]]} if self._draws else {}
         out = out if self.learns_variance else out[:, : x.shape[1]]  # (B, C or 2C, H, W)
         moved: Tensor = scheduler.step(out, self._times[k], x, return_dict=False, **noise)[0]
         memory["scheduler"] = _state(scheduler)
@@ -258,8 +258,12 @@ def _seed(sample: Tensor) -> int:
     return zlib.crc32(sample.detach().float().cpu().numpy().tobytes())
 
 
-def _generator(seed: int, k: int) -> torch.Generator:
-    return torch.Generator().manual_seed((seed << 12) + k)  # k < 1000 < 2¹²
+def noise_generator(seed: int, k: int) -> torch.Generator:
+    """Return the generator of a sample's noise at step k.
+
+    torch's generator reads the low 32 bits of its seed and no others, so the two numbers are mixed into as many.
+    """
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed} {k}".encode()))
 
 
 SAMPLERS: dict[str, Callable[[int, Betas], Sampler]] = {

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, get_args
 import torch
 
 from harmonica import Router, macs, train_sdt
-from harmonica.cli import Parser, check_device, exit_code, make_writable
+from harmonica.cli import Parser, add_model_options, check_device, exit_code, load_model, make_writable
 from harmonica.distributed import processes, rank, share, started_as
 from harmonica.iepo import Proxy
 from harmonica.prompts import read_prompts
@@ -30,25 +30,17 @@ AUTHORS = {"iterations": 20_000, "batch_size": 32, "beta": 7e-8, "lr": 0.01, "re
 """The authors' settings for DiT-XL/2, which are train_sdt's defaults."""
 QUICK = {"iterations": 1500, "batch_size": 8, "beta": 1e-7, "lr": 0.1, "refresh_every": 10}
 """The demo's settings for the bundled model: a tenth of the updates on a thousandth of the model."""
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def parser() -> Parser:
     """Return the command line of training."""
     p = Parser(prog=PROG, description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    p.add_argument("--model", default="tiny", help="a name that harmonica.models.load knows (tiny, which is bundled)")
-    p.add_argument("--weights", metavar="FILE", help='weights of the model, or "random" (what the model comes with)')
-    p.add_argument("--sampler", help="the model's own unless given")
-    p.add_argument("--steps", type=int, default=20, help="T, sampler steps (20)")
-    p.add_argument("--guidance", type=float, help="classifier-free guidance scale (the model's own)")
-    p.add_argument("--prompts", type=Path, metavar="FILE", help="one to a line, for text-to-image (64 of our own)")
+    add_model_options(p)
     _add_settings(p)
     p.add_argument("--out", type=Path, default=Path("out/train"), metavar="DIR", help="folder for results (out/train)")
     p.add_argument("--resume", action="store_true", help="continue the router.safetensors in --out")
     p.add_argument("--checkpoint-every", type=int, default=500, help="updates from one write to the next (500)")
     p.add_argument("--seed", type=int, default=0, help="draws the first router and the noise (0)")
-    p.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (cpu); under torchrun cuda is a GPU each")
-    p.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights; the router is always float32")
     p.add_argument("--activation-checkpointing", action="store_true", help="less memory: backward runs blocks again")
     return p
 
@@ -90,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
         _check_out(checkpoint, args.resume)
     with processes(args.device) as device:
         share(args.batch_size)
-        denoiser = _load(args, device)
+        denoiser = load_model(args, device, activation_checkpointing=args.activation_checkpointing)
         router = _train(denoiser, args, checkpoint)
         if rank() == 0:
             schedule = router.schedule(args.tau)
@@ -123,22 +115,6 @@ def _check_out(checkpoint: Path, resume: bool) -> None:
     if not resume and checkpoint.exists():
         raise FileExistsError(f"{checkpoint} exists; continue it with --resume, or choose another --out")
     make_writable(checkpoint.parent)
-
-
-def _load(args: argparse.Namespace, device: torch.device) -> Denoiser:
-    from harmonica.models import load
-
-    return load(
-        args.model,
-        sampler=args.sampler,
-        steps=args.steps,
-        guidance=args.guidance,
-        weights=args.weights,
-        prompts=args.prompts,
-        dtype=getattr(torch, args.dtype),
-        device=device,
-        activation_checkpointing=args.activation_checkpointing,
-    )
 
 
 def _train(denoiser: Denoiser, args: argparse.Namespace, checkpoint: Path) -> Router:

@@ -634,7 +634,7 @@ def test_what_is_not_such_a_pipeline_is_refused():
     with pytest.raises(TypeError, match="is compiled"):
         cached(pipe, Schedule([[1]])).__enter__()
     pipe = wan_pipe()
-    with pytest.raises(TypeError, match="from_pipeline knows DiTPipeline, PixArtAlphaPipeline and .*, not WanPipeline"):
+    with pytest.raises(TypeError, match="from_pipeline knows DiTPipeline, PixArtAlphaPipeline, .*, not WanPipeline"):
         from_pipeline(pipe)
     pipe.transformer_2 = pipe.transformer
     with pytest.raises(TypeError, match="runs two transformers in one walk, transformer and transformer_2"):

@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from harmonica import Schedule, denoise, image_error, train_sdt
 from harmonica.denoise import last
 from harmonica.models.dit import DiT, DiTDenoiser
-from harmonica.samplers import IDDPM, SAMPLERS, Scheduled, alphas_cumprod, make_sampler, spaced_timesteps
+from harmonica.samplers import (
+    IDDPM,
+    SAMPLERS,
+    Scheduled,
+    alphas_cumprod,
+    make_sampler,
+    noise_generator,
+    spaced_timesteps,
+)
 
 BETAS = ("linear", "scaled-linear")
 STOCHASTIC = ("iddpm", "sa-solver")
@@ -101,7 +109,7 @@ def test_a_multistep_walk_is_the_one_diffusers_takes(name, betas):
     x = ours = torch.randn(1, 2, 4, 4, generator=torch.Generator().manual_seed(3))
     memory = {"seeds": (11,)}
     for k, t in enumerate(scheduler.timesteps):
-        noise = {"generator": torch.Generator().manual_seed((11 << 12) + k)}
+        noise = {"generator": noise_generator(11, k)}
         x = scheduler.step(torch.tanh(x) + t / 1000, t, x, return_dict=False, **noise)[0]
         ours = sampler.step(ours, torch.cat([torch.tanh(ours) + t / 1000, ours], 1), k, memory)
         assert torch.equal(x, ours), k
@@ -125,7 +133,7 @@ def test_iddpm_is_its_definition(learned):
         mean = after.sqrt() * beta / (1 - now) * x0 + (now / after).sqrt() * (1 - after) / (1 - now) * x
         small = ((1 - after) / (1 - now) * beta).clamp(min=1e-20)
         log = (v + 1) / 2 * beta.log() + (1 - v) / 2 * small.log() if learned else small.log().expand_as(x)
-        noises = [torch.Generator().manual_seed((seed << 12) + k) for seed in (5, 6)]
+        noises = [noise_generator(seed, k) for seed in (5, 6)]
         z = torch.cat([torch.randn(1, 2, 4, 4, generator=g, dtype=torch.float64) for g in noises])
         expected = mean + (log / 2).exp() * z * (k < steps - 1)
         got = sampler.step(x, out if learned else eps, k, {"seeds": (5, 6), **({"scheduler": {}} if k else {})})
@@ -191,3 +199,12 @@ def test_a_schedule_trained_under_sa_solver_is_saved(tmp_path):
     schedule.save(tmp_path / "s.json")
     assert Schedule.load(tmp_path / "s.json") == schedule
     assert schedule.sampler == "sa-solver"
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1), st.integers(0, 999))
+def test_seeds_that_differ_anywhere_draw_different_noise(seed, other, k):
+    """Torch's own generator takes 5 and 5 + 2³² for one."""
+    noise = torch.randn(4, generator=noise_generator(seed, k))
+    assert torch.equal(noise, torch.randn(4, generator=noise_generator(seed, k)))
+    assert not torch.equal(noise, torch.randn(4, generator=noise_generator(seed, k + 1)))
+    assert seed == other or not torch.equal(noise, torch.randn(4, generator=noise_generator(other, k)))
