@@ -48,6 +48,7 @@ bench: $(READY)      ## the figures in benchmarks/results (an hour; each script 
 	$(BIN)/python benchmarks/zoo.py
 	$(BIN)/python benchmarks/two_processes.py
 	$(BIN)/python benchmarks/full_size.py
+	$(BIN)/python benchmarks/others.py
 
 weights: $(READY)    ## train the bundled model again (an hour)
 	$(BIN)/python -m harmonica.models.tiny --out harmonica/models/tiny.safetensors

@@ -12,7 +12,7 @@ from harmonica.models.dit import DiT, DiTDenoiser
 from harmonica.samplers import DDIM
 
 settings.register_profile(
-    "laws", deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    "laws", deadline=None, max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 settings.load_profile("laws")
 torch.set_num_threads(1)  # the models here are too small to share

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
+import golden
 import pytest
 from golden import LIMIT, Recording
 
@@ -26,20 +26,19 @@ def test_training_moved_the_golden_logits():
     assert float((before - after).norm() / before.norm()) > 50 * LIMIT
 
 
-def test_the_golden_command_prints_a_line_for_each_record_and_fails_on_a_wrong_one(tmp_path):
+def test_the_golden_command_prints_a_line_for_each_record_and_fails_on_a_wrong_one(tmp_path, monkeypatch, capsys):
     import torch
     from safetensors import safe_open
     from safetensors.torch import save_file
 
     def run(path):
-        command = [sys.executable, str(HERE / "golden.py"), str(path)]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
+        monkeypatch.setattr(sys, "argv", ["golden.py", str(path)])
+        return golden.main()
 
-    good = run(FILES[0])
-    assert good.returncode == 0
-    assert len(good.stdout.splitlines()) == 13
+    assert run(FILES[0]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 13
     with safe_open(FILES[0], framework="pt") as file:
         tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
     tensors["lambda.telescoping_mean"] = tensors["lambda.telescoping_mean"] * torch.tensor(1.001)
     save_file(tensors, tmp_path / "wrong.safetensors", metadata)
-    assert run(tmp_path / "wrong.safetensors").returncode == 1
+    assert run(tmp_path / "wrong.safetensors") == 1
