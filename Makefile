@@ -19,8 +19,8 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)       ## train a router, draw with and without it, save pictures (two minutes)
 	$(BIN)/python -m harmonica.demo --out $(OUT)
 
-test: $(READY)       ## the tests
-	$(BIN)/python -m pytest
+test: $(READY)       ## the tests, on two cores
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: $(READY)      ## ruff, formatting, mypy --strict
 	$(BIN)/ruff check .
