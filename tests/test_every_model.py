@@ -1,6 +1,6 @@
 """Nine models under four samplers, each on a tiny configuration of its real class: one test for each cell.
 
-`python -m pytest tests/test_every_model.py -v` prints the table.
+`python -m pytest tests/test_every_model.py -vv` prints the table.
 """
 
 from __future__ import annotations
