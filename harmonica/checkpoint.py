@@ -63,7 +63,7 @@ class Run:
             found = f"iterations {iterations}, batch_size {settings['batch_size']}, checkpoint_every {every}"
             raise ValueError(f"found {found}; each must be 1 or more")
         share(settings["batch_size"])
-        self.iterations = iterations
+        self.iterations, self.weights = iterations, _fingerprint(denoiser)
         self.denoiser, self.settings, self.path, self.every = denoiser, settings, path, every
         self.generator = torch.Generator().manual_seed(0) if generator is None else generator
         about = {**denoiser.about, "provenance": {"method": "HarmoniCa", "iterations": 0, **settings}}
@@ -121,7 +121,7 @@ class Run:
             for name, value in self.optimizer.state.get(row, {}).items():
                 state[f"state.optimizer.{k}.{name}"] = value.clone()
         state["state.generator"] = self.generator.get_state()
-        facts = {"settings": self.settings, "weights": _fingerprint(self.denoiser)}
+        facts = {"settings": self.settings, "weights": self.weights}
         self._noted = state, {"updates": self.updates, "trajectory": self.trajectory, **facts}
 
     def save(self, *, interrupted: bool = False) -> None:
@@ -139,7 +139,7 @@ class Run:
         router, tensors, facts = read_router(path)
         if "settings" not in facts or "state.logits" not in tensors:
             raise ValueError(f"{path} is a router without the state of its training; it cannot be resumed")
-        now = {**_belongs_to(self.router), **self.settings, "weights": _fingerprint(self.denoiser)}
+        now = {**_belongs_to(self.router), **self.settings, "weights": self.weights}
         then = {**_belongs_to(router), **facts["settings"], "weights": facts.get("weights")}
         changed = [f"{key} {then.get(key)} -> {now[key]}" for key in now if now[key] != then.get(key)]
         if changed:
