@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import torch
+
+from harmonica.distributed import started_as
 
 if TYPE_CHECKING:
     from harmonica.denoise import Denoiser
@@ -61,6 +63,15 @@ def load_model(
         device=args.device if device is None else device,
         activation_checkpointing=activation_checkpointing,
     )
+
+
+def command(p: Parser, run: Callable[[argparse.Namespace], None], arguments: Sequence[str] | None) -> int:
+    """Parse and run a command that may be one of several processes, which then says its number; return `exit_code`."""
+    number, world = started_as()
+    if world > 1:
+        p.prog = f"{p.prog} (rank {number} of {world})"
+    args = p.parse_args(arguments)
+    return exit_code(p.prog, lambda: run(args))
 
 
 def exit_code(prog: str, work: Callable[[], None]) -> int:

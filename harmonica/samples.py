@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from harmonica.cli import Parser, add_model_options, check_device, exit_code, load_model
+from harmonica.cli import Parser, add_model_options, check_device, command, load_model
 from harmonica.denoise import Denoiser, sample
 from harmonica.distributed import from_rank_0, mean_over_ranks, processes, rank, started_as, world
 from harmonica.files import StrPath, existing, read_json, read_tensors, write_json, write_tensors, write_whole
@@ -377,12 +377,7 @@ def parser() -> Parser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write samples; return 0, 2 for bad input or 130 after Ctrl-C, with one line on stderr."""
-    number, world = started_as()
-    prog = PROG if world == 1 else f"{PROG} (rank {number} of {world})"
-    p = parser()
-    p.prog = prog
-    args = p.parse_args(arguments)
-    return exit_code(prog, lambda: run(args))
+    return command(parser(), run, arguments)
 
 
 def run(args: argparse.Namespace) -> None:

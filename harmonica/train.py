@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, get_args
 import torch
 
 from harmonica import Router, macs, train_sdt
-from harmonica.cli import Parser, add_model_options, check_device, exit_code, load_model, make_writable
+from harmonica.cli import Parser, add_model_options, check_device, command, load_model, make_writable
 from harmonica.distributed import processes, rank, share, started_as
 from harmonica.iepo import Proxy
 from harmonica.prompts import read_prompts
@@ -63,12 +63,7 @@ def _add_settings(p: Parser) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train; return 0, 2 for bad input or 130 after Ctrl-C, with one line on stderr."""
-    number, world = started_as()
-    prog = PROG if world == 1 else f"{PROG} (rank {number} of {world})"
-    p = parser()
-    p.prog = prog
-    args = p.parse_args(arguments)
-    return exit_code(prog, lambda: run(args))
+    return command(parser(), run, arguments)
 
 
 def run(args: argparse.Namespace) -> None:

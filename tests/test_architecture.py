@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "baselines": {"cache", "cost", "denoise", "iepo", "router", "samplers", "search"},
     "cost": {"cache", "denoise"},
     "check": {"cache", "denoise"},
-    "cli": set(),
+    "cli": {"distributed"},
     "distributed": set(),
     "prompts": {"files"},
     "checkpoint": {"denoise", "distributed", "files", "formats", "router"},
