@@ -1,8 +1,8 @@
 """Checkpoint: what one training run carries from a trajectory to the next, and its file.
 
-Between two trajectories nothing is alive but the logits, the optimizer's moments, λ and the random generator. Noting
-that state at each start makes a checkpoint a few kilobytes, wherever the run is stopped: resuming repeats the
-trajectory that was cut short, with the same noise, and so ends in the same router, bit for bit.
+Between two trajectories nothing is alive but the logits, the optimizer's moments, λ, a steered β and the random
+generator. Noting that state at each start makes a checkpoint a few kilobytes, wherever the run is stopped: resuming
+repeats the trajectory that was cut short, with the same noise, and so ends in the same router, bit for bit.
 
 Of several processes (harmonica.distributed) rank 0 alone touches the file. All of them start from its state and draw
 the same joint noise, so a run may be resumed with another number of processes, to the same router to rounding.
@@ -11,9 +11,10 @@ the same joint noise, so a run may be resumed with another number of processes, 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,10 @@ from harmonica.distributed import from_rank_0, own, rank, share
 from harmonica.files import StrPath
 from harmonica.formats import read_router, write_router
 from harmonica.router import Router
+
+if TYPE_CHECKING:
+    from harmonica.cost import Macs
+    from harmonica.sdt import Update
 
 
 class Run:
@@ -71,6 +76,7 @@ class Run:
         self.router.to(denoiser.draw(1, torch.Generator())[0].device)
         self.optimizer = AdamW(self.router.parameters(), lr=settings["lr"], weight_decay=0.0)
         self.lam = torch.ones(denoiser.steps)  # (T,)
+        self.steering = torch.zeros(3, dtype=torch.float64)  # of harmonica.target.Steering, changed in place like λ
         self.updates = self.trajectory = self.written = 0
         self._set(*from_rank_0(lambda: self._begin(resume)))
         self.written = self.updates
@@ -114,9 +120,28 @@ class Run:
         self.updates, self.trajectory = self.updates + 1, trajectory
         self.router.about["provenance"]["iterations"] = self.updates
 
+    def follow(self, updates: Iterable[Update], cost: Macs | None) -> Iterator[Update]:
+        """Hand on updates and count them until there are enough, with a progress bar if a cost is given.
+
+        The bar shows loss, CUR and theoretical speedup, on rank 0 and where stderr is a terminal.
+        """
+        from tqdm.auto import tqdm
+
+        quiet = None if cost is not None and rank() == 0 else True  # None: silent where stderr is not a terminal
+        with tqdm(total=self.iterations, initial=self.updates, unit="update", disable=quiet) as bar:
+            for update in islice(updates, max(0, self.iterations - self.updates)):
+                ends = update.k == self.denoiser.steps - 1
+                self.count(update.trajectory + ends)
+                if cost is not None and not bar.disable:
+                    faster = f"{self.router.schedule(self.settings['tau']).speedup(cost):.2f}x"
+                    bar.set_postfix(loss=f"{update.loss:.2e}", CUR=f"{update.cur:.1%}", speedup=faster, refresh=False)
+                bar.update()
+                yield update
+
     def _note(self) -> None:
         """Note the state between two trajectories, all of it or, if interrupted, nothing."""
         state = {"state.logits": self.router.logits, "state.lam": self.lam.clone()}
+        state["state.steering"] = self.steering.clone()
         for k, row in enumerate(self.router.rows):
             for name, value in self.optimizer.state.get(row, {}).items():
                 state[f"state.optimizer.{k}.{name}"] = value.clone()
@@ -163,6 +188,7 @@ class Run:
             if moments:  # they live beside their row; the step count stays on the CPU, where AdamW keeps it
                 self.optimizer.state[row] = {key: v if key == "step" else v.to(row) for key, v in moments.items()}
         self.lam.copy_(tensors["state.lam"])
+        self.steering.copy_(tensors["state.steering"])
         self.generator.set_state(tensors["state.generator"])
 
 

@@ -71,7 +71,7 @@ def image_error(
     return torch.stack([_wide(x).new_zeros(()), *errors])
 
 
-def objective(out: Tensor, target: Tensor, r: Tensor, lam: Tensor | float, beta: float) -> Tensor:
+def objective(out: Tensor, target: Tensor, r: Tensor, lam: Tensor | float, beta: float | Tensor) -> Tensor:
     """Return λ·MSE(out, target) + β·Σᵢ rᵢ, the loss of one step (paper, L_IEPO; λ = 1 is plain SDT).
 
     Args:
@@ -79,12 +79,12 @@ def objective(out: Tensor, target: Tensor, r: Tensor, lam: Tensor | float, beta:
         target: prediction without, the same shape; no gradient.
         r: (N,) the step's scores.
         lam: λ⁽ᵏ⁾ of the step.
-        beta: β, price of computing one site.
+        beta: β, price of computing one site, or of each, (N,).
 
     >>> float(objective(torch.ones(2), torch.zeros(2), torch.tensor([0.5, 0.25]), lam=2.0, beta=4.0))
     5.0
     """
-    return lam * F.mse_loss(_wide(out), _wide(target)) + beta * r.sum()
+    return lam * F.mse_loss(_wide(out), _wide(target)) + (beta * r).sum()
 
 
 def _wide(x: Tensor) -> Tensor:

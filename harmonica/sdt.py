@@ -7,17 +7,15 @@ so row k is trained on the errors that reuse at earlier steps has made. No image
     student    the same model under `blend`; its output takes the step
     update     one step of AdamW on row k; T − 1 of them in a trajectory
 
-`sdt` is the algorithm, a generator whose caller decides when to stop. `train_sdt` is what a user calls: it adds noise,
-a progress bar, checkpoints and resuming.
+`sdt` is the algorithm, a generator whose caller decides when to stop. `train_sdt` is what a user calls.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
@@ -26,12 +24,14 @@ from torch.optim import AdamW, Optimizer
 
 from harmonica.cache import Cache, blend, gated
 from harmonica.checkpoint import Run
-from harmonica.cost import macs
+from harmonica.cost import Macs, macs
 from harmonica.denoise import Denoiser
-from harmonica.distributed import mean_over_ranks, rank
+from harmonica.distributed import mean_over_ranks
 from harmonica.files import StrPath
 from harmonica.iepo import Proxy, image_error, objective
+from harmonica.refine import reach
 from harmonica.router import Router
+from harmonica.target import Steering, target_of
 
 LOGIT_LIMIT = 5.0
 """Logits are clamped to ±5 after each update (released code), so that no score gets stuck at 0 or 1."""
@@ -39,7 +39,7 @@ LOGIT_LIMIT = 5.0
 
 @dataclass(frozen=True)
 class Update:
-    """What one update did: numbers only, nothing of it keeps a tensor alive."""
+    """What one update did, in numbers."""
 
     trajectory: int  # from 0
     k: int  # executed step, 1 … T−1: the row that moved
@@ -49,13 +49,13 @@ class Update:
     cur: float  # of the table at τ, after the update, 0 … 1
 
 
-def sdt(
+def sdt(  # noqa: D417 (some arguments are described together)
     denoiser: Denoiser,
     router: Router,
     noise: Iterable[tuple[Tensor, Any]],
     *,
     tau: float = 0.1,
-    beta: float = 7e-8,
+    beta: float | Callable[[], Tensor] = 7e-8,
     lr: float = 0.01,
     refresh_every: int = 25,
     proxy: Proxy | None = "leave-one-out",
@@ -68,18 +68,15 @@ def sdt(
     Args:
         denoiser: frozen model, sampler, guidance.
         router: trained in place; nothing else changes.
-        noise: (x_T, cond) of one trajectory each, as many as the caller likes; each process brings its own.
+        noise: (x_T, cond) of one trajectory each, as many as the caller likes.
         tau: τ; a blended feature replaces the cached one where its score exceeds it.
-        beta: β, the price of computing one site. The default is the authors' for DiT-XL/2 at T = 10.
+        beta: β, the price of computing a site, the authors' for DiT-XL/2 at T = 10; or asked for all prices, (N,).
         lr: of AdamW, without weight decay.
-        refresh_every: trajectories from one λ to the next; at T = 20, 25 of them are the paper's C = 500 updates.
+        refresh_every: trajectories between two λ; at T = 20, 25 are the paper's C = 500 updates.
         proxy: which λ (`image_error`); None is λ = 1, SDT without IEPO.
-        optimizer: to continue with; made from lr if None.
-        lam: (T,) λ to continue with, changed in place; ones if None.
-        trajectory: number of the first one, when continuing.
+        optimizer, lam, trajectory: to continue with; lam (T,) is changed in place.
 
-    Raises ValueError if router and denoiser do not fit or a setting is out of range, FloatingPointError if a loss is
-    not finite.
+    Raises ValueError if something does not fit or is out of range, FloatingPointError if a loss is not finite.
     """
     if (router.steps, len(router.sites)) != (denoiser.steps, len(denoiser.sites)):
         mine, theirs = f"{router.steps} × {len(router.sites)}", f"{denoiser.steps} × {len(denoiser.sites)}"
@@ -100,7 +97,7 @@ def sdt(
             with gated(denoiser.sites, blend(r, cache, tau)), torch.set_grad_enabled(k > 0):
                 out = denoiser.predict(x, k, cond)
                 if target is not None:
-                    loss = objective(out, target, r, weight, beta)
+                    loss = objective(out, target, r, weight, beta() if callable(beta) else beta)
                     joint = mean_over_ranks(loss.detach()).item()  # all processes stop, or none
                     if not math.isfinite(joint):
                         raise FloatingPointError(f"the loss of step {k} is {joint}; look for NaN in the weights")
@@ -119,16 +116,20 @@ def sdt(
                 x = denoiser.step(x, out.detach(), k, memory)
 
 
-def train_sdt(  # noqa: D417 (five arguments are described in one line)
+def train_sdt(  # noqa: D417 (some arguments are described together)
     denoiser: Denoiser,
     *,
     iterations: int = 20_000,
     batch_size: int = 32,
     tau: float = 0.1,
-    beta: float = 7e-8,
+    beta: float | None = None,
     lr: float = 0.01,
     refresh_every: int = 25,
     proxy: Proxy | None = "leave-one-out",
+    target_speedup: float | None = None,
+    target_cur: float | None = None,
+    cost: Macs | None = None,
+    refine: int | None = None,
     generator: torch.Generator | None = None,
     checkpoint: StrPath | None = None,
     checkpoint_every: int = 500,
@@ -137,38 +138,38 @@ def train_sdt(  # noqa: D417 (five arguments are described in one line)
 ) -> Router:
     """Train a router for `denoiser` from noise alone, with the authors' settings for DiT-XL/2 unless told otherwise.
 
+    Without a target this is the paper. With one, β is steered and the table refined, to land on it or just above.
+
     Args:
         denoiser: what `harmonica.models.load` returns, or any `Denoiser`.
-        iterations: updates; training stops when they are reached, in the middle of a trajectory if need be.
-        batch_size: noises in a trajectory, of all processes (the authors' 64 count both halves of guidance).
-        tau, beta, lr, refresh_every, proxy: as in `sdt`.
+        iterations: updates; training stops there, in the middle of a trajectory if need be.
+        batch_size: noises in a trajectory, of all processes (the authors' 64 count guidance's halves).
+        tau, beta, lr, refresh_every, proxy: as in `sdt`; β, 7e-8 if None, is not given together with a target.
+        target_speedup, target_cur: theoretical speedup, or share of the table that is reused, to land on.
+        cost: what the speedup is counted in, `macs(denoiser)` if None.
+        refine: predictions of batch_size noises to spend on the hard table (`harmonica.refine`); None is four rounds.
         generator: draws the router, the noise and the conditions; seed 0 if None.
-        checkpoint: a file that `Router.load` reads and training resumes from; written every `checkpoint_every` updates
-            (at the next start of a trajectory), at the end, and on Ctrl-C.
-        checkpoint_every: updates from one write to the next.
+        checkpoint: a file to resume from; written every `checkpoint_every` updates, at the end, and on Ctrl-C.
         resume: continue from `checkpoint`, to the same router, bit for bit, as one run without interruption.
-        progress: show a bar with loss, CUR and projected theoretical speedup.
+        progress: show a bar.
 
-    Raises TypeError if denoiser is not one, ValueError if a setting is out of range or differs from the checkpoint's,
-    FileExistsError if checkpoint exists and resume is false, FileNotFoundError if it does not and resume is true, and
-    on Ctrl-C, after writing the checkpoint, KeyboardInterrupt saying where it is.
+    Raises TypeError if denoiser is none, ValueError if a setting is out of range or the checkpoint's is another,
+    FileExistsError or FileNotFoundError if `resume` and the checkpoint disagree, KeyboardInterrupt after Ctrl-C.
     """
-    from tqdm.auto import tqdm
-
-    settings: dict[str, Any] = {"batch_size": batch_size, "tau": tau, "beta": beta, "lr": lr}
-    settings |= {"refresh_every": refresh_every, "proxy": proxy or "none"}
+    target = target_of(denoiser, target_speedup, target_cur, cost, beta)
+    settings: dict[str, Any] = {"batch_size": batch_size, "tau": tau, "lr": lr, "refresh_every": refresh_every}
+    settings |= {"proxy": proxy or "none"} | (
+        {"beta": 7e-8 if beta is None else beta} if target is None else target.settings
+    )
     run = Run(denoiser, settings, iterations, generator, checkpoint, checkpoint_every, resume)
-    updates = sdt(
-        denoiser, run.router, run.noise(), tau=tau, beta=beta, refresh_every=refresh_every, proxy=proxy,
-        optimizer=run.optimizer, lam=run.lam, trajectory=run.trajectory,
-    )  # fmt: skip
-    quiet = None if progress and rank() == 0 else True  # None: silent where stderr is not a terminal
-    with run, closing(updates), tqdm(total=iterations, initial=run.updates, unit="update", disable=quiet) as bar:
-        cost = None if bar.disable else macs(denoiser)
-        for update in islice(updates, max(0, iterations - run.updates)):
-            run.count(update.trajectory + (update.k == denoiser.steps - 1))
-            if cost is not None:
-                faster = f"{run.router.schedule(tau).speedup(cost):.2f}x"
-                bar.set_postfix(loss=f"{update.loss:.2e}", CUR=f"{update.cur:.1%}", speedup=faster, refresh=False)
-            bar.update()
+    price = settings["beta"] if target is None else Steering(target, tau, run.steering)
+    carried: dict[str, Any] = {"optimizer": run.optimizer, "lam": run.lam, "trajectory": run.trajectory}
+    how: dict[str, Any] = {"tau": tau, "beta": price, "refresh_every": refresh_every, "proxy": proxy, **carried}
+    updates = sdt(denoiser, run.router, run.noise(), **how)
+    with run, closing(updates):
+        for update in run.follow(updates, macs(denoiser) if progress else None):
+            if isinstance(price, Steering):
+                price.after(run.router, update)
+        if target is not None:
+            reach(denoiser, run.router, target, tau=tau, batch_size=batch_size, budget=refine, progress=progress)
     return run.router
