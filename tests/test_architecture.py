@@ -15,6 +15,7 @@ CORE = ("router", "cache", "denoise", "iepo", "sdt")
 MAY_IMPORT = {
     "cache": {"shadows"},
     "shadows": set(),
+    "plan": {"cache"},
     "files": set(),
     "samplers": set(),
     "metrics": set(),
