@@ -44,8 +44,8 @@ class Arithmetic:
         return site(norm(h) * (1 + scale) + shift)
 
     def add(self, h: Tensor, gate: Tensor, out: Tensor) -> Tensor:
-        """Return h + gate·out."""
-        return h + gate * out
+        """Return gate·out + h, in this order: a sum lies in memory as its first part does."""
+        return gate * out + h
 
 
 class Fused(Arithmetic):
@@ -56,8 +56,8 @@ class Fused(Arithmetic):
         return site(torch.addcmul(shift, norm(h), 1 + scale))
 
     def add(self, h: Tensor, gate: Tensor, out: Tensor) -> Tensor:
-        """Return h + gate·out."""
-        return torch.addcmul(h, gate, out)
+        """Return gate·out + h."""
+        return torch.addcmul(h.contiguous(), gate, out)
 
 
 EXACT, FUSED = Arithmetic(), Fused()
