@@ -34,10 +34,10 @@ MAY_IMPORT = {
     "prompts": {"files"},
     "checkpoint": {"denoise", "distributed", "files", "formats", "router"},
     "sdt": {"cache", "checkpoint", "cost", "denoise", "distributed", "files", "iepo", "router"},
-    "samples": {"cli", "denoise", "distributed", "files", "names", "router"},
+    "samples": {"cli", "denoise", "distributed", "fast", "files", "names", "router"},
     "plots": {"router"},
     "names": {"router"},
-    "models": {"files", "samplers", "cache", "router", "denoise", "cost", "names", "prompts", "shadows"},
+    "models": {"files", "samplers", "cache", "router", "denoise", "cost", "names", "plan", "prompts", "shadows"},
 }
 """Who may import whom when loaded. Imports inside a function, and for types only, are not arrows of the house."""
 

@@ -617,13 +617,26 @@ def test_a_cache_that_never_skipped_anything_warns():
         run(pipe)
 
 
-def test_sites_that_something_else_has_replaced_are_noticed():
+def test_blocks_that_something_else_has_replaced_are_noticed():
     pipe = dit_pipe()
     with cached(pipe, table(pipe)), pytest.raises(RuntimeError, match="the transformer ran and asked no site"):
+        blocks = pipe.transformer.transformer_blocks
+        for i, block in enumerate(blocks):
+            blocks[i] = copy.deepcopy(block)
+            vars(blocks[i]).pop("forward")
+        run(pipe)
+
+
+def test_sites_replaced_inside_a_known_block_are_still_asked():
+    pipe = dit_pipe()
+    alone = run(pipe)
+    with cached(pipe, table(pipe)) as session:
+        expected = run(pipe)
         for block in pipe.transformer.transformer_blocks:
             block.attn1, block.ff = copy.deepcopy(block.attn1), copy.deepcopy(block.ff)
-            vars(block.attn1).pop("forward"), vars(block.ff).pop("forward")
-        run(pipe)
+        assert torch.equal(run(pipe), expected)
+    assert session.skipped > 0
+    assert not torch.equal(alone, expected)
 
 
 def test_what_is_not_such_a_pipeline_is_refused():

@@ -28,7 +28,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from harmonica.cache import gated
+from harmonica.models.blocks import gated_blocks
 from harmonica.models.session import Session, answer, open_sessions
 from harmonica.models.sites import sites
 from harmonica.models.stock import from_pipeline, original_numerics
@@ -94,7 +94,7 @@ def cached(
         if parity:
             stack.enter_context(original_numerics(transformer))
         # A partial: a module that is copied inside the `with` is copied with an idle session.
-        stack.enter_context(gated(session.modules, functools.partial(answer, session)))
+        stack.enter_context(gated_blocks(transformer, session.modules, functools.partial(answer, session)))
         stack.enter_context(_tapped(session.scheduler, session))
         hook = transformer.register_forward_pre_hook(
             lambda module, args, kwargs: session.call(args, kwargs) if module is transformer else None, with_kwargs=True

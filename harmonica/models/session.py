@@ -21,10 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from harmonica.cache import Cache, Compute, Feature, Gate, reuse
+from harmonica.cache import Cache, Compute, Feature, Gate
 from harmonica.cost import Count
 from harmonica.models.sites import count_calls
 from harmonica.names import fit
+from harmonica.plan import Plan
 from harmonica.router import Schedule
 
 MOST_CALLS = 16
@@ -47,7 +48,8 @@ class Session:
         self.schedule = fit(schedule, tuple(modules))
         self.schedule.check(self.schedule.steps, tuple(modules))
         self.walks = self.skipped = self.asked = 0
-        self._rows: list[list[bool]] = self.schedule.compute.tolist()
+        self._plan = Plan.of(self.schedule)
+        self._skips = (~self.schedule.compute).sum(1).tolist()
         self._inputs: Any = None
         self.forget()
 
@@ -85,10 +87,9 @@ class Session:
             self._shapes.append(shapes)
             self._times_asked = {}
             self._inputs = tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, (args, kwargs))
-        row = self._rows[self._k]
-        gate = reuse(row, self._caches[call])
+        gate = self._plan.gate(self._k, self._caches[call])
         self._gate = self._counting(gate) if self._k == 0 else gate
-        self.asked, self.skipped = self.asked + len(row), self.skipped + row.count(False)
+        self.asked, self.skipped = self.asked + len(self.modules), self.skipped + self._skips[self._k]
 
     def _must_be_the_same_walk(self, call: int, shapes: list[torch.Size]) -> None:
         at = f"at step {self._k} of {self.schedule.steps}"
