@@ -65,7 +65,8 @@ class Walk:
         """Return the images (B, C, H, W) that noise x (B, C, H, W) becomes under conditions for it."""
         cache: Cache = {}
         memory: dict[str, Any] = {}
-        denoiser, clock = self.denoiser, Clock(self.denoiser.about.get("timesteps", ()), rows=not self.exact)
+        denoiser, clock = self.denoiser, Clock(rows=not self.exact)
+        clock.begin(denoiser.about.get("timesteps", ()))
         gate = self.plan.gate(0, cache)
 
         def ask(site: int, compute: Compute) -> Feature:

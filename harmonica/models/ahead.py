@@ -1,12 +1,13 @@
 """Ahead: what a model would compute again at every step, although it is known before the walk.
 
-    once     depends on the condition alone: label and caption embeddings, keys and values of the text       same bits
-    shared   blocks hold equal copies of an embedding (diffusers' DiT: 27 of 28): one of them answers for all  same bits
+    once     depends on the condition alone: label and caption embeddings, keys and values of the text         same bits
+    shared   blocks hold equal copies of an embedding (diffusers' DiT: 27 of 28): the first asked answers      same bits
     rows     depends on timestep and condition: embeddings of all T timesteps, and the modulation of every block for
-             many steps, in one product each. Weights are read once, not T times                         to rounding
+             many steps, in one product each. Weights are read once, not T times                          to rounding
 
-Modules are shadowed for one walk. Modulations of several steps take room, so they are made for as many steps at once
-as fit a fiftieth of the model (or 16 MiB); a batch so large that only one step fits gains nothing and is left alone.
+Modules are shadowed; what they know belongs to the walk and lies in its `Clock`. Modulations of several steps take
+room, so they are made for as many steps at once as fit a fiftieth of the model (or 16 MiB); a batch so large that only
+one step fits gains nothing and is left alone.
 
     T steps   B samples in the model's batch, guidance included   D hidden size   W steps in a window
 
@@ -34,17 +35,63 @@ LEAST_ROOM = 16 * 2**20
 
 @dataclass
 class Clock:
-    """Where a walk is; the walk sets it.
+    """Where a walk is, and what it knows; the walk sets it.
 
     Attributes:
         timesteps: T, in execution order, as the model is given them.
-        k: executed step.
         rows: whether embeddings and modulations may be made for several steps at once.
+        trusted: whether the walk vouches for its condition: the same from its first step to its last. Otherwise what
+            is known of tensors is known of these very tensors.
+        k: executed step; −1 outside of a walk, where every module runs as it is.
+        call: of the model within the step, 0 but for pipelines that call it once for each half of guidance.
+        known: what was made for this walk, by (maker, call).
     """
 
-    timesteps: Sequence[float]
-    k: int = 0
+    timesteps: Sequence[float] = ()
     rows: bool = True
+    trusted: bool = True
+    k: int = -1
+    call: int = 0
+    known: dict[Any, Any] = field(default_factory=dict)
+
+    def begin(self, timesteps: Sequence[float]) -> None:
+        """Begin a walk, which knows nothing yet."""
+        self.timesteps, self.k, self.call, self.known = timesteps, 0, 0, {}
+
+    def end(self) -> None:
+        """Be outside of a walk."""
+        self.k, self.known = -1, {}
+
+    def recall(self, maker: object, make: Callable[[], Any], *about: Any) -> Any:
+        """Return what `maker` knows in this call of the model, made now if it knows nothing, or knows it of others.
+
+        Args:
+            maker: who asks.
+            make: makes what is to be known.
+            about: numbers and tensors that it is made of; other ones, or one that was written to, make it anew.
+        """
+        about = tuple(thing for thing in about if not (self.trusted and isinstance(thing, Tensor)))
+        key, marks = (maker, self.call), tuple(map(_mark, about))
+        if key not in self.known or self.known[key][0] != marks or _UNTOLD in marks:
+            # The tensors are held as well: as long as they live, no other one lies where they do.
+            self.known[key] = marks, make(), about
+        return self.known[key][1]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Clock:
+        """Return an idle clock: a module that is copied along with its shadow runs as it is."""
+        return Clock()
+
+
+_UNTOLD = object()
+
+
+def _mark(thing: Any) -> Any:
+    """Return what tells whether a tensor is another one, or has been written to."""
+    if not isinstance(thing, Tensor):
+        return thing
+    if thing.is_inference():  # torch does not count what is written to it
+        return _UNTOLD
+    return thing.data_ptr(), thing.shape, thing.stride(), thing.dtype, thing._version
 
 
 Shadow = Callable[..., Any]
@@ -53,12 +100,11 @@ Shadow = Callable[..., Any]
 
 @contextmanager
 def ahead(model: nn.Module | None, clock: Clock) -> Iterator[None]:
-    """Shadow what is known before the walk in a model of a known class, for one walk at one batch and condition."""
-    shadows = _shadows(model, clock) if model is not None else []
+    """Shadow what is known before a walk in a model of a known class."""
     placed = []
     try:
-        for module, shadow in shadows:
-            before, answering = vars(module).get("forward"), partial(shadow, module.forward)
+        for module, shadow in _shadows(model, clock) if model is not None else ():
+            before, answering = vars(module).get("forward"), partial(_answer, clock, shadow, module.forward)
             vars(module)["forward"] = answering
             placed.append((module, before, answering))
         yield
@@ -67,39 +113,52 @@ def ahead(model: nn.Module | None, clock: Clock) -> Iterator[None]:
             put_back(module, "forward", answering, before)
 
 
+def _answer(clock: Clock, shadow: Shadow, forward: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    return shadow(forward, *args, **kwargs) if clock.k >= 0 else forward(*args, **kwargs)
+
+
 def _shadows(model: nn.Module, clock: Clock) -> list[tuple[nn.Module, Shadow]]:
     if isinstance(model, DiT):
         return _of_dit(model, clock)
-    name = type(model).__name__
-    if type(model).__module__.startswith("diffusers.models.transformers."):
-        if name == "DiTTransformer2DModel":
-            return _of_stock_dit(model, clock)
-        if name == "PixArtTransformer2DModel":
-            return _of_pixart(model, clock)
+    kind = type(model)
+    if kind.__module__ == "diffusers.models.transformers.dit_transformer_2d":
+        return _of_stock_dit(model, clock)
+    if kind.__module__ == "diffusers.models.transformers.pixart_transformer_2d":
+        return _of_pixart(model, clock)
     return []
 
 
-# ------------------------------------------------------------ what does not change along a walk
+# ------------------------------------------------------------ the same at every step, or for every block
 
 
-@dataclass
 class Once:
-    """Runs at the first call of a walk and answers the rest from memory."""
+    """Runs once in a walk, for one input."""
 
-    outputs: list[Any] = field(default_factory=list)
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
 
-    def __call__(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Return what `forward` returned first."""
-        if not self.outputs:
-            self.outputs.append(forward(*args, **kwargs))
-        return self.outputs[0]
+    def __call__(self, forward: Callable[[Tensor], Any], x: Tensor) -> Any:
+        """Return `forward(x)`."""
+        return self._clock.recall(self, lambda: forward(x), x)
+
+
+class Shared:
+    """Runs once in a step, for all blocks that hold a copy of it."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+
+    def __call__(self, forward: Callable[..., Tensor], t: Tensor, y: Tensor, **options: Any) -> Tensor:
+        """Return `forward(t, y)`, (B, D)."""
+        clock = self._clock
+        return clock.recall(self, lambda: forward(t, y, **options), clock.k, t, y)  # type: ignore[no-any-return]
 
 
 # ------------------------------------------------------------ what depends on timestep and condition
 
 
 class Embedded:
-    """The condition vector c = embed(t) + embed(y) of all steps.
+    """The condition vector c = embed(t) + embed(y), of all steps.
 
     Args:
         clock: of the walk.
@@ -109,30 +168,30 @@ class Embedded:
 
     def __init__(self, clock: Clock, time: Callable[[Tensor], Tensor], label: Callable[[Tensor], Tensor]) -> None:
         self.clock, self._time, self._label = clock, time, label
-        self._times: Tensor | None = None  # (T, D)
-        self._labels: Tensor | None = None  # (B, D)
-        self._made: tuple[int, int, Tensor] | None = None  # first step, window, c (W·B, D)
 
-    def times(self, t: Tensor) -> Tensor:
+    def time(self, t: Tensor) -> Tensor:
         """Return embed(t) of the current step, one row for all of t (B,): (1, D)."""
-        if self._times is None:
-            self._times = self._time(all_timesteps(self.clock.timesteps, t))
-        return self._times[self.clock.k, None]
+        rows: Tensor = self.clock.recall((self, "t"), lambda: self._time(all_timesteps(self.clock.timesteps, t)))
+        row: Tensor = rows[self.clock.k, None]
+        return row
 
-    def labels(self, y: Tensor) -> Tensor:
+    def label(self, y: Tensor) -> Tensor:
         """Return embed(y), (B, D), made once."""
-        if self._labels is None:
-            self._labels = self._label(y)
-        return self._labels
+        return self.clock.recall((self, "y"), lambda: self._label(y), y)  # type: ignore[no-any-return]
 
-    def window(self, first: int, steps: int) -> Tensor:
-        """Return c of steps first … first + W − 1: (W·B, D)."""
-        if self._made is None or self._made[:2] != (first, steps):
-            assert self._times is not None
-            assert self._labels is not None
-            c = (self._times[first : first + steps, None] + self._labels).flatten(0, 1)
-            self._made = (first, steps, c)
-        return self._made[2]
+    def both(self, forward: Callable[..., Tensor], t: Tensor, y: Tensor, **_: Any) -> Tensor:
+        """Return c of the current step, (B, D), for a module that embeds timestep and label."""
+        return self.time(t) + self.label(y)
+
+    def rows(self, first: int, steps: int) -> Tensor:
+        """Return c of steps first … first + W − 1, of what was embedded in this call: (W·B, D)."""
+        held: tuple[Tensor, ...] = tuple(self.clock.known[(self, part), self.clock.call][1] for part in "ty")
+        times, labels = held  # (T, D), (B, D)
+
+        def made() -> Tensor:
+            return (times[first : first + steps, None] + labels).flatten(0, 1)
+
+        return self.clock.recall((self, "c"), made, first, steps, labels)  # type: ignore[no-any-return]
 
 
 def all_timesteps(timesteps: Sequence[float], like: Tensor) -> Tensor:
@@ -145,35 +204,39 @@ class Modulation:
 
     Args:
         embedded: what it is a product of.
-        steps: W.
+        a_step: bytes that the modulations of all blocks take for one step and one sample.
+        room: bytes that those of all W steps may take.
         before: applied to c first, where the model does that outside of the module.
     """
 
-    def __init__(self, embedded: Embedded, steps: int, before: Callable[[Tensor], Tensor] | None = None) -> None:
-        self.embedded, self.steps, self.before = embedded, steps, before
-        self._rows: Sequence[Tensor] = ()  # W × (B, 6D)
-        self._first = -1
+    def __init__(
+        self, embedded: Embedded, a_step: int, room: int, before: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        self._embedded, self._a_step, self._room, self._before = embedded, a_step, room, before
 
     def __call__(self, forward: Callable[[Tensor], Tensor], c: Tensor) -> Tensor:
         """Return `forward(c)`, (B, 6D), of the current step."""
-        clock = self.embedded.clock
-        first = clock.k - clock.k % self.steps
-        if first != self._first:
-            window = min(self.steps, len(clock.timesteps) - first)
-            rows = self.embedded.window(first, window)
-            made = forward(rows if self.before is None else self.before(rows))
-            self._rows, self._first = made.view(window, len(c), -1).unbind(), first
-        return self._rows[clock.k - first]
+        clock, batch = self._embedded.clock, len(c)
+        steps = self._room // (self._a_step * batch)
+        if steps < 2:
+            return forward(c)  # a product of so many rows gains nothing by more of them
+        first = clock.k - clock.k % steps
+        rows = self._embedded.rows(first, min(steps, len(clock.timesteps) - first))  # (W·B, D)
+
+        def made() -> Sequence[Tensor]:
+            outputs = forward(rows if self._before is None else self._before(rows))
+            return outputs.view(-1, batch, outputs.shape[1]).unbind()  # W × (B, 6D)
+
+        return clock.recall(self, made, first, rows)[clock.k - first]  # type: ignore[no-any-return]
 
 
-def window_of(linears: Sequence[nn.Linear], batch: int, room: int) -> int:
-    """Return for how many steps the outputs of these layers fit the room, at least 1.
+def bytes_of(linears: Sequence[nn.Linear]) -> int:
+    """Return how many bytes the outputs of these layers take for one sample.
 
-    >>> window_of([nn.Linear(4, 100)], 2, 8000)  # 2 · 100 · 4 bytes a step
-    10
+    >>> bytes_of([nn.Linear(4, 100), nn.Linear(4, 10)])
+    440
     """
-    a_step = batch * sum(layer.out_features * layer.weight.element_size() for layer in linears)
-    return max(1, room // a_step)
+    return sum(layer.out_features * layer.weight.element_size() for layer in linears)
 
 
 def room_of(model: nn.Module) -> int:
@@ -181,19 +244,25 @@ def room_of(model: nn.Module) -> int:
     return max(LEAST_ROOM, sum(p.numel() * p.element_size() for p in model.parameters()) // 50)
 
 
-class Windowed:
-    """A modulation that looks at its first batch to choose its window; W = 1 is the model's own way."""
+class Single:
+    """PixArt's one modulation for all blocks: all T steps in one product. The images of a batch are of one size."""
 
-    def __init__(self, embedded: Embedded, linears: Sequence[nn.Linear], room: int, *, silu: bool = False) -> None:
-        self._embedded, self._linears, self._room = embedded, linears, room
-        self._before: Callable[[Tensor], Tensor] | None = F.silu if silu else None
-        self._made: Modulation | None = None
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
 
-    def __call__(self, forward: Callable[[Tensor], Tensor], c: Tensor) -> Tensor:
-        """Return `forward(c)` of the current step."""
-        if self._made is None:
-            self._made = Modulation(self._embedded, window_of(self._linears, len(c), self._room), self._before)
-        return forward(c) if self._made.steps == 1 else self._made(forward, c)
+    def __call__(
+        self, forward: Callable[..., Any], timestep: Tensor, added: Any = None, *, batch_size: int, hidden_dtype: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Return modulation (B, 6D) and embedded timestep (B, D) of the current step."""
+        clock, steps = self._clock, len(self._clock.timesteps)
+
+        def made() -> tuple[Tensor, Tensor]:
+            sizes = {name: None if size is None else size[:1].expand(steps, -1) for name, size in (added or {}).items()}
+            times = all_timesteps(clock.timesteps, timestep)
+            return forward(times, sizes, batch_size=steps, hidden_dtype=hidden_dtype)  # type: ignore[no-any-return]
+
+        modulation, embedded = clock.recall(self, made)  # (T, 6D), (T, D)
+        return modulation[clock.k].expand(batch_size, -1), embedded[clock.k].expand(batch_size, -1)
 
 
 # ------------------------------------------------------------ the models
@@ -201,59 +270,38 @@ class Windowed:
 
 def _of_dit(model: DiT, clock: Clock) -> list[tuple[nn.Module, Shadow]]:
     if not clock.rows:
-        return [(model.y_embedder, Once())]
+        return [(model.y_embedder, Once(clock))]
     embedded = Embedded(clock, model.t_embedder.forward, model.y_embedder.forward)
     products: list[Any] = [*(block.adaLN_modulation for block in model.blocks), model.final_layer.adaLN_modulation]
-    linears, room = [product[1] for product in products], room_of(model)
+    a_step, room = bytes_of([product[1] for product in products]), room_of(model)
     return [
-        (model.t_embedder, lambda forward, t: embedded.times(t)),
-        (model.y_embedder, lambda forward, y: embedded.labels(y)),
-        *((product, Windowed(embedded, linears, room)) for product in products),
+        (model.t_embedder, lambda forward, t: embedded.time(t)),
+        (model.y_embedder, lambda forward, y: embedded.label(y)),
+        *((product, Modulation(embedded, a_step, room)) for product in products),
     ]
 
 
 def _of_stock_dit(model: Any, clock: Clock) -> list[tuple[nn.Module, Shadow]]:
-    embeddings = [block.norm1.emb for block in model.transformer_blocks]
-    answering = {id(emb): next(other for other in embeddings if same(emb, other)) for emb in embeddings}
+    blocks = list(model.transformer_blocks)
+    embeddings = [block.norm1.emb for block in blocks]
+    answering = [next(other for other in embeddings if same(other, emb)) for emb in embeddings]
     if not clock.rows:
-        shared = {id(emb): _EachStep(clock) for emb in answering.values()}
-        return [(emb, shared[id(answering[id(emb)])]) for emb in embeddings]
-    made = {id(emb): _combined(clock, emb) for emb in answering.values()}
-    embedded = [made[id(answering[id(emb)])] for emb in embeddings]
-    linears = [*(block.norm1.linear for block in model.transformer_blocks), model.proj_out_1]
-    room = room_of(model)
+        shared = {id(emb): Shared(clock) for emb in answering}
+        return [(emb, shared[id(its)]) for emb, its in zip(embeddings, answering, strict=True)]
+    made = {id(emb): _combined(clock, emb) for emb in answering}
+    embedded = [made[id(its)] for its in answering]
+    linears = [*(block.norm1.linear for block in blocks), model.proj_out_1]
+    a_step, room = bytes_of(linears), room_of(model)
     pairs = zip(linears, [*embedded, embedded[0]], strict=True)  # the last layer asks the first block's
     return [
-        *((emb, _Condition(its)) for emb, its in zip(embeddings, embedded, strict=True)),
-        *((linear, Windowed(its, linears, room, silu=True)) for linear, its in pairs),
+        *((emb, its.both) for emb, its in zip(embeddings, embedded, strict=True)),
+        *((linear, Modulation(its, a_step, room, F.silu)) for linear, its in pairs),
     ]
 
 
 def _combined(clock: Clock, emb: Any) -> Embedded:
     dtype = next(emb.timestep_embedder.parameters()).dtype
     return Embedded(clock, lambda t: emb.timestep_embedder(emb.time_proj(t).to(dtype)), emb.class_embedder.forward)
-
-
-class _Condition:
-    """Answers diffusers' embedding of timestep and label with c (B, D) of the current step."""
-
-    def __init__(self, embedded: Embedded) -> None:
-        self._embedded = embedded
-
-    def __call__(self, forward: Callable[..., Tensor], timestep: Tensor, labels: Tensor, **_: Any) -> Tensor:
-        return self._embedded.times(timestep) + self._embedded.labels(labels)
-
-
-class _EachStep:
-    """Runs once a step for all who share it."""
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock, self._k, self._output = clock, -1, torch.empty(0)
-
-    def __call__(self, forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        if self._k != self._clock.k:
-            self._output, self._k = forward(*args, **kwargs), self._clock.k
-        return self._output
 
 
 def same(a: nn.Module, b: nn.Module) -> bool:
@@ -276,26 +324,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 def _of_pixart(model: Any, clock: Clock) -> list[tuple[nn.Module, Shadow]]:
     # The text does not change along a walk, so its projection does not, and in every block its keys and values.
-    attentions = [block.attn2 for block in model.transformer_blocks if not block.attn2.fused_projections]
+    attentions = [block.attn2 for block in model.transformer_blocks if block.attn2 is not None]
     text = [model.caption_projection, *(layer for attn in attentions for layer in (attn.to_k, attn.to_v))]
-    fixed: list[tuple[nn.Module, Shadow]] = [(module, Once()) for module in text if module is not None]
-    return [*fixed, (model.adaln_single, _Single(clock))] if clock.rows else fixed
-
-
-class _Single:
-    """PixArt's one modulation for all blocks: all T steps in one product. Images of a batch are of one size."""
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self._rows: tuple[Tensor, Tensor] | None = None  # (T, 6D), (T, D)
-
-    def __call__(
-        self, forward: Callable[..., Any], timestep: Tensor, added: Any = None, *, batch_size: int, hidden_dtype: Any
-    ) -> tuple[Tensor, Tensor]:
-        steps = len(self._clock.timesteps)
-        if self._rows is None:
-            sizes = {name: None if v is None else v[:1].expand(steps, -1) for name, v in (added or {}).items()}
-            times = all_timesteps(self._clock.timesteps, timestep)
-            self._rows = forward(times, sizes, batch_size=steps, hidden_dtype=hidden_dtype)
-        modulation, embedded = (rows[self._clock.k].expand(batch_size, -1) for rows in self._rows)
-        return modulation, embedded
+    fixed: list[tuple[nn.Module, Shadow]] = [(module, Once(clock)) for module in text if module is not None]
+    return [*fixed, (model.adaln_single, Single(clock))] if clock.rows else fixed
