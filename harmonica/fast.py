@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from harmonica.cache import Cache, Compute, Feature
 from harmonica.denoise import Denoiser
 from harmonica.models.ahead import Clock, ahead
-from harmonica.models.blocks import EXACT, FUSED, gated_blocks
+from harmonica.models.blocks import EXACT, FUSED, Compiled, gated_blocks
 from harmonica.models.dit import DiTDenoiser
 from harmonica.models.pixart import PixArtDenoiser
 from harmonica.models.stock import StockDiT
@@ -41,9 +41,10 @@ class Walk:
         denoiser: model, sampler, guidance; its weights must stay as they are while a walk runs.
         schedule: what is computed; None computes everything.
         exact: give the images of `sample` bit for bit. Otherwise they differ by rounding.
+        compiled: compile branches and sums (torch.compile; adaLN blocks only). Seconds to minutes at the first batch.
 
     Raises:
-        ValueError: if the schedule does not fit the denoiser.
+        ValueError: if the schedule does not fit the denoiser, or both exact and compiled are asked for.
 
     >>> from harmonica.models import load
     >>> denoiser = load("tiny", steps=3)
@@ -52,7 +53,16 @@ class Walk:
     torch.Size([2, 1, 8, 8])
     """
 
-    def __init__(self, denoiser: Denoiser, schedule: Schedule | None = None, *, exact: bool = False) -> None:
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        schedule: Schedule | None = None,
+        *,
+        exact: bool = False,
+        compiled: bool = False,
+    ) -> None:
+        if exact and compiled:
+            raise ValueError("exact and compiled are both true; a compiled branch rounds in its own way, choose one")
         sites, timesteps = tuple(denoiser.sites), denoiser.about.get("timesteps", ())
         if schedule is None:
             schedule = Schedule(torch.ones(denoiser.steps, len(sites)), sites=sites)
@@ -60,6 +70,7 @@ class Walk:
         self.denoiser, self.schedule, self.exact = denoiser, schedule, exact
         self.plan = Plan.of(schedule)
         self.model = model_of(denoiser)
+        self.math = Compiled() if compiled else EXACT if exact else FUSED
 
     def __call__(self, x: Tensor, cond: Any) -> Tensor:
         """Return the images (B, C, H, W) that noise x (B, C, H, W) becomes under conditions for it."""
@@ -72,12 +83,18 @@ class Walk:
         def ask(site: int, compute: Compute) -> Feature:
             return gate(site, compute)
 
-        math = EXACT if self.exact else FUSED
-        with torch.no_grad(), ahead(self.model, clock), gated_blocks(self.model, denoiser.sites, ask, math=math):
+        blocks = gated_blocks(self.model, denoiser.sites, ask, math=self.math)
+        with torch.no_grad(), ahead(self.model, clock), blocks:
             for k in range(denoiser.steps):
                 clock.k, gate = k, self.plan.gate(k, cache)
                 x = denoiser.step(x, denoiser.predict(x, k, cond), k, memory)
         return x
+
+    @property
+    def draws_noise(self) -> bool:
+        """Whether the sampler adds noise of its own; false for a denoiser of somebody else's making."""
+        known = isinstance(self.denoiser, DiTDenoiser | PixArtDenoiser | UViTDenoiser)
+        return known and self.denoiser.sampler.draws_noise
 
 
 def model_of(denoiser: Denoiser) -> nn.Module | None:

@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "cache": {"shadows"},
     "shadows": set(),
     "plan": {"cache"},
+    "graph": {"fast"},
     "fast": {"cache", "denoise", "models", "plan", "router"},
     "files": set(),
     "samplers": set(),
