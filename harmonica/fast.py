@@ -93,8 +93,10 @@ class Walk:
     @property
     def draws_noise(self) -> bool:
         """Whether the sampler adds noise of its own; false for a denoiser of somebody else's making."""
-        known = isinstance(self.denoiser, DiTDenoiser | PixArtDenoiser | UViTDenoiser)
-        return known and self.denoiser.sampler.draws_noise
+        denoiser = self.denoiser
+        if isinstance(denoiser, DiTDenoiser | PixArtDenoiser | UViTDenoiser):
+            return denoiser.sampler.draws_noise
+        return False
 
 
 def model_of(denoiser: Denoiser) -> nn.Module | None:

@@ -1,7 +1,7 @@
 """Graph: the whole walk as one CUDA graph, captured once and replayed for each batch.
 
-A table does not look at the input, so T steps, guidance and a deterministic sampler are the same list of operations every
-time. Captured once, it is replayed with no Python in between; only noise and condition are copied in.
+A table does not look at the input, so T steps, guidance and a deterministic sampler are the same list of operations
+every time. Captured once, it is replayed with no Python in between; only noise and condition are copied in.
 
     draw = GraphWalk(Walk(denoiser, schedule))
     images = draw(x, cond)         the first batch of its shape captures, the following ones replay
@@ -50,7 +50,7 @@ class Captured:
 
 def capture_on_cuda(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
     """Capture `run` on the current device, after one run on a side stream in which libraries start."""
-    side = torch.cuda.Stream()
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         run()

@@ -77,7 +77,7 @@ class Compiled(Arithmetic):
 
     def add(self, h: Tensor, gate: Tensor, out: Tensor) -> Tensor:
         """Return gate·out + h, contiguous, so that strides do not double the number of graphs."""
-        return self._add(h.contiguous(), gate, out)  # type: ignore[no-any-return]
+        return self._add(h.contiguous(), gate, out)
 
 
 def _branch(site: Callable[[Tensor], Any], norm: nn.Module, h: Tensor, scale: Tensor, shift: Tensor) -> Any:
