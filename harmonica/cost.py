@@ -144,7 +144,7 @@ def measure(
     """
 
     def plain(x: Tensor, cond: Any) -> Tensor:
-        return sample(denoiser, x, cond)
+        return sample(denoiser, x, cond, None)
 
     def cached(x: Tensor, cond: Any) -> Tensor:
         return sample(denoiser, x, cond, schedule)
