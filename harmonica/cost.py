@@ -121,22 +121,54 @@ class Timing:
         return self.plain / self.cached
 
 
-def measure(denoiser: Denoiser, schedule: Schedule, x: Tensor, cond: Any, *, repeats: int = 7) -> Timing:
+def measure(
+    denoiser: Denoiser,
+    schedule: Schedule,
+    x: Tensor,
+    cond: Any,
+    *,
+    repeats: int = 7,
+    walk: Callable[[Tensor, Any], Tensor] | None = None,
+) -> Timing:
     """Time the walk from noise x (B, C, H, W) with and without a schedule, by turns, after one walk of each.
 
-    Turns, because a machine's speed drifts: both medians then saw the same weather.
+    The plain walk is `sample` without a schedule.
+
+    Args:
+        denoiser: model, sampler, guidance.
+        schedule: what the cached walk follows.
+        x: noise.
+        cond: conditions for it.
+        repeats: turns that count.
+        walk: (x, cond) -> x₀ under the schedule, such as `fast.Walk(denoiser, schedule)`; None for `sample`.
     """
 
-    def seconds(table: Schedule | None) -> float:
-        _finish_pending(x)
-        start = time.perf_counter()
-        sample(denoiser, x, cond, table)
-        _finish_pending(x)
-        return time.perf_counter() - start
+    def plain(x: Tensor, cond: Any) -> Tensor:
+        return sample(denoiser, x, cond, None)
 
-    turns = [(seconds(None), seconds(schedule)) for _ in range(repeats + 1)][1:]
-    plain, cached = zip(*turns, strict=True)
-    return Timing(median(plain), median(cached))
+    def cached(x: Tensor, cond: Any) -> Tensor:
+        return sample(denoiser, x, cond, schedule)
+
+    seconds = by_turns({"plain": plain, "cached": walk or cached}, x, cond, repeats=repeats)
+    return Timing(median(seconds["plain"]), median(seconds["cached"]))
+
+
+def by_turns(
+    walks: Mapping[str, Callable[[Tensor, Any], Tensor]], x: Tensor, cond: Any, *, repeats: int
+) -> dict[str, list[float]]:
+    """Time walks by turns after one of each, and return the seconds of each, in the order of the turns.
+
+    Turns, because a machine's speed drifts: all medians, and the ratios within a turn, then saw the same weather.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in walks}
+    for _ in range(repeats + 1):
+        for name, walk in walks.items():
+            _finish_pending(x)
+            start = time.perf_counter()
+            walk(x, cond)
+            _finish_pending(x)
+            seconds[name].append(time.perf_counter() - start)
+    return {name: turns[1:] for name, turns in seconds.items()}
 
 
 def _finish_pending(x: Tensor) -> None:

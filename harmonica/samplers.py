@@ -43,11 +43,13 @@ class Sampler(Protocol):
     Attributes:
         name: short name, stored in schedules.
         learns_variance: whether `step` reads variance channels, so that out is (B, 2C, H, W).
+        draws_noise: whether `step` adds noise of its own.
         timesteps: (T,) timesteps given to the model, in execution order.
     """
 
     name: str
     learns_variance: bool
+    draws_noise: bool
     timesteps: tuple[float, ...]
 
     def step(self, x: Tensor, out: Tensor, k: int, memory: Memory) -> Tensor:
@@ -122,6 +124,7 @@ class DDIM:
 
     name = "ddim"
     learns_variance = False
+    draws_noise = False
 
     def __init__(self, steps: int, betas: Betas = "linear") -> None:
         spaced = spaced_timesteps(steps)
@@ -170,7 +173,7 @@ class Scheduled:
             self._scheduler.set_begin_index(0)  # else a timestep that occurs twice, as Heun's do, is looked up wrongly
         self._start = _state(self._scheduler)
         self.learns_variance = scheduler.config.get("variance_type") in ("learned", "learned_range")
-        self._draws = "generator" in inspect.signature(scheduler.step).parameters
+        self.draws_noise = _draws_noise(scheduler)
 
     def step(self, x: Tensor, out: Tensor, k: int, memory: Memory) -> Tensor:
         """Take x (B, C, H, W) to step k + 1; variance channels of `out` are used if the scheduler learns them.
@@ -179,15 +182,27 @@ class Scheduled:
         """
         if k > 0 and "scheduler" not in memory:
             raise RuntimeError(f"step {k} of {self.name} needs what the steps before it left in `memory`; pass a copy")
-        if self._draws and "seeds" not in memory:
+        if self.draws_noise and "seeds" not in memory:
             memory["seeds"] = tuple(map(_seed, x))
         scheduler = copy.copy(self._scheduler)
         vars(scheduler).update(_state(memory.get("scheduler", self._start)))
-        noise = {"generator": [noise_generator(seed, k) for seed in memory["seeds"]]} if self._draws else {}
+        noise = {"generator": [noise_generator(seed, k) for seed in memory["seeds"]]} if self.draws_noise else {}
         out = out if self.learns_variance else out[:, : x.shape[1]]  # (B, C or 2C, H, W)
         moved: Tensor = scheduler.step(out, self._times[k], x, return_dict=False, **noise)[0]
         memory["scheduler"] = _state(scheduler)
         return moved.to(x.dtype)
+
+
+def _draws_noise(scheduler: Any) -> bool:
+    """Tell whether a diffusers scheduler draws noise. Two that take a generator do not use it as they are run here.
+
+    Not asking them saves more than the drawing: a sample's seed is read off its x_T, which a GPU would be waited for.
+    """
+    if type(scheduler).__name__ == "DDIMScheduler":  # its η is 0
+        return False
+    if type(scheduler).__name__ == "DPMSolverMultistepScheduler":
+        return str(scheduler.config.algorithm_type).startswith("sde")
+    return "generator" in inspect.signature(scheduler.step).parameters
 
 
 class IDDPM:
@@ -198,6 +213,7 @@ class IDDPM:
 
     name = "iddpm"
     learns_variance = True
+    draws_noise = True
 
     def __init__(self, steps: int, betas: Betas = "linear") -> None:
         from diffusers.schedulers.scheduling_ddpm import DDPMScheduler

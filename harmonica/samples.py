@@ -28,8 +28,9 @@ import torch
 from torch import Tensor
 
 from harmonica.cli import Parser, add_model_options, check_device, command, load_model
-from harmonica.denoise import Denoiser, sample
+from harmonica.denoise import Denoiser
 from harmonica.distributed import from_rank_0, mean_over_ranks, processes, rank, started_as, world
+from harmonica.fast import Walk
 from harmonica.files import StrPath, existing, read_json, read_tensors, write_json, write_tensors, write_whole
 from harmonica.names import fit
 from harmonica.router import Schedule
@@ -82,10 +83,11 @@ def write_samples(
     check_request(count, batch_size, out)
     parts = parts_of(out)
     from_rank_0(lambda: _begin(parts, _settings(denoiser, schedule, seed)))
+    walk = Walk(denoiser, schedule)
     batches = [range(i, min(i + batch_size, count)) for i in range(0, count, batch_size)][rank() :: world()]
     try:
         for numbers in _unfinished(batches, parts, progress):
-            _write_batch(denoiser, schedule, decode, numbers, seed, parts)
+            _write_batch(denoiser, walk, decode, numbers, seed, parts)
         _wait_for_all(denoiser)
         pieces = pieces_of(parts, count)
         if out.suffix == ".npz":
@@ -166,14 +168,14 @@ def to_uint8(images: Tensor) -> Tensor:
 
 def _write_batch(
     denoiser: Denoiser,
-    schedule: Schedule | None,
+    walk: Walk,
     decode: Callable[[Tensor], Tensor],
     numbers: range,
     seed: int,
     parts: Path,
 ) -> None:
     x, cond = draw_images(denoiser, numbers, seed)
-    images = to_uint8(decode(sample(denoiser, x, cond, schedule)))
+    images = to_uint8(decode(walk(x, cond)))
     name = f"{numbers.start:08}-{numbers.stop:08}.safetensors"
     write_tensors(parts / name, {"images": images, "labels": cond.long()}, {})
 

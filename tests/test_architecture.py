@@ -15,6 +15,9 @@ CORE = ("router", "cache", "denoise", "iepo", "sdt")
 MAY_IMPORT = {
     "cache": {"shadows"},
     "shadows": set(),
+    "plan": {"cache"},
+    "graph": {"fast"},
+    "fast": {"cache", "denoise", "models", "plan", "router"},
     "files": set(),
     "samplers": set(),
     "metrics": set(),
@@ -34,10 +37,10 @@ MAY_IMPORT = {
     "refine": {"denoise", "distributed", "metrics", "router", "search", "target"},
     "checkpoint": {"denoise", "distributed", "files", "formats", "router"},
     "sdt": {"cache", "checkpoint", "cost", "denoise", "distributed", "files", "iepo", "refine", "router", "target"},
-    "samples": {"cli", "denoise", "distributed", "files", "names", "router"},
+    "samples": {"cli", "denoise", "distributed", "fast", "files", "names", "router"},
     "plots": {"router"},
     "names": {"router"},
-    "models": {"files", "samplers", "cache", "router", "denoise", "cost", "names", "prompts", "shadows"},
+    "models": {"files", "samplers", "cache", "router", "denoise", "cost", "names", "plan", "prompts", "shadows"},
 }
 """Who may import whom when loaded. Imports inside a function, and for types only, are not arrows of the house."""
 

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import copy
 import inspect
-from pipes import dit_pipe, dit_transformer, flux_pipe, pixart_pipe, randomised, run, run_embedded, wan_pipe
+from pipes import (
+    count_calls,
+    dit_pipe,
+    dit_transformer,
+    flux_pipe,
+    pixart_pipe,
+    randomised,
+    run,
+    run_embedded,
+    wan_pipe,
+)
 
 import pytest
 import torch
@@ -617,13 +627,26 @@ def test_a_cache_that_never_skipped_anything_warns():
         run(pipe)
 
 
-def test_sites_that_something_else_has_replaced_are_noticed():
+def test_blocks_that_something_else_has_replaced_are_noticed():
     pipe = dit_pipe()
     with cached(pipe, table(pipe)), pytest.raises(RuntimeError, match="the transformer ran and asked no site"):
+        blocks = pipe.transformer.transformer_blocks
+        for i, block in enumerate(blocks):
+            blocks[i] = copy.deepcopy(block)
+            vars(blocks[i]).pop("forward")
+        run(pipe)
+
+
+def test_sites_replaced_inside_a_known_block_are_still_asked():
+    pipe = dit_pipe()
+    alone = run(pipe)
+    with cached(pipe, table(pipe)) as session:
+        expected = run(pipe)
         for block in pipe.transformer.transformer_blocks:
             block.attn1, block.ff = copy.deepcopy(block.attn1), copy.deepcopy(block.ff)
-            vars(block.attn1).pop("forward"), vars(block.ff).pop("forward")
-        run(pipe)
+        assert torch.equal(run(pipe), expected)
+    assert session.skipped > 0
+    assert not torch.equal(alone, expected)
 
 
 def test_what_is_not_such_a_pipeline_is_refused():
@@ -694,6 +717,91 @@ def test_asking_the_session_or_copying_the_model_in_the_middle_of_a_walk_changes
             assert torch.equal(twin(x, text, torch.tensor([5]), sizes, return_dict=False)[0], plain)
 
         assert torch.equal(run(pipe, callback=look, callback_steps=1), whole)
+
+
+@pytest.mark.parametrize("name", PIPES)
+def test_what_is_not_exact_differs_by_rounding(name):
+    pipe = PIPES[name]()
+    exact, fast = [], []
+    for images, options in ((exact, {}), (fast, {"exact": False})):
+        with cached(pipe, table(pipe), **options):
+            images += [run(pipe, seed=seed, batch=2) for seed in (1, 2)]
+    for one, other in zip(exact, fast, strict=True):
+        assert float((one - other).norm() / one.norm()) < 1e-3  # float32, under weights that amplify
+
+
+def test_a_stock_pipeline_projects_its_text_and_embeds_its_labels_once():
+    pipe = pixart_pipe()
+    blocks = pipe.transformer.transformer_blocks
+    text = [pipe.transformer.caption_projection, *(layer for b in blocks for layer in (b.attn2.to_k, b.attn2.to_v))]
+
+    def under_the_cache(sites, walks):
+        with cached(pipe, Schedule(torch.ones(4, sites))):
+            for _ in range(walks):
+                run(pipe)
+
+    assert count_calls(text, lambda: under_the_cache(6, walks=2)) == [2] * 5
+    pipe = dit_pipe()
+    embeddings = [block.norm1.emb for block in pipe.transformer.transformer_blocks]
+    embeddings[1].load_state_dict(embeddings[0].state_dict())
+    plain = run(pipe)
+    in_blocks_and_at_the_end = 4 * (2 + 1)
+    assert sum(count_calls(embeddings, lambda: run(pipe))) == in_blocks_and_at_the_end
+    assert sum(count_calls(embeddings, lambda: under_the_cache(4, walks=1))) == 4
+    with cached(pipe, Schedule(torch.ones(4, 4))):
+        assert torch.equal(run(pipe), plain)
+
+
+def test_a_prompt_that_changes_in_the_middle_of_a_walk_is_seen():
+    """The text is written to in place, and replaced: what was projected of it before is not used again."""
+    for name in ("replaced", "written to"):
+        pipe = pixart_pipe()
+        forward, steps = pipe.transformer.forward, []
+
+        def changing(x, encoder_hidden_states, *args, _forward=forward, _steps=steps, _name=name, **kwargs):
+            _steps.append(len(_steps))
+            if len(_steps) % 4 == 3:
+                if _name == "written to":
+                    encoder_hidden_states.mul_(0.5)
+                else:
+                    encoder_hidden_states = encoder_hidden_states * 0.5
+            return _forward(x, encoder_hidden_states, *args, **kwargs)
+
+        pipe.transformer.forward = changing
+        plain = run(pipe)
+        with cached(pipe, Schedule(torch.ones(4, 6))):
+            assert torch.equal(run(pipe), plain)
+
+
+@pytest.mark.parametrize("name", ["dit", "pixart-alpha"])
+def test_a_model_copied_while_much_is_known_ahead_runs_its_own_weights(name):
+    pipe = PIPES[name]()
+    step = pipe.scheduler.step
+    twin = None
+
+    def look(*args, **kwargs):
+        nonlocal twin
+        twin = twin or copy.deepcopy(pipe.transformer)
+        return step(*args, **kwargs)
+
+    pipe.scheduler.step = look
+    with cached(pipe, table(pipe), exact=False):
+        run(pipe)
+    for module in twin.modules():
+        randomised(module, seed=7)
+    inputs = {"hidden_states": torch.randn(1, 4, 8, 8), "timestep": torch.tensor([5]), "return_dict": False}
+    inputs |= {"class_labels": torch.tensor([3])} if name == "dit" else {
+        "encoder_hidden_states": torch.randn(1, 5, 12), "added_cond_kwargs": {"resolution": None, "aspect_ratio": None}
+    }  # fmt: skip
+    clean = PIPES[name]().transformer
+    clean.load_state_dict(twin.state_dict())
+    torch.testing.assert_close(twin(**inputs)[0], clean(**inputs)[0], rtol=1e-3, atol=1e-3)
+
+
+def test_rounding_is_allowed_only_where_it_is_known_what_is_rounded():
+    pipe = flux_pipe()
+    with pytest.raises(ValueError, match="exact=False is for DiTPipeline, .*, not FluxPipeline; leave it out"):
+        cached(pipe, table(pipe), exact=False).__enter__()
 
 
 def test_a_session_over_sites_of_ones_own_choice_counts_those():

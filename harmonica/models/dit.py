@@ -131,7 +131,8 @@ class PatchEmbedder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Patchify x."""
-        return self.proj(x).flatten(2).transpose(1, 2)  # type: ignore[no-any-return]
+        tokens: Tensor = self.proj(x).flatten(2).transpose(1, 2)  # (B, N, D)
+        return tokens.contiguous()  # else the strides of the transposition stay, and slow every norm and sum down
 
 
 class FinalLayer(nn.Module):

@@ -28,10 +28,11 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from harmonica.cache import gated
+from harmonica.models.ahead import ahead
+from harmonica.models.blocks import EXACT, FUSED, gated_blocks
 from harmonica.models.session import Session, answer, open_sessions
 from harmonica.models.sites import sites
-from harmonica.models.stock import from_pipeline, original_numerics
+from harmonica.models.stock import PIPELINES, from_pipeline, original_numerics
 from harmonica.router import Schedule
 from harmonica.shadows import put_back
 
@@ -43,7 +44,12 @@ _enabled: WeakKeyDictionary[Any, tuple[ExitStack, Session]] = WeakKeyDictionary(
 
 @contextmanager
 def cached(
-    pipe: Any, schedule: Schedule, *, sites: Mapping[str, nn.Module] | None = None, parity: bool = False
+    pipe: Any,
+    schedule: Schedule,
+    *,
+    sites: Mapping[str, nn.Module] | None = None,
+    parity: bool = False,
+    exact: bool = True,
 ) -> Iterator[Session]:
     """Run a stock diffusers pipeline under a schedule for as long as the `with` is open.
 
@@ -57,6 +63,8 @@ def cached(
             or for kinds of site are understood (`harmonica.names`).
         sites: cacheable modules by name; None finds them (`harmonica.models.sites`).
         parity: for DiTPipeline: embed timesteps and normalise as the original DiT does (`original_numerics`).
+        exact: compute what is computed bit for bit as the pipeline does. False, for DiT and PixArt pipelines, makes
+            modulations of many steps in one product and fuses sums: faster, and other by rounding.
 
     Yields:
         Session: `print(session)` says what was reused.
@@ -83,7 +91,9 @@ def cached(
         )
     if transformer.training:
         raise ValueError("pipe.transformer is in training mode, where features are noisy; call its eval() first")
-    session = Session(pipe, schedule, _found(transformer) if sites is None else sites)
+    if not exact and type(pipe).__name__ not in PIPELINES:
+        raise ValueError(f"exact=False is for {', '.join(PIPELINES)}, not {type(pipe).__name__}; leave it out")
+    session = Session(pipe, schedule, _found(transformer) if sites is None else sites, exact=exact)
     for other in open_sessions.get(transformer, []):
         if other.scheduler is pipe.scheduler and other.pipe() is not pipe:
             raise ValueError(
@@ -94,7 +104,9 @@ def cached(
         if parity:
             stack.enter_context(original_numerics(transformer))
         # A partial: a module that is copied inside the `with` is copied with an idle session.
-        stack.enter_context(gated(session.modules, functools.partial(answer, session)))
+        asking, math = functools.partial(answer, session), EXACT if exact else FUSED
+        stack.enter_context(gated_blocks(transformer, session.modules, asking, math=math))
+        stack.enter_context(ahead(transformer, session.clock))
         stack.enter_context(_tapped(session.scheduler, session))
         hook = transformer.register_forward_pre_hook(
             lambda module, args, kwargs: session.call(args, kwargs) if module is transformer else None, with_kwargs=True

@@ -227,8 +227,9 @@ class PixArtDenoiser:
         size: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
         if self.model.use_additional_conditions:  # in pixels, eight for each latent place
             height, width = 8 * x.shape[2], 8 * x.shape[3]
-            size["resolution"] = text.new_tensor([[height, width]]).expand(len(x), -1)
-            size["aspect_ratio"] = text.new_tensor([[height / width]]).expand(len(x), -1)
+            # Filled in where they are needed: a list would be copied to the device, and waited for.
+            size["resolution"] = torch.cat([text.new_full((len(x), 1), side) for side in (height, width)], dim=1)
+            size["aspect_ratio"] = text.new_full((len(x), 1), height / width)
         out: Tensor = self.model(
             x.to(text.dtype),
             encoder_hidden_states=text,

@@ -21,10 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from harmonica.cache import Cache, Compute, Feature, Gate, reuse
+from harmonica.cache import Cache, Compute, Feature, Gate
 from harmonica.cost import Count
+from harmonica.models.ahead import Clock
 from harmonica.models.sites import count_calls
 from harmonica.names import fit
+from harmonica.plan import Plan
 from harmonica.router import Schedule
 
 MOST_CALLS = 16
@@ -36,18 +38,21 @@ class Session:
 
     Attributes:
         schedule: in the names of this pipeline's sites.
+        clock: where the walk is, for what is known ahead of it.
         walks: walks begun.
         skipped, asked: sites that were reused, and that were asked, over all walks.
     """
 
-    def __init__(self, pipe: Any, schedule: Schedule, modules: Mapping[str, nn.Module]) -> None:
+    def __init__(self, pipe: Any, schedule: Schedule, modules: Mapping[str, nn.Module], *, exact: bool = True) -> None:
         self.pipe = weakref.ref(pipe)  # enable_cache must not keep a pipeline alive
         self.transformer, self.scheduler = pipe.transformer, pipe.scheduler
         self.modules = modules
         self.schedule = fit(schedule, tuple(modules))
         self.schedule.check(self.schedule.steps, tuple(modules))
+        self.clock = Clock(rows=not exact, trusted=False)
         self.walks = self.skipped = self.asked = 0
-        self._rows: list[list[bool]] = self.schedule.compute.tolist()
+        self._plan = Plan.of(self.schedule)
+        self._skips = (~self.schedule.compute).sum(1).tolist()
         self._inputs: Any = None
         self.forget()
 
@@ -59,6 +64,7 @@ class Session:
         self._shapes: list[list[torch.Size]] = []
         self._gate: Gate | None = None
         self._times_asked: dict[int, int] = {}
+        self.clock.end()
 
     def begin(self) -> None:
         """Begin a walk, if this session is the innermost of its scheduler; others of this transformer step back."""
@@ -71,6 +77,7 @@ class Session:
         times = tuple(torch.as_tensor(self.scheduler.timesteps).tolist())
         self.schedule.check(len(times), self.schedule.sites, times)
         self._k, self.walks = 0, self.walks + 1
+        self.clock.begin(times)
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin a call of the transformer: choose the gate of this step and this call."""
@@ -78,6 +85,7 @@ class Session:
         if self._k < 0:
             return
         call, self._calls = self._calls, self._calls + 1
+        self.clock.k, self.clock.call = self._k, call
         shapes = [leaf.shape for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         self._must_be_the_same_walk(call, shapes)
         if self._k == 0:
@@ -85,10 +93,9 @@ class Session:
             self._shapes.append(shapes)
             self._times_asked = {}
             self._inputs = tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, (args, kwargs))
-        row = self._rows[self._k]
-        gate = reuse(row, self._caches[call])
+        gate = self._plan.gate(self._k, self._caches[call])
         self._gate = self._counting(gate) if self._k == 0 else gate
-        self.asked, self.skipped = self.asked + len(row), self.skipped + row.count(False)
+        self.asked, self.skipped = self.asked + len(self.modules), self.skipped + self._skips[self._k]
 
     def _must_be_the_same_walk(self, call: int, shapes: list[torch.Size]) -> None:
         at = f"at step {self._k} of {self.schedule.steps}"
@@ -168,7 +175,7 @@ class Session:
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
         """Return a session of no pipeline: a copied module computes, and a copied scheduler tells nobody."""
         idle = copy.copy(self)
-        idle.scheduler = None
+        idle.scheduler, idle.clock = None, Clock()
         idle.forget()
         return idle
 

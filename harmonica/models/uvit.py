@@ -110,13 +110,14 @@ class Block(nn.Module):
     def forward(self, h: Streams, skip: Streams = ()) -> Streams:
         """Update tokens h, S × (B, L, D), with those of the long skip, the same shape, in a block that has one."""
         if self.skip_linear is not None:
-            h = each(self.skip_linear, each(_concatenate, h, skip))
+            h = each(self.skip_linear, each(concatenate, h, skip))
         h = each(torch.add, h, self.attn(each(self.norm1, h)))
         return each(torch.add, h, self.mlp(each(self.norm2, h)))
 
 
-def _concatenate(h: Tensor, skip: Tensor) -> Tensor:
-    return torch.cat([h, skip], dim=-1)  # (B, L, 2D)
+def concatenate(h: Tensor, skip: Tensor) -> Tensor:
+    """Return [h, skip] along the last dimension: (B, L, 2D)."""
+    return torch.cat([h, skip], dim=-1)
 
 
 def sinusoids(t: Tensor, dim: int) -> Tensor:

@@ -1,0 +1,310 @@
+"""Blocks: skip all that a skipped site does not need, not only the site.
+
+`gated` overrides sites, so the norm and the modulation before a skipped site still run. `gated_blocks` overrides the
+blocks that it knows, and asks the same gate with all of the branch inside:
+
+    gated          n = norm(h)·(1 + scale) + shift;   h + gate · ask(i, lambda: site(n))
+    gated_blocks                                      h + gate · ask(i, lambda: site(norm(h)·(1 + scale) + shift))
+
+The same operations in the same order, so the same numbers bit for bit. Known are our DiT's block, U-ViT's, and
+diffusers' BasicTransformerBlock with adaLN-zero (DiTPipeline) and adaLN-single (PixArt). Whatever is unusual about a
+block or a call, a hook on a norm, a chunked feed-forward, arguments of an adapter, takes the plain way through `gated`,
+for this block and this call.
+
+This file does not know schedules, steps or samplers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harmonica.cache import Compute, Feature, Gate, gated
+from harmonica.models import dit, uvit
+from harmonica.shadows import put_back
+
+Ask = Callable[[str, Compute], Feature]
+"""(name of a block's site, branch) -> feature; a module that is no site computes."""
+
+
+class Arithmetic:
+    """The element-wise work of a block, as the models write it: exact.
+
+    h tokens (B, N, D)   scale, shift, gate (B, 1, D)   out, what a site returned (B, N, D)
+    """
+
+    def branch(self, site: Callable[[Tensor], Tensor], norm: nn.Module, h: Tensor, scale: Tensor, shift: Tensor) -> Any:
+        """Return site(norm(h)·(1 + scale) + shift)."""
+        return site(norm(h) * (1 + scale) + shift)
+
+    def add(self, h: Tensor, gate: Tensor, out: Tensor) -> Tensor:
+        """Return gate·out + h, in this order: a sum lies in memory as its first part does."""
+        return gate * out + h
+
+
+class Fused(Arithmetic):
+    """The same in fewer passes over memory: a product and a sum are rounded once, not twice."""
+
+    def branch(self, site: Callable[[Tensor], Tensor], norm: nn.Module, h: Tensor, scale: Tensor, shift: Tensor) -> Any:
+        """Return site(norm(h)·(1 + scale) + shift)."""
+        return site(torch.addcmul(shift, norm(h), 1 + scale))
+
+    def add(self, h: Tensor, gate: Tensor, out: Tensor) -> Tensor:
+        """Return gate·out + h."""
+        return torch.addcmul(h.contiguous(), gate, out)
+
+
+class Compiled(Arithmetic):
+    """The same, compiled: one graph for each kind of branch, one for the sum; what decides stays Python.
+
+    Args:
+        options: of torch.compile.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self._branch = torch.compile(_branch, dynamic=False, **options)
+        self._add = torch.compile(_add, dynamic=False, **options)
+
+    def branch(self, site: Callable[[Tensor], Tensor], norm: nn.Module, h: Tensor, scale: Tensor, shift: Tensor) -> Any:
+        """Return site(norm(h)·(1 + scale) + shift)."""
+        return self._branch(site, norm, h, scale, shift)
+
+    def add(self, h: Tensor, gate: Tensor, out: Tensor) -> Tensor:
+        """Return gate·out + h, contiguous, so that strides do not double the number of graphs."""
+        return self._add(h.contiguous(), gate, out)
+
+
+def _branch(site: Callable[[Tensor], Any], norm: nn.Module, h: Tensor, scale: Tensor, shift: Tensor) -> Any:
+    return site(norm(h) * (1 + scale) + shift)
+
+
+def _add(h: Tensor, gate: Tensor, out: Tensor) -> Tensor:
+    return gate * out + h
+
+
+EXACT, FUSED = Arithmetic(), Fused()
+
+
+# ------------------------------------------------------------ blocks
+
+
+def dit_block(block: dit.Block, ask: Ask, math: Arithmetic, h: Tensor, c: Tensor) -> Tensor:
+    """Do what `dit.Block.forward` does."""
+    shift1, scale1, gate1, shift2, scale2, gate2 = block.adaLN_modulation(c)[:, None].chunk(6, dim=-1)  # (B, 1, D)
+    h = math.add(h, gate1, ask("attn", lambda: math.branch(block.attn, block.norm1, h, scale1, shift1)))
+    return math.add(h, gate2, ask("mlp", lambda: math.branch(block.mlp, block.norm2, h, scale2, shift2)))
+
+
+def uvit_block(block: uvit.Block, ask: Ask, math: Arithmetic, h: uvit.Streams, skip: uvit.Streams = ()) -> uvit.Streams:
+    """Do what `uvit.Block.forward` does."""
+    if block.skip_linear is not None:
+        h = uvit.each(block.skip_linear, uvit.each(uvit.concatenate, h, skip))
+    h = uvit.each(torch.add, h, ask("attn", lambda: block.attn(uvit.each(block.norm1, h))))
+    return uvit.each(torch.add, h, ask("mlp", lambda: block.mlp(uvit.each(block.norm2, h))))
+
+
+def ada_zero_block(
+    block: Any,
+    ask: Ask,
+    math: Arithmetic,
+    hidden_states: Tensor,
+    timestep: Tensor,
+    class_labels: Tensor,
+    added_cond_kwargs: object = None,
+) -> Tensor:
+    """Do what diffusers' block does with adaLN-zero, which has no cross-attention: DiTPipeline."""
+    h, ada = hidden_states, block.norm1
+    c = ada.emb(timestep, class_labels, hidden_dtype=h.dtype)  # (B, D)
+    parts = ada.linear(ada.silu(c)).chunk(6, dim=1)
+    shift1, scale1, gate1, shift2, scale2, gate2 = (part[:, None] for part in parts)  # (B, 1, D)
+    h = math.add(h, gate1, ask("attn1", lambda: math.branch(block.attn1, ada.norm, h, scale1, shift1)))
+    return math.add(h, gate2, ask("ff", lambda: math.branch(block.ff, block.norm3, h, scale2, shift2)))
+
+
+def ada_single_block(
+    block: Any,
+    ask: Ask,
+    math: Arithmetic,
+    hidden_states: Tensor,
+    timestep: Tensor,
+    encoder_hidden_states: Tensor | None = None,
+    encoder_attention_mask: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+) -> Tensor:
+    """Do what diffusers' block does with adaLN-single, where all blocks share one modulation: PixArt."""
+    h = hidden_states  # (B, N, D)
+    shared = block.scale_shift_table[None] + timestep.reshape(len(h), 6, -1)  # (B, 6, D)
+    shift1, scale1, gate1, shift2, scale2, gate2 = shared.chunk(6, dim=1)  # (B, 1, D)
+    own = partial(block.attn1, encoder_hidden_states=None, attention_mask=attention_mask)
+    h = math.add(h, gate1, ask("attn1", lambda: math.branch(own, block.norm1, h, scale1, shift1)))
+    text = {"encoder_hidden_states": encoder_hidden_states, "attention_mask": encoder_attention_mask}
+    h = ask("attn2", lambda: block.attn2(h, **text)) + h
+    return math.add(h, gate2, ask("ff", lambda: math.branch(block.ff, block.norm2, h, scale2, shift2)))
+
+
+# ------------------------------------------------------------ which block is known
+
+
+@dataclass(frozen=True)
+class Form:
+    """How to run blocks of one class with all of a branch inside the gate.
+
+    Attributes:
+        run: (block, ask, arithmetic, *what the block's forward takes) -> what it returns.
+        arguments: of the block's forward in its order, tokens first.
+        sites: modules of the block that may be sites.
+        norms: modules that do not run where their site is skipped; one that is hooked must run, and forbids this form.
+        unused: arguments that `run` does not do, so they must be None or empty.
+        fits: whether a block of this class is of the kind that `run` does.
+    """
+
+    run: Callable[..., Any]
+    arguments: tuple[str, ...]
+    sites: tuple[str, ...]
+    norms: tuple[str, ...]
+    unused: tuple[str, ...] = ()
+    fits: Callable[[Any], bool] = lambda block: True
+
+    def call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Return the arguments of a call by name, or None if this form does not do such a call."""
+        named = dict(zip(self.arguments, args, strict=False)) | dict(kwargs)
+        h = named.get(self.arguments[0])
+        if len(args) > len(self.arguments) or not named.keys() <= set(self.arguments):
+            return None
+        if (isinstance(h, Tensor) and h.dim() != 3) or not all(_empty(named.pop(name, None)) for name in self.unused):
+            return None
+        return named
+
+
+def _empty(value: Any) -> bool:
+    return value is None or (isinstance(value, dict) and not value)
+
+
+def _ada_zero(block: Any) -> bool:
+    plain = block.attn2 is None and block.pos_embed is None and not block.only_cross_attention
+    return bool(block.norm_type == "ada_norm_zero" and plain and block.norm1.emb is not None)
+
+
+def _ada_single(block: Any) -> bool:
+    plain = block.attn2 is not None and block.pos_embed is None and not block.only_cross_attention
+    return bool(block.norm_type == "ada_norm_single" and plain)
+
+
+_BASIC = "diffusers.models.attention.BasicTransformerBlock"
+_BASIC_ARGUMENTS = (
+    "hidden_states", "attention_mask", "encoder_hidden_states", "encoder_attention_mask", "timestep",
+    "cross_attention_kwargs", "class_labels", "added_cond_kwargs",
+)  # fmt: skip
+FORMS: dict[str, tuple[Form, ...]] = {
+    "harmonica.models.dit.Block": (Form(dit_block, ("h", "c"), ("attn", "mlp"), ("norm1", "norm2")),),
+    "harmonica.models.uvit.Block": (Form(uvit_block, ("h", "skip"), ("attn", "mlp"), ("norm1", "norm2")),),
+    _BASIC: (
+        Form(
+            ada_zero_block,
+            _BASIC_ARGUMENTS,
+            sites=("attn1", "ff"),
+            norms=("norm1", "norm1.norm", "norm3"),
+            unused=("attention_mask", "encoder_hidden_states", "encoder_attention_mask", "cross_attention_kwargs"),
+            fits=_ada_zero,
+        ),
+        Form(
+            ada_single_block,
+            _BASIC_ARGUMENTS,
+            sites=("attn1", "attn2", "ff"),
+            norms=("norm1", "norm2"),
+            unused=("cross_attention_kwargs", "class_labels", "added_cond_kwargs"),
+            fits=_ada_single,
+        ),
+    ),
+}
+"""Forms of the blocks that are known, by the name of their class: naming a class does not import it."""
+
+
+def form_of(block: nn.Module) -> Form | None:
+    """Return how to run this block, or None if it has to be run as it stands."""
+    kind = type(block)
+    forms = FORMS.get(f"{kind.__module__}.{kind.__qualname__}", ())
+    form = next((form for form in forms if form.fits(block)), None)
+    return form if form is not None and _usual(block, form) else None
+
+
+def _usual(block: nn.Module, form: Form) -> bool:
+    """Tell whether nobody has put anything on the block that would see, or want, what is not called any more."""
+    norms = [block.get_submodule(name) for name in form.norms]
+    sites = [block.get_submodule(name) for name in form.sites]
+    replaced = any("forward" in vars(module) or module._compiled_call_impl is not None for module in (block, *norms))
+    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in (*norms, *sites))
+    return not (replaced or hooked or block.training)
+
+
+# ------------------------------------------------------------ overriding
+
+
+@contextmanager
+def gated_blocks(
+    model: nn.Module | None,
+    sites: Mapping[str, nn.Module] | Sequence[nn.Module],
+    gate: Gate,
+    *,
+    math: Arithmetic = EXACT,
+) -> Iterator[None]:
+    """Do what `gated(sites, gate)` does, with the norm and the modulation before each site inside the gate.
+
+    Args:
+        model: whose blocks are looked through; None knows no blocks, and all sites are overridden one by one.
+        sites: modules in the order of the table's columns, as in `gated`.
+        gate: asked as gate(index of the site, compute).
+        math: EXACT gives the numbers of `gated` bit for bit, FUSED to rounding.
+    """
+    modules = list(sites.values() if isinstance(sites, Mapping) else sites)
+    column = {id(module): site for site, module in enumerate(modules)}
+    blocks = [(block, form) for block in (model.modules() if model is not None else ()) if (form := form_of(block))]
+    inside = {id(block.get_submodule(name)) for block, form in blocks for name in form.sites}
+    rest = [site for site, module in enumerate(modules) if id(module) not in inside]
+    shadowed = []
+    with gated([modules[site] for site in rest], partial(_renamed, gate, rest)):
+        try:
+            for block, form in blocks:
+                columns = {name: column.get(id(block.get_submodule(name))) for name in form.sites}
+                before = vars(block).get("forward")
+                running = partial(_run, form, gate, math, columns, block, block.forward)
+                vars(block)["forward"] = running
+                shadowed.append((block, before, running))
+            yield
+        finally:
+            for block, before, running in shadowed:
+                put_back(block, "forward", running, before)
+
+
+def _renamed(gate: Gate, columns: Sequence[int], site: int, compute: Compute) -> Feature:
+    return gate(columns[site], compute)
+
+
+def _run(
+    form: Form,
+    gate: Gate,
+    math: Arithmetic,
+    columns: Mapping[str, int | None],
+    block: Any,
+    forward: Callable[..., Any],
+    /,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    # Shadows are partials of this function, as in `gated`: a block that is copied runs its own weights.
+    def ask(name: str, compute: Compute) -> Feature:
+        site = columns[name]
+        return compute() if site is None else gate(site, compute)
+
+    named = form.call(args, kwargs)
+    if named is not None and getattr(block, "_chunk_size", None) is None:
+        return form.run(block, ask, math, **named)
+    mine = {name: site for name, site in columns.items() if site is not None}
+    with gated([block.get_submodule(name) for name in mine], partial(_renamed, gate, list(mine.values()))):
+        return forward(*args, **kwargs)

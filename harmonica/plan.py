@@ -1,0 +1,110 @@
+"""Plan: what a frozen table tells before the walk begins.
+
+A schedule is static, so for each step k and site i it is known in advance not only whether the site computes, but also
+whether anybody will read what it computed, and when a feature is read for the last time:
+
+    compute, unread    the next decision of this site is to compute again, or there is none: keep nothing
+    compute, keep      some later step reads it: keep a reference
+    read               reuse, and a later step reads it too
+    read, let go       reuse for the last time: the feature is freed right after
+
+A plan's gates are a drop-in for `reuse`: the same images bit for bit, with fewer features alive. This file does not
+know models or samplers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from harmonica.cache import Cache, Compute, Feature, Gate, reuse
+
+if TYPE_CHECKING:
+    from harmonica.router import Schedule
+
+UNREAD, KEEP, READ, LET_GO = range(4)
+"""What a site does at a step; the first two compute."""
+
+Row = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A schedule in Python numbers, each entry one of UNREAD, KEEP, READ and LET_GO.
+
+    Attributes:
+        rows: T rows of N entries, sites in the order in which a model asks them.
+
+    >>> from harmonica import Schedule
+    >>> Plan.of(Schedule([[True, True], [False, True], [False, True]])).rows
+    ((1, 0), (2, 0), (3, 0))
+    """
+
+    rows: tuple[Row, ...]
+
+    @classmethod
+    def of(cls, schedule: Schedule) -> Plan:
+        """Plan a schedule; the only time that its tensor is looked at."""
+        columns = map(_column, schedule.compute.T.tolist())
+        return cls(tuple(zip(*columns, strict=True)))
+
+    @property
+    def steps(self) -> int:
+        """T."""
+        return len(self.rows)
+
+    def gate(self, k: int, cache: Cache) -> Gate:
+        """Return the gate of step k over a trajectory's cache, which is empty after the last step.
+
+        Asked in the order of the walk, each site once a step, it answers what `reuse` answers. A feature that was never
+        computed raises RuntimeError, as there.
+        """
+        row = self.rows[k]
+
+        def gate(site: int, compute: Compute) -> Feature:
+            try:
+                what = row[site]
+                if what == READ:
+                    return cache[site]
+                if what == LET_GO:
+                    return cache.pop(site)
+            except LookupError:
+                return reuse([False] * len(row), {})(site, compute)  # raises, and says what is wrong
+            feature = compute()
+            if what == KEEP:
+                cache[site] = feature
+            return feature
+
+        return gate
+
+    def peak(self, sizes: Sequence[float] | None = None) -> float:
+        """Return the most that is alive in the cache at once: features, or their sizes if N of them are given.
+
+        >>> from harmonica import Schedule
+        >>> plan = Plan.of(Schedule([[True, True], [False, False], [True, False]]))
+        >>> plan.peak(), plan.peak([10, 1])
+        (2, 11)
+        """
+        weigh = [1] * len(self.rows[0]) if sizes is None else list(sizes)
+        if len(weigh) != len(self.rows[0]):
+            raise ValueError(f"sizes has {len(weigh)} entries; the plan has {len(self.rows[0])} sites")
+        alive = most = 0.0
+        for row in self.rows:
+            for what, size in zip(row, weigh, strict=True):
+                alive += {KEEP: size, LET_GO: -size}.get(what, 0)
+                most = max(most, alive)
+        return int(most) if sizes is None or all(isinstance(size, int) for size in weigh) else most
+
+
+def _column(computes: Sequence[bool]) -> Row:
+    """Return what one site does at each of the T steps, given where it computes.
+
+    >>> _column([True, False, False, True, True])
+    (1, 2, 3, 0, 0)
+    """
+    read_next = [not compute for compute in computes[1:]] + [False]
+    return tuple(
+        (KEEP if later else UNREAD) if compute else (READ if later else LET_GO)
+        for compute, later in zip(computes, read_next, strict=True)
+    )

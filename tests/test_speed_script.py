@@ -1,0 +1,40 @@
+"""The speed benchmark's own laws: tables of the asked share, ratios within a turn, a run that continues."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+speed = pytest.importorskip("speed")
+
+
+def test_a_drawn_table_has_the_share_that_was_asked_for():
+    for cur in (0, 25, 37.5, 50):
+        schedule = speed.schedule_of(10, tuple("abcdefgh"), cur)
+        assert abs(100 * schedule.cur - cur) < 1
+    assert speed.schedule_of(10, ("a",), 50) == speed.schedule_of(10, ("a",), 50)
+
+
+def test_ratios_are_taken_within_a_turn():
+    rows = speed.summary({"plain": [2.0, 4.0, 8.0], "fast": [1.0, 2.0, 4.0]}, {"fast": 2.5})
+    assert rows["fast"]["measured_speedup"] == [2.0, 2.0, 2.0]
+    assert rows["fast"]["efficiency"] == 0.8
+    assert "efficiency" not in rows["plain"]
+
+
+def test_a_run_writes_every_case_and_continues_where_it_was_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "ON_CPU", (speed.Case("tiny", 1, 50, 4),))
+    arguments = ["--out", str(tmp_path), "--only", "tiny", "--turns"]
+    speed.main([*arguments, "1"])
+    speed.main([*arguments, "2"])
+    (case,) = json.loads((tmp_path / "speed.json").read_text())["figures"].values()
+    assert {way: len(column) for way, column in case["turns"].items()} == dict.fromkeys(
+        ("plain", "sites", "exact", "fast"), 2
+    )
+    assert case["features_alive_mib"] <= case["features_mib"]
+    assert set(case["waterfall"]) == {"plain", "sites", "fast"}
+    assert (tmp_path / "speed_waterfall.png").stat().st_size > 1000
