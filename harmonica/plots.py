@@ -56,18 +56,22 @@ def router_heatmap(table: Schedule | Tensor, sites: Sequence[str] = (), *, title
     return fig
 
 
-def site_heatmap(values: Tensor, sites: Sequence[str], *, label: str, title: str = "") -> Figure:
+def site_heatmap(
+    values: Tensor, sites: Sequence[str], *, label: str, most: float | None = None, title: str = ""
+) -> Figure:
     """Draw a measurement of every step and site as `router_heatmap` draws a table; dark is much.
 
     Args:
         values: (T, N), entries that are not finite are left white.
         sites: N names.
         label: what is measured, in which unit; stands at the colour bar.
+        most: value of the darkest colour, larger ones look the same; the largest value if None.
         title: above all.
     """
     values = values.detach().float().cpu()
     finite = values[values.isfinite()]
-    limits = (min(0.0, float(finite.min())), float(finite.max())) if len(finite) else (0.0, 1.0)
+    low, high = (min(0.0, float(finite.min())), float(finite.max())) if len(finite) else (0.0, 1.0)
+    limits = (low, high if most is None else most)
     fig, bar = _panels(values.masked_fill(~values.isfinite(), float("nan")), sites, colormaps["cividis_r"], limits)
     bar.set_label(label)
     fig.suptitle(title)

@@ -1,4 +1,6 @@
-"""Build a notebook from the script beside it, and run it: `python tutorials/build.py tutorials/01_features_repeat.py …`
+"""Build the notebooks of tutorials, and run them.
+
+    python tutorials/build.py tutorials/01_features_repeat.py …
 
 A script is in jupytext's percent format. Its notebook has the same cells below one that says how to open it elsewhere.
 The same script makes the same file: cells are numbered, and times, paths and the machine's Python are left out.
@@ -11,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY: str | None = None
-"""OWNER/NAME on GitHub, once the project lies there. The one place that says so: with it every notebook links to Colab."""
+"""OWNER/NAME on GitHub, once the project lies there. The one place that says so; notebooks link to Colab with it."""
 
 PACKAGE = "harmonica-dit[pixart]"
 
