@@ -52,7 +52,9 @@ def main(scripts: list[str]) -> None:
     for script in map(Path, scripts):
         made = notebook(script)
         about = dict(made.metadata)
-        NotebookClient(made, kernel_name="python3", record_timing=False, coalesce_streams=True).execute(cwd=str(script.parent))
+        NotebookClient(made, kernel_name="python3", record_timing=False, coalesce_streams=True).execute(
+            cwd=str(script.parent)
+        )
         made.metadata = about  # running adds the version of Python
         nbformat.write(made, script.with_suffix(".ipynb"))
 
