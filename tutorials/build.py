@@ -8,6 +8,7 @@ The same script makes the same file: cells are numbered, and times, paths and th
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ def main(scripts: list[str]) -> None:
     import nbformat
     from nbclient import NotebookClient
 
+    os.environ["PYTHONWARNINGS"] = "ignore:IProgress"  # tqdm asks for widgets, and says where it is installed
     for script in map(Path, scripts):
         made = notebook(script)
         about = dict(made.metadata)
