@@ -188,6 +188,28 @@ def per_step(
     return fig
 
 
+def tradeoff(methods: Mapping[str, Sequence[tuple[float, float]]], *, ylabel: str = "image error") -> Figure:
+    """Draw what methods make of their speedups: further right is faster, lower is better; marks on lines are tables.
+
+    Args:
+        methods: (theoretical speedup, error) of each table, by the name of the method; tables without an error are left
+            out, since the axis is logarithmic.
+        ylabel: which error.
+    """
+    fig = Figure(figsize=(6.0, 3.8), layout="constrained")
+    ax = fig.subplots()
+    for i, (name, tables) in enumerate(methods.items()):
+        drawn = sorted((speedup, error) for speedup, error in tables if error > 0)
+        ax.plot(
+            [speedup for speedup, _ in drawn], [error for _, error in drawn],
+            _STYLES[i % 4], marker=_MARKS[i % 6], color=_COLOURS[i % 6], label=name,
+        )  # fmt: skip
+    ax.set(xlabel="theoretical speedup", ylabel=ylabel, yscale="log")
+    ax.grid(alpha=0.3)
+    ax.legend()
+    return fig
+
+
 def lambda_per_step(lams: Mapping[str, Tensor]) -> Figure:
     """Draw λ (T,) for each step on a logarithmic scale, one line for each definition or router; zeros are left out."""
     fig = Figure(figsize=(6.0, 3.2), layout="constrained")

@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from harmonica import plots
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "tutorials").glob("[0-9]*.py"))
@@ -126,3 +129,18 @@ def test_with_an_address_a_notebook_links_to_its_own_page_in_colab():
     assert "https://colab.research.google.com/github/a/b/blob/main/tutorials/01_x.ipynb" in opening("01_x", "a/b")
     assert "git+https://github.com/a/b" in opening("01_x", "a/b")
     assert "github" not in opening("01_x", None)
+
+
+def test_what_the_tutorials_draw_is_a_figure_with_every_line_and_site():
+    names = ("blocks.0.attn", "blocks.0.mlp", "blocks.1.attn", "blocks.1.mlp")
+    values = torch.rand(5, 4)
+    values[0] = torch.nan
+    heat = plots.site_heatmap(values, names, label="change", most=0.4)
+    images = [image for ax in heat.axes for image in ax.get_images()]
+    assert len(images) == 2, "a panel for each kind"
+    assert all(image.get_clim() == (0.0, 0.4) for image in images)
+    assert torch.equal(torch.as_tensor(images[1].get_array().filled(-1)[:, 1:]), values[1:, [1, 3]].T)
+    lines = plots.per_step({"a": [0.0, 1.0, float("nan"), 2.0], "b": [1.0]}, ylabel="error", log=True).axes[0].lines
+    assert [line.get_xydata().tolist() for line in lines] == [[[1.0, 1.0], [3.0, 2.0]], [[0.0, 1.0]]]
+    lines = plots.tradeoff({"a": [(2.0, 1e-2), (1.5, 1e-3), (1.0, 0.0)]}).axes[0].lines
+    assert lines[0].get_xydata().tolist() == [[1.5, 1e-3], [2.0, 1e-2]]
