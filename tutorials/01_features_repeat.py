@@ -12,7 +12,8 @@
 # will differ; the code to take them is the same.
 #
 # You need to know: a diffusion model turns noise into an image in T steps, at each of which a network predicts the
-# noise that is still in x. Symbols are the paper's (arXiv 2410.01723).
+# noise that is still in x. Symbols are the paper's (arXiv 2410.01723), except that steps are counted as they are
+# executed: k = 0, 1, … T − 1, where the paper's t is T − k.
 
 # %%
 # %matplotlib inline
@@ -28,10 +29,11 @@ denoiser = load("tiny", steps=20)  # frozen weights, DDIM with T = 20, guidance 
 # %% [markdown]
 # ## What is a walk?
 #
-# A *denoiser* is a model with its sampler and its guidance. `draw` gives noise to start from; labels say which digit
-# each one shall become. `denoise` yields x after each of the T executed steps, k = 0 … 19. **What does x look like on
-# the way?** Each row below is a moment of the walk, each column a digit: first pure noise, then x after steps 4, 9,
-# 14, 19.
+# A *denoiser* is a model with its sampler and its guidance. (Guidance: each prediction runs the model with the label
+# and without it, and exaggerates the difference. So a batch of B is 2B inside.) `draw` gives noise to start from;
+# labels say which digit each one shall become. `denoise` yields x after each of the T executed steps, k = 0 … 19.
+# **What does x look like on the way?** Each row below is a moment of the walk, each column a digit: first pure noise,
+# then x after steps 4, 9, 14, 19.
 
 # %%
 x, _ = denoiser.draw(10, torch.Generator().manual_seed(0))  # (B, C, H, W) = (10, 1, 8, 8)

@@ -8,7 +8,7 @@
 # - follow the paper's Algorithm 1 line by line in `harmonica/sdt.py`, and run one update of it by hand;
 # - train a router, watch it, freeze it, and judge it against other methods at equal speed.
 #
-# T is 10 here, so that a training takes seconds. All pictures are judged on noises that no router was trained on.
+# T is 10 here, so that a training takes seconds. All tables are judged on noises that no router was trained on.
 
 # %%
 # %matplotlib inline

@@ -31,7 +31,7 @@ torch.set_num_threads(1)
 if WEIGHTS is None:
     pipe = digits.pipeline(load("tiny"))
     steps, guidance, classes = 10, 1.5, list(range(10))
-    training = {"iterations": 180, "batch_size": 4, "beta": 1e-4, "lr": 0.2, "proxy": None}
+    training = {"iterations": 180, "batch_size": 4, "beta": 1e-4, "lr": 0.2, "proxy": None}  # no proxy: λ = 1
 else:
     from diffusers import DiTPipeline
 

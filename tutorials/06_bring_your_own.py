@@ -154,8 +154,8 @@ scatter(data=(real, real_moons), drawn=(plain, moons))
 # %% [markdown]
 # ## Everything else works now
 #
-# Routers, λ, other methods, the bench: none of them knows what a denoiser is made of. Train a router. **What does it
-# reuse?**
+# Routers, λ, other methods, the bench: none of them knows what a denoiser is made of. Train a router (`proxy=None` is
+# λ = 1, plain step-wise training). **What does it reuse?**
 
 # %%
 schedule = train_sdt(denoiser, iterations=570, batch_size=32, beta=1e-3, lr=0.2, proxy=None, progress=False).schedule()
@@ -196,7 +196,8 @@ print(equal_drift(denoiser, few, few_moons, 10))
 #
 # Each method at several speeds, judged on the same 1000 noises: the mean squared distance to the point that the same
 # noise becomes without a cache. A table is only as good as the best that another method does *at its speed*, so one
-# number each would say nothing. **Which method is on the lower right edge, the Pareto front?**
+# number each would say nothing. A table is on the *Pareto front* if no other is both faster and better; it runs along
+# the lower right of the plot. **Which methods are on it?**
 
 
 # %%
