@@ -36,8 +36,8 @@ golden: $(READY)     ## a line for each number recorded from the authors' code
 
 NOTEBOOKS := $(patsubst %.py,%.ipynb,$(wildcard tutorials/[0-9]*.py))
 notebooks: $(NOTEBOOKS)  ## build and run the tutorials' notebooks from the scripts beside them
-tutorials/%.ipynb: tutorials/%.py $(READY)
-	$(BIN)/jupytext --to ipynb --execute --set-kernel python3 $<
+tutorials/%.ipynb: tutorials/%.py tutorials/build.py | $(READY)
+	$(BIN)/python tutorials/build.py $<
 
 bench: $(READY)      ## the figures in benchmarks/results (an hour; each script says what it measures)
 	$(BIN)/python benchmarks/gate.py

@@ -6,9 +6,12 @@ grey and by the colour-blind; where lines cross, their marks differ too.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from matplotlib import colormaps
+from matplotlib.colorbar import Colorbar
+from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
@@ -43,14 +46,50 @@ def router_heatmap(table: Schedule | Tensor, sites: Sequence[str] = (), *, title
     hard = isinstance(table, Schedule)
     values = table.compute.float() if isinstance(table, Schedule) else table.detach().float().cpu()  # (T, N)
     names = table.sites if isinstance(table, Schedule) else sites
-    kinds = _kinds(names)
-    colours = colormaps["cividis_r"].resampled(2 if hard else 256)
+    fig, bar = _panels(values, names, colormaps["cividis_r"].resampled(2 if hard else 256), (0.0, 1.0))
+    if hard:
+        bar.set_ticks([0.25, 0.75], labels=["reuse", "compute"])
+    else:
+        bar.set_label("score r (1 computes)")
+    reused = f"CUR {table.cur:.1%}" if isinstance(table, Schedule) else f"mean score {float(values.mean()):.2f}"
+    fig.suptitle(f"{title}: {reused}" if title else reused)
+    return fig
+
+
+def site_heatmap(
+    values: Tensor, sites: Sequence[str], *, label: str, most: float | None = None, title: str = ""
+) -> Figure:
+    """Draw a measurement of every step and site as `router_heatmap` draws a table; dark is much.
+
+    Args:
+        values: (T, N), entries that are not finite are left white.
+        sites: N names.
+        label: what is measured, in which unit; stands at the colour bar.
+        most: value of the darkest colour, larger ones look the same; the largest value if None.
+        title: above all.
+    """
+    values = values.detach().float().cpu()
+    finite = values[values.isfinite()]
+    low, high = (min(0.0, float(finite.min())), float(finite.max())) if len(finite) else (0.0, 1.0)
+    limits = (low, high if most is None else most)
+    fig, bar = _panels(values.masked_fill(~values.isfinite(), float("nan")), sites, colormaps["cividis_r"], limits)
+    bar.set_label(label)
+    fig.suptitle(title)
+    return fig
+
+
+def _panels(
+    values: Tensor, sites: Sequence[str], colours: Colormap, limits: tuple[float, float]
+) -> tuple[Figure, Colorbar]:
+    """Draw (T, N) numbers, steps across, blocks down, one panel for each kind of site."""
+    kinds = _kinds(sites)
     tall = max(len(columns) for columns in kinds.values())
     fig = Figure(figsize=(1.5 + 0.16 * len(values) * len(kinds), 1.6 + 0.16 * tall), layout="constrained")
     axes = fig.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+    low, high = limits
     for ax, (kind, columns) in zip(axes, kinds.items(), strict=True):
         image = ax.imshow(
-            values[:, columns].T.numpy(), cmap=colours, vmin=0, vmax=1, aspect="auto", interpolation="none"
+            values[:, columns].T.numpy(), cmap=colours, vmin=low, vmax=high, aspect="auto", interpolation="none"
         )
         ax.set(xlabel="executed step k", title=_TITLES.get(kind, kind))
         ax.set_xticks([i - 0.5 for i in range(1, len(values))], minor=True)
@@ -60,14 +99,7 @@ def router_heatmap(table: Schedule | Tensor, sites: Sequence[str] = (), *, title
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0].set_ylabel("block")
-    bar = fig.colorbar(image, ax=axes, shrink=0.9)
-    if hard:
-        bar.set_ticks([0.25, 0.75], labels=["reuse", "compute"])
-    else:
-        bar.set_label("score r (1 computes)")
-    reused = f"CUR {table.cur:.1%}" if isinstance(table, Schedule) else f"mean score {float(values.mean()):.2f}"
-    fig.suptitle(f"{title}: {reused}" if title else reused)
-    return fig
+    return fig, fig.colorbar(image, ax=axes, shrink=0.9)
 
 
 def comparison(plain: Tensor, cached: Tensor, *, labels: Sequence[object] = (), title: str = "") -> Figure:
@@ -124,6 +156,55 @@ def error_along_walk(plain: Sequence[Tensor], walks: Mapping[str, Sequence[Tenso
     ax.set(xlabel="executed step k", ylabel="mean squared error of x\n(squared pixel units)")
     ax.set_yscale("symlog", linthresh=1e-6)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.grid(alpha=0.3)
+    ax.legend()
+    return fig
+
+
+def per_step(
+    lines: Mapping[str, Sequence[float]], *, ylabel: str, xlabel: str = "executed step k", log: bool = False
+) -> Figure:
+    """Draw numbers that belong to steps, one line for each name; what is not finite is left out, on a log axis 0 too.
+
+    Args:
+        lines: one number for each step k = 0, 1, …, by the name of the line.
+        ylabel: what is measured, in which unit.
+        xlabel: what the numbers belong to, if not the steps of a walk.
+        log: draw the numbers on a logarithmic axis.
+    """
+    fig = Figure(figsize=(6.0, 3.2), layout="constrained")
+    ax = fig.subplots()
+    for i, (name, line) in enumerate(lines.items()):
+        points = [(k, float(v)) for k, v in enumerate(line) if math.isfinite(v) and (v > 0 or not log)]
+        steps, values = zip(*points, strict=True) if points else ((), ())
+        marker = _MARKS[i % 6] if len(line) <= 60 else ""
+        ax.plot(steps, values, _STYLES[i % 4], marker=marker, color=_COLOURS[i % 6], label=name)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    if log:
+        ax.set_yscale("log")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.grid(alpha=0.3)
+    ax.legend()
+    return fig
+
+
+def tradeoff(methods: Mapping[str, Sequence[tuple[float, float]]], *, ylabel: str = "image error") -> Figure:
+    """Draw what methods make of their speedups: further right is faster, lower is better; marks on lines are tables.
+
+    Args:
+        methods: (theoretical speedup, error) of each table, by the name of the method; tables without an error are left
+            out, since the axis is logarithmic.
+        ylabel: which error.
+    """
+    fig = Figure(figsize=(6.0, 3.8), layout="constrained")
+    ax = fig.subplots()
+    for i, (name, tables) in enumerate(methods.items()):
+        drawn = sorted((speedup, error) for speedup, error in tables if error > 0)
+        ax.plot(
+            [speedup for speedup, _ in drawn], [error for _, error in drawn],
+            _STYLES[i % 4], marker=_MARKS[i % 6], color=_COLOURS[i % 6], label=name,
+        )  # fmt: skip
+    ax.set(xlabel="theoretical speedup", ylabel=ylabel, yscale="log")
     ax.grid(alpha=0.3)
     ax.legend()
     return fig

@@ -141,3 +141,33 @@ def dit_from_diffusers(state: dict[str, Tensor], positions: Tensor) -> dict[str,
                 parts = [state[f"transformer_blocks.{i}.attn1.to_{part}.{kind}"] for part in "qkv"]
                 renamed[f"blocks.{i}.attn.qkv.{kind}"] = torch.cat(parts)
     return renamed
+
+
+def dit_to_diffusers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the parameters of the original's DiT to diffusers', the inverse of `dit_from_diffusers`.
+
+    Each block gets a copy of the embedders and a third of `qkv` for each of its three projections; positions are left
+    out, since diffusers computes them.
+    """
+    names = {"x_embedder.proj": "pos_embed.proj", "final_layer.adaLN_modulation.1": "proj_out_1"}
+    names |= {"final_layer.linear": "proj_out_2"}
+    inner = {"adaLN_modulation.1": "norm1.linear", "attn.proj": "attn1.to_out.0"}
+    inner |= {"mlp.fc1": "ff.net.0.proj", "mlp.fc2": "ff.net.2"}
+    embedders = {"t_embedder.mlp.0": "timestep_embedder.linear_1", "t_embedder.mlp.2": "timestep_embedder.linear_2"}
+    embedders |= {"y_embedder.embedding_table": "class_embedder.embedding_table"}
+    blocks = sorted({key.split(".")[1] for key in state if key.startswith("blocks.")})
+    renamed = {}
+    for key, value in state.items():
+        module, _, kind = key.rpartition(".")
+        if module in names:
+            renamed[f"{names[module]}.{kind}"] = value
+        elif module in embedders:
+            renamed |= {f"transformer_blocks.{i}.norm1.emb.{embedders[module]}.{kind}": value for i in blocks}
+        elif module.startswith("blocks."):
+            _, i, part = module.split(".", 2)
+            if part == "attn.qkv":
+                for letter, third in zip("qkv", value.chunk(3), strict=True):
+                    renamed[f"transformer_blocks.{i}.attn1.to_{letter}.{kind}"] = third
+            else:
+                renamed[f"transformer_blocks.{i}.{inner[part]}.{kind}"] = value
+    return renamed

@@ -1,0 +1,67 @@
+"""Digits: a stock diffusers DiTPipeline that draws the bundled model's digits, to learn on and to test with.
+
+`pipeline()` is made of diffusers' own classes, so everything that works on it works on DiT-XL/2. Only the weights are
+the bundled ones, and the autoencoder is none, since the bundled model draws pixels.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harmonica.models.dit import DiTDenoiser
+from harmonica.models.tiny import TINY
+from harmonica.models.weights import dit_to_diffusers
+
+CLASSES = 1000
+"""DiTPipeline takes class 1000 for the null class; here class i < 1000 is the digit i mod 10."""
+
+
+class Pixels(nn.Module):
+    """An autoencoder that changes nothing: the latent is the picture."""
+
+    config = SimpleNamespace(scaling_factor=1.0)
+    dtype = torch.float32
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("nothing", torch.empty(0))
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is, which a pipeline asks of its parts."""
+        return next(self.buffers()).device
+
+    def decode(self, latents: Tensor) -> SimpleNamespace:
+        """Return latents (B, 1, 8, 8) as `sample`, where diffusers looks for it."""
+        return SimpleNamespace(sample=latents)
+
+
+def pipeline(denoiser: DiTDenoiser) -> Any:
+    """Return a DiTPipeline around the weights of `load("tiny")`, with DPM-Solver++.
+
+    Its timestep embedding and norms are set to the original's, for which the weights were trained (see
+    `harmonica.models.pipelines.original_numerics`).
+    """
+    from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+    from diffusers.pipelines.dit.pipeline_dit import DiTPipeline
+    from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=TINY["num_heads"], attention_head_dim=TINY["hidden_size"] // TINY["num_heads"],
+        in_channels=1, out_channels=1, num_layers=TINY["depth"], sample_size=TINY["input_size"],
+        patch_size=TINY["patch_size"], num_embeds_ada_norm=CLASSES, norm_type="ada_norm_zero",
+        activation_fn="gelu-approximate",
+    )  # fmt: skip
+    state = dict(denoiser.model.state_dict())
+    table = state["y_embedder.embedding_table.weight"]  # (11, D)
+    state["y_embedder.embedding_table.weight"] = table[[*(i % 10 for i in range(CLASSES)), 10]]  # (1001, D)
+    transformer.load_state_dict(dit_to_diffusers(state))
+    for block in transformer.transformer_blocks:
+        block.norm1.emb.time_proj.downscale_freq_shift, block.norm3.eps = 0, 1e-6
+    made: Any = DiTPipeline(transformer.eval().requires_grad_(False), Pixels(), DPMSolverMultistepScheduler())
+    made.set_progress_bar_config(disable=True)
+    return made
