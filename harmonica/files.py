@@ -83,6 +83,38 @@ def write_whole(path: StrPath, write: Callable[[Path], Any]) -> None:
         beside.unlink(missing_ok=True)
 
 
+@contextmanager
+def alone(folder: StrPath) -> Iterator[None]:
+    """Hold a folder for one run: another that asks for it is refused until this one has ended, however it ends.
+
+    The lock is the system's and dies with the process, so none is ever stale, and nothing is left in the folder. Where
+    there are no such locks (Windows, some network disks) nobody is refused; files are whole even so.
+
+    Raises:
+        BlockingIOError: if another run holds it.
+    """
+    try:
+        import fcntl
+    except ModuleNotFoundError:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        _lock(fcntl, handle, folder)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _lock(fcntl: Any, handle: int, folder: StrPath) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BlockingIOError(f"{folder} is being written to by another run; wait for it, or choose another") from None
+    except OSError:  # a disk that knows no locks
+        return
+
+
 def write_json(path: StrPath, data: Mapping[str, Any]) -> None:
     """Write JSON a person can read: a line for each key, and for each key of the mappings inside."""
 

@@ -229,12 +229,12 @@ def _smoothcache(path: StrPath, data: dict[str, list[Any]]) -> Schedule:
     if not numbered and any(parsed.values()):
         raise ValueError(f"{path} mixes sites of one block (attn-0) with kinds (attn): {', '.join(data):.80}")
     if len({len(column) for column in data.values()}) != 1:
-        found = ", ".join(f"{name} {len(column)}" for name, column in data.items())
+        found = ", ".join(f"{name:.20} {len(column)}" for name, column in data.items())
         raise ValueError(f"{path} has lists of different lengths, one entry for each step was expected: {found:.80}")
     columns: list[tuple[int, bool, str, list[bool]]] = []
     for name, column in data.items():
         if not all(isinstance(entry, int) and entry in (0, 1) for entry in column):  # a bool is an int
-            raise ValueError(f"{path} has {name} with entries other than 0 and 1, true and false")
+            raise ValueError(f"{path} has {name:.40} with entries other than 0 and 1, true and false")
         match = parsed[name]
         kind, block = (match[1], int(match[2])) if match else (name, 0)
         site = f"blocks.{block}.{kind}" if match else kind

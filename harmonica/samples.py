@@ -21,6 +21,7 @@ import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +32,17 @@ from torch import Tensor
 from harmonica.cli import Parser, add_model_options, check_device, command, load_model
 from harmonica.denoise import Denoiser, sample
 from harmonica.distributed import from_rank_0, mean_over_ranks, processes, rank, started_as, world
-from harmonica.files import StrPath, decoding, existing, read_json, read_tensors, write_json, write_tensors, write_whole
+from harmonica.files import (
+    StrPath,
+    alone,
+    decoding,
+    existing,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+    write_whole,
+)
 from harmonica.names import fit
 from harmonica.router import Schedule
 
@@ -76,13 +87,29 @@ def write_samples(
     Raises:
         ValueError: if a number is out of range, the images are no pictures, or `out` was begun with other settings.
         FileExistsError: if `out` is there already.
+        BlockingIOError: if another run is at it.
         FileNotFoundError: if images of other processes are not to be seen here.
         KeyboardInterrupt: on Ctrl-C, saying what is kept.
     """
     out = Path(out)
     check_request(count, batch_size, out)
+    held = ExitStack()
+    from_rank_0(lambda: _begin(parts_of(out), _settings(denoiser, schedule, seed), held))
+    with held:
+        return _write(denoiser, schedule, decode, count, batch_size, seed, out, progress)
+
+
+def _write(
+    denoiser: Denoiser,
+    schedule: Schedule | None,
+    decode: Callable[[Tensor], Tensor],
+    count: int,
+    batch_size: int,
+    seed: int,
+    out: Path,
+    progress: bool,
+) -> Path:
     parts = parts_of(out)
-    from_rank_0(lambda: _begin(parts, _settings(denoiser, schedule, seed)))
     batches = [range(i, min(i + batch_size, count)) for i in range(0, count, batch_size)][rank() :: world()]
     try:
         for numbers in _unfinished(batches, parts, progress):
@@ -189,11 +216,12 @@ def _settings(denoiser: Denoiser, schedule: Schedule | None, seed: int) -> dict[
     return {"seed": seed, **about, "schedule": hashlib.sha256(table).hexdigest() if table else "none"}
 
 
-def _begin(parts: Path, settings: dict[str, Any]) -> None:
-    """Make the folder of finished batches, or see that the one that is there is of the same set."""
+def _begin(parts: Path, settings: dict[str, Any], held: ExitStack) -> None:
+    """Make the folder of finished batches, or see that the one that is there is of the same set; hold it."""
     note = parts / "settings.json"
+    parts.mkdir(parents=True, exist_ok=True)
+    held.enter_context(alone(parts))
     if not note.is_file():
-        parts.mkdir(parents=True, exist_ok=True)
         write_json(note, settings)
     begun = read_json(note)
     other = [name for name in settings.keys() | begun.keys() if begun.get(name) != settings.get(name)]

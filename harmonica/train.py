@@ -11,14 +11,16 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 import torch
 
 from harmonica import Router, macs, train_sdt
-from harmonica.cli import Parser, add_model_options, check_device, command, load_model, make_writable
+from harmonica.cli import Parser, add_model_options, check_device, command, load_model, make_writable, seed
 from harmonica.distributed import processes, rank, share, started_as
+from harmonica.files import alone
 from harmonica.iepo import Proxy
 from harmonica.prompts import read_prompts
 
@@ -40,7 +42,7 @@ def parser() -> Parser:
     p.add_argument("--out", type=Path, default=Path("out/train"), metavar="DIR", help="folder for results (out/train)")
     p.add_argument("--resume", action="store_true", help="continue the router.safetensors in --out")
     p.add_argument("--checkpoint-every", type=int, default=500, help="updates from one write to the next (500)")
-    p.add_argument("--seed", type=int, default=0, help="draws the first router and the noise (0)")
+    p.add_argument("--seed", type=seed, default=0, help="draws the first router and the noise (0)")
     p.add_argument("--activation-checkpointing", action="store_true", help="less memory: backward runs blocks again")
     return p
 
@@ -73,9 +75,10 @@ def run(args: argparse.Namespace) -> None:
     """
     _fill_in_and_check(args)
     checkpoint = args.out / "router.safetensors"
-    if started_as()[0] == 0:
+    first = started_as()[0] == 0
+    if first:
         _check_out(checkpoint, args.resume)
-    with processes(args.device) as device:
+    with alone(args.out) if first else nullcontext(), processes(args.device) as device:
         share(args.batch_size)
         denoiser = load_model(args, device, activation_checkpointing=args.activation_checkpointing)
         router = _train(denoiser, args, checkpoint)
