@@ -44,7 +44,7 @@ def add_model_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--model", default="tiny", help="a name that harmonica.models.load knows (tiny, which is bundled)")
     p.add_argument("--weights", metavar="PATH", help='weights of the model, or "random" (what the model comes with)')
     p.add_argument("--sampler", help="ddim, dpm-solver++, iddpm or sa-solver (the model's own)")
-    p.add_argument("--steps", type=int, default=20, help="T, sampler steps (20)")
+    p.add_argument("--steps", type=whole, default=20, help="T, sampler steps (20)")
     p.add_argument("--guidance", type=float, help="classifier-free guidance scale (the model's own)")
     p.add_argument("--prompts", type=Path, metavar="FILE", help="one to a line, for text-to-image (64 of our own)")
     p.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (cpu); under torchrun cuda is a GPU each")
@@ -68,6 +68,21 @@ def load_model(
         device=args.device if device is None else device,
         activation_checkpointing=activation_checkpointing,
     )
+
+
+def whole(text: str) -> int:
+    """Return the whole number that an option says, of a size that can be counted to.
+
+    >>> whole("20")
+    20
+    """
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"invalid int value: {text[:40]!r}") from None
+    if abs(number) >= 2**31:
+        raise argparse.ArgumentTypeError(f"{text[:40]} is too large; at most {2**31 - 1}")
+    return number
 
 
 def seed(text: str) -> int:
@@ -111,7 +126,7 @@ def exit_code(prog: str, work: Callable[[], None]) -> int:
     except (ValueError, OSError, ArithmeticError) as error:
         return _say(f"{prog}: {error}", 2)
     except RuntimeError as error:
-        if "DefaultCPUAllocator" not in str(error):  # what torch says where it has no class of error for it
+        if not any(name in str(error) for name in ("DefaultCPUAllocator", "bad_alloc")):  # torch has no class for it
             raise
         return _say(f"{prog}: out of memory, {str(error).rpartition('] ')[2]} Take a smaller batch.", 2)
     return 0
@@ -147,4 +162,4 @@ def _nobody_reads() -> int:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]

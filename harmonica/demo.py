@@ -19,7 +19,7 @@ from torch import Tensor
 
 from harmonica import Denoiser, Router, Schedule, denoise, image_error, macs, reuse, sample, train_sdt
 from harmonica.cache import Cache
-from harmonica.cli import Parser, add_model_options, check_device, command, load_model, make_writable, seed
+from harmonica.cli import Parser, add_model_options, check_device, command, load_model, make_writable, seed, whole
 from harmonica.cost import measure
 from harmonica.files import alone
 from harmonica.names import fit
@@ -38,9 +38,9 @@ def parser() -> Parser:
     p = Parser(prog="python -m harmonica.demo", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add_model_options(p)
     p.add_argument("--vae", type=Path, metavar="DIR", help="autoencoder saved by diffusers (the model's own)")
-    p.add_argument("--images", type=int, help="held-out noises (500 for tiny, else 4)")
+    p.add_argument("--images", type=whole, help="held-out noises (500 for tiny, else 4)")
     p.add_argument("--schedule", type=Path, metavar="FILE", help="use this schedule instead of training")
-    p.add_argument("--iterations", type=int, help="updates of the router (1500 for tiny, else 20000)")
+    p.add_argument("--iterations", type=whole, help="updates of the router (1500 for tiny, else 20000)")
     p.add_argument("--beta", type=float, help="price of computing a site; more is faster (1e-7 for tiny, else 7e-8)")
     p.add_argument("--tau", type=float, default=0.1, help="a score above it computes (0.1)")
     p.add_argument("--seed", type=seed, default=0, help="of training; the held-out noises are always the same (0)")
@@ -98,7 +98,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     settings = {**(QUICK if args.model == "tiny" else AUTHORS), **given}
     if (
         not 0.0 <= args.tau < 1.0
-        or not settings["beta"] >= 0.0
+        or not 0.0 <= settings["beta"] < float("inf")
         or settings["iterations"] < 1
         or (args.images is not None and args.images < 1)
     ):

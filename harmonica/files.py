@@ -184,12 +184,20 @@ def read_pickle(path: StrPath) -> Any:
 
 def _refuse_a_bomb(path: Path) -> None:
     """Raise ValueError if an archive says it unpacks to more than it is: torch stores its tensors as they are."""
-    if not zipfile.is_zipfile(path):
+    if not is_archive(path):
         return
     with decoding(path, "is a damaged archive"), zipfile.ZipFile(path) as archive:
         inside = sum(member.file_size for member in archive.infolist())
     if inside > path.stat().st_size:
         raise ValueError(f"{path} would unpack to {inside >> 20} MB, more than it is; files of torch are not packed")
+
+
+def is_archive(path: StrPath) -> bool:
+    """Say whether a file is a zip, be it a damaged one."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # on some damages it raises, against its own documentation
+        return True
 
 
 def is_plain(tensor: Any) -> bool:

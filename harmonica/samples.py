@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from harmonica.cli import Parser, add_model_options, check_device, command, load_model
+from harmonica.cli import Parser, add_model_options, check_device, command, load_model, whole
 from harmonica.denoise import Denoiser, sample
 from harmonica.distributed import from_rank_0, mean_over_ranks, processes, rank, started_as, world
 from harmonica.files import (
@@ -37,6 +37,7 @@ from harmonica.files import (
     alone,
     decoding,
     existing,
+    is_archive,
     read_json,
     read_tensors,
     write_json,
@@ -134,6 +135,8 @@ def check_request(count: int, batch_size: int, out: Path) -> None:
     for name, value in (("count", count), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be 1 or more")
+    if not out.name:
+        raise ValueError(f"out is {str(out)!r}; expected NAME.npz, or a folder that is to be made")
     there = out.is_file() or (out.is_dir() and any(out.iterdir())) or labels_of(out).exists()
     if there and not parts_of(out).is_dir():  # with its parts, it is half done and may be continued
         raise FileExistsError(f"{out} exists; choose another name, or remove it")
@@ -351,7 +354,7 @@ def read_images(path: StrPath, batch_size: int = 64) -> Iterator[Tensor]:
         return
     import numpy as np
 
-    if not zipfile.is_zipfile(existing(path)):
+    if not is_archive(existing(path)):
         raise ValueError(f"{path} is neither an .npz nor a folder of images")
     with decoding(path, "is a damaged .npz"), np.load(path, allow_pickle=False) as arrays:
         images = np.asarray(arrays["arr_0"] if "arr_0" in arrays else np.empty(0))  # what is no .npy comes as bytes
@@ -406,8 +409,8 @@ def parser() -> Parser:
     add_model_options(p)
     p.add_argument("--vae", type=Path, metavar="DIR", help="autoencoder saved by diffusers (the model's own)")
     p.add_argument("--schedule", type=Path, metavar="FILE", help="what the cache follows (none: the plain model)")
-    p.add_argument("--count", type=int, default=1000, help="images in all (1000)")
-    p.add_argument("--batch-size", type=int, default=32, help="images in a walk, of each process (32)")
+    p.add_argument("--count", type=whole, default=1000, help="images in all (1000)")
+    p.add_argument("--batch-size", type=whole, default=32, help="images in a walk, of each process (32)")
     p.add_argument("--seed", type=int, default=0, help="of noise and conditions (0)")
     p.add_argument("--out", type=Path, default=Path("out/samples.npz"), help="NAME.npz or a folder (out/samples.npz)")
     return p

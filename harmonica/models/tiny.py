@@ -111,11 +111,11 @@ def train(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train and write the weights; return 0, 2 for bad input or 130 after Ctrl-C, with one line on stderr."""
-    from harmonica.cli import Parser, command, seed
+    from harmonica.cli import Parser, command, seed, whole
 
     p = Parser(prog="python -m harmonica.models.tiny", description="Train the bundled DiT on scikit-learn's digits.")
     p.add_argument("--out", type=Path, required=True, help="where to write the weights (.safetensors)")
-    p.add_argument("--updates", type=int, default=24000, help="optimizer steps (24000)")
+    p.add_argument("--updates", type=whole, default=24000, help="optimizer steps (24000)")
     p.add_argument("--seed", type=seed, default=0, help="of the model and of what it sees (0)")
     return command(p, run, arguments)
 
@@ -126,6 +126,8 @@ def run(args: argparse.Namespace) -> None:
 
     if args.updates < 1:
         raise ValueError(f"--updates is {args.updates}; it must be 1 or more")
+    if args.out.is_dir():
+        raise IsADirectoryError(f"--out {args.out} is a folder; a file name was expected")
     make_writable(args.out.parent)
     written = 0
 
