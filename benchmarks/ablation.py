@@ -20,7 +20,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from record import RESULTS, record
+from record import RESULTS, ended, record
 
 from harmonica import Denoiser, Router, image_error, sample, sdt, train_sdt
 from harmonica.metrics import image_mse
@@ -126,4 +126,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    ended(main)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 
 import torch
-from record import record
+from record import ended, record
 
 from harmonica import Schedule, macs
 from harmonica.cost import measure
@@ -57,4 +57,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    ended(main)

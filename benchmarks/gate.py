@@ -12,7 +12,7 @@ import time
 from statistics import median
 
 import torch
-from record import record
+from record import ended, record
 from torch import Tensor, nn
 
 from harmonica import gated, reuse
@@ -65,4 +65,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    ended(main)

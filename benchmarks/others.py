@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from record import record
+from record import ended, record
 
 from harmonica import Schedule, baselines, macs, sample
 from harmonica.metrics import image_mse
@@ -54,4 +54,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    ended(main)

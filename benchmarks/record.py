@@ -8,12 +8,20 @@ import platform
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
+from harmonica.cli import exit_code
+
 RESULTS = Path(__file__).parent / "results"
+
+
+def ended(main: Callable[[], None]) -> NoReturn:
+    """Run a benchmark to its end; Ctrl-C, bad input and a closed pipe end it as they end a command of the library."""
+    sys.exit(exit_code(f"python benchmarks/{Path(sys.argv[0]).name}", main))
 
 
 def machine() -> dict[str, Any]:

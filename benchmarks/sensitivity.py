@@ -10,7 +10,7 @@ walk to the other; where it is flat, λ = 1 already weighs right. Medians over t
 from __future__ import annotations
 
 import torch
-from record import record
+from record import ended, record
 
 from harmonica import Router, image_error, sdt
 from harmonica.models import load
@@ -33,4 +33,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    ended(main)

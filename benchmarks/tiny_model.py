@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from record import RESULTS, record
+from record import RESULTS, ended, record
 
 from harmonica import sample
 from harmonica.metrics import frechet_distance, label_agreement
@@ -42,4 +42,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    ended(main)

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from record import record
+from record import ended, record
 
 from harmonica import Router
 
@@ -50,4 +50,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main()
+    ended(main)

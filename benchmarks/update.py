@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from record import record
+from record import ended, record
 from torch import Tensor
 
 from harmonica import Router, blend, gated, objective
@@ -100,4 +100,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    ended(main)

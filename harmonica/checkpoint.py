@@ -10,6 +10,7 @@ the same joint noise, so a run may be resumed with another number of processes, 
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -22,7 +23,7 @@ from torch.optim import AdamW
 
 from harmonica.denoise import Denoiser
 from harmonica.distributed import from_rank_0, own, rank, share
-from harmonica.files import StrPath
+from harmonica.files import StrPath, refused
 from harmonica.formats import read_router, write_router
 from harmonica.router import Router
 
@@ -73,6 +74,7 @@ class Run:
         self.generator = torch.Generator().manual_seed(0) if generator is None else generator
         about = {**denoiser.about, "provenance": {"method": "HarmoniCa", "iterations": 0, **settings}}
         self.router = Router(denoiser.steps, denoiser.sites, generator=self.generator, about=about)
+        self._must_freeze()
         self.router.to(denoiser.draw(1, torch.Generator())[0].device)
         self.optimizer = AdamW(self.router.parameters(), lr=settings["lr"], weight_decay=0.0)
         self.lam = torch.ones(denoiser.steps)  # (T,)
@@ -81,6 +83,13 @@ class Run:
         self._set(*from_rank_0(lambda: self._begin(resume)))
         self.written = self.updates
         self._note()
+
+    def _must_freeze(self) -> None:
+        """Raise ValueError, before hours of work and not after, if the denoiser's `about` is not a schedule's."""
+        try:
+            self.router.schedule()
+        except (TypeError, ValueError) as error:
+            raise refused("denoiser.about", "does not describe a schedule", error) from None
 
     def _begin(self, resume: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the state to start from: the checkpoint's, or that of a run which has done nothing."""
@@ -162,20 +171,39 @@ class Run:
 
     def _restore(self, path: StrPath) -> None:
         router, tensors, facts = read_router(path)
-        if "settings" not in facts or "state.logits" not in tensors:
+        if not isinstance(facts.get("settings"), dict) or "state.logits" not in tensors:
             raise ValueError(f"{path} is a router without the state of its training; it cannot be resumed")
         now = {**_belongs_to(self.router), **self.settings, "weights": self.weights}
         then = {**_belongs_to(router), **facts["settings"], "weights": facts.get("weights")}
-        changed = [f"{key} {then.get(key)} -> {now[key]}" for key in now if now[key] != then.get(key)]
+        changed = [f"{key} {then.get(key)!s:.80} -> {now[key]!s:.80}" for key in now if now[key] != then.get(key)]
         if changed:
-            raise ValueError(f"{path} was trained with other settings ({'; '.join(changed)}); resume with the same")
-        done = router.about.get("provenance", {}).get("iterations", 0)
+            listed = "; ".join(changed)
+            raise ValueError(f"{path} was trained with other settings ({listed:.400}); resume with the same")
+        try:
+            done = int(router.about.get("provenance", {}).get("iterations", 0))
+            self._must_fit(tensors, facts)
+            self._set(tensors, facts)
+        except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+            raise refused(path, "is a damaged checkpoint", f"{type(error).__name__}: {error}") from None
         if self.iterations < done:
             raise ValueError(f"{path} has {done} updates already and {self.iterations} were asked for; ask for more")
-        try:
-            self._set(tensors, facts)
-        except (LookupError, TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{path} is a damaged checkpoint: {type(error).__name__}: {error}") from None
+
+    def _must_fit(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """Raise ValueError unless each tensor of a checkpoint is of the shape that it is copied to, and finite."""
+        for name, value in {"updates": facts["updates"], "trajectory": facts["trajectory"]}.items():
+            if not isinstance(value, int) or not 0 <= value <= 10**12:
+                raise ValueError(f"{name} is {value!r:.40}")
+        wanted = {"state.logits": self.router.logits.shape, "state.lam": self.lam.shape}
+        row, state = r"state\.optimizer\.[0-9]+\.(exp_avg|exp_avg_sq|step)", {"step": torch.Size()}
+        for name in filter(lambda name: name.startswith("state.optimizer."), tensors):
+            kind = re.fullmatch(row, name)
+            if kind is None:
+                raise ValueError(f"{name:.80} is no state of the optimizer")
+            wanted[name] = state.get(kind[1], self.router.rows[0].shape)
+        for name, shape in wanted.items():
+            value = tensors[name]
+            if value.shape != shape or not value.is_floating_point() or not bool(value.isfinite().all()):
+                raise ValueError(f"{name} is {tuple(value.shape)} {value.dtype}; {tuple(shape)} and finite expected")
 
     @torch.no_grad()
     def _set(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from harmonica import Denoiser, Router, Schedule, denoise, image_error, macs, reuse, sample, train_sdt
 from harmonica.cache import Cache
-from harmonica.cli import Parser, add_model_options, check_device, exit_code, load_model, make_writable
+from harmonica.cli import Parser, add_model_options, check_device, command, load_model, make_writable, seed, whole
 from harmonica.cost import measure
 from harmonica.fast import Walk
+from harmonica.files import alone
 from harmonica.names import fit
 from harmonica.train import AUTHORS, QUICK
 
@@ -33,25 +34,24 @@ TIMED = 64  # of them in a timed batch
 SHOWN = 10  # in the picture
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """Return the command line of the demo."""
     p = Parser(prog="python -m harmonica.demo", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add_model_options(p)
     p.add_argument("--vae", type=Path, metavar="DIR", help="autoencoder saved by diffusers (the model's own)")
-    p.add_argument("--images", type=int, help="held-out noises (500 for tiny, else 4)")
+    p.add_argument("--images", type=whole, help="held-out noises (500 for tiny, else 4)")
     p.add_argument("--schedule", type=Path, metavar="FILE", help="use this schedule instead of training")
-    p.add_argument("--iterations", type=int, help="updates of the router (1500 for tiny, else 20000)")
+    p.add_argument("--iterations", type=whole, help="updates of the router (1500 for tiny, else 20000)")
     p.add_argument("--beta", type=float, help="price of computing a site; more is faster (1e-7 for tiny, else 7e-8)")
     p.add_argument("--tau", type=float, default=0.1, help="a score above it computes (0.1)")
-    p.add_argument("--seed", type=int, default=0, help="of training; the held-out noises are always the same (0)")
+    p.add_argument("--seed", type=seed, default=0, help="of training; the held-out noises are always the same (0)")
     p.add_argument("--out", type=Path, default=Path("out/demo"), metavar="DIR", help="folder for results (out/demo)")
     return p
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo; return 0, 2 for bad input or 130 after Ctrl-C, with one line on stderr."""
-    args = parser().parse_args(arguments)
-    return exit_code("python -m harmonica.demo", lambda: run(args))
+    return command(parser(), run, arguments)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -67,30 +67,31 @@ def run(args: argparse.Namespace) -> None:
         schedule.check(denoiser.steps, tuple(denoiser.sites), denoiser.about["timesteps"])
     decode = decoder(args.model, args.weights, vae=args.vae, device=args.device)
     make_writable(args.out)
-    router = None
-    if schedule is None and args.weights == "random" and args.iterations is None:
-        schedule = _every_other_step(denoiser)
-    elif schedule is None:
-        router = _train(denoiser, args, settings)
-        schedule = router.schedule(args.tau)
-    schedule.save(args.out / "schedule.json")  # before anything else can go wrong: it may have taken hours
-    # The held-out seed is far from training's: the same noises judge every router.
-    held_out = args.images if args.images is not None else (HELD_OUT if args.model == "tiny" else 4)
-    x, cond = denoiser.draw(held_out, torch.Generator().manual_seed(1_000_003))
-    plain = decode(sample(denoiser, x, cond)).cpu()
-    cached = decode(Walk(denoiser, schedule)(x, cond)).cpu()
-    print(_table(denoiser, schedule, x, cond, plain, cached))
-    if args.weights == "random":
-        print("  weights are random: the timing is real, the pictures are noise")
-    shown = _shown(denoiser, cond)
-    title = "same noise, same conditions" if args.weights != "random" else "latents under random weights"
-    images = plots.comparison(plain[shown], cached[shown], labels=_captions(denoiser, cond[shown]), title=title)
-    pictures = {"images": images, **_pictures(denoiser, schedule, x[:8], cond[:8])}
-    if args.weights != "random":  # λ takes T(T+1)/2 predictions, and of noise it says nothing
-        pictures["lambda"] = _lambda(denoiser, schedule, router, x[:8], cond[:8])
-    for name, figure in pictures.items():
-        figure.savefig(args.out / f"{name}.png", dpi=120)
-    print(f"schedule.json and pictures are in {args.out}")
+    with alone(args.out):
+        router = None
+        if schedule is None and args.weights == "random" and args.iterations is None:
+            schedule = _every_other_step(denoiser)
+        elif schedule is None:
+            router = _train(denoiser, args, settings)
+            schedule = router.schedule(args.tau)
+        schedule.save(args.out / "schedule.json")  # before anything else can go wrong: it may have taken hours
+        # The held-out seed is far from training's: the same noises judge every router.
+        held_out = args.images if args.images is not None else (HELD_OUT if args.model == "tiny" else 4)
+        x, cond = denoiser.draw(held_out, torch.Generator().manual_seed(1_000_003))
+        plain = decode(sample(denoiser, x, cond)).cpu()
+        cached = decode(Walk(denoiser, schedule)(x, cond)).cpu()
+        print(_table(denoiser, schedule, x, cond, plain, cached))
+        if args.weights == "random":
+            print("  weights are random: the timing is real, the pictures are noise")
+        shown = _shown(denoiser, cond)
+        title = "same noise, same conditions" if args.weights != "random" else "latents under random weights"
+        images = plots.comparison(plain[shown], cached[shown], labels=_captions(denoiser, cond[shown]), title=title)
+        pictures = {"images": images, **_pictures(denoiser, schedule, x[:8], cond[:8])}
+        if args.weights != "random":  # λ takes T(T+1)/2 predictions, and of noise it says nothing
+            pictures["lambda"] = _lambda(denoiser, schedule, router, x[:8], cond[:8])
+        for name, figure in pictures.items():
+            figure.savefig(args.out / f"{name}.png", dpi=120)
+        print(f"schedule.json and pictures are in {args.out}")
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -99,9 +100,9 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     settings = {**(QUICK if args.model == "tiny" else AUTHORS), **given}
     if (
         not 0.0 <= args.tau < 1.0
-        or not settings["beta"] >= 0.0
+        or not 0.0 <= settings["beta"] < float("inf")
         or settings["iterations"] < 1
-        or args.images in range(-99, 1)
+        or (args.images is not None and args.images < 1)
     ):
         found = (
             f"--tau {args.tau} --beta {settings['beta']} --iterations {settings['iterations']} --images {args.images}"

@@ -23,12 +23,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harmonica.files import StrPath, existing, read_json, read_pickle, read_tensors, write_json, write_tensors
+from harmonica.files import (
+    StrPath,
+    existing,
+    is_plain,
+    read_json,
+    read_pickle,
+    read_tensors,
+    refused,
+    write_json,
+    write_tensors,
+)
 from harmonica.router import Router, Schedule
 
 OURS = "harmonica-schedule-1"
 ROUTER = "harmonica-router-1"
 LIBRARY = {"library": "harmonica"}
+WIDTHS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 TRAINED = 4.5
 """A logit drawn from N(0, 1) is larger once in 150 000 times; one that training moved ends near 5 or far beyond."""
 
@@ -65,7 +76,7 @@ def read_schedule(path: StrPath, tau: float = 0.1) -> Schedule:
     with existing(path).open("rb") as file:
         head = file.read(9)
     if head.endswith(b"{") and int.from_bytes(head[:8], "little") < 2**32:  # safetensors: header's length, then JSON
-        return _freeze(path, tau)
+        return read_router(path)[0].schedule(tau)
     if head.startswith((b"PK\x03\x04", b"\x80\x02")):  # a zip, or a bare pickle of old torch
         return _router_file(path, tau)
     data = read_json(path)
@@ -93,26 +104,46 @@ def _our_schedule(path: StrPath, data: dict[str, Any]) -> Schedule:
         prefix = data.pop("prefix", "")
         return Schedule(table.T, tuple(prefix + site for site in columns), **_facts(data))
     except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path} is not a valid schedule: {error}") from None
+        raise refused(path, "is not a valid schedule", error) from None
 
 
 def _decisions(site: str, digits: str) -> list[bool]:
     if not isinstance(digits, str) or set(digits) - set("01"):
-        raise ValueError(f"site {site} has {digits!r:.40}; a string of 0 and 1 was expected")
+        raise ValueError(f"site {site:.80} has {digits!r:.40}; a string of 0 and 1 was expected")
     return [digit == "1" for digit in digits]
 
 
 def _facts(data: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields other than the table, each of the type it must have."""
+    """Return the fields other than the table, each of the type it must have; raise ValueError on what none has."""
     number, text = (int, float), (str,)
+    strangers = sorted(data.keys() - {f.name for f in fields(Schedule)} | data.keys() & {"compute", "sites"})
+    if strangers:
+        raise ValueError(f"no schedule has a field {strangers[0]!r:.40}")
     for name, types in (("model", text), ("sampler", text), ("guidance", number), ("threshold", number)):
         if data.get(name) is not None and not isinstance(data[name], types):
             raise ValueError(f"{name} is {data[name]!r:.40}")
-    if not all(isinstance(t, number) for t in data.get("timesteps", ())):
+    times = data.get("timesteps", ())
+    if not isinstance(times, list | tuple) or not all(isinstance(t, number) for t in times):
         raise ValueError("timesteps must be numbers")
     if not isinstance(data.get("provenance", {}), dict):
         raise ValueError("provenance must be an object")
-    return data
+    return {**data, "timesteps": tuple(times)} if times else data
+
+
+def _router(logits: Any, sites: Any, about: Any) -> Router:
+    """Return a router of what a file says, which must be one that makes a schedule; else raise TypeError or ValueError.
+
+    logits must be (T−1, N), sites N distinct names, about fields of a schedule that fit the table.
+    """
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.dtype not in WIDTHS:
+        raise ValueError("logits must be floating-point numbers, (steps − 1, sites)")
+    if not isinstance(sites, list) or not all(isinstance(site, str) for site in sites):
+        raise ValueError(f"sites must be a list of names, found {sites!r:.40}")
+    if not isinstance(about, dict):
+        raise ValueError(f"about must be an object, found {about!r:.40}")
+    router = Router(len(logits) + 1, sites, logits=logits, about=_facts(about))
+    router.schedule()
+    return router
 
 
 def write_router(
@@ -132,19 +163,9 @@ def read_router(path: StrPath) -> tuple[Router, dict[str, Tensor], dict[str, Any
     """
     tensors, facts = read_tensors(path)
     try:
-        logits = tensors.pop("logits")
-        router = Router(len(logits) + 1, facts.pop("sites"), logits=logits, about=facts.pop("about"))
-        return router, tensors, facts
+        return _router(tensors.pop("logits"), facts.pop("sites"), facts.pop("about")), tensors, facts
     except (LookupError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not a router: {type(error).__name__}: {error}") from None
-
-
-def _freeze(path: StrPath, tau: float) -> Schedule:
-    router = read_router(path)[0]
-    try:
-        return router.schedule(tau)
-    except TypeError as error:  # `about` names a field that a schedule does not have
-        raise ValueError(f"{path} is not a router that makes a schedule: {error}") from None
+        raise refused(path, "is not a router", f"{type(error).__name__}: {error}") from None
 
 
 def write_router_config(router: Router, path: StrPath) -> None:
@@ -165,12 +186,12 @@ def read_router_folder(config: StrPath, weights: StrPath) -> Router:
     about.pop("library", None)
     try:
         steps, sites, logits = about.pop("steps"), about.pop("sites"), read_tensors(weights)[0]["logits"]
-        about = _facts(about)
-        if "timesteps" in about:
-            about["timesteps"] = tuple(about["timesteps"])
-        return Router(steps, sites, logits=logits, about=about)
+        router = _router(logits, sites, about)
+        if steps != router.steps:
+            raise ValueError(f"steps is {steps!r:.40}, the logits are for {router.steps}")
+        return router
     except (LookupError, TypeError, ValueError) as error:
-        raise ValueError(f"{config} is not a valid router: {type(error).__name__}: {error}") from None
+        raise refused(config, "is not a valid router", f"{type(error).__name__}: {error}") from None
 
 
 # ------------------------------------------------------------------------------------------ SmoothCache
@@ -208,12 +229,12 @@ def _smoothcache(path: StrPath, data: dict[str, list[Any]]) -> Schedule:
     if not numbered and any(parsed.values()):
         raise ValueError(f"{path} mixes sites of one block (attn-0) with kinds (attn): {', '.join(data):.80}")
     if len({len(column) for column in data.values()}) != 1:
-        found = ", ".join(f"{name} {len(column)}" for name, column in data.items())
+        found = ", ".join(f"{name:.20} {len(column)}" for name, column in data.items())
         raise ValueError(f"{path} has lists of different lengths, one entry for each step was expected: {found:.80}")
     columns: list[tuple[int, bool, str, list[bool]]] = []
     for name, column in data.items():
         if not all(isinstance(entry, int) and entry in (0, 1) for entry in column):  # a bool is an int
-            raise ValueError(f"{path} has {name} with entries other than 0 and 1, true and false")
+            raise ValueError(f"{path} has {name:.40} with entries other than 0 and 1, true and false")
         match = parsed[name]
         kind, block = (match[1], int(match[2])) if match else (name, 0)
         site = f"blocks.{block}.{kind}" if match else kind
@@ -246,16 +267,17 @@ def _router_file(path: StrPath, tau: float) -> Schedule:
 def _rows(path: StrPath, routers: Any) -> Tensor:
     """Return the logits (T, N) in the file's order, from {"0.prob": (N,), …}."""
     routers = routers if isinstance(routers, dict) else {}
-    found = {str(key): re.fullmatch(r"([0-9]{1,6})\.prob", str(key)) for key in routers}
+    found = {key: re.fullmatch(r"([0-9]{1,6})\.prob", key) if isinstance(key, str) else None for key in routers}
     rows = {int(match[1]): routers[key] for key, match in found.items() if match}
     if not rows or len(rows) != len(found):
-        raise ValueError(f'{path} is not a router file: "0.prob", "1.prob", … expected, found {", ".join(found):.60}')
+        names = ", ".join(map(str, list(found)[:9]))
+        raise ValueError(f'{path} is not a router file: "0.prob", "1.prob", … expected, found {names:.60}')
     missing = [k for k in range(max(rows) + 1) if k not in rows]
     if missing:
         lacks = f"row {missing[0]} is missing" + (f", and {len(missing) - 1} more" if missing[1:] else "")
         raise ValueError(f"{path} is not whole: of rows 0 to {max(rows)}, {lacks}")
     for k, row in rows.items():
-        fits = isinstance(row, Tensor) and row.layout == torch.strided and row.is_floating_point() and row.dim() == 1
+        fits = is_plain(row) and row.dtype in WIDTHS and row.dim() == 1
         if not fits or len(row) != len(rows[0]) or not len(row) or not bool(row.isfinite().all()):
             raise ValueError(f"{path} has a row {k} that is not finite numbers, one for each site, as many as in row 0")
     return torch.stack([rows[k].detach().float() for k in range(len(rows))])
@@ -307,4 +329,4 @@ def _started(
     try:
         return Schedule(table, sites, model=model, threshold=tau, provenance=provenance)
     except ValueError as error:
-        raise ValueError(f"{path} is not a valid schedule: {error}") from None
+        raise refused(path, "is not a valid schedule", error) from None

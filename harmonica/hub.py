@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TypeVar, cast
 
@@ -65,7 +66,7 @@ class HubFiles:
             raise FileNotFoundError(f"{folder.parent}: no such folder; make it before writing {folder.name}")
         if folder.exists() and not folder.is_dir():
             raise FileExistsError(f"{folder} is a file; save_pretrained writes a folder, choose another name")
-        beside = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+        beside = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.part")
         try:
             beside.mkdir()
             self._write(beside, folder.name)

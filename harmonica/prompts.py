@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from harmonica.files import StrPath, existing
+from harmonica.files import StrPath, read_text
 
 BUNDLED = Path(__file__).with_name("prompts.txt")
 """64 prompts of our own."""
@@ -23,11 +23,8 @@ def read_prompts(path: StrPath | None = None) -> tuple[str, ...]:
     >>> len(read_prompts())
     64
     """
-    file = existing(BUNDLED if path is None else path)
-    try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not text in UTF-8: {error.reason} at byte {error.start}") from None
+    file = BUNDLED if path is None else path
+    lines = [line.strip() for line in read_text(file).splitlines()]
     prompts = tuple(line for line in lines if line and not line.startswith("#"))
     if not prompts:
         raise ValueError(f"{file} has no prompt; write one to a line (lines starting with # do not count)")

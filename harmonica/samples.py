@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import re
 import shutil
 import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,11 +29,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from harmonica.cli import Parser, add_model_options, check_device, command, load_model
+from harmonica.cli import Parser, add_model_options, check_device, command, load_model, whole
 from harmonica.denoise import Denoiser
 from harmonica.distributed import from_rank_0, mean_over_ranks, processes, rank, started_as, world
 from harmonica.fast import Walk
-from harmonica.files import StrPath, existing, read_json, read_tensors, write_json, write_tensors, write_whole
+from harmonica.files import (
+    StrPath,
+    alone,
+    decoding,
+    existing,
+    is_archive,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+    write_whole,
+)
 from harmonica.names import fit
 from harmonica.router import Schedule
 
@@ -76,13 +89,29 @@ def write_samples(
     Raises:
         ValueError: if a number is out of range, the images are no pictures, or `out` was begun with other settings.
         FileExistsError: if `out` is there already.
+        BlockingIOError: if another run is at it.
         FileNotFoundError: if images of other processes are not to be seen here.
         KeyboardInterrupt: on Ctrl-C, saying what is kept.
     """
     out = Path(out)
     check_request(count, batch_size, out)
+    held = ExitStack()
+    from_rank_0(lambda: _begin(parts_of(out), _settings(denoiser, schedule, seed), held))
+    with held:
+        return _write(denoiser, schedule, decode, count, batch_size, seed, out, progress)
+
+
+def _write(
+    denoiser: Denoiser,
+    schedule: Schedule | None,
+    decode: Callable[[Tensor], Tensor],
+    count: int,
+    batch_size: int,
+    seed: int,
+    out: Path,
+    progress: bool,
+) -> Path:
     parts = parts_of(out)
-    from_rank_0(lambda: _begin(parts, _settings(denoiser, schedule, seed)))
     walk = Walk(denoiser, schedule)
     batches = [range(i, min(i + batch_size, count)) for i in range(0, count, batch_size)][rank() :: world()]
     try:
@@ -108,6 +137,8 @@ def check_request(count: int, batch_size: int, out: Path) -> None:
     for name, value in (("count", count), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be 1 or more")
+    if not out.name:
+        raise ValueError(f"out is {str(out)!r}; expected NAME.npz, or a folder that is to be made")
     there = out.is_file() or (out.is_dir() and any(out.iterdir())) or labels_of(out).exists()
     if there and not parts_of(out).is_dir():  # with its parts, it is half done and may be continued
         raise FileExistsError(f"{out} exists; choose another name, or remove it")
@@ -190,11 +221,12 @@ def _settings(denoiser: Denoiser, schedule: Schedule | None, seed: int) -> dict[
     return {"seed": seed, **about, "schedule": hashlib.sha256(table).hexdigest() if table else "none"}
 
 
-def _begin(parts: Path, settings: dict[str, Any]) -> None:
-    """Make the folder of finished batches, or see that the one that is there is of the same set."""
+def _begin(parts: Path, settings: dict[str, Any], held: ExitStack) -> None:
+    """Make the folder of finished batches, or see that the one that is there is of the same set; hold it."""
     note = parts / "settings.json"
+    parts.mkdir(parents=True, exist_ok=True)
+    held.enter_context(alone(parts))
     if not note.is_file():
-        parts.mkdir(parents=True, exist_ok=True)
         write_json(note, settings)
     begun = read_json(note)
     other = [name for name in settings.keys() | begun.keys() if begun.get(name) != settings.get(name)]
@@ -210,8 +242,8 @@ def _short(value: Any) -> str:
 
 def _finished(parts: Path) -> list[tuple[int, int, Path]]:
     """Return (first image, one after the last, file) of each finished batch, in order."""
-    files = [(path, path.stem.split("-")) for path in parts.glob("*-*.safetensors")]
-    return sorted((int(start), int(stop), path) for path, (start, stop) in files)
+    files = [(path, re.fullmatch(r"([0-9]{1,18})-([0-9]{1,18})", path.stem)) for path in parts.glob("*.safetensors")]
+    return sorted((int(numbers[1]), int(numbers[2]), path) for path, numbers in files if numbers)
 
 
 def _unfinished(batches: list[range], parts: Path, progress: bool) -> Iterator[range]:
@@ -242,11 +274,20 @@ def pieces_of(parts: Path, count: int) -> list[Piece]:
     return pieces
 
 
-def _read(piece: Piece) -> tuple[Tensor, Tensor]:
-    """Return images (B, H, W, 3) and labels (B,) of a piece."""
+def read_piece(piece: Piece) -> tuple[Tensor, Tensor]:
+    """Return images (B, H, W, 3) uint8 and labels (B,) int64 of a piece; raise ValueError if its file has others."""
     tensors, _ = read_tensors(piece.path)
+    start, stop = map(int, piece.path.stem.split("-"))
+    images, labels = tensors.get("images"), tensors.get("labels")
+    if (
+        images is None or images.dtype != torch.uint8 or images.dim() != 4 or images.shape[::3] != (stop - start, 3)
+        or labels is None or labels.dtype != torch.int64 or labels.shape != (stop - start,)
+    ):  # fmt: skip
+        found = ", ".join(f"{name} {tuple(value.shape)} {value.dtype}" for name, value in tensors.items())
+        todo = f"{stop - start} images and their labels were expected; remove the file and run it again"
+        raise ValueError(f"{piece.path} has {found or 'nothing':.200}; {todo}")
     wanted = slice(piece.skip, piece.skip + piece.images)
-    return tensors["images"][wanted], tensors["labels"][wanted]
+    return images[wanted], labels[wanted]
 
 
 def _wait_for_all(denoiser: Denoiser) -> None:
@@ -262,7 +303,7 @@ def _write_npz(path: Path, pieces: Sequence[Piece], count: int) -> None:
     """Write arr_0 and arr_1 piece by piece: 50 000 images of 256 pixels are 10 GB, which need not be in memory."""
     from numpy.lib import format as npy
 
-    shape = _read(pieces[0])[0].shape[1:]  # (H, W, 3)
+    shape = read_piece(pieces[0])[0].shape[1:]  # (H, W, 3)
 
     def write(beside: Path) -> None:
         labels = []
@@ -271,7 +312,7 @@ def _write_npz(path: Path, pieces: Sequence[Piece], count: int) -> None:
                 header = {"descr": "|u1", "fortran_order": False, "shape": (count, *shape)}
                 npy.write_array_header_1_0(file, header)
                 for piece in pieces:
-                    images, some = _read(piece)
+                    images, some = read_piece(piece)
                     if images.shape[1:] != shape:
                         found = f"{tuple(images.shape[1:])} in {piece.path}, {tuple(shape)} in {pieces[0].path}"
                         raise ValueError(f"images differ in size: {found}; remove the folder and run it again")
@@ -288,13 +329,13 @@ def _write_pictures(folder: Path, pieces: Sequence[Piece]) -> None:
     from PIL import Image  # matplotlib brings Pillow along
 
     for piece in pieces:
-        for i, image in enumerate(_read(piece)[0], start=piece.first):
+        for i, image in enumerate(read_piece(piece)[0], start=piece.first):
             save = partial(Image.fromarray(image.numpy()).save, format="PNG")  # the name beside does not end in .png
             write_whole(folder / f"{i:06}.png", save)
 
 
 def _write_labels(path: Path, pieces: Sequence[Piece]) -> None:
-    lines = [f"{label}\n" for piece in pieces for label in _read(piece)[1].tolist()]
+    lines = [f"{label}\n" for piece in pieces for label in read_piece(piece)[1].tolist()]
     write_whole(path, lambda beside: beside.write_text("".join(lines), encoding="ascii"))
 
 
@@ -315,13 +356,13 @@ def read_images(path: StrPath, batch_size: int = 64) -> Iterator[Tensor]:
         return
     import numpy as np
 
-    if not zipfile.is_zipfile(existing(path)):
+    if not is_archive(existing(path)):
         raise ValueError(f"{path} is neither an .npz nor a folder of images")
-    with np.load(path, allow_pickle=False) as arrays:
-        images = arrays["arr_0"] if "arr_0" in arrays else np.empty(0)
+    with decoding(path, "is a damaged .npz"), np.load(path, allow_pickle=False) as arrays:
+        images = np.asarray(arrays["arr_0"] if "arr_0" in arrays else np.empty(0))  # what is no .npy comes as bytes
         names = ", ".join(arrays)
     if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
-        found = f"arr_0 {images.dtype} {images.shape}" if images.size else f"arrays {names}"
+        found = f"arr_0 {images.dtype} {images.shape}" if images.size else f"arrays {names:.200}"
         raise ValueError(f"{path} has {found}; expected arr_0 of uint8 (N, H, W, 3)")
     yield from torch.split(torch.from_numpy(images), batch_size)
 
@@ -332,7 +373,7 @@ def _stacked(files: Sequence[Path]) -> Tensor:
 
     images = []
     for file in files:
-        with Image.open(file) as picture:
+        with decoding(file, "is no image that can be read"), Image.open(file) as picture:
             images.append(torch.from_numpy(np.array(picture.convert("RGB"))))
         if images[-1].shape != images[0].shape:
             found = f"{file} is {tuple(images[-1].shape[:2])}, {files[0]} {tuple(images[0].shape[:2])}"
@@ -370,8 +411,8 @@ def parser() -> Parser:
     add_model_options(p)
     p.add_argument("--vae", type=Path, metavar="DIR", help="autoencoder saved by diffusers (the model's own)")
     p.add_argument("--schedule", type=Path, metavar="FILE", help="what the cache follows (none: the plain model)")
-    p.add_argument("--count", type=int, default=1000, help="images in all (1000)")
-    p.add_argument("--batch-size", type=int, default=32, help="images in a walk, of each process (32)")
+    p.add_argument("--count", type=whole, default=1000, help="images in all (1000)")
+    p.add_argument("--batch-size", type=whole, default=32, help="images in a walk, of each process (32)")
     p.add_argument("--seed", type=int, default=0, help="of noise and conditions (0)")
     p.add_argument("--out", type=Path, default=Path("out/samples.npz"), help="NAME.npz or a folder (out/samples.npz)")
     return p

@@ -9,16 +9,19 @@ On several GPUs or machines, with the same options:
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 import torch
 
 from harmonica import Router, macs, train_sdt
-from harmonica.cli import Parser, add_model_options, check_device, command, load_model, make_writable
+from harmonica.cli import Parser, add_model_options, check_device, command, load_model, make_writable, seed, whole
 from harmonica.distributed import processes, rank, share, started_as
+from harmonica.files import alone
 from harmonica.iepo import Proxy
 from harmonica.prompts import read_prompts
 
@@ -39,8 +42,8 @@ def parser() -> Parser:
     _add_settings(p)
     p.add_argument("--out", type=Path, default=Path("out/train"), metavar="DIR", help="folder for results (out/train)")
     p.add_argument("--resume", action="store_true", help="continue the router.safetensors in --out")
-    p.add_argument("--checkpoint-every", type=int, default=500, help="updates from one write to the next (500)")
-    p.add_argument("--seed", type=int, default=0, help="draws the first router and the noise (0)")
+    p.add_argument("--checkpoint-every", type=whole, default=500, help="updates from one write to the next (500)")
+    p.add_argument("--seed", type=seed, default=0, help="draws the first router and the noise (0)")
     p.add_argument("--activation-checkpointing", action="store_true", help="less memory: backward runs blocks again")
     return p
 
@@ -51,11 +54,11 @@ def _add_settings(p: Parser) -> None:
     def default(name: str) -> str:
         return f"({AUTHORS[name]:g}; tiny: {QUICK[name]:g})"
 
-    p.add_argument("--iterations", type=int, help=f"updates of the router, in all {default('iterations')}")
-    p.add_argument("--batch-size", type=int, help=f"noises in a trajectory, of all GPUs {default('batch_size')}")
+    p.add_argument("--iterations", type=whole, help=f"updates of the router, in all {default('iterations')}")
+    p.add_argument("--batch-size", type=whole, help=f"noises in a trajectory, of all GPUs {default('batch_size')}")
     p.add_argument("--beta", type=float, help=f"price of computing a site; more is faster {default('beta')}")
     p.add_argument("--lr", type=float, help=f"learning rate of the router {default('lr')}")
-    p.add_argument("--refresh-every", type=int, help=f"trajectories between two lambdas {default('refresh_every')}")
+    p.add_argument("--refresh-every", type=whole, help=f"trajectories between two lambdas {default('refresh_every')}")
     p.add_argument("--tau", type=float, default=0.1, help="a score above it computes (0.1)")
     proxies = (*get_args(Proxy), "none")
     p.add_argument("--proxy", choices=proxies, default=proxies[0], help=f"which lambda; none is 1 ({proxies[0]})")
@@ -73,9 +76,10 @@ def run(args: argparse.Namespace) -> None:
     """
     _fill_in_and_check(args)
     checkpoint = args.out / "router.safetensors"
-    if started_as()[0] == 0:
+    first = started_as()[0] == 0
+    if first:
         _check_out(checkpoint, args.resume)
-    with processes(args.device) as device:
+    with alone(args.out) if first else nullcontext(), processes(args.device) as device:
         share(args.batch_size)
         denoiser = load_model(args, device, activation_checkpointing=args.activation_checkpointing)
         router = _train(denoiser, args, checkpoint)
@@ -93,9 +97,9 @@ def _fill_in_and_check(args: argparse.Namespace) -> None:
     for name, value in (QUICK if args.model == "tiny" else AUTHORS).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if not 0.0 <= args.tau < 1.0 or not args.beta >= 0.0 or not args.lr > 0.0:
+    if not 0.0 <= args.tau < 1.0 or not 0.0 <= args.beta < math.inf or not 0.0 < args.lr <= 1000.0:
         found = f"--tau {args.tau} --beta {args.beta} --lr {args.lr}"
-        raise ValueError(f"found {found}; expected 0 <= tau < 1, beta >= 0, lr > 0")
+        raise ValueError(f"found {found}; expected 0 <= tau < 1, beta >= 0, 0 < lr <= 1000")
     for name in ("iterations", "batch_size", "refresh_every", "checkpoint_every"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be 1 or more")

@@ -17,6 +17,7 @@ A stock diffusers pipeline that is already in memory becomes a denoiser with `pi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ from harmonica.models.dit import SIZES, DiT, DiTDenoiser, sincos_positions
 from harmonica.models.pixart import PIXART, PixArtDenoiser
 from harmonica.models.tiny import TINY
 from harmonica.models.uvit import UVIT_H, UViT, UViTDenoiser
-from harmonica.models.weights import component, dit_from_diffusers, fetch, fill, read_state
+from harmonica.models.weights import component, dit_from_diffusers, fetch, fill, from_diffusers, read_state
 from harmonica.prompts import prompts_from
 from harmonica.samplers import Sampler, make_sampler
 
@@ -46,6 +47,9 @@ DITS: dict[str, dict[str, Any]] = {
 
 MODELS = (*DITS, *PIXART, "uvit-h")
 """The names that `load` knows."""
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""Of the weights."""
 
 __all__ = ["DITS", "MODELS", "PIXART", "SIZES", "DiT", "DiTDenoiser", "PixArtDenoiser", "UViTDenoiser", "load"]
 
@@ -91,8 +95,10 @@ def load(
     drawn = make_sampler(sampler or own, steps, "scaled-linear" if name == "uvit-h" else "linear")
     if prompts is not None and name not in PIXART:
         raise ValueError(f"{name} takes no prompts; it draws classes")
-    if guidance is not None and guidance < 1.0:
+    if guidance is not None and not 1.0 <= guidance < math.inf:
         raise ValueError(f"guidance is {guidance}; it must be 1 (off) or more")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype}; weights can be {', '.join(map(str, DTYPES))}")
     place = _Place(dtype, device, activation_checkpointing)
     if name in DITS:
         return _dit(name, drawn, 1.5 if guidance is None else guidance, weights, place)
@@ -139,9 +145,8 @@ def _dit_from_hub(name: str) -> Path:
 def _diffusers_dit(folder: StrPath, model: DiT) -> dict[str, torch.Tensor]:
     from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 
-    theirs = DiTTransformer2DModel.from_pretrained(
-        component(folder, "transformer", "DiTTransformer2DModel", "Transformer2DModel")
-    )
+    place = component(folder, "transformer", "DiTTransformer2DModel", "Transformer2DModel")
+    theirs = from_diffusers(DiTTransformer2DModel, place)
     if theirs.config.sample_size != model.input_size:  # positions are made anew, so the shapes alone would fit
         size = theirs.config.sample_size
         raise ValueError(f"{folder} is for a latent of {size} × {size}; this model has {model.input_size}")

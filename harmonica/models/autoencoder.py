@@ -19,7 +19,7 @@ from torch import Tensor
 
 from harmonica.files import StrPath
 from harmonica.models.pixart import PIXART
-from harmonica.models.weights import component, fetch
+from harmonica.models.weights import component, fetch, from_diffusers
 
 Decoder = Callable[[Tensor], Tensor]
 
@@ -57,12 +57,13 @@ def _read(name: str, weights: StrPath | None, vae: StrPath | None) -> Any:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     if vae is not None:
-        return AutoencoderKL.from_pretrained(component(vae, "vae"))
-    if weights is not None and (Path(weights) / "vae").is_dir():
-        return AutoencoderKL.from_pretrained(Path(weights) / "vae")
-    ways = "pass the folder of an autoencoder saved by diffusers (--vae)"
-    if name in PIXART:
-        return AutoencoderKL.from_pretrained(fetch(PIXART[name].rest, ["vae/*"], otherwise=ways) / "vae")
-    return AutoencoderKL.from_pretrained(
-        fetch("stabilityai/sd-vae-ft-ema", ["*.json", "*.safetensors"], otherwise=ways)
-    )
+        folder = component(vae, "vae")
+    elif weights is not None and (Path(weights) / "vae").is_dir():
+        folder = Path(weights) / "vae"
+    else:
+        ways = "pass the folder of an autoencoder saved by diffusers (--vae)"
+        if name in PIXART:
+            folder = fetch(PIXART[name].rest, ["vae/*"], otherwise=ways) / "vae"
+        else:
+            folder = fetch("stabilityai/sd-vae-ft-ema", ["*.json", "*.safetensors"], otherwise=ways)
+    return from_diffusers(AutoencoderKL, folder)

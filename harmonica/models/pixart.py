@@ -23,7 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from harmonica.files import decoding
 from harmonica.models.sites import sites
+from harmonica.models.weights import from_diffusers
 from harmonica.samplers import Memory, Sampler
 
 
@@ -66,7 +68,7 @@ def read_transformer(folder: Path, variant: Variant, name: str, dtype: torch.dty
     """Read diffusers' transformer from its folder; raises ValueError if it is not this variant's."""
     from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
 
-    transformer = PixArtTransformer2DModel.from_pretrained(folder, torch_dtype=dtype)
+    transformer = from_diffusers(PixArtTransformer2DModel, folder, torch_dtype=dtype)
     size = transformer.config.sample_size
     if size != variant.latent_size:
         raise ValueError(f"{folder} is for a latent of {size} × {size}; {name} has {variant.latent_size}")
@@ -127,8 +129,10 @@ def encode(
     from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import PixArtAlphaPipeline
     from transformers import AutoTokenizer, T5EncoderModel
 
-    encoder = T5EncoderModel.from_pretrained(folder / "text_encoder", dtype=dtype).to(device)
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    with decoding(folder, "has no tokenizer and text encoder that can be read"):
+        encoder = T5EncoderModel.from_pretrained(folder / "text_encoder", dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    encoder = encoder.to(device)
     pipe = PixArtAlphaPipeline(tokenizer, encoder, vae=None, transformer=None, scheduler=None)
     prompts = encoded_by(pipe, texts, tokens)
     del pipe, encoder

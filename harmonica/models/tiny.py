@@ -9,7 +9,8 @@ averaged weights. Nothing here is needed to use the model; it is here so that th
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from harmonica.files import write_tensors
 from harmonica.models.dit import DiT
 from harmonica.samplers import TRAIN_TIMESTEPS, alphas_cumprod
 
@@ -107,22 +109,39 @@ def train(
     return average
 
 
-def main() -> None:
-    """Train and write the weights."""
-    parser = argparse.ArgumentParser(description="Train the bundled DiT on scikit-learn's digits.")
-    parser.add_argument("--out", type=Path, required=True, help="where to write the weights (.safetensors)")
-    parser.add_argument("--updates", type=int, default=24000)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    from safetensors.torch import save_file
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train and write the weights; return 0, 2 for bad input or 130 after Ctrl-C, with one line on stderr."""
+    from harmonica.cli import Parser, command, seed, whole
 
-    def save(_: int, model: DiT) -> None:
-        beside = args.out.with_name(args.out.name + ".tmp")
-        save_file({name: p.contiguous() for name, p in model.state_dict().items()}, beside)
-        beside.replace(args.out)
+    p = Parser(prog="python -m harmonica.models.tiny", description="Train the bundled DiT on scikit-learn's digits.")
+    p.add_argument("--out", type=Path, required=True, help="where to write the weights (.safetensors)")
+    p.add_argument("--updates", type=whole, default=24000, help="optimizer steps (24000)")
+    p.add_argument("--seed", type=seed, default=0, help="of the model and of what it sees (0)")
+    return command(p, run, arguments)
 
-    save(args.updates, train(updates=args.updates, seed=args.seed, each=save))
+
+def run(args: argparse.Namespace) -> None:
+    """Check, train, and write the averaged weights after every 1000 updates and at the end."""
+    from harmonica.cli import make_writable
+
+    if args.updates < 1:
+        raise ValueError(f"--updates is {args.updates}; it must be 1 or more")
+    if args.out.is_dir():
+        raise IsADirectoryError(f"--out {args.out} is a folder; a file name was expected")
+    make_writable(args.out.parent)
+    written = 0
+
+    def save(update: int, model: DiT) -> None:
+        nonlocal written
+        write_tensors(args.out, model.state_dict(), {})
+        written = update
+
+    try:
+        save(args.updates, train(updates=args.updates, seed=args.seed, each=save))
+    except KeyboardInterrupt:
+        kept = f"{args.out} holds the weights of update {written}" if written else "nothing was written"
+        raise KeyboardInterrupt(f"stopped; {kept}") from None
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

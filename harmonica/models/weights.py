@@ -9,13 +9,13 @@ Reading executes nothing that a file says. This file does not know samplers, cac
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from harmonica.files import StrPath, existing, read_pickle
+from harmonica.files import StrPath, decoding, existing, is_plain, read_json, read_pickle, refused
 
 
 def fetch(repository: str, patterns: list[str], *, otherwise: str) -> Path:
@@ -53,11 +53,32 @@ def component(folder: StrPath, name: str, *classes: str) -> Path:
     """
     for place in (Path(folder) / name, Path(folder)):
         if (place / "config.json").is_file():
-            found = json.loads((place / "config.json").read_text(encoding="utf-8")).get("_class_name")
+            found = read_json(place / "config.json").get("_class_name")
             if classes and found not in classes:
-                raise ValueError(f"{place} holds a {found}; a {classes[0]} was expected")
+                raise ValueError(f"{place} holds a {found!s:.80}; a {classes[0]} was expected")
             return place
     raise FileNotFoundError(f"{folder} has no {name}/config.json; expected a folder saved by diffusers")
+
+
+def from_diffusers(kind: Any, folder: StrPath, **options: Any) -> Any:
+    """Read a model of diffusers from the folder that one was saved to, all of it.
+
+    Args:
+        kind: class of diffusers.
+        folder: with a config.json and weights.
+        options: of its `from_pretrained`.
+
+    Raises:
+        ValueError: naming the folder, if it is damaged, or lacks a parameter (diffusers would draw it and go on), or
+            has one that is not finite.
+    """
+    with decoding(folder, f"cannot be read as a {kind.__name__} saved by diffusers"):
+        model, told = kind.from_pretrained(folder, output_loading_info=True, **options)
+    if told["missing_keys"]:
+        lacks = f"{len(told['missing_keys'])} parameters, the first of them {sorted(told['missing_keys'])[0]}"
+        raise ValueError(f"{folder} lacks {lacks}; the file is damaged, or of another model")
+    _must_be_finite(model, folder)
+    return model
 
 
 def read_state(path: StrPath) -> dict[str, Tensor]:
@@ -71,7 +92,7 @@ def read_state(path: StrPath) -> dict[str, Tensor]:
         return _safetensors(path)
     data = read_pickle(path)
     data = data.get("ema", data) if isinstance(data, dict) else data  # a training checkpoint keeps an averaged copy
-    if not isinstance(data, dict) or not all(isinstance(value, Tensor) for value in data.values()):
+    if not isinstance(data, dict) or not all(isinstance(key, str) and is_plain(data[key]) for key in data):
         raise ValueError(f"{path} does not hold tensors by parameter name")
     return data
 
@@ -84,7 +105,7 @@ def _safetensors(path: StrPath) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{path} is not a safetensors file: {error}") from None
+        raise refused(path, "is not a safetensors file", error) from None
 
 
 def fill(model: nn.Module, state: dict[str, Tensor], path: StrPath) -> None:
@@ -97,7 +118,11 @@ def fill(model: nn.Module, state: dict[str, Tensor], path: StrPath) -> None:
         model.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()[1:3]]
-        raise ValueError(f"{path} does not fit the model: {' '.join(lines)}") from None
+        raise refused(path, "does not fit the model", " ".join(lines)) from None
+    _must_be_finite(model, path)
+
+
+def _must_be_finite(model: nn.Module, path: StrPath) -> None:
     for name, value in model.state_dict().items():
         if not bool(value.isfinite().all()):
             raise ValueError(f"{path} has a value in {name} that is not finite; the file is damaged")

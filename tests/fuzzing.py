@@ -1,0 +1,418 @@
+"""Fuzzing: every file that the library reads, ways to spoil one, and what a reader may do with it.
+
+    Target     a kind of file: how a valid one is written, and how it is read
+    spoil      a mutation of a file's bytes: blind, or of the JSON, safetensors header or archive that they are
+    outcome    "object" (a valid one, used once), "refused" (an error that names the file), else a finding
+
+tests/test_fuzz.py draws a few of each; benchmarks/fuzz.py goes on for minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import random
+import struct
+import sys
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from conftest import make
+from PIL import Image
+
+from harmonica import Router, Schedule, train_sdt
+from harmonica.checkpoint import Run
+from harmonica.files import read_json, write_tensors
+from harmonica.models.dit import DiT
+from harmonica.models.weights import component, fill, read_state
+from harmonica.prompts import read_prompts
+from harmonica.samples import Piece, read_images, read_piece
+
+SITES = tuple(f"blocks.{i}.{kind}" for i in range(2) for kind in ("attn", "mlp"))
+ABOUT = {"model": "small", "sampler": "ddim", "timesteps": (9, 5, 0), "guidance": 1.5, "provenance": {"seed": 1}}
+LONGEST = 600
+"""Characters of an error; a file that is wrong everywhere must not fill the screen."""
+
+
+class Target(NamedTuple):
+    """A kind of file."""
+
+    name: str
+    file: str  # its name in a folder of its own, which `write` fills with what else is read
+    write: Callable[[Path], Any]
+    read: Callable[[Path], Any]
+
+
+# ------------------------------------------------------------ writing and reading each
+
+
+def _table() -> Schedule:
+    return Router(3, SITES, about=ABOUT, generator=torch.Generator().manual_seed(0)).schedule(0.5)
+
+
+def _use(table: Schedule) -> None:
+    """Do with a table what a run does."""
+    assert table.compute.dtype == torch.bool
+    assert bool(table.compute[0].all())
+    assert str(table)
+    assert 0.0 <= table.cur < 1.0
+    table.check(table.steps, table.sites, table.timesteps)
+    assert all(isinstance(site, str) for site in table.sites)
+
+
+def _use_router(router: Router) -> None:
+    assert router.rows is not None
+    assert router().dtype.is_floating_point
+    _use(router.schedule(0.5))
+
+
+def _rows(path: Path) -> None:
+    rows = {f"{k}.prob": torch.linspace(-5, 5, 4) * (-1) ** k for k in range(3)}
+    torch.save({"routers": rows, "opt": {}, "args": argparse.Namespace(lambda_c=500, model="DiT-XL/2")}, path)
+
+
+@lru_cache(1)
+def _dit() -> dict[str, torch.Tensor]:
+    return make(dtype=torch.float32).model.state_dict()
+
+
+def _weights(path: Path) -> None:
+    if path.suffix == ".pt":
+        torch.save({"ema": _dit(), "opt": {}, "args": argparse.Namespace(lr=1e-4)}, path)
+    else:
+        write_tensors(path, _dit(), {})
+
+
+def _fill(path: Path) -> None:
+    with torch.device("meta"):
+        model = DiT(input_size=4, patch_size=2, in_channels=2, hidden_size=8, depth=2, num_heads=2, num_classes=3)
+    fill(model, read_state(path), path)
+    assert all(p.device.type == "cpu" and p.isfinite().all() for p in model.parameters())
+    model.to(torch.float32)(torch.zeros(1, 2, 4, 4), torch.zeros(1), torch.zeros(1, dtype=torch.long))
+
+
+@lru_cache(1)
+def _checkpoint_bytes() -> bytes:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        train_sdt(make(dtype=torch.float32), **_SETTINGS, iterations=3, checkpoint=Path(folder) / "c", progress=False)
+        return (Path(folder) / "c").read_bytes()
+
+
+_SETTINGS: dict[str, Any] = {"batch_size": 1, "tau": 0.1, "beta": 7e-8, "lr": 0.01, "refresh_every": 25}
+
+
+def _resume(path: Path) -> None:
+    settings = {**_SETTINGS, "proxy": "leave-one-out"}
+    run = Run(make(dtype=torch.float32), settings, 6, None, path, 100, resume=True)
+    assert 0 <= run.updates <= 6
+    assert bool(run.router().isfinite().all())
+    run.router.rows[0].grad = torch.ones(4)
+    run.optimizer.step()
+
+
+def _part(path: Path) -> None:
+    images = torch.arange(3 * 4 * 4 * 3, dtype=torch.uint8).reshape(3, 4, 4, 3)
+    write_tensors(path, {"images": images, "labels": torch.tensor([1, 2, 0])}, {})
+
+
+def _read_part(path: Path) -> None:
+    images, labels = read_piece(Piece(path, 0, 1, 2))
+    assert (images.dtype, tuple(images.shape[::3]), labels.dtype, len(labels)) == (torch.uint8, (2, 3), torch.int64, 2)
+
+
+def _npz(path: Path) -> None:
+    np.savez_compressed(path, arr_0=np.arange(96, dtype=np.uint8).reshape(2, 4, 4, 3), arr_1=np.arange(2))
+
+
+def _images(path: Path) -> None:
+    for batch in read_images(path):
+        assert batch.dtype == torch.uint8
+        assert batch.dim() == 4
+
+
+def _config(path: Path) -> None:
+    path.write_text(json.dumps({"_class_name": "DiTTransformer2DModel", "sample_size": 4}))
+
+
+def _component(path: Path) -> None:
+    component(path.parent, "transformer", "DiTTransformer2DModel")
+
+
+TARGETS = (
+    Target("schedule", "s.json", lambda p: _table().save(p), lambda p: _use(Schedule.load(p))),
+    Target("SmoothCache", "s.json", lambda p: _table().export_smoothcache(p), lambda p: _use(Schedule.load(p))),
+    Target("router", "r.safetensors", lambda p: Router(3, SITES, about=ABOUT).save(p),
+           lambda p: _use_router(Router.load(p))),
+    Target("router as schedule", "r.safetensors", lambda p: Router(3, SITES, about=ABOUT).save(p),
+           lambda p: _use(Schedule.load(p))),
+    Target("router file .pt", "r.pt", _rows, lambda p: _use(Schedule.load(p))),
+    Target("schedule folder", "config.json", lambda p: _table().save_pretrained(p.parent),
+           lambda p: _use(Schedule.from_pretrained(p.parent))),
+    Target("router folder, config", "config.json", lambda p: Router(3, SITES, about=ABOUT).save_pretrained(p.parent),
+           lambda p: _use_router(Router.from_pretrained(p.parent))),
+    Target("router folder, logits", "model.safetensors",
+           lambda p: Router(3, SITES, about=ABOUT).save_pretrained(p.parent),
+           lambda p: _use_router(Router.from_pretrained(p.parent))),
+    Target("weights .safetensors", "w.safetensors", _weights, _fill),
+    Target("weights .pt", "w.pt", _weights, _fill),
+    Target("checkpoint", "c.safetensors", lambda p: p.write_bytes(_checkpoint_bytes()), _resume),
+    Target("samples' part", "00000000-00000003.safetensors", _part, _read_part),
+    Target("samples' settings", "settings.json", lambda p: p.write_text('{"seed": 1, "guidance": 1.5}'), read_json),
+    Target("images .npz", "x.npz", _npz, _images),
+    Target("image", "0.png", lambda p: Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3)).save(p),
+           lambda p: _images(p.parent)),
+    Target("prompts", "p.txt", lambda p: p.write_text("a red house\n# not this\nein grüner Hügel\n", encoding="utf-8"),
+           read_prompts),
+    Target("component", "config.json", _config, _component),
+)  # fmt: skip
+"""Every kind of file that is read from a name a user gives."""
+
+
+# ------------------------------------------------------------ spoiling
+
+
+def any_bytes(data: bytes, draw: random.Random) -> bytes:
+    """Replace everything, but now and then keep what the kind of file is told by."""
+    keep = data[: draw.choice((0, 0, 2, 4, 9, 16))]
+    return keep + draw.randbytes(draw.choice((0, 1, 8, 60, 400)))
+
+
+def one_byte(data: bytes, draw: random.Random) -> bytes:
+    """Change one byte."""
+    at = draw.randrange(len(data))
+    return data[:at] + bytes([draw.randrange(256)]) + data[at + 1 :]
+
+
+def cut(data: bytes, draw: random.Random) -> bytes:
+    """End early."""
+    return data[: draw.randrange(len(data))]
+
+
+def longer(data: bytes, draw: random.Random) -> bytes:
+    """Put something in, at the end or elsewhere: bytes, or the file again."""
+    at = draw.choice((len(data), draw.randrange(len(data))))
+    return data[:at] + draw.choice((draw.randbytes(9), bytes(4096), data)) + data[at:]
+
+
+def lost(data: bytes, draw: random.Random) -> bytes:
+    """Lose a stretch, as a bad copy does: gone, or zeros."""
+    at, length = draw.randrange(len(data)), draw.choice((1, 4, 64, 512))
+    return data[:at] + draw.choice((b"", bytes(len(data[at : at + length])))) + data[at + length :]
+
+
+BLIND = (any_bytes, one_byte, cut, longer, lost)
+NUMBERS = (0, 1, -1, 2, 3, 4, 2**31, 2**63, -(2**63), 10**18, 10**400, 1.5, -0.0, float("nan"), float("inf"), 1e308)
+TEXTS = (
+    "",
+    "x",
+    "0101",
+    "é\ud800\x00",
+    "harmonica-schedule-1",
+    "F32",
+    "I64",
+    "BOOL",
+    "F8_E4M3",
+    "__class__",
+    "x" * 999,
+)
+KEYS = ("format", "steps", "sites", "compute", "timesteps", "shape", "dtype", "logits", "self", "__class__", "a.b", "")
+
+
+def any_json(draw: random.Random, depth: int = 3) -> Any:
+    """Return any JSON value, with a liking for those that hurt."""
+    kind = draw.randrange(7 if depth else 5)
+    if kind < 5:
+        return draw.choice((None, True, False, draw.choice(NUMBERS), draw.choice(NUMBERS), draw.choice(TEXTS)))
+    if kind == 5:
+        return [any_json(draw, depth - 1) for _ in range(draw.choice((0, 1, 2, 3, 4)))]
+    return {draw.choice(KEYS + TEXTS): any_json(draw, depth - 1) for _ in range(draw.choice((0, 1, 3)))}
+
+
+def one_field(data: Any, draw: random.Random) -> Any:
+    """Replace, remove, rename, add or double one field, anywhere in JSON."""
+    if not isinstance(data, dict | list) or not data or draw.random() < 0.15:
+        return any_json(draw)
+    if isinstance(data, list):
+        items = list(data)
+        at = draw.randrange(len(items))
+        items[at : at + 1] = draw.choice(([], [items[at]] * 2, [one_field(items[at], draw)]))
+        return items
+    key = draw.choice(list(data))
+    what = draw.randrange(5)
+    if what == 0:
+        return {k: v for k, v in data.items() if k != key}
+    if what == 1:
+        return {draw.choice(KEYS + TEXTS) if k == key else k: v for k, v in data.items()}
+    if what == 2:
+        return {**data, draw.choice(KEYS + TEXTS): any_json(draw)}
+    return {**data, key: one_field(data[key], draw)}
+
+
+def _dumped(data: Any) -> bytes:
+    return json.dumps(data).encode()
+
+
+def field_of_json(data: bytes, draw: random.Random) -> bytes:
+    """Replace a field of a JSON file."""
+    return _dumped(one_field(json.loads(data), draw))
+
+
+def header(data: bytes, draw: random.Random) -> bytes:
+    """Lie in a safetensors header: a field of it, a fact inside its metadata, or its length."""
+    (length,) = struct.unpack("<Q", data[:8])
+    told, body = json.loads(data[8 : 8 + length]), data[8 + length :]
+    what = draw.randrange(4)
+    if what == 0:
+        return struct.pack("<Q", draw.choice((0, 1, length - 1, length + 1, 2**31, 2**63))) + data[8:]
+    if what == 1 and told.get("__metadata__"):
+        facts = told["__metadata__"]
+        key = draw.choice(list(facts))
+        facts[key] = json.dumps(one_field(json.loads(facts[key]), draw))
+    elif what == 2:
+        key = draw.choice([k for k in told if k != "__metadata__"])
+        told[key] = draw.choice((_retyped, _reshaped))(told[key], draw)
+    else:
+        told = one_field(told, draw)
+    lying = _dumped(told)
+    return struct.pack("<Q", len(lying)) + lying + body
+
+
+def _retyped(tensor: dict[str, Any], draw: random.Random) -> dict[str, Any]:
+    """Say another type of as many bytes, so that the size is right."""
+    per = (tensor["data_offsets"][1] - tensor["data_offsets"][0]) // max(1, int(np.prod(tensor["shape"])))
+    same = {1: ("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 2: ("F16", "BF16", "I16", "U16")}
+    same |= {4: ("F32", "I32", "U32"), 8: ("F64", "I64", "U64", "C64")}
+    return {**tensor, "dtype": draw.choice(same[per])}
+
+
+def _reshaped(tensor: dict[str, Any], draw: random.Random) -> dict[str, Any]:
+    """Say another shape of as many entries."""
+    entries = int(np.prod(tensor["shape"]))
+    return {**tensor, "shape": draw.choice(([entries], [1, entries], [entries, 1], [1, *tensor["shape"]], []))}
+
+
+def inside(data: bytes, draw: random.Random) -> bytes:
+    """Spoil one member of a zip and pack it again: the archive is sound, what is in it is not."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(packed, "w") as new:
+        names = old.namelist()
+        pickles = [name for name in names if name.endswith("data.pkl")]
+        victim = draw.choice(names + pickles * 4)
+        for name in names:
+            body = old.read(name)
+            new.writestr(
+                name, draw.choice((one_byte, one_byte, cut, lost))(body, draw) if name == victim and body else body
+            )
+    return packed.getvalue()
+
+
+def ways(target: Target) -> tuple[Callable[[bytes, random.Random], bytes], ...]:
+    """Return what can be done to a file of this kind."""
+    suffix = Path(target.file).suffix
+    knowing = {".json": (field_of_json,), ".safetensors": (header,), ".pt": (inside,), ".npz": (inside,)}
+    return (*BLIND, *knowing.get(suffix, ()) * 5)
+
+
+# ------------------------------------------------------------ trying
+
+_FORBIDDEN = ("os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "subprocess.Popen", "socket.", "shutil.")
+_FORBIDDEN += ("os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.chmod", "os.symlink", "ctypes.dlopen", "pty.")
+_seen: list[str] | None = None
+
+
+def _hook(event: str, args: tuple[Any, ...]) -> None:
+    if _seen is None:
+        return
+    if event == "open" and len(args) > 2 and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR):
+        if args[0] != os.devnull:
+            _seen.append(f"open {args[0]!r:.80} for writing")
+    elif event in ("exec", "compile"):  # of a file's text; a lazy import compiles too, but from a file of Python
+        name = getattr(args[0], "co_filename", args[-1]) if event == "exec" else args[1]
+        if not str(name).endswith((".py", ">")) or str(name) in ("<string>", "<stdin>"):
+            _seen.append(f"{event} {name!r:.80}")
+    elif event.startswith(_FORBIDDEN):
+        _seen.append(f"{event} {args!r:.80}")
+
+
+_hooked = False
+
+
+@contextmanager
+def watched() -> Iterator[list[str]]:
+    """Note whatever reaches for the world outside: a process, a socket, a file to write, code to run."""
+    global _seen, _hooked
+    if not _hooked:  # an audit hook stays for the life of the process
+        sys.addaudithook(_hook)
+        _hooked = True
+    _seen = []
+    try:
+        yield _seen
+    finally:
+        _seen = None
+
+
+@lru_cache(None)
+def _warm(target: Target) -> None:
+    """Read a valid one unwatched: what is imported for it comes in now."""
+    import tempfile
+
+    Image.init()
+    with tempfile.TemporaryDirectory() as folder:
+        target.read(put(target, Path(folder)))
+
+
+def outcome(target: Target, path: Path) -> str:
+    """Read a file; return "object", "refused", or what is wrong with how it was read."""
+    _warm(target)
+    with watched() as reached, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            target.read(path)
+            ended = "object"
+        except (ValueError, FileNotFoundError) as error:
+            ended = _judged(error, path)
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            ended = f"{type(error).__name__}: {error!s:.200}"
+    return f"reached for {reached[0]}" if reached else ended
+
+
+def _judged(error: Exception, path: Path) -> str:
+    """Return "refused" if an error names the file in a few words."""
+    said = str(error)
+    if type(error) not in (ValueError, FileNotFoundError):
+        return f"a bare {type(error).__name__}: {said:.200}"
+    if path.name not in said and path.parent.name not in said:
+        return f"does not name the file: {said:.200}"
+    return "refused" if len(said) < LONGEST else f"{len(said)} characters: {said:.200}"
+
+
+@lru_cache(None)
+def whole(target: Target) -> dict[str, bytes]:
+    """Return the files of a valid one, by name."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        target.write(Path(folder) / target.file)
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def put(target: Target, folder: Path, data: bytes | None = None) -> Path:
+    """Write a valid one of this kind to a folder, its file replaced by `data`; return the file."""
+    for name, body in whole(target).items():
+        (folder / name).write_bytes(body)
+    if data is not None:
+        (folder / target.file).write_bytes(data)
+    return folder / target.file

@@ -1,0 +1,183 @@
+"""Whatever bytes a file holds, reading it gives a valid object or an error that names it, and runs nothing.
+
+What is drawn and what counts as a finding: tests/fuzzing.py. `python benchmarks/fuzz.py` does the same for minutes.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import struct
+import subprocess
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from fuzzing import TARGETS, any_json, outcome, put, ways, whole
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from harmonica import Router, Schedule
+from harmonica.files import read_json
+from harmonica.models.weights import read_state
+from harmonica.prompts import read_prompts
+from harmonica.samples import read_images
+
+kinds = pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
+
+
+@kinds
+def test_a_valid_file_is_read(target, tmp_path):
+    assert outcome(target, put(target, tmp_path)) == "object"
+
+
+@kinds
+@settings(max_examples=40)
+@given(draw=st.randoms(use_true_random=False))
+def test_a_spoilt_file_is_read_or_refused_by_name_and_runs_nothing(target, draw, tmp_path):
+    data = draw.choice(ways(target))(whole(target)[target.file], draw)
+    assert outcome(target, put(target, tmp_path, data)) in ("object", "refused")
+
+
+@kinds
+@settings(max_examples=15)
+@given(data=st.binary(max_size=200))
+def test_any_bytes_are_refused_by_name_or_read(target, data, tmp_path):
+    assert outcome(target, put(target, tmp_path, data)) in ("object", "refused")
+
+
+@settings(max_examples=60)
+@given(draw=st.randoms(use_true_random=False))
+def test_any_json_in_place_of_a_table_is_refused_or_read(draw, tmp_path):
+    for target in TARGETS:
+        if target.file.endswith(".json"):
+            path = put(target, tmp_path, json.dumps(any_json(draw)).encode())
+            assert outcome(target, path) in ("object", "refused"), target.name
+
+
+# ------------------------------------------------------------ code in a file
+
+pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+GADGETS = {
+    "a command": (os.system, ("touch {trace}",)),
+    "a process": (subprocess.check_output, (["touch", "{trace}"],)),
+    "eval": (eval, ("open({trace!r}, 'w')",)),
+    "exec": (exec, ("open({trace!r}, 'w')",)),
+    "a file": (open, ("{trace}", "w")),
+    "an import": (__import__, ("antigravity",)),
+    "a method": (Path.touch, (Path("{trace}"),)),
+    "torch.load": (torch.load, ("{trace}",)),
+    "torch.hub": (torch.hub.load_state_dict_from_url, ("http://127.0.0.1:9/x",)),
+}
+WRAPPED = {
+    "alone": lambda thing: thing,
+    "as a row": lambda thing: {"0.prob": torch.ones(2), "1.prob": thing},
+    "as a key": lambda thing: {"routers": {"0.prob": torch.ones(2)}, "opt": [{"state": thing}]},
+    "as an average": lambda thing: {"ema": {"w": torch.ones(2), "x": thing}},
+}
+
+
+class Calls:
+    """Pickles as a call of any function."""
+
+    def __init__(self, function, arguments):
+        self.call = (function, arguments)
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("gadget", GADGETS)
+def test_no_call_in_a_pickle_is_made_wherever_it_stands(gadget, tmp_path):
+    """Learning-to-Cache's, the authors' and the original weights' files are pickles: torch's zip, or bare."""
+    function, arguments = GADGETS[gadget]
+    trace = str(tmp_path / "trace")
+    filled = tuple(a.format(trace=trace) if isinstance(a, str) else a for a in arguments)
+    filled = tuple([part.format(trace=trace) for part in a] if isinstance(a, list) else a for a in filled)
+    filled = tuple(Path(trace) if isinstance(a, Path) else a for a in filled)
+    for name, wrap in WRAPPED.items():
+        for protocol in (0, 2, 4):
+            path = tmp_path / f"{name} {protocol}.pt"
+            hostile = wrap(Calls(function, filled))
+            for data in (pickle.dumps(hostile, protocol), zipped(hostile, protocol)):
+                path.write_bytes(data)
+                for read in (Schedule.load, read_state):
+                    with pytest.raises(ValueError, match=rf"{name} {protocol}\.pt "):
+                        read(path)
+                assert not (tmp_path / "trace").exists()
+
+
+def zipped(data, protocol):
+    """Return what torch.save would write, by another protocol."""
+    file = io.BytesIO()
+    torch.save(data, file, pickle_protocol=max(protocol, 2))
+    return file.getvalue()
+
+
+# ------------------------------------------------------------ files that are more than they seem
+
+
+def test_a_few_bytes_that_claim_to_be_a_huge_tensor_are_refused(tmp_path):
+    """Every entry the same memory: torch would need four terabytes to look at it."""
+    huge = torch.ones(1).expand(10**12)
+    torch.save({"0.prob": huge, "1.prob": huge}, tmp_path / "r.pt")
+    assert (tmp_path / "r.pt").stat().st_size < 5000
+    with pytest.raises(ValueError, match=r"r\.pt has a row 0 that is not"):
+        Schedule.load(tmp_path / "r.pt")
+    with pytest.raises(ValueError, match=r"r\.pt does not hold tensors by parameter name"):
+        read_state(tmp_path / "r.pt")
+
+
+def test_an_archive_that_would_unpack_to_more_than_it_is_is_refused(tmp_path):
+    torch.save({"0.prob": torch.zeros(10**6)}, tmp_path / "plain.pt")
+    with zipfile.ZipFile(tmp_path / "plain.pt") as old:
+        with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as new:
+            for name in old.namelist():
+                new.writestr(name, old.read(name))
+    assert (tmp_path / "bomb.pt").stat().st_size < 10_000
+    with pytest.raises(ValueError, match=r"bomb\.pt would unpack to 3 MB, more than it is"):
+        Schedule.load(tmp_path / "bomb.pt")
+
+
+def test_an_npz_that_claims_more_images_than_there_is_memory_for_is_refused(tmp_path):
+    claim = f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({10**15}, 4, 4, 3), }}".encode()
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        archive.writestr("arr_0.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", len(claim) + 1) + claim + b"\n" + b"123")
+    with pytest.raises(ValueError, match=r"x\.npz is a damaged \.npz"):
+        list(read_images(tmp_path / "x.npz"))
+
+
+@pytest.mark.parametrize("read", [read_json, read_prompts, Schedule.load])
+def test_an_oversized_text_is_refused_unread(read, tmp_path):
+    """Sparse: it takes no room on the disk, and would take all of the memory."""
+    with (tmp_path / "big.json").open("wb") as file:
+        file.write(b"{")
+        file.truncate(2**36)
+    with pytest.raises(ValueError, match=r"big\.json is 65536 MB; text of at most 64 MB was expected"):
+        read(tmp_path / "big.json")
+
+
+def test_a_header_with_a_number_of_sites_for_their_names_is_refused_at_once(tmp_path):
+    """A number would be as many names, drawn up in memory."""
+    router = Router(2, 2)
+    router.save_pretrained(tmp_path / "r")
+    config = json.loads((tmp_path / "r/config.json").read_text())
+    (tmp_path / "r/config.json").write_text(json.dumps({**config, "sites": 10**12}))
+    with pytest.raises(ValueError, match=r"config\.json is not a valid router: .*sites must be a list of names"):
+        Router.from_pretrained(tmp_path / "r")
+
+
+def test_a_folder_or_a_device_is_said_to_be_one(tmp_path):
+    for path in (tmp_path, "/dev/zero"):
+        with pytest.raises(FileNotFoundError, match="is a folder or a device; a file was expected"):
+            Schedule.load(path)
+
+
+def test_the_mark_that_windows_begins_a_text_with_is_no_error(tmp_path):
+    Schedule([[1, 1], [0, 1]]).save(tmp_path / "s.json")
+    marked = b"\xef\xbb\xbf" + (tmp_path / "s.json").read_bytes()
+    (tmp_path / "m.json").write_bytes(marked)
+    assert Schedule.load(tmp_path / "m.json") == Schedule.load(tmp_path / "s.json")
