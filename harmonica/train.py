@@ -35,6 +35,9 @@ QUICK = {"iterations": 1500, "batch_size": 8, "beta": 1e-7, "lr": 0.1, "refresh_
 """The demo's settings for the bundled model: a tenth of the updates on a thousandth of the model."""
 
 
+TARGET = "theoretical speedup to land on, or just above"
+
+
 def parser() -> Parser:
     """Return the command line of training."""
     p = Parser(prog=PROG, description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -60,6 +63,8 @@ def _add_settings(p: Parser) -> None:
     p.add_argument("--lr", type=float, help=f"learning rate of the router {default('lr')}")
     p.add_argument("--refresh-every", type=whole, help=f"trajectories between two lambdas {default('refresh_every')}")
     p.add_argument("--tau", type=float, default=0.1, help="a score above it computes (0.1)")
+    p.add_argument("--target", type=float, metavar="SPEEDUP", help=f"{TARGET}, instead of --beta")
+    p.add_argument("--refine", type=int, metavar="PREDICTIONS", help="to spend on it after training (four rounds)")
     proxies = (*get_args(Proxy), "none")
     p.add_argument("--proxy", choices=proxies, default=proxies[0], help=f"which lambda; none is 1 ({proxies[0]})")
 
@@ -94,10 +99,13 @@ def run(args: argparse.Namespace) -> None:
 
 def _fill_in_and_check(args: argparse.Namespace) -> None:
     """Fill in the settings that were not given, and refuse what no model could be trained with."""
+    check_target(args.target, args.beta)
+    if args.refine is not None and (args.target is None or args.refine < 0):
+        raise ValueError(f"--refine is {args.refine} and --target {args.target}; expected 0 or more, and a target")
     for name, value in (QUICK if args.model == "tiny" else AUTHORS).items():
-        if getattr(args, name) is None:
+        if getattr(args, name) is None and not (name == "beta" and args.target is not None):
             setattr(args, name, value)
-    if not 0.0 <= args.tau < 1.0 or not 0.0 <= args.beta < math.inf or not 0.0 < args.lr <= 1000.0:
+    if not 0.0 <= args.tau < 1.0 or not 0.0 <= (args.beta or 0.0) < math.inf or not 0.0 < args.lr <= 1000.0:
         found = f"--tau {args.tau} --beta {args.beta} --lr {args.lr}"
         raise ValueError(f"found {found}; expected 0 <= tau < 1, beta >= 0, 0 < lr <= 1000")
     for name in ("iterations", "batch_size", "refresh_every", "checkpoint_every"):
@@ -106,6 +114,14 @@ def _fill_in_and_check(args: argparse.Namespace) -> None:
     if started_as()[1] == 1:
         check_device(args.device)
     args.prompts = None if args.prompts is None else read_prompts(args.prompts)
+
+
+def check_target(target: float | None, beta: float | None) -> None:
+    """Raise ValueError for a target that no model could meet, or that comes with a beta."""
+    if target is not None and not 1.0 <= target < math.inf:
+        raise ValueError(f"--target is {target}; a speedup is 1 (compute all) or more")
+    if target is not None and beta is not None:
+        raise ValueError(f"--target {target} and --beta {beta}: with a target beta is steered, leave it out")
 
 
 def _check_out(checkpoint: Path, resume: bool) -> None:
@@ -127,6 +143,8 @@ def _train(denoiser: Denoiser, args: argparse.Namespace, checkpoint: Path) -> Ro
             lr=args.lr,
             refresh_every=args.refresh_every,
             proxy=None if args.proxy == "none" else args.proxy,
+            target_speedup=args.target,
+            refine=args.refine,
             generator=torch.Generator().manual_seed(args.seed),
             checkpoint=checkpoint,
             checkpoint_every=args.checkpoint_every,

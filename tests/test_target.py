@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from harmonica import Macs, Router, Schedule, macs, sample, train_sdt
 from harmonica.metrics import image_mse
+from harmonica.models import load
 from harmonica.refine import Quadratic, _Judge, choose, reach, refine
 from harmonica.sdt import Update
 from harmonica.target import Steering, Target, target_of
@@ -167,3 +168,19 @@ def test_a_target_at_tau_zero_is_refused():
     d = make()
     with pytest.raises(ValueError, match="tau is 0"):
         reach(d, Router(4, d.sites), Target(1.5, macs(d), 4), tau=0.0)
+
+
+def test_the_commands_land_on_a_target_and_refuse_one_with_a_beta(tmp_path, capsys):
+    from harmonica import demo, train
+
+    size = ["--steps", "3", "--iterations", "4"]
+    out = ["--out", str(tmp_path / "t")]
+    assert train.main([*size, *out, "--batch-size", "2", "--target", "1.5", "--refine", "0"]) == 0
+    assert Schedule.load(tmp_path / "t" / "schedule.json").speedup(macs(load("tiny", steps=3))) >= 1.5
+    for command in (train.main, demo.main):
+        assert command([*size, "--target", "1.5", "--beta", "1e-7", "--out", str(tmp_path / "n")]) == 2
+        assert "leave it out" in capsys.readouterr().err
+        assert command([*size, "--target", "0.5", "--out", str(tmp_path / "n")]) == 2
+        assert "--target is 0.5" in capsys.readouterr().err
+    assert train.main([*size, "--target", "9", "--out", str(tmp_path / "n")]) == 2
+    assert "maximum here is" in capsys.readouterr().err
