@@ -122,7 +122,7 @@ def train_sdt(  # noqa: D417 (some arguments are described together)
     iterations: int = 20_000,
     batch_size: int = 32,
     tau: float = 0.1,
-    beta: float | None = None,
+    beta: float = 7e-8,
     lr: float = 0.01,
     refresh_every: int = 25,
     proxy: Proxy | None = "leave-one-out",
@@ -144,7 +144,7 @@ def train_sdt(  # noqa: D417 (some arguments are described together)
         denoiser: what `harmonica.models.load` returns, or any `Denoiser`.
         iterations: updates; training stops there, in the middle of a trajectory if need be.
         batch_size: noises in a trajectory, of all processes (the authors' 64 count guidance's halves).
-        tau, beta, lr, refresh_every, proxy: as in `sdt`; β, 7e-8 if None, is not given together with a target.
+        tau, beta, lr, refresh_every, proxy: as in `sdt`; a target steers β, and takes none but the default.
         target_speedup, target_cur: theoretical speedup, or share of the table that is reused, to land on.
         cost: what the speedup is counted in, `macs(denoiser)` if None.
         refine: predictions of batch_size noises to spend on the hard table (`harmonica.refine`); None is four rounds.
@@ -156,11 +156,9 @@ def train_sdt(  # noqa: D417 (some arguments are described together)
     Raises TypeError if denoiser is none, ValueError if a setting is out of range or the checkpoint's is another,
     FileExistsError or FileNotFoundError if `resume` and the checkpoint disagree, KeyboardInterrupt after Ctrl-C.
     """
-    target = target_of(denoiser, target_speedup, target_cur, cost, beta)
+    target = target_of(denoiser, target_speedup, target_cur, cost, None if beta == 7e-8 else beta)
     settings: dict[str, Any] = {"batch_size": batch_size, "tau": tau, "lr": lr, "refresh_every": refresh_every}
-    settings |= {"proxy": proxy or "none"} | (
-        {"beta": 7e-8 if beta is None else beta} if target is None else target.settings
-    )
+    settings |= {"proxy": proxy or "none"} | ({"beta": beta} if target is None else target.settings)
     run = Run(denoiser, settings, iterations, generator, checkpoint, checkpoint_every, resume)
     price = settings["beta"] if target is None else Steering(target, tau, run.steering)
     carried: dict[str, Any] = {"optimizer": run.optimizer, "lam": run.lam, "trajectory": run.trajectory}

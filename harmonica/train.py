@@ -139,7 +139,7 @@ def _train(denoiser: Denoiser, args: argparse.Namespace, checkpoint: Path) -> Ro
             iterations=args.iterations,
             batch_size=args.batch_size,
             tau=args.tau,
-            beta=args.beta,
+            beta=AUTHORS["beta"] if args.beta is None else args.beta,  # None: a target steers it
             lr=args.lr,
             refresh_every=args.refresh_every,
             proxy=None if args.proxy == "none" else args.proxy,
