@@ -196,7 +196,8 @@ def tradeoff(methods: Mapping[str, Sequence[tuple[float, float]]], *, ylabel: st
             out, since the axis is logarithmic.
         ylabel: which error.
     """
-    fig = Figure(figsize=(6.0, 3.8), layout="constrained")
+    many = len(methods) > 6  # a legend of so many lines would hide some of them
+    fig = Figure(figsize=(8.0 if many else 6.0, 3.8), layout="constrained")
     ax = fig.subplots()
     for i, (name, tables) in enumerate(methods.items()):
         drawn = sorted((speedup, error) for speedup, error in tables if error > 0)
@@ -206,7 +207,10 @@ def tradeoff(methods: Mapping[str, Sequence[tuple[float, float]]], *, ylabel: st
         )  # fmt: skip
     ax.set(xlabel="theoretical speedup", ylabel=ylabel, yscale="log")
     ax.grid(alpha=0.3)
-    ax.legend()
+    if many:
+        fig.legend(loc="outside right upper")
+    else:
+        ax.legend()
     return fig
 
 
