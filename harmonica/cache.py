@@ -24,7 +24,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from harmonica.shadows import put_back
+from harmonica.shadows import shadowed
 
 Feature = Any
 Cache = dict[int, Feature]
@@ -110,9 +110,8 @@ def _never_computed(site: int, sites: int) -> RuntimeError:
 def gated(sites: Mapping[str, nn.Module] | Sequence[nn.Module], gate: Gate) -> Iterator[None]:
     """Shadow the `forward` of each site so that it asks `gate`, and put everything back as it was.
 
-    An attribute of the instance shadows the method of its class; a hook could not skip the computation. What stood
-    there before (another `gated`, another library's wrapper) stands there again afterwards, exception or not; what
-    somebody has put there or taken away meanwhile is left to them.
+    An attribute of the instance shadows the method of its class (`harmonica.shadows`); a hook could not skip the
+    computation. Another `gated` inside or outside, other libraries' wrappers and exceptions are all borne.
 
     Args:
         sites: modules in the order of the table's columns, no module twice.
@@ -121,16 +120,8 @@ def gated(sites: Mapping[str, nn.Module] | Sequence[nn.Module], gate: Gate) -> I
     modules = list(sites.values() if isinstance(sites, Mapping) else sites)
     if len(set(map(id, modules))) < len(modules):
         raise ValueError("a module stands at two sites; each needs a feature, hence a module, of its own")
-    shadowed = []
-    try:
-        for site, module in enumerate(modules):
-            before, asking = module.__dict__.get("forward"), partial(_ask, gate, site, module.forward)
-            module.__dict__["forward"] = asking
-            shadowed.append((module, before, asking))
+    with shadowed("forward", ((module, partial(_ask, gate, i, module.forward)) for i, module in enumerate(modules))):
         yield
-    finally:
-        for module, before, asking in shadowed:
-            put_back(module, "forward", asking, before)
 
 
 def _ask(gate: Gate, site: int, forward: Callable[..., Feature], /, *args: Any, **kwargs: Any) -> Feature:

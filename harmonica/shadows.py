@@ -6,8 +6,35 @@ order of coming. This file does not know what is shadowed.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
+
+
+@contextmanager
+def shadowed(name: str, shadows: Iterable[tuple[Any, partial[Any]]]) -> Iterator[None]:
+    """Hide `name` of things by their shadows, one after the other, and put everything back, exception or not.
+
+    What stood on the instance before (a shadow of ours, another library's wrapper) stands there again afterwards; what
+    somebody has put there or taken away meanwhile is left to them.
+
+    >>> class Thing: name = "of the class"
+    >>> thing = Thing()
+    >>> with shadowed("name", [(thing, partial(print))]): hidden = thing.name
+    >>> hidden, thing.name
+    (functools.partial(<built-in function print>), 'of the class')
+    """
+    placed: list[tuple[Any, partial[Any], Any]] = []
+    try:
+        for thing, shadow in shadows:
+            own = vars(thing)
+            placed.append((thing, shadow, own.get(name)))
+            own[name] = shadow
+        yield
+    finally:
+        for thing, shadow, before in placed:
+            put_back(thing, name, shadow, before)
 
 
 def put_back(thing: Any, name: str, shadow: partial[Any], before: Any) -> None:

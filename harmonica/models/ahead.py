@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harmonica.models.dit import DiT
-from harmonica.shadows import put_back
+from harmonica.shadows import shadowed
 
 LEAST_ROOM = 16 * 2**20
 """Bytes that modulations made ahead may always take."""
@@ -101,16 +101,10 @@ Shadow = Callable[..., Any]
 @contextmanager
 def ahead(model: nn.Module | None, clock: Clock) -> Iterator[None]:
     """Shadow what is known before a walk in a model of a known class."""
-    placed = []
-    try:
-        for module, shadow in _shadows(model, clock) if model is not None else ():
-            before, answering = vars(module).get("forward"), partial(_answer, clock, shadow, module.forward)
-            vars(module)["forward"] = answering
-            placed.append((module, before, answering))
+    known = _shadows(model, clock) if model is not None else []
+    answering = ((module, partial(_answer, clock, shadow, module.forward)) for module, shadow in known)
+    with shadowed("forward", answering):
         yield
-    finally:
-        for module, before, answering in placed:
-            put_back(module, "forward", answering, before)
 
 
 def _answer(clock: Clock, shadow: Shadow, forward: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:

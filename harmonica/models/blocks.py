@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from harmonica.cache import Compute, Feature, Gate, gated
 from harmonica.models import dit, uvit
-from harmonica.shadows import put_back
+from harmonica.shadows import shadowed
 
 Ask = Callable[[str, Compute], Feature]
 """(name of a block's site, branch) -> feature; a module that is no site computes."""
@@ -267,19 +267,14 @@ def gated_blocks(
     blocks = [(block, form) for block in (model.modules() if model is not None else ()) if (form := form_of(block))]
     inside = {id(block.get_submodule(name)) for block, form in blocks for name in form.sites}
     rest = [site for site, module in enumerate(modules) if id(module) not in inside]
-    shadowed = []
-    with gated([modules[site] for site in rest], partial(_renamed, gate, rest)):
-        try:
-            for block, form in blocks:
-                columns = {name: column.get(id(block.get_submodule(name))) for name in form.sites}
-                before = vars(block).get("forward")
-                running = partial(_run, form, gate, math, columns, block, block.forward)
-                vars(block)["forward"] = running
-                shadowed.append((block, before, running))
-            yield
-        finally:
-            for block, before, running in shadowed:
-                put_back(block, "forward", running, before)
+
+    def running(block: nn.Module, form: Form) -> partial[Any]:
+        columns = {name: column.get(id(block.get_submodule(name))) for name in form.sites}
+        return partial(_run, form, gate, math, columns, block, block.forward)
+
+    known = ((block, running(block, form)) for block, form in blocks)
+    with gated([modules[site] for site in rest], partial(_renamed, gate, rest)), shadowed("forward", known):
+        yield
 
 
 def _renamed(gate: Gate, columns: Sequence[int], site: int, compute: Compute) -> Feature:

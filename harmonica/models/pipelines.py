@@ -34,7 +34,7 @@ from harmonica.models.session import Session, answer, open_sessions
 from harmonica.models.sites import sites
 from harmonica.models.stock import PIPELINES, from_pipeline, original_numerics
 from harmonica.router import Schedule
-from harmonica.shadows import put_back
+from harmonica.shadows import shadowed
 
 __all__ = ["cached", "disable_cache", "enable_cache", "from_pipeline", "original_numerics", "sites", "summary"]
 
@@ -138,7 +138,7 @@ def _tapped(scheduler: Any, session: Session) -> Iterator[None]:
             # A partial, as in `gated`: a scheduler copied inside the `with` has its own state, and tells nobody.
             telling = functools.partial(tap, session, scheduler, method)
             vars(telling)["__signature__"] = inspect.signature(method)  # pipelines look at it
-            stack.enter_context(_attribute(scheduler, name, telling))
+            stack.enter_context(shadowed(name, [(scheduler, telling)]))
         yield
 
 
@@ -153,17 +153,6 @@ def _step(session: Session, scheduler: Any, method: Callable[..., Any], /, *args
     if scheduler is session.scheduler:
         session.step(inspect.signature(method).bind(*args, **kwargs).arguments.get("timestep"))
     return method(*args, **kwargs)
-
-
-@contextmanager
-def _attribute(thing: Any, name: str, value: functools.partial[Any]) -> Iterator[None]:
-    """Shadow a method on one instance and put back what was there, unless somebody has replaced it since."""
-    before = vars(thing).get(name)
-    vars(thing)[name] = value
-    try:
-        yield
-    finally:
-        put_back(thing, name, value, before)
 
 
 def enable_cache(pipe: Any, schedule: Schedule) -> None:
