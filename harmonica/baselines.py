@@ -20,7 +20,7 @@ where its paper does something else besides, the docstring says so. This file do
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from math import ceil, inf, nextafter
 from typing import Any
@@ -36,7 +36,7 @@ from harmonica.denoise import Denoiser, denoise, last
 from harmonica.iepo import objective
 from harmonica.router import Schedule
 from harmonica.samplers import alphas_cumprod
-from harmonica.search import cheapest_path, step_costs, switches
+from harmonica.search import cheapest_path, step_costs, switches, whole_steps
 
 
 def every(denoiser: Denoiser, n: float | None = None, *, speedup: float | None = None) -> Schedule:
@@ -50,7 +50,7 @@ def every(denoiser: Denoiser, n: float | None = None, *, speedup: float | None =
         raise ValueError(f"n is {n}; the interval is a number of steps, 1 (compute all) or more")
     interval = Fraction(steps, _computed_steps(denoiser, asked)) if n is None else Fraction(n)
     computed = {ceil(i * interval) for i in range(ceil(steps / interval))}
-    return _made(denoiser, _whole_steps(denoiser, computed), "FORA", {"interval": float(interval)})
+    return _made(denoiser, whole_steps(denoiser, computed), "FORA", {"interval": float(interval)})
 
 
 def smoothcache(
@@ -247,7 +247,7 @@ def dynamic_programming(denoiser: Denoiser, x: Tensor, cond: Any, *, speedup: fl
     """
     path = cheapest_path(step_costs(denoiser, x, cond), _computed_steps(denoiser, speedup))
     made = {"speedup": speedup, "noises": len(x)}
-    return _made(denoiser, _whole_steps(denoiser, path), "dynamic programming", made)
+    return _made(denoiser, whole_steps(denoiser, path), "dynamic programming", made)
 
 
 def greedy(
@@ -273,7 +273,7 @@ def greedy(
         cost, asked = Macs(torch.ones(len(denoiser.sites)), 0.0), max(1.0, (1 - 1e-12) / (1 - cur))
     cost = macs(denoiser) if cost is None else cost
     _computed_steps(denoiser, asked, cost)  # refuses what is out of reach before anything is spent
-    compute, spent = _whole_steps(denoiser, range(denoiser.steps)), 0
+    compute, spent = whole_steps(denoiser, range(denoiser.steps)), 0
     search = switches(denoiser, x, cond, prices=cost.sites, budget=budget)
     while Schedule(compute).speedup(cost) < asked:
         k, i, spent = next(search)
@@ -301,15 +301,10 @@ def fewer_steps(steps: int, speedup: float) -> int:
     return max(fewer for fewer in range(1, steps + 1) if steps / fewer >= speedup)
 
 
-def _whole_steps(denoiser: Denoiser, computed: Collection[int]) -> Tensor:
-    """Return the table (T, N) that computes all sites at these steps and none at others."""
-    return torch.tensor([[k in computed] * len(denoiser.sites) for k in range(denoiser.steps)])
-
-
 def _computed_steps(denoiser: Denoiser, speedup: float, cost: Macs | None = None) -> int:
     """Return how many whole steps may compute at a speedup."""
     steps, cost = denoiser.steps, macs(denoiser) if cost is None else cost
-    return steps - _fewest(lambda n: _whole_steps(denoiser, range(steps - n)), steps - 1, speedup, cost)
+    return steps - _fewest(lambda n: whole_steps(denoiser, range(steps - n)), steps - 1, speedup, cost)
 
 
 def _reuse_first(denoiser: Denoiser, r: Tensor, speedup: float) -> Tensor:

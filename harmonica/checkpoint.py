@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW
 
+from harmonica.cost import macs
 from harmonica.denoise import Denoiser
 from harmonica.distributed import from_rank_0, own, rank, share
 from harmonica.files import StrPath, refused
@@ -28,7 +29,6 @@ from harmonica.formats import read_router, write_router
 from harmonica.router import Router
 
 if TYPE_CHECKING:
-    from harmonica.cost import Macs
     from harmonica.sdt import Update
 
 
@@ -129,19 +129,20 @@ class Run:
         self.updates, self.trajectory = self.updates + 1, trajectory
         self.router.about["provenance"]["iterations"] = self.updates
 
-    def follow(self, updates: Iterable[Update], cost: Macs | None) -> Iterator[Update]:
-        """Hand on updates and count them until there are enough, with a progress bar if a cost is given.
+    def follow(self, updates: Iterable[Update], progress: bool) -> Iterator[Update]:
+        """Hand on updates and count them until there are enough.
 
-        The bar shows loss, CUR and theoretical speedup, on rank 0 and where stderr is a terminal.
+        A progress bar shows loss, CUR and theoretical speedup, on rank 0 and where stderr is a terminal.
         """
         from tqdm.auto import tqdm
 
-        quiet = None if cost is not None and rank() == 0 else True  # None: silent where stderr is not a terminal
+        quiet = None if progress and rank() == 0 else True  # None: silent where stderr is not a terminal
         with tqdm(total=self.iterations, initial=self.updates, unit="update", disable=quiet) as bar:
+            cost = None if bar.disable else macs(self.denoiser)
             for update in islice(updates, max(0, self.iterations - self.updates)):
                 ends = update.k == self.denoiser.steps - 1
                 self.count(update.trajectory + ends)
-                if cost is not None and not bar.disable:
+                if cost is not None:
                     faster = f"{self.router.schedule(self.settings['tau']).speedup(cost):.2f}x"
                     bar.set_postfix(loss=f"{update.loss:.2e}", CUR=f"{update.cur:.1%}", speedup=faster, refresh=False)
                 bar.update()
@@ -194,6 +195,7 @@ class Run:
             if not isinstance(value, int) or not 0 <= value <= 10**12:
                 raise ValueError(f"{name} is {value!r:.40}")
         wanted = {"state.logits": self.router.logits.shape, "state.lam": self.lam.shape}
+        wanted["state.steering"] = self.steering.shape
         row, state = r"state\.optimizer\.[0-9]+\.(exp_avg|exp_avg_sq|step)", {"step": torch.Size()}
         for name in filter(lambda name: name.startswith("state.optimizer."), tensors):
             kind = re.fullmatch(row, name)

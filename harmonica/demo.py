@@ -24,6 +24,7 @@ from harmonica.cost import measure
 from harmonica.fast import Walk
 from harmonica.files import alone
 from harmonica.names import fit
+from harmonica.search import whole_steps
 from harmonica.train import AUTHORS, QUICK, TARGET, check_target
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def _every_other_step(denoiser: Denoiser) -> Schedule:
     """Return a table for timing alone: everything at even steps, nothing at odd ones."""
-    rows = torch.tensor([[k % 2 == 0] * len(denoiser.sites) for k in range(denoiser.steps)])  # (T, N)
+    rows = whole_steps(denoiser, range(0, denoiser.steps, 2))  # (T, N)
     return Schedule(rows, sites=tuple(denoiser.sites), **denoiser.about, provenance={"method": "every other step"})
 
 

@@ -31,8 +31,8 @@ from harmonica.denoise import Denoiser, sample
 from harmonica.distributed import mean_over_ranks, own, rank
 from harmonica.metrics import image_mse
 from harmonica.router import Router, Schedule
-from harmonica.search import Fork, cheapest_path, onward, step_costs
-from harmonica.target import Target
+from harmonica.search import Fork, cheapest_path, onward, predictions_of_all, step_costs, turned_over, whole_steps
+from harmonica.target import Target, level
 
 Batch = tuple[Tensor, Any]
 """Noise x (B, C, H, W) and conditions; all batches of a search have one B."""
@@ -124,7 +124,7 @@ def reach(
         target: where to.
         tau: τ, at which it will be frozen, above 0: at 0 nothing is reused.
         batch_size: noises in a walk, of all processes.
-        budget: predictions of batch_size noises; three rounds if None, 0 only lands.
+        budget: predictions of batch_size noises; ROUNDS rounds if None, 0 only lands.
         progress: show a bar.
     """
     from tqdm.auto import tqdm
@@ -152,16 +152,14 @@ def reach(
 @torch.no_grad()
 def _adopt(router: Router, table: Tensor, tau: float) -> None:
     """Set the scores whose decision at τ is not the table's just beyond τ."""
-    level = torch.logit(torch.tensor(tau, dtype=torch.float64)).item()
     for row, wanted in zip(router.rows, table[1:].to(router.rows[0].device), strict=True):
         wrong = (torch.sigmoid(row) > tau) != wanted
-        row[wrong] = torch.where(wanted, level + MARGIN, level - MARGIN).to(row)[wrong]
+        row[wrong] = torch.where(wanted, level(tau) + MARGIN, level(tau) - MARGIN).to(row)[wrong]
 
 
 def _one(denoiser: Denoiser) -> int:
-    """Return the predictions of one round: all flips of a table, and two walks beside them."""
-    steps = denoiser.steps
-    return 2 * steps + len(denoiser.sites) * steps * (steps - 1) // 2
+    """Return the predictions of one round: all flips of a table, and a walk to check what they say."""
+    return denoiser.steps + predictions_of_all(denoiser)
 
 
 class _Judge:
@@ -174,14 +172,13 @@ class _Judge:
 
     def paths(self) -> list[Tensor]:
         """Return the cheapest paths with as many whole steps as the target allows, and with one more."""
-        steps, width = self.denoiser.steps, len(self.denoiser.sites)
+        steps = self.denoiser.steps
         costs = sum(step_costs(self.denoiser, x, cond) for x, cond in self.batches) / len(self.batches)
         costs = mean_over_ranks(torch.as_tensor(costs))
         self.spent += len(self.batches) * (2 * steps + steps * (steps - 1) // 2)
         most = int(self.target.allowed / float(self.target.cost.sites.sum()))
         counts = [n for n in (most, most + 1) if 1 <= n <= steps]
-        chosen = [cheapest_path(costs, n) for n in counts]
-        return [torch.tensor([[k in path] * width for k in range(steps)]) for path in chosen]
+        return [whole_steps(self.denoiser, cheapest_path(costs, n)) for n in counts]
 
     def error(self, table: Tensor) -> float:
         """Return the image error of a table, whether or not it is on target."""
@@ -193,7 +190,7 @@ class _Judge:
 
     def round(self, table: Tensor) -> Round:
         """Judge a table."""
-        on_target = float((table * self.target.cost.sites).sum()) <= self.target.allowed
+        on_target = self.target.spent(table) <= self.target.allowed
         return Round(table, self.error(table), on_target, self.spent)
 
     def fits(self, budget: int) -> bool:
@@ -234,11 +231,8 @@ class _Judge:
         image, moved = forks[-1][0], []
         for k in range(1, steps):
             for i in range(width):
-                flipped = table.clone()
-                flipped[k, i] = ~flipped[k, i]
-                *_, (after, _, _) = onward(self.denoiser, cond, flipped, forks[k], k)
-                moved.append((after - image).flatten())
-        self.spent += steps + width * steps * (steps - 1) // 2
+                moved.append((turned_over(self.denoiser, cond, table, k, i, forks[k]) - image).flatten())
+        self.spent += predictions_of_all(self.denoiser)
         return image, torch.stack(moved)
 
 
@@ -252,7 +246,7 @@ def choose(model: Quadratic, table: Tensor, target: Target, *, most: int) -> Ten
     compute = table[1:].flatten()  # (E,)
     price = target.cost.sites.expand(table[1:].shape).flatten()  # (E,)
     delta = torch.where(compute, -price, price)  # what a flip adds to the cost
-    room = target.allowed - float((table * target.cost.sites).sum())
+    room = target.allowed - target.spent(table)
     gradient, twice = model.gradient.clone(), model.curvature
     own = 1.5 * twice.diagonal()
     z = torch.zeros(len(compute), dtype=torch.bool)

@@ -24,7 +24,7 @@ from torch.optim import AdamW, Optimizer
 
 from harmonica.cache import Cache, blend, gated
 from harmonica.checkpoint import Run
-from harmonica.cost import Macs, macs
+from harmonica.cost import Macs
 from harmonica.denoise import Denoiser
 from harmonica.distributed import mean_over_ranks
 from harmonica.files import StrPath
@@ -32,6 +32,9 @@ from harmonica.iepo import Proxy, image_error, objective
 from harmonica.refine import reach
 from harmonica.router import Router
 from harmonica.target import Steering, target_of
+
+BETA = 7e-8
+"""The authors' β, for DiT-XL/2 at T = 10; the default, and what a caller who names no β has."""
 
 LOGIT_LIMIT = 5.0
 """Logits are clamped to ±5 after each update (released code), so that no score gets stuck at 0 or 1."""
@@ -55,7 +58,7 @@ def sdt(  # noqa: D417 (some arguments are described together)
     noise: Iterable[tuple[Tensor, Any]],
     *,
     tau: float = 0.1,
-    beta: float | Callable[[], Tensor] = 7e-8,
+    beta: float | Callable[[], Tensor] = BETA,
     lr: float = 0.01,
     refresh_every: int = 25,
     proxy: Proxy | None = "leave-one-out",
@@ -122,7 +125,7 @@ def train_sdt(  # noqa: D417 (some arguments are described together)
     iterations: int = 20_000,
     batch_size: int = 32,
     tau: float = 0.1,
-    beta: float = 7e-8,
+    beta: float = BETA,
     lr: float = 0.01,
     refresh_every: int = 25,
     proxy: Proxy | None = "leave-one-out",
@@ -156,7 +159,7 @@ def train_sdt(  # noqa: D417 (some arguments are described together)
     Raises TypeError if denoiser is none, ValueError if a setting is out of range or the checkpoint's is another,
     FileExistsError or FileNotFoundError if `resume` and the checkpoint disagree, KeyboardInterrupt after Ctrl-C.
     """
-    target = target_of(denoiser, target_speedup, target_cur, cost, None if beta == 7e-8 else beta)
+    target = target_of(denoiser, target_speedup, target_cur, cost, None if beta == BETA else beta)
     settings: dict[str, Any] = {"batch_size": batch_size, "tau": tau, "lr": lr, "refresh_every": refresh_every}
     settings |= {"proxy": proxy or "none"} | ({"beta": beta} if target is None else target.settings)
     run = Run(denoiser, settings, iterations, generator, checkpoint, checkpoint_every, resume)
@@ -165,7 +168,7 @@ def train_sdt(  # noqa: D417 (some arguments are described together)
     how: dict[str, Any] = {"tau": tau, "beta": price, "refresh_every": refresh_every, "proxy": proxy, **carried}
     updates = sdt(denoiser, run.router, run.noise(), **how)
     with run, closing(updates):
-        for update in run.follow(updates, macs(denoiser) if progress else None):
+        for update in run.follow(updates, progress):
             if isinstance(price, Steering):
                 price.after(run.router, update)
         if target is not None:

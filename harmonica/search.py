@@ -12,7 +12,7 @@ This file does not know routers, training, or how fast a table is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from heapq import heapify, heappop, heappush
 from math import inf
 from typing import Any
@@ -38,6 +38,24 @@ def onward(denoiser: Denoiser, cond: Any, table: Tensor, fork: Fork, start: int)
         yield after, cache.copy(), memory.copy()
 
 
+def turned_over(denoiser: Denoiser, cond: Any, table: Tensor, k: int, i: int, fork: Fork) -> Tensor:
+    """Return the image (B, C, H, W) of a table (T, N) whose entry k, i is turned over, from the fork before step k."""
+    table = table.clone()
+    table[k, i] = ~table[k, i]
+    *_, (image, _, _) = onward(denoiser, cond, table, fork, k)
+    return image
+
+
+def predictions_of_all(denoiser: Denoiser) -> int:
+    """Return the predictions of one walk and of turning over each entry by itself: T + N·T(T−1)/2."""
+    return denoiser.steps + len(denoiser.sites) * denoiser.steps * (denoiser.steps - 1) // 2
+
+
+def whole_steps(denoiser: Denoiser, computed: Collection[int]) -> Tensor:
+    """Return the table (T, N) that computes all sites at these steps and none at others."""
+    return torch.tensor([[k in computed] * len(denoiser.sites) for k in range(denoiser.steps)])
+
+
 def switches(
     denoiser: Denoiser, x: Tensor, cond: Any, *, prices: Tensor, budget: int
 ) -> Iterator[tuple[int, int, int]]:
@@ -55,7 +73,7 @@ def switches(
         budget: predictions; to score every entry once takes T + N·T(T−1)/2, and less is a ValueError.
     """
     steps, sites = denoiser.steps, len(denoiser.sites)
-    spent = steps + sites * steps * (steps - 1) // 2
+    spent = predictions_of_all(denoiser)
     if budget < spent:
         raise ValueError(f"budget is {budget} predictions; scoring each entry once takes {spent}, give at least those")
     table = torch.ones(steps, sites, dtype=torch.bool)
@@ -64,9 +82,7 @@ def switches(
     plain, error, taken = forks[-1][0], 0.0, 0
 
     def score(k: int, i: int) -> float:
-        table[k, i] = False
-        image = [after for after, _, _ in onward(denoiser, cond, table, forks[k], k)][-1]
-        table[k, i] = True
+        image = turned_over(denoiser, cond, table, k, i, forks[k])
         return (image_mse(image, plain) - error) / max(float(prices[i]), 1e-30)  # what is free to compute comes last
 
     queue = [(score(k, i), k, i, taken) for k in range(1, steps) for i in range(sites)]

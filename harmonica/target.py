@@ -2,7 +2,7 @@
 
     minimise the error  subject to  spent ≤ allowed
 
-    spent      what the sites that compute cost, in MACs or in milliseconds       Σ compute · cost
+    spent      what the sites that compute cost, in MACs or what else is counted  Σ compute · cost
     allowed    what they may cost at the target speedup                           T·total / speedup − T·rest
     β          the multiplier of that constraint: raised while too much is spent, lowered while too little is
 
@@ -40,7 +40,7 @@ class Target:
 
     Attributes:
         speedup: at least 1.
-        cost: of each site and of what no site covers, `macs(denoiser)`, or `milliseconds(denoiser, …)` of this machine.
+        cost: of each site and of what no site covers: `macs(denoiser)`, or whatever else is counted in that form.
         steps: T.
 
     Raises ValueError, naming the maximum, if even a table that computes at its first step only is slower.
@@ -76,6 +76,10 @@ class Target:
         """(N,) wᵢ, the cost of each site over the mean site's."""
         return (self.cost.sites / self.cost.sites.mean()).float()
 
+    def spent(self, compute: Tensor) -> float:
+        """Return what the sites that compute cost in one walk under a table (T, N)."""
+        return float((compute * self.cost.sites).sum())
+
     def speed(self, compute: Tensor) -> float:
         """Return the theoretical speedup of a table (T, N)."""
         return Schedule(compute).speedup(self.cost)
@@ -87,7 +91,7 @@ class Target:
         reusing entries with the highest scores compute, as long as the target is still met.
         """
         table, costs = compute.clone(), self.cost.sites.expand(self.steps, -1)  # (T, N) each
-        spent = float((table * costs).sum())
+        spent = self.spent(table)
         order = scores.flatten().argsort(stable=True).tolist()
         width = len(self.cost.sites)
         for entry in order:  # lowest first
@@ -99,6 +103,15 @@ class Target:
             if not table[k, i] and spent + float(costs[k, i]) <= self.allowed:
                 table[k, i], spent = True, spent + float(costs[k, i])
         return table
+
+
+def level(tau: float) -> float:
+    """Return the logit at which a score is τ; −∞ at 0.
+
+    >>> level(0.5), level(0.0)
+    (0.0, -inf)
+    """
+    return math.log(tau / (1 - tau)) if tau > 0 else -math.inf
 
 
 def target_of(
@@ -135,7 +148,7 @@ class Steering:
 
     def __init__(self, target: Target, tau: float, state: Tensor) -> None:
         self.target, self.state = target, state
-        self._level = math.log(tau / (1 - tau)) if tau > 0 else -math.inf
+        self._level = level(tau)
         self._errors: list[float] = []
 
     def __call__(self) -> Tensor:

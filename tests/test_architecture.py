@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "prompts": {"files"},
     "target": {"cost", "denoise", "router"},
     "refine": {"denoise", "distributed", "metrics", "router", "search", "target"},
-    "checkpoint": {"denoise", "distributed", "files", "formats", "router"},
+    "checkpoint": {"cost", "denoise", "distributed", "files", "formats", "router"},
     "sdt": {"cache", "checkpoint", "cost", "denoise", "distributed", "files", "iepo", "refine", "router", "target"},
     "samples": {"cli", "denoise", "distributed", "fast", "files", "names", "router"},
     "plots": {"router"},
