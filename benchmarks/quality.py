@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import Pool
 from pathlib import Path
 from typing import Any
 
 import torch
-from record import RESULTS, record
+from record import RESULTS, ended, record
 
 from harmonica import Denoiser, Router, Schedule, baselines, macs, sample, train_sdt
 from harmonica.fast import Walk
@@ -28,7 +29,7 @@ from harmonica.files import write_json
 from harmonica.metrics import bootstrap, frechet_distance, image_mse
 from harmonica.models import load
 from harmonica.models.tiny import digits
-from harmonica.plots import tradeoff
+from harmonica.plots import save, tradeoff
 from harmonica.refine import reach
 from harmonica.target import Target
 
@@ -92,7 +93,7 @@ def measured(job: Job) -> dict[str, Any]:
     steps, sampler, method, speedup, seed, args = job
     path = args.out / f"{steps}-{sampler}-{method}-{speedup:g}-{seed}-{args.updates}-{args.noises}.json"
     if path.exists():
-        return json.loads(path.read_text())  # type: ignore[no-any-return]
+        return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
     torch.set_num_threads(1)
     denoiser, real, began = load("tiny", steps=steps, sampler=sampler), digits()[0], time.perf_counter()
     x, cond = denoiser.draw(args.noises, torch.Generator().manual_seed(1_000_003))
@@ -144,11 +145,12 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.finished:
-        rows = [json.loads(path.read_text()) for path in sorted(args.out.glob("*.json"))]
+        rows = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(args.out.glob("*.json"))]
     else:
-        with ProcessPoolExecutor(args.workers) as pool:
+        # workers leave Ctrl-C to this process, which ends them
+        with Pool(args.workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
             rows = []
-            for row in pool.map(measured, jobs(args)):
+            for row in pool.imap(measured, jobs(args)):
                 rows.append(row)
                 print(json.dumps({key: value for key, value in row.items() if key != "made"}), flush=True)
     args.results.mkdir(parents=True, exist_ok=True)
@@ -165,8 +167,8 @@ def _draw(rows: list[dict[str, Any]], steps: int, sampler: str, folder: Path) ->
         points.setdefault(row["method"], []).append((row["speedup"], row["image_error"][0]))
     figure = tradeoff(points)
     figure.suptitle(f"tiny, {sampler}, T = {steps}")
-    figure.savefig(folder / f"quality-{steps}-{sampler.replace('+', 'p')}.png", dpi=120)
+    save(figure, folder / f"quality-{steps}-{sampler.replace('+', 'p')}.png")
 
 
 if __name__ == "__main__":
-    main()
+    ended(main)

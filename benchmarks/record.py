@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import torch
 
 from harmonica.cli import exit_code
+from harmonica.files import write_whole
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -30,7 +31,7 @@ def machine() -> dict[str, Any]:
     if Path("/proc/cpuinfo").exists():
         names = [
             line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
             if "model name" in line
         ]
         cpu = names[0] if names else cpu
@@ -44,5 +45,6 @@ def record(name: str, figures: dict[str, Any], to: Path = RESULTS) -> None:
     command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     result = {"command": command, "date": time.strftime("%Y-%m-%d"), "machine": machine(), "figures": figures}
     to.mkdir(parents=True, exist_ok=True)
-    (to / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    text = json.dumps(result, indent=1) + "\n"
+    write_whole(to / f"{name}.json", lambda beside: beside.write_text(text, encoding="ascii"))
     print(json.dumps(figures, indent=1))

@@ -37,7 +37,7 @@ from statistics import median, quantiles
 from typing import Any
 
 import torch
-from record import RESULTS, machine, record
+from record import RESULTS, ended, machine, record
 from torch import Tensor, nn
 
 from harmonica import Schedule, macs, sample
@@ -48,6 +48,7 @@ from harmonica.graph import GraphWalk
 from harmonica.models import load
 from harmonica.models.dit import SIZES, DiT, DiTDenoiser
 from harmonica.plan import Plan
+from harmonica.plots import save
 from harmonica.samplers import DDIM
 
 Way = Callable[[Tensor, Any], Any]
@@ -410,7 +411,7 @@ def picture(falls: dict[str, Any], path: Path) -> None:
         axis.set_ylabel("% of the plain walk")
     axes[0][-1].legend(fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    save(figure, path)
 
 
 # ------------------------------------------------------------ how it grows
@@ -498,7 +499,9 @@ def main(arguments: list[str] | None = None) -> None:
     args.turns = args.turns or (2 if args.quick else 5)
     name = ("speed_quick" if args.quick else "speed") + ("" if args.device == "cpu" else f"_{args.device}_{args.dtype}")
     path = args.out / f"{name}.json"
-    figures: dict[str, Any] = json.loads(path.read_text())["figures"] if path.exists() and not args.quick else {}
+    figures: dict[str, Any] = (
+        json.loads(path.read_text(encoding="utf-8"))["figures"] if path.exists() and not args.quick else {}
+    )
     cases = QUICK if args.quick else ON_CPU if args.device == "cpu" else ON_GPU
     chosen = [case for case in cases if args.only is None or case.name.startswith(args.only)]
 
@@ -525,4 +528,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    ended(main)

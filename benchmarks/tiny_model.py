@@ -17,7 +17,7 @@ from harmonica import sample
 from harmonica.metrics import frechet_distance, label_agreement
 from harmonica.models import load
 from harmonica.models.tiny import digits
-from harmonica.plots import sheet
+from harmonica.plots import save, sheet
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def main() -> None:
         "frechet_real_half_to_half": round(frechet_distance(real[order[:half]], real[order[half:]]), 4),
     }
     record("tiny_model", figures)
-    sheet(images[:50], title="bundled model, DDIM-20, guidance 1.5").savefig(RESULTS / "tiny_model.png", dpi=110)
+    save(sheet(images[:50], title="bundled model, DDIM-20, guidance 1.5"), RESULTS / "tiny_model.png")
 
 
 if __name__ == "__main__":

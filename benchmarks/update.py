@@ -60,7 +60,7 @@ def update(d: DiTDenoiser, router: Router, x: Tensor, y: Tensor, cache: Cache, *
 
 def peak_mib() -> int:
     """Return the most memory this process ever held; a child's ru_maxrss would start at its parent's."""
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) // 1024
+    return int(Path("/proc/self/status").read_text(encoding="utf-8").split("VmHWM:")[1].split()[0]) // 1024
 
 
 def main() -> None:

@@ -118,7 +118,7 @@ def exit_code(prog: str, work: Callable[[], None]) -> int:
         finally:
             sys.stdout.flush()
     except KeyboardInterrupt as stop:
-        return _say(f"{prog}: {stop or 'stopped'}", 130)
+        return _say(f"{prog}: {str(stop) or 'stopped'}", 130)
     except BrokenPipeError:
         return _nobody_reads()
     except (torch.OutOfMemoryError, MemoryError) as error:

@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
         if args.weights != "random":  # λ takes T(T+1)/2 predictions, and of noise it says nothing
             pictures["lambda"] = _lambda(denoiser, schedule, router, x[:8], cond[:8])
         for name, figure in pictures.items():
-            figure.savefig(args.out / f"{name}.png", dpi=120)
+            plots.save(figure, args.out / f"{name}.png")
         print(f"schedule.json and pictures are in {args.out}")
 
 

@@ -71,6 +71,7 @@ def write_whole(path: StrPath, write: Callable[[Path], Any]) -> None:
 
     Raises:
         FileNotFoundError: if the folder does not exist.
+        OSError: if the disk is full, say; it names `path`.
     """
     path = Path(path)
     if not path.parent.is_dir():
@@ -79,6 +80,10 @@ def write_whole(path: StrPath, write: Callable[[Path], Any]) -> None:
     try:
         write(beside)
         beside.replace(path)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, f"{error.strerror}; it was not written", str(path)) from None
     finally:
         beside.unlink(missing_ok=True)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from matplotlib import colormaps
 from matplotlib.colorbar import Colorbar
@@ -16,11 +17,17 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from harmonica.files import StrPath, write_whole
 from harmonica.router import Schedule
 
 _MARKS = ("o", "s", "^", "D", "v", "P")
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito
 _STYLES = ("-", "--", "-.", ":")
+
+
+def save(figure: Figure, path: StrPath) -> None:
+    """Write a figure as a PNG, whole or not at all."""
+    write_whole(path, partial(figure.savefig, dpi=120, format="png"))
 
 
 def _kinds(sites: Sequence[str]) -> dict[str, list[int]]:

@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "checkpoint": {"cost", "denoise", "distributed", "files", "formats", "router"},
     "sdt": {"cache", "checkpoint", "cost", "denoise", "distributed", "files", "iepo", "refine", "router", "target"},
     "samples": {"cli", "denoise", "distributed", "fast", "files", "names", "router"},
-    "plots": {"router"},
+    "plots": {"files", "router"},
     "names": {"router"},
     "models": {"files", "samplers", "cache", "router", "denoise", "cost", "names", "plan", "prompts", "shadows"},
 }

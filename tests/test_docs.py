@@ -19,7 +19,7 @@ def names_of_tests() -> set[str]:
     }
 
 
-@pytest.mark.parametrize("document", ["pitfalls.md", "fidelity.md"])
+@pytest.mark.parametrize("document", ["pitfalls.md", "fidelity.md", "faults.md"])
 def test_every_test_that_a_document_names_exists(document):
     text = (ROOT / "docs" / document).read_text(encoding="utf-8")
     named = re.findall(r"`(test_\w+)(…?)`", text)
@@ -29,9 +29,13 @@ def test_every_test_that_a_document_names_exists(document):
         assert any(test.startswith(name) for test in known) if cut else name in known, name
 
 
-def test_every_pitfall_has_a_test_or_a_number():
-    rows = [line for line in (ROOT / "docs/pitfalls.md").read_text().splitlines() if line.startswith("| ")]
-    rows = [row for row in rows if not row.startswith(("| pitfall", "| mistake"))]
-    assert len(rows) > 40
+def test_every_pitfall_and_fault_has_a_test_or_a_number():
+    rows = [
+        line
+        for name in ("pitfalls.md", "faults.md")
+        for line in (ROOT / "docs" / name).read_text(encoding="utf-8").splitlines()
+        if line.startswith("| ") and not line.startswith(("| pitfall", "| mistake", "| fault"))
+    ]
+    assert len(rows) > 70
     for row in rows:
         assert re.search(r"`test_|golden|`benchmarks/", row), row

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from harmonica import Router, check_denoiser, image_error, sample, sdt, train_sdt
+from harmonica.fast import Walk
 from harmonica.models import DITS, MODELS, PIXART, load, pixart
 from harmonica.models import __dict__ as models
 from harmonica.models.dit import DiT
@@ -104,6 +105,23 @@ def test_guidance_of_one_runs_one_half_and_is_not_guided(name):
     assert len(d.predict(x, 0, cond)) == 2
     guided = loaded(name, guidance=1.0 + 1e-6, steps=2)
     torch.testing.assert_close(guided.predict(x, 0, cond)[:2], d.predict(x, 0, cond), rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["tiny", "dit-xl", "pixart-alpha-256", "uvit-h"])
+def test_inputs_that_do_not_fit_the_model_are_named_and_leave_no_trace(name):
+    d = loaded(name, steps=2)
+    x, cond = d.draw(2, torch.Generator().manual_seed(0))
+    plain = sample(d, x, cond)
+    wrong = [(x, cond[:1]), (x[:1], cond), (x[:, :-1], cond), (x[0], cond), (x, cond.float()), (x.to("meta"), cond)]
+    wrong.append((x[:0], cond[:0]))
+    if name != "pixart-alpha-256":  # which takes latents of any size
+        wrong.append((x[..., :-1], cond))
+    for walk in (sample, lambda d, x, cond: Walk(d)(x, cond)):
+        for noise, labels in wrong:
+            with pytest.raises(ValueError, match=r"found noise .*, conditions .*; expected \(B, .* B at least 1"):
+                walk(d, noise, labels)
+    assert torch.equal(sample(d, x, cond), plain)
+    assert sample(d, x.double(), cond).shape == x.shape  # a wider type is no fault
 
 
 def test_bad_input_is_refused_before_anything_is_read():

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from harmonica.models.inputs import check_inputs
 from harmonica.samplers import Memory, Sampler
 
 
@@ -301,7 +302,11 @@ class DiTDenoiser:
         Returns:
             (2B, C or 2C, H, W) with guidance, halves [conditional, null]; (B, …) without. Both halves are
             returned, as in the original, because the released training loss is taken over both.
+
+        Raises:
+            ValueError: if shapes or devices do not fit the model.
         """
+        check_inputs(x, cond, (self.model.in_channels, self.model.input_size, self.model.input_size))
         t = torch.full((len(x),), self.sampler.timesteps[k], device=x.device)  # (B,)
         if self.guidance == 1.0:
             return self._run(x, t, cond)

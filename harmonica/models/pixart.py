@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from harmonica.files import decoding
+from harmonica.models.inputs import check_inputs
 from harmonica.models.sites import sites
 from harmonica.models.weights import from_diffusers
 from harmonica.samplers import Memory, Sampler
@@ -212,7 +213,11 @@ class PixArtDenoiser:
         Returns:
             (B, C, H, W), or (B, 2C, H, W) if the sampler learns the variance: what the sampler takes, nothing else,
             so the training loss is not spent on channels that nobody reads.
+
+        Raises:
+            ValueError: if shapes or devices do not fit the model.
         """
+        check_inputs(x, cond, (self.model.config.in_channels, *x.shape[2:]))  # of any size
         text, mask = self.prompts.embeds[cond], self.prompts.mask[cond]  # (B, L, D_text), (B, L)
         null, null_mask = self.prompts.null_embeds.expand_as(text), self.prompts.null_mask.expand_as(mask)
         if self.guidance == 1.0:

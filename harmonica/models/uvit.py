@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from harmonica.models.dit import PatchEmbedder
+from harmonica.models.inputs import check_inputs
 from harmonica.samplers import Memory, Sampler
 
 UVIT_H = {
@@ -297,7 +298,11 @@ class UViTDenoiser:
 
         Returns:
             (B, C, H, W) in the type of x. The loss is taken over it alone: the streams are no batch of 2B.
+
+        Raises:
+            ValueError: if shapes or devices do not fit the model.
         """
+        check_inputs(x, cond, (self.model.in_channels, self.model.input_size, self.model.input_size))
         # A sampler's timestep is an index into β, from 0; the model was trained with the number of that β, from 1.
         t = torch.full((len(x),), self.sampler.timesteps[k] + 1.0, device=x.device)  # (B,)
         labels = (cond,) if self.guidance == 1.0 else (cond, torch.full_like(cond, self.model.num_classes))

@@ -1,0 +1,257 @@
+"""A full disk, another run, Ctrl-C, a closed pipe, a read-only home: what a command does. docs/faults.md lists all.
+
+Where a fault can be made for real (the system's own refusal to write, a signal, a pipe nobody reads) it is.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make
+
+from harmonica import Router, Schedule, demo, plots, samples, train, train_sdt
+from harmonica.files import alone
+from harmonica.models import tiny
+
+ROOT = Path(__file__).parent.parent
+SHORT = ["--steps", "4", "--iterations", "4"]
+COMMANDS = {
+    "demo": (demo, [*SHORT, "--images", "2"]),
+    "train": (train, [*SHORT, "--batch-size", "2"]),
+    "samples": (samples, ["--steps", "2", "--count", "4"]),
+    "tiny": (tiny, ["--updates", "3"]),
+}
+
+
+def said(name, out, capsys, *more):
+    """Return exit code, stdout and stderr of a command that writes to `out`."""
+    module, options = COMMANDS[name]
+    code = module.main([*options, *more, "--out", str(out)])
+    return code, *capsys.readouterr()
+
+
+def where(name, folder):
+    """Return the --out of a command: a folder, or a file in it."""
+    return folder / {"samples": "images.npz", "tiny": "w.safetensors"}.get(name, "run")
+
+
+# ------------------------------------------------------------ a full disk
+
+
+@contextmanager
+def room_for(size):
+    """Let no file grow beyond `size` bytes: the system refuses the rest of a write, as a full disk does."""
+    resource = pytest.importorskip("resource", reason="Windows has no such limit")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def router():
+    return Router(4, ["blocks.0.attn", "blocks.0.mlp"])
+
+
+SAVES = {
+    "schedule.json": lambda path: router().schedule().save(path),
+    "router.safetensors": lambda path: router().save(path),
+    "a router": lambda path: router().save_pretrained(path),
+    "a schedule": lambda path: router().schedule().save_pretrained(path),
+    "smoothcache.json": lambda path: router().schedule().export_smoothcache(path),
+    "checkpoint": lambda path: train_sdt(
+        make(dtype=torch.float32), iterations=2, batch_size=2, checkpoint=path, progress=False
+    ),
+    "picture.png": lambda path: plots.save(plots.router_heatmap(router().schedule()), path),
+}
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", SAVES)
+def test_a_full_disk_names_the_file_and_leaves_the_old_one_and_no_half(name, tmp_path):
+    save = SAVES[name]
+    if name != "checkpoint":  # one that exists is refused, not overwritten
+        save(tmp_path / name)
+    before = contents(tmp_path)
+    with room_for(16), pytest.raises(OSError, match=name):
+        save(tmp_path / name)
+    assert contents(tmp_path) == before
+    save(tmp_path / name)  # with room again
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_on_a_full_disk_says_so_in_one_line_and_leaves_no_half(name, tmp_path, capsys):
+    out = where(name, tmp_path)
+    with room_for(100):
+        code, _, err = said(name, out, capsys)
+    complaint = err.splitlines()[-1]  # above it a progress bar may stand
+    assert code == 2
+    assert "could not be written" in complaint or "it was not written" in complaint
+    assert str(tmp_path) in complaint
+    assert "Traceback" not in err
+    assert not list(tmp_path.rglob("*.part"))
+    assert all(path.stat().st_size < 100 for path in tmp_path.rglob("*") if path.is_file())
+
+
+# ------------------------------------------------------------ two runs, one output
+
+
+@pytest.mark.parametrize("name", ["demo", "train"])
+def test_a_second_run_to_one_folder_is_refused_and_the_first_is_not_disturbed(name, tmp_path, capsys):
+    out = where(name, tmp_path)
+    out.mkdir()
+    with alone(out):
+        code, _, err = said(name, out, capsys)
+        assert (code, len(err.splitlines())) == (2, 1)
+        assert f"{out} is being written to by another run" in err
+        assert not list(out.iterdir())
+    assert said(name, out, capsys)[0] == 0  # the lock went with its holder
+
+
+def test_a_second_run_to_one_file_of_samples_is_refused(tmp_path, capsys):
+    out = tmp_path / "images.npz"
+    parts = samples.parts_of(out)
+    parts.mkdir()
+    with alone(parts):
+        code, _, err = said("samples", out, capsys)
+    assert code == 2
+    assert "is being written to by another run" in err
+    assert not out.exists()
+
+
+def test_a_lock_of_a_killed_run_holds_nobody(tmp_path):
+    script = (
+        "import sys, time; from harmonica.files import alone\n"
+        "with alone(sys.argv[1]): print('held', flush=True); time.sleep(60)"
+    )
+    child = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == "held\n"
+    with pytest.raises(BlockingIOError, match="another run"), alone(tmp_path):
+        pass
+    child.kill()
+    child.communicate()
+    with alone(tmp_path):
+        assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------ Ctrl-C, and a reader that goes away
+
+
+@pytest.mark.parametrize("name", ["demo", "samples", "tiny"])
+def test_ctrl_c_while_a_command_works_is_130_and_one_line(name, tmp_path, capsys, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    where_it_works = {"demo": (demo, "train_sdt"), "samples": (samples, "_write_batch"), "tiny": (tiny, "train")}
+    monkeypatch.setattr(*where_it_works[name], interrupted)
+    code, out, err = said(name, where(name, tmp_path), capsys)
+    assert code == 130
+    assert "stopped" in err.splitlines()[-1]
+    assert "Traceback" not in err
+    assert out == ""
+
+
+def started(*arguments, **how):
+    buffered = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}  # as in a terminal
+    return subprocess.Popen(
+        [sys.executable, *arguments], stderr=subprocess.PIPE, text=True, cwd=ROOT, env=buffered, **how
+    )
+
+
+def test_ctrl_c_ends_a_benchmark_with_workers_at_once_in_one_line(tmp_path):
+    child = started(
+        "benchmarks/quality.py", "--noises", "64", "--out", str(tmp_path / "o"), "--results", str(tmp_path / "r"),
+        stdout=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 90
+    while not list(tmp_path.glob("o/*.json")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(0.5)
+    os.killpg(child.pid, signal.SIGINT)  # a terminal sends it to the workers too
+    _, err = child.communicate(timeout=20)
+    assert child.returncode == 130
+    assert err.splitlines() == ["python benchmarks/quality.py: stopped"]
+    assert not list(tmp_path.rglob("*.part"))
+    assert not (tmp_path / "r").exists()
+
+
+def test_every_benchmark_ends_as_a_command_of_the_library_does():
+    """Ctrl-C, bad input and a closed pipe take one line because `record.ended` runs it."""
+    scripts = [path for path in (ROOT / "benchmarks").glob("*.py") if path.stem != "record"]
+    assert len(scripts) > 10
+    for path in scripts:
+        last = ast.parse(path.read_text(encoding="utf-8")).body[-1]
+        assert ast.unparse(last).endswith("ended(main)"), path.name
+
+
+@pytest.mark.parametrize("what", ["-m harmonica.train", "-m harmonica.samples", "benchmarks/gate.py"])
+def test_a_pipe_that_nobody_reads_is_141_and_silence(what):
+    reader, writer = os.pipe()
+    os.close(reader)
+    child = started(*what.split(), "--help", stdout=writer)
+    os.close(writer)
+    _, err = child.communicate(timeout=60)
+    assert (child.returncode, err) == (141, "")
+
+
+# ------------------------------------------------------------ a poor environment
+
+
+def test_a_read_only_home_another_language_and_a_plain_terminal_will_do(tmp_path):
+    """No home to write to, no UTF-8, no colours, no network, spaces and accents in the path, output to a file."""
+    out = tmp_path / "two words, één"
+    router_like = make_schedule(tmp_path / "ein Plan.json")
+    environment = {key: os.environ[key] for key in ("PATH", "SYSTEMROOT", "VIRTUAL_ENV") if key in os.environ}
+    environment |= {
+        "HOME": "/proc/no-such-home", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "TERM": "dumb",
+        "HF_HUB_OFFLINE": "1", "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9",
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "harmonica.demo", "--schedule", router_like, "--steps", "2", "--images", "2",
+         "--out", out], env=environment, cwd=ROOT, capture_output=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr.decode(errors="replace")
+    assert b"\x1b" not in done.stdout + done.stderr
+    assert b"Traceback" not in done.stderr
+    assert (out / "images.png").stat().st_size > 1000
+    assert Schedule.load(out / "schedule.json").steps == 2
+
+
+def make_schedule(path):
+    table = torch.ones(2, 16, dtype=torch.bool)
+    table[1, 3:] = False
+    Schedule(table).save(path)
+    return path
+
+
+def test_every_text_file_is_opened_with_its_encoding_named():
+    """Otherwise a file means something else on a machine of another language."""
+    for path in [*(ROOT / "harmonica").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("read_text", "write_text"):
+                assert any(word.arg == "encoding" for word in node.keywords), f"{path.name}:{node.lineno}"
+
+
+# ------------------------------------------------------------ numbers that are none
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_stop_training_and_leave_no_router(value, tmp_path):
+    d = make(dtype=torch.float32)
+    next(d.sites["blocks.1.mlp"].parameters()).data.fill_(value)
+    with pytest.raises(FloatingPointError, match="the loss of step 1 is"):
+        train_sdt(d, iterations=3, batch_size=2, checkpoint=tmp_path / "c", proxy=None, progress=False)
+    assert not list(tmp_path.iterdir())
