@@ -50,6 +50,7 @@ bench: $(READY)      ## the figures in benchmarks/results (an hour; each script 
 	$(BIN)/python benchmarks/full_size.py
 	$(BIN)/python benchmarks/others.py
 	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python benchmarks/targets.py
 	$(BIN)/python benchmarks/quality.py
 
 weights: $(READY)    ## train the bundled model again (an hour)

@@ -19,7 +19,7 @@ def names_of_tests() -> set[str]:
     }
 
 
-@pytest.mark.parametrize("document", ["pitfalls.md", "fidelity.md", "faults.md"])
+@pytest.mark.parametrize("document", ["pitfalls.md", "fidelity.md", "faults.md", "comparison.md"])
 def test_every_test_that_a_document_names_exists(document):
     text = (ROOT / "docs" / document).read_text(encoding="utf-8")
     named = re.findall(r"`(test_\w+)(…?)`", text)
