@@ -4,7 +4,7 @@
     python benchmarks/quality.py --steps 10 20 50 --samplers ddim dpm-solver++ --speedups 1.1 1.2 1.4 1.6 2 2.5 3
     python benchmarks/quality.py --noises 64 --updates 40 --seeds 1     to see it run
 
-All methods return a schedule; one engine runs it on the same held-out noises. Methods that measure see 32 noises that
+All methods return a schedule; one engine runs it on the same held-out noises. Methods that measure see 96 noises that
 are not among those (greedy search 8, for its price). Each finished row is a file in --out: the same command continues.
 Writes results/quality.json and, for each T and sampler, results/quality-T-SAMPLER.png: error against speedup.
 """
@@ -35,7 +35,7 @@ from harmonica.target import Target
 
 LEARNED = ("HarmoniCa, lambda = 1", "HarmoniCa", "HarmoniCa, refined", "Learning-to-Cache")
 METHODS = ("uncached", "FORA", "SmoothCache", "Delta-DiT", "dynamic programming", "random", "fewer steps")
-SEEN = 32
+SEEN = 96
 
 Job = tuple[int, str, str, float, int, argparse.Namespace]
 """T, sampler, method, speedup, seed, options."""

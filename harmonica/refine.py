@@ -15,7 +15,10 @@ pairs of flips, and a real walk says whether it was right; if not, half as many 
 
 Reuse couples sites strongly: whole steps that refresh together are far better than the same refreshes spread out. No
 flip finds that from afar, so the search starts from several tables: the trained one, and the cheapest paths of whole
-steps (`harmonica.search`). This file does not know how a router is trained.
+steps (`harmonica.search`), whose refreshes are first moved one at a time to where the image is best. A table fits the
+noises it is judged on better than others, by half with 32 of them, so a larger budget goes into more noises.
+
+This file does not know how a router is trained.
 """
 
 from __future__ import annotations
@@ -41,10 +44,10 @@ FLIPS = 32
 """At most so many entries turn over in one round; further from the table the quadratic is not believed."""
 
 NOISES, SEED = 32, 20_000_003
-"""What `reach` judges tables on, unless a batch is larger."""
+"""What `reach` judges tables on, unless a batch or the budget is larger."""
 
-ROUNDS = 4
-"""What `reach` spends: one round for each start, one or two for the best; the rest is for judging."""
+ROUNDS = 6
+"""What `reach` spends: two to move refreshes, one for each start, one or two for the best."""
 
 MARGIN = 0.5
 """Of a logit that was moved across τ."""
@@ -78,7 +81,7 @@ def refine(
 
     Args:
         denoiser: model, sampler, guidance.
-        tables: (T, N) bool each, such as a trained one; the cheapest paths of whole steps are added to them.
+        tables: (T, N) bool each, such as a trained one; paths of whole steps are added to them.
         batches: noises to judge on, and their conditions.
         target: no table that is slower is yielded.
         budget: predictions to spend, of B noises each; a start or a round that no longer fits is not begun.
@@ -86,7 +89,10 @@ def refine(
     Raises ValueError if no table is on target, and then there is nothing to start from.
     """
     judge = _Judge(denoiser, batches, target)
-    starts = sorted((judge.round(table) for table in (*tables, *judge.paths())), key=lambda start: start.error)
+    paths = judge.paths()
+    paths = [judge.moved(path, (i + 1) * budget // (2 * len(paths))) for i, path in enumerate(paths)]
+    starts = [judge.round(table) for table in (*tables, *(whole_steps(denoiser, path) for path in paths))]
+    starts.sort(key=lambda start: start.error)
     best = next((start for start in starts if start.on_target), None)
     if best is None:
         raise ValueError(f"none of {len(starts)} tables is as fast as {target.speedup:g}; land one on the target first")
@@ -115,8 +121,8 @@ def reach(
 ) -> None:
     """Put a trained router on its target: land its table, refine that, and let the scores say so at τ.
 
-    A score whose decision changed is set just beyond τ, the others stay. The noises are at least 32, drawn from a seed
-    of their own, so that resuming a run does not change them.
+    A score whose decision changed is set just beyond τ, the others stay. The noises are drawn from a seed of their own,
+    so that resuming a run does not change them.
 
     Args:
         denoiser: model, sampler, guidance.
@@ -124,7 +130,8 @@ def reach(
         target: where to.
         tau: τ, at which it will be frozen, above 0: at 0 nothing is reused.
         batch_size: noises in a walk, of all processes.
-        budget: predictions of batch_size noises; ROUNDS rounds if None, 0 only lands.
+        budget: predictions of batch_size noises; ROUNDS rounds on 32 noises if None, 0 only lands. A multiple of that
+            goes into as many times the noises.
         progress: show a bar.
     """
     from tqdm.auto import tqdm
@@ -135,6 +142,7 @@ def reach(
     best, spent, error = target.land(r, r > tau), 0, float("nan")
     count, generator = -(-NOISES // batch_size), torch.Generator().manual_seed(SEED)
     budget = ROUNDS * count * _one(denoiser) if budget is None else budget
+    count = max(count, budget // (ROUNDS * _one(denoiser)))
     if budget > 0:
         batches = [own(denoiser.draw(batch_size, generator), batch_size) for _ in range(count)]
         quiet = None if progress and rank() == 0 else True
@@ -170,7 +178,7 @@ class _Judge:
         self.plain = [sample(denoiser, x, cond) for x, cond in batches]
         self.spent = len(batches) * denoiser.steps
 
-    def paths(self) -> list[Tensor]:
+    def paths(self) -> list[list[int]]:
         """Return the cheapest paths with as many whole steps as the target allows, and with one more."""
         steps = self.denoiser.steps
         costs = sum(step_costs(self.denoiser, x, cond) for x, cond in self.batches) / len(self.batches)
@@ -178,7 +186,24 @@ class _Judge:
         self.spent += len(self.batches) * (2 * steps + steps * (steps - 1) // 2)
         most = int(self.target.allowed / float(self.target.cost.sites.sum()))
         counts = [n for n in (most, most + 1) if 1 <= n <= steps]
-        return [whole_steps(self.denoiser, cheapest_path(costs, n)) for n in counts]
+        return [list(cheapest_path(costs, n)) for n in counts]
+
+    def moved(self, path: list[int], budget: int) -> list[int]:
+        """Move one refresh at a time to where it helps most; its cost as a step of a path is not all that it does.
+
+        Ends where no move helps, or another pass over all of them is not within the budget.
+        """
+        steps, best = self.denoiser.steps, None
+        while True:
+            free = [k for k in range(steps) if k not in path]
+            moves = [sorted({*path, into} - {out}) for out in path[1:] for into in free]  # step 0 stays
+            if not moves or self.spent + (1 + len(moves)) * len(self.batches) * steps > budget:
+                return path
+            best = self.error(whole_steps(self.denoiser, path)) if best is None else best
+            error, there = min((self.error(whole_steps(self.denoiser, move)), move) for move in moves)
+            if error >= best:
+                return path
+            best, path = error, there
 
     def error(self, table: Tensor) -> float:
         """Return the image error of a table, whether or not it is on target."""

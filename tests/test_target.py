@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from harmonica import Macs, Router, Schedule, macs, sample, train_sdt
 from harmonica.metrics import image_mse
 from harmonica.models import load
-from harmonica.refine import Quadratic, _Judge, choose, reach, refine
+from harmonica.refine import ROUNDS, Quadratic, _Judge, choose, reach, refine
 from harmonica.sdt import Update
+from harmonica.search import whole_steps
 from harmonica.target import Steering, Target, target_of
 
 QUICK = {"batch_size": 2, "lr": 0.2, "refresh_every": 2, "progress": False}
@@ -139,6 +140,35 @@ def test_the_quadratic_predicts_a_single_flip_exactly():
         flipped[1 + e // 4, e % 4] ^= True
         predicted = error + 2 * float(model.gradient[e]) + float(model.curvature[e, e])
         assert predicted == pytest.approx(judge.error(flipped), rel=1e-6, abs=1e-12)
+
+
+def test_no_single_move_of_a_refresh_is_better_than_where_moving_ends():
+    d = make(steps=6)
+    judge = _Judge(d, [start(d, 3)], Target(1.5, macs(d), 6))
+    moved = judge.moved([0, 1, 2], budget=10**6)
+    assert len(moved) == 3
+    assert moved[0] == 0
+    best = judge.error(whole_steps(d, moved))
+    assert best <= judge.error(whole_steps(d, [0, 1, 2]))
+    for out in moved[1:]:
+        for into in set(range(6)) - set(moved):
+            assert judge.error(whole_steps(d, {*moved, into} - {out})) >= best
+    assert judge.moved([0, 1, 2], budget=judge.spent) == [0, 1, 2]
+
+
+def test_a_larger_budget_judges_on_more_noises_of_the_same_batch_size(monkeypatch):
+    d, seen = make(), []
+
+    def watched(denoiser, tables, batches, target, *, budget):
+        seen.append([len(x) for x, _ in batches])
+        return iter(())
+
+    monkeypatch.setattr("harmonica.refine.refine", watched)
+    one = ROUNDS * (4 + 4 + 4 * 6)  # rounds of a walk, another, and all flips from their step on
+    for budget in (None, 10, 2 * one, 5 * one):
+        router = Router(4, d.sites, generator=torch.Generator().manual_seed(0), about={"provenance": {}})
+        reach(d, router, Target(1.6, macs(d), 4), batch_size=16, budget=budget)
+    assert seen == [[16] * 2, [16] * 2, [16] * 2, [16] * 5]
 
 
 def test_flips_that_cancel_are_found_together():
