@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -306,14 +307,28 @@ def seconds(way: Way, bench: Bench) -> float:
 
 
 def peak_mib(way: Way, bench: Bench) -> float | None:
-    """Return the most memory that one walk allocates above what is there before it; None on a CPU."""
+    """Return the most memory that one walk takes above what is there before it; None where nobody counts it.
+
+    On a CPU it is the process's memory as Linux sees it: what the allocator kept from an earlier walk is not seen.
+    """
     if not bench.x.is_cuda:
-        return None
+        status, forget = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+        if not forget.exists():
+            return None
+        gc.collect()
+        forget.write_text("5", encoding="ascii")  # Linux starts its maximum anew
+        before = _resident(status, "VmRSS")
+        way(bench.x, bench.cond)
+        return round(_resident(status, "VmHWM") - before, 1)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     way(bench.x, bench.cond)
     torch.cuda.synchronize()
     return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+
+
+def _resident(status: Path, field: str) -> float:
+    return int(status.read_text(encoding="ascii").split(f"{field}:")[1].split()[0]) / 1024
 
 
 def spread(values: list[float]) -> list[float]:
@@ -471,8 +486,9 @@ def run_case(
             turns[name].append(seconds(way, bench))
         done = {**bench.facts, "batch": case.batch, "steps": case.steps, "dtype": args.dtype, "turns": turns}
         done |= {"threads": torch.get_num_threads(), "ways": summary(turns, bench.theory)}
-        if bench.x.is_cuda:
+        if "peak_mib" not in known:
             done["peak_mib"] = {name: peak_mib(way, bench) for name, way in bench.ways.items()}
+        if bench.x.is_cuda:
             graph = bench.ways.get("graph")
             done["graph_reason"] = graph.reason if isinstance(graph, GraphWalk) else None
         write(known | done)

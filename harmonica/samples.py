@@ -36,9 +36,6 @@ from harmonica.fast import Walk
 from harmonica.files import (
     StrPath,
     alone,
-    decoding,
-    existing,
-    is_archive,
     read_json,
     read_tensors,
     write_json,
@@ -49,7 +46,6 @@ from harmonica.names import fit
 from harmonica.router import Schedule
 
 PROG = "python -m harmonica.samples"
-PICTURES = (".png", ".jpg", ".jpeg")
 
 
 class Piece(NamedTuple):
@@ -337,69 +333,6 @@ def _write_pictures(folder: Path, pieces: Sequence[Piece]) -> None:
 def _write_labels(path: Path, pieces: Sequence[Piece]) -> None:
     lines = [f"{label}\n" for piece in pieces for label in read_piece(piece)[1].tolist()]
     write_whole(path, lambda beside: beside.write_text("".join(lines), encoding="ascii"))
-
-
-# ------------------------------------------------------------ reading images, and FID
-
-
-def read_images(path: StrPath, batch_size: int = 64) -> Iterator[Tensor]:
-    """Yield (B, H, W, 3) uint8 of an .npz (its arr_0) or of a folder's PNG and JPEG files in the order of their names.
-
-    Raises FileNotFoundError if there is none, ValueError if they are no images or differ in size.
-    """
-    path = Path(path)
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURES)
-        if not files:
-            raise FileNotFoundError(f"{path} has no image; expected files in {', '.join(PICTURES)}")
-        yield from (_stacked(files[i : i + batch_size]) for i in range(0, len(files), batch_size))
-        return
-    import numpy as np
-
-    if not is_archive(existing(path)):
-        raise ValueError(f"{path} is neither an .npz nor a folder of images")
-    with decoding(path, "is a damaged .npz"), np.load(path, allow_pickle=False) as arrays:
-        images = np.asarray(arrays["arr_0"] if "arr_0" in arrays else np.empty(0))  # what is no .npy comes as bytes
-        names = ", ".join(arrays)
-    if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
-        found = f"arr_0 {images.dtype} {images.shape}" if images.size else f"arrays {names:.200}"
-        raise ValueError(f"{path} has {found}; expected arr_0 of uint8 (N, H, W, 3)")
-    yield from torch.split(torch.from_numpy(images), batch_size)
-
-
-def _stacked(files: Sequence[Path]) -> Tensor:
-    import numpy as np
-    from PIL import Image
-
-    images = []
-    for file in files:
-        with decoding(file, "is no image that can be read"), Image.open(file) as picture:
-            images.append(torch.from_numpy(np.array(picture.convert("RGB"))))
-        if images[-1].shape != images[0].shape:
-            found = f"{file} is {tuple(images[-1].shape[:2])}, {files[0]} {tuple(images[0].shape[:2])}"
-            raise ValueError(f"{found} (rows, columns); bring them to one size first")
-    return torch.stack(images)
-
-
-def fid_inception(
-    images: StrPath, reference: StrPath, *, batch_size: int = 64, device: str | torch.device = "cpu"
-) -> float:
-    """Return FID of two sets on disk (.npz or folder), with torchmetrics and the Inception weights that it fetches.
-
-    Raises ValueError if the extra `fid` is not installed, and what `read_images` raises.
-    """
-    try:
-        from torchmetrics.image.fid import FrechetInceptionDistance
-
-        fid = FrechetInceptionDistance(feature=2048).to(device)
-    except ModuleNotFoundError as error:  # torchmetrics looks for what it needs itself only when it is made
-        raise ValueError(
-            f"FID takes {error.name or 'torchmetrics'}; pip install 'harmonica-dit[fid]' brings it"
-        ) from None
-    for path, real in ((images, False), (reference, True)):
-        for batch in read_images(path, batch_size):
-            fid.update(batch.permute(0, 3, 1, 2).to(device), real=real)
-    return float(fid.compute())
 
 
 # ------------------------------------------------------------ the command

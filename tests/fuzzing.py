@@ -35,7 +35,8 @@ from harmonica.files import read_json, write_tensors
 from harmonica.models.dit import DiT
 from harmonica.models.weights import component, fill, read_state
 from harmonica.prompts import read_prompts
-from harmonica.samples import Piece, read_images, read_piece
+from harmonica.samples import Piece, read_piece
+from harmonica.scores import read_images
 
 SITES = tuple(f"blocks.{i}.{kind}" for i in range(2) for kind in ("attn", "mlp"))
 ABOUT = {"model": "small", "sampler": "ddim", "timesteps": (9, 5, 0), "guidance": 1.5, "provenance": {"seed": 1}}

@@ -38,6 +38,7 @@ MAY_IMPORT = {
     "checkpoint": {"cost", "denoise", "distributed", "files", "formats", "router"},
     "sdt": {"cache", "checkpoint", "cost", "denoise", "distributed", "files", "iepo", "refine", "router", "target"},
     "samples": {"cli", "denoise", "distributed", "fast", "files", "names", "router"},
+    "scores": {"files"},
     "plots": {"files", "router"},
     "names": {"router"},
     "models": {"files", "samplers", "cache", "router", "denoise", "cost", "names", "plan", "prompts", "shadows"},

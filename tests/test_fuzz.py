@@ -24,7 +24,7 @@ from harmonica import Router, Schedule
 from harmonica.files import read_json
 from harmonica.models.weights import read_state
 from harmonica.prompts import read_prompts
-from harmonica.samples import read_images
+from harmonica.scores import read_images
 
 kinds = pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
 

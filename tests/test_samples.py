@@ -16,7 +16,8 @@ from test_distributed import torchrun
 
 from harmonica import Schedule, models, sample, samples
 from harmonica.names import fit
-from harmonica.samples import draw_images, fid_inception, generator_of, pieces_of, read_images, to_uint8, write_samples
+from harmonica.samples import draw_images, generator_of, pieces_of, to_uint8, write_samples
+from harmonica.scores import clip_score, fid_inception, inception_score, read_images
 
 COUNT = 11
 HALF = Schedule([[1] * 4, [0] * 4, [1, 0, 1, 0], [0] * 4])
@@ -295,7 +296,7 @@ def test_conditions_that_are_no_whole_numbers_are_refused(tmp_path):
             written(tmp_path / "x.npz", denoiser=d)
 
 
-# ------------------------------------------------------------ reading, FID
+# ------------------------------------------------------------ reading, FID, IS, CLIP score
 
 
 def test_reading_refuses_what_is_no_set_of_images(tmp_path):
@@ -350,6 +351,61 @@ def test_fid_is_given_channels_first_bytes_of_both_sets(monkeypatch, tmp_path):
     for real, images in ((False, one), (True, two)):
         assert seen[real][0].dtype == torch.uint8
         assert np.array_equal(torch.cat(seen[real]).permute(0, 2, 3, 1).numpy(), images)
+
+
+def torchmetrics_of(monkeypatch, name, **classes):
+    """Stand in for torchmetrics, which no test needs to have."""
+    module = type(sys)(name)
+    vars(module).update(classes)
+    for i in range(1, name.count(".") + 1):
+        above = ".".join(name.split(".")[:i])
+        monkeypatch.setitem(sys.modules, above, type(sys)(above))
+    monkeypatch.setitem(sys.modules, name, module)
+
+
+def test_the_inception_score_is_of_channels_first_bytes_and_needs_an_image_a_split(monkeypatch, tmp_path):
+    class Score(torch.nn.Module):
+        def __init__(self, splits):
+            super().__init__()
+            self.splits, self.seen = splits, []
+
+        def update(self, images):
+            assert images.dtype == torch.uint8
+            self.seen.append(images)
+
+        def compute(self):
+            return torch.cat(self.seen).shape[1] * torch.tensor(1.0), torch.tensor(0.5)
+
+    torchmetrics_of(monkeypatch, "torchmetrics.image.inception", InceptionScore=Score)
+    written(tmp_path / "one.npz")
+    assert inception_score(tmp_path / "one.npz", splits=COUNT, batch_size=4) == (3.0, 0.5)
+    with pytest.raises(ValueError, match=rf"splits is {COUNT + 1}; .*one.npz has {COUNT} images"):
+        inception_score(tmp_path / "one.npz", splits=COUNT + 1)
+
+
+def test_the_clip_score_pairs_each_image_with_its_prompt(monkeypatch, tmp_path):
+    pairs = []
+
+    class Score(torch.nn.Module):
+        def __init__(self, model_name_or_path):
+            super().__init__()
+            assert model_name_or_path.startswith("openai/")
+
+        def update(self, images, texts):
+            pairs.extend(zip(images.permute(0, 2, 3, 1).numpy(), texts, strict=True))
+
+        def compute(self):
+            return torch.tensor(31.0)
+
+    torchmetrics_of(monkeypatch, "torchmetrics.multimodal.clip_score", CLIPScore=Score)
+    images, _ = written(tmp_path / "one.npz")
+    prompts = [f"prompt {i}" for i in range(COUNT)]
+    assert clip_score(tmp_path / "one.npz", prompts, batch_size=4) == 31.0
+    assert [text for _, text in pairs] == prompts
+    assert np.array_equal(np.stack([image for image, _ in pairs]), images)
+    for wrong in (prompts[:-1], [*prompts, "one more"]):
+        with pytest.raises(ValueError, match=rf"has {COUNT} images, there are {len(wrong)} prompts"):
+            clip_score(tmp_path / "one.npz", wrong, batch_size=4)
 
 
 # ------------------------------------------------------------ the command
