@@ -410,21 +410,19 @@ def waterfall(case: Case, bench: Bench, d: Any) -> dict[str, dict[str, float]]:
 
 def picture(falls: dict[str, Any], path: Path) -> None:
     """Draw the waterfalls, each way as a stack over the plain walk's total."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(falls), figsize=(4 * len(falls), 4), squeeze=False, layout="constrained")
-    for axis, (name, fall) in zip(axes[0], falls.items(), strict=True):
+    figure = Figure(figsize=(2.2 * len(falls) + 2.4, 3.2), layout="constrained")
+    axes = figure.subplots(1, len(falls), sharey=True, squeeze=False)[0]
+    for axis, (name, fall) in zip(axes, falls.items(), strict=True):
         whole, bottom = sum(fall["plain"].values()), [0.0] * len(fall)
         for kind in KINDS:
             heights = [100 * way[kind] / whole for way in fall.values()]
-            axis.bar(list(fall), heights, bottom=bottom, label=kind)
+            axis.bar(list(fall), heights, bottom=bottom, label=kind if axis is axes[0] else None)
             bottom = [a + b for a, b in zip(bottom, heights, strict=True)]
-        axis.set_title(name, fontsize=9)
-        axis.set_ylabel("% of the plain walk")
-    axes[0][-1].legend(fontsize=7)
+        axis.set_title(name.replace("@", "\n", 1), fontsize=9)
+    axes[0].set_ylabel("% of the plain walk")
+    figure.legend(loc="outside right upper", fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     save(figure, path)
 
@@ -537,7 +535,8 @@ def main(arguments: list[str] | None = None) -> None:
     if args.only in (None, "growth"):
         figures["growth"] = growth(args.turns, args.device, getattr(torch, args.dtype), quick=args.quick)
         write(figures)
-    falls = {name: case["waterfall"] for name, case in figures.items() if name != "growth" and case.get("waterfall")}
+    halves = [case.name for case in cases if case.cur == 50]
+    falls = {name: figures[name]["waterfall"] for name in halves if figures.get(name, {}).get("waterfall")}
     if falls:
         picture(falls, args.out / f"{name}_waterfall.png")
     print(f"{path} ({machine()['cpu']}, {torch.get_num_threads()} threads)")
