@@ -75,7 +75,8 @@ print(f"rest {cost.rest / cost.total:6.1%}")
 #
 # To see a feature, stand at its site. While a model is `gated`, every site asks a *gate* for its output; the gate
 # below lets the site compute, looks at the result, and hands it on. It measures ‖f⁽ᵏ⁾ − f⁽ᵏ⁻¹⁾‖ / ‖f⁽ᵏ⁾‖: how far
-# feature f has moved since the step before, as a share of its size. (Tutorial 2 is about gates.)
+# feature f has moved since the step before, as a share of its size. `denoise` takes a function from the step k to the
+# gate of that step. (Tutorial 2 is about gates.)
 
 # %%
 change = torch.full((denoiser.steps, len(denoiser.sites)), torch.nan)  # (T, N)

@@ -228,7 +228,8 @@ for name, table in rivals.items():
 # first steps in one long run. The gradient of row k knows the output of step k alone, so nothing tells it that
 # computing once in between would refresh the features for *all later* steps. The other two compute every now and then
 # by construction. On DiT-XL/2 the paper finds step-wise training ahead of Learning-to-Cache; a model of 0.63 million
-# weights neither confirms nor refutes that.
+# weights neither confirms nor refutes that. What does see a refresh's effect on later steps is a search on whole walks,
+# from the trained table on: `harmonica/refine.py`, used in tutorial 5.
 #
 # ## Exercises
 #
