@@ -150,7 +150,7 @@ def train_sdt(  # noqa: D417 (some arguments are described together)
         tau, beta, lr, refresh_every, proxy: as in `sdt`; a target steers β, and takes none but the default.
         target_speedup, target_cur: theoretical speedup, or share of the table that is reused, to land on.
         cost: what the speedup is counted in, `macs(denoiser)` if None.
-        refine: predictions of batch_size noises to spend on the hard table (`harmonica.refine`); None is four rounds.
+        refine: predictions of batch_size noises to spend on the hard table (`harmonica.refine`); None is six rounds.
         generator: draws the router, the noise and the conditions; seed 0 if None.
         checkpoint: a file to resume from; written every `checkpoint_every` updates, at the end, and on Ctrl-C.
         resume: continue from `checkpoint`, to the same router, bit for bit, as one run without interruption.

@@ -65,7 +65,7 @@ def _add_settings(p: Parser) -> None:
     p.add_argument("--refresh-every", type=whole, help=f"trajectories between two lambdas {default('refresh_every')}")
     p.add_argument("--tau", type=float, default=0.1, help="a score above it computes (0.1)")
     p.add_argument("--target", type=float, metavar="SPEEDUP", help=f"{TARGET}, instead of --beta")
-    p.add_argument("--refine", type=whole, metavar="PREDICTIONS", help="to spend on it after training (four rounds)")
+    p.add_argument("--refine", type=whole, metavar="PREDICTIONS", help="to spend on it after training (six rounds)")
     proxies = (*get_args(Proxy), "none")
     p.add_argument("--proxy", choices=proxies, default=proxies[0], help=f"which lambda; none is 1 ({proxies[0]})")
 
