@@ -9,6 +9,8 @@ walk to the other; where it is flat, λ = 1 already weighs right. Medians over t
 
 from __future__ import annotations
 
+import argparse
+
 import torch
 from record import ended, record
 
@@ -18,6 +20,7 @@ from harmonica.models import load
 
 def main() -> None:
     """Measure and record."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
     d = load("tiny", steps=20)
     lams, errors = [], []
     for seed in range(3):

@@ -8,6 +8,7 @@ of one half of the real digits against the other. Also draws five rows of each d
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from harmonica.plots import save, sheet
 
 def main() -> None:
     """Sample, judge, record, draw."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
     d = load("tiny", steps=20, guidance=1.5)
     labels = torch.arange(1000) % 10
     x, _ = d.draw(1000, torch.Generator().manual_seed(2024))

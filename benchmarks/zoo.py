@@ -8,6 +8,7 @@ embedders of fixed width outweigh blocks 16 wide. `blocks` is the share of the b
 
 from __future__ import annotations
 
+import argparse
 import logging
 import sys
 import warnings
@@ -44,6 +45,7 @@ def examined(name: str) -> Row:
 
 def main() -> None:
     """Examine, print the table, record."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
     warnings.simplefilter("ignore")
     logging.disable()
     torch.set_num_threads(1)

@@ -199,8 +199,9 @@ def test_every_benchmark_ends_as_a_command_of_the_library_does():
     scripts = [path for path in (ROOT / "benchmarks").glob("*.py") if path.stem != "record"]
     assert len(scripts) > 10
     for path in scripts:
-        last = ast.parse(path.read_text(encoding="utf-8")).body[-1]
-        assert ast.unparse(last).endswith("ended(main)"), path.name
+        text = path.read_text(encoding="utf-8")
+        assert ast.unparse(ast.parse(text).body[-1]).endswith("ended(main)"), path.name
+        assert "parse_args(" in text, f"{path.name} would run for minutes when asked for --help"
 
 
 @pytest.mark.parametrize("what", ["-m harmonica.train", "-m harmonica.samples", "benchmarks/gate.py"])
