@@ -19,6 +19,8 @@ and for `-pipe` cases, which are stock diffusers pipelines:
 
     plain       the pipeline          sites, exact     under `cached`         fast    under `cached(exact=False)`
     pab         diffusers' own Pyramid Attention Broadcast, every second attention
+    cache-dit   its DBCache, told to compute every second step; it computes the first block always   (extra `bench`)
+    its-table   that very table under `cached(exact=False)`
 
 Ratios are taken within a turn; medians and quartiles are over turns. Every turn is written down as it ends, so a run
 that was stopped is continued by the same command, until a case has --turns turns. efficiency = measured / theoretical.
@@ -30,9 +32,11 @@ import argparse
 import contextlib
 import gc
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -229,19 +233,26 @@ def of_pipeline(case: Case, device: str, dtype: torch.dtype) -> Bench:
     x = torch.randn(case.batch, 4, *[pipe.transformer.config.sample_size] * 2).to(device, dtype)
     counted, forward = counted_in(pipe, found, lambda: run(x, None))
 
-    def under(**options: Any) -> Way:
+    def under(schedule: Schedule, **options: Any) -> Way:
         def way(x: Tensor, cond: Any) -> Any:
             with cached(pipe, schedule, **options):
                 return run(x, cond)
 
         return way
 
-    ways: dict[str, Way] = {"plain": run, "exact": under(), "fast": under(exact=False)}
+    ways: dict[str, Way] = {"plain": run, "exact": under(schedule), "fast": under(schedule, exact=False)}
     theory = dict.fromkeys(("exact", "fast"), schedule.speedup(counted))
     ways["pab"] = pab(pipe, run)
     attention = torch.ones(case.steps, len(found), dtype=torch.bool)
     attention[1::2, [name.endswith("attn1") for name in found]] = False
     theory["pab"] = Schedule(attention).speedup(counted)
+    if find_spec("cache_dit") is not None:
+        ways["cache-dit"] = cache_dit(case, device, dtype)
+        blocks = torch.ones(case.steps, len(found), dtype=torch.bool)
+        blocks[1::2, [not name.startswith("transformer_blocks.0.") for name in found]] = False
+        its = Schedule(blocks, sites=tuple(found))
+        ways["its-table"] = under(its, exact=False)
+        theory["cache-dit"] = theory["its-table"] = its.speedup(counted)
     facts = cache_facts(found, schedule, forward, pipe.transformer)
     return Bench(ways, theory, x, None, facts | {"sites": len(found), "cur": schedule.cur}, pipe.transformer)
 
@@ -290,6 +301,21 @@ def pab(pipe: Any, run: Way) -> Way:
                     HookRegistry.check_if_exists_or_initialize(module).remove_hook("pyramid_attention_broadcast")
 
     return way
+
+
+def cache_dit(case: Case, device: str, dtype: torch.dtype) -> Way:
+    """Run under cache-dit, on a pipeline of its own: what it patches stays patched when it is disabled."""
+    import cache_dit
+
+    logging.getLogger("cache_dit").setLevel(logging.ERROR)
+    pipe, run = pipeline_of(case, device, dtype)
+    mask = [int(k % 2 == 0) for k in range(case.steps)]
+    config = cache_dit.DBCacheConfig(
+        Fn_compute_blocks=1, Bn_compute_blocks=0, max_warmup_steps=0, residual_diff_threshold=1e9,
+        steps_computation_mask=mask, steps_computation_policy="static", num_inference_steps=case.steps,
+    )  # fmt: skip
+    cache_dit.enable_cache(pipe, cache_config=config)
+    return run
 
 
 # ------------------------------------------------------------ the clock
