@@ -21,6 +21,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -369,6 +370,8 @@ def _warm(target: Target) -> None:
     import tempfile
 
     Image.init()
+    import_module("torch.utils.serialization.config")  # which torch.load does at its first file
+    repr(torch.zeros(1))  # torch imports much, named tuples too, when it first prints a tensor
     with tempfile.TemporaryDirectory() as folder:
         target.read(put(target, Path(folder)))
 

@@ -62,4 +62,7 @@ def main(scripts: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    if not sys.argv[1:] or sys.argv[1].startswith("-"):
+        sys.stdout.write(str(__doc__))
+        sys.exit(0 if sys.argv[1:] else 2)
     main(sys.argv[1:])
