@@ -25,7 +25,7 @@ from record import RESULTS, ended, record
 
 from harmonica import Denoiser, Router, Schedule, baselines, macs, sample, train_sdt
 from harmonica.fast import Walk
-from harmonica.files import write_json
+from harmonica.files import read_json, write_json
 from harmonica.metrics import bootstrap, frechet_distance, image_mse
 from harmonica.models import load
 from harmonica.models.tiny import digits
@@ -93,7 +93,7 @@ def measured(job: Job) -> dict[str, Any]:
     steps, sampler, method, speedup, seed, args = job
     path = args.out / f"{steps}-{sampler}-{method}-{speedup:g}-{seed}-{args.updates}-{args.noises}.json"
     if path.exists():
-        return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+        return read_json(path)
     torch.set_num_threads(1)
     denoiser, real, began = load("tiny", steps=steps, sampler=sampler), digits()[0], time.perf_counter()
     x, cond = denoiser.draw(args.noises, torch.Generator().manual_seed(1_000_003))
@@ -145,7 +145,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.finished:
-        rows = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(args.out.glob("*.json"))]
+        rows = [read_json(path) for path in sorted(args.out.glob("*.json"))]
     else:
         # workers leave Ctrl-C to this process, which ends them
         with Pool(args.workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:

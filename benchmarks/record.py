@@ -40,6 +40,12 @@ def machine() -> dict[str, Any]:
     return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu, **versions}
 
 
+def memory_mib(field: str) -> float:
+    """Return what Linux counts of this process's memory: VmRSS is now, VmHWM the most so far."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(status.split(f"{field}:")[1].split()[0]) / 1024
+
+
 def record(name: str, figures: dict[str, Any], to: Path = RESULTS) -> None:
     """Print the figures and write them to results/NAME.json."""
     command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])

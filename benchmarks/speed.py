@@ -31,7 +31,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -42,13 +41,14 @@ from statistics import median, quantiles
 from typing import Any
 
 import torch
-from record import RESULTS, ended, machine, record
+from record import RESULTS, ended, machine, memory_mib, record
 from torch import Tensor, nn
 
 from harmonica import Schedule, macs, sample
 from harmonica.cache import gated
 from harmonica.cost import Macs, count
 from harmonica.fast import Walk, model_of
+from harmonica.files import read_json
 from harmonica.graph import GraphWalk
 from harmonica.models import load
 from harmonica.models.dit import SIZES, DiT, DiTDenoiser
@@ -247,7 +247,7 @@ def of_pipeline(case: Case, device: str, dtype: torch.dtype) -> Bench:
     attention[1::2, [name.endswith("attn1") for name in found]] = False
     theory["pab"] = Schedule(attention).speedup(counted)
     if find_spec("cache_dit") is not None:
-        ways["cache-dit"] = cache_dit(case, device, dtype)
+        ways["cache-dit"] = under_cache_dit(case, device, dtype)
         blocks = torch.ones(case.steps, len(found), dtype=torch.bool)
         blocks[1::2, [not name.startswith("transformer_blocks.0.") for name in found]] = False
         its = Schedule(blocks, sites=tuple(found))
@@ -303,7 +303,7 @@ def pab(pipe: Any, run: Way) -> Way:
     return way
 
 
-def cache_dit(case: Case, device: str, dtype: torch.dtype) -> Way:
+def under_cache_dit(case: Case, device: str, dtype: torch.dtype) -> Way:
     """Run under cache-dit, on a pipeline of its own: what it patches stays patched when it is disabled."""
     import cache_dit
 
@@ -338,23 +338,19 @@ def peak_mib(way: Way, bench: Bench) -> float | None:
     On a CPU it is the process's memory as Linux sees it: what the allocator kept from an earlier walk is not seen.
     """
     if not bench.x.is_cuda:
-        status, forget = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+        forget = Path("/proc/self/clear_refs")
         if not forget.exists():
             return None
         gc.collect()
         forget.write_text("5", encoding="ascii")  # Linux starts its maximum anew
-        before = _resident(status, "VmRSS")
+        before = memory_mib("VmRSS")
         way(bench.x, bench.cond)
-        return round(_resident(status, "VmHWM") - before, 1)
+        return round(memory_mib("VmHWM") - before, 1)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     way(bench.x, bench.cond)
     torch.cuda.synchronize()
     return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
-
-
-def _resident(status: Path, field: str) -> float:
-    return int(status.read_text(encoding="ascii").split(f"{field}:")[1].split()[0]) / 1024
 
 
 def spread(values: list[float]) -> list[float]:
@@ -539,9 +535,7 @@ def main(arguments: list[str] | None = None) -> None:
     args.turns = args.turns or (2 if args.quick else 5)
     name = ("speed_quick" if args.quick else "speed") + ("" if args.device == "cpu" else f"_{args.device}_{args.dtype}")
     path = args.out / f"{name}.json"
-    figures: dict[str, Any] = (
-        json.loads(path.read_text(encoding="utf-8"))["figures"] if path.exists() and not args.quick else {}
-    )
+    figures: dict[str, Any] = read_json(path)["figures"] if path.exists() and not args.quick else {}
     cases = QUICK if args.quick else ON_CPU if args.device == "cpu" else ON_GPU
     chosen = [case for case in cases if args.only is None or case.name.startswith(args.only)]
 

@@ -15,11 +15,10 @@ import argparse
 import subprocess
 import sys
 import time
-from pathlib import Path
 from statistics import median
 
 import torch
-from record import ended, record
+from record import ended, memory_mib, record
 from torch import Tensor
 
 from harmonica import Router, blend, gated, objective
@@ -58,11 +57,6 @@ def update(d: DiTDenoiser, router: Router, x: Tensor, y: Tensor, cache: Cache, *
     return time.perf_counter() - start
 
 
-def peak_mib() -> int:
-    """Return the most memory this process ever held; a child's ru_maxrss would start at its parent's."""
-    return int(Path("/proc/self/status").read_text(encoding="utf-8").split("VmHWM:")[1].split()[0]) // 1024
-
-
 def main() -> None:
     """Measure and record; with --only, run one way once and print its peak memory."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -79,7 +73,7 @@ def main() -> None:
         x = d.step(x, d.predict(x, 0, y), 0, {})
     if args.only:
         update(d, router, x, y, cache, way=args.only)
-        print(peak_mib())
+        print(int(memory_mib("VmHWM")))  # a child's ru_maxrss would start at its parent's
         return
     times, gradients = {"here": [], "checkpointed": [], "released": []}, {}
     for turn in range(args.turns + 1):

@@ -10,7 +10,8 @@ reference, resizing) cannot be set beside those of another. `harmonica.metrics` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +69,7 @@ def fid_inception(
 
     Raises ValueError if the extra `fid` is not installed, and what `read_images` raises.
     """
-
-    def make() -> Any:
-        from torchmetrics.image.fid import FrechetInceptionDistance
-
-        return FrechetInceptionDistance(feature=2048)
-
-    fid = _made(make, "FID").to(device)
+    fid = _metric("image.fid", "FrechetInceptionDistance", feature=2048).to(device)
     for path, real in ((images, False), (reference, True)):
         for batch in _channels_first(path, batch_size):
             fid.update(batch.to(device), real=real)
@@ -89,13 +84,7 @@ def inception_score(
     Raises ValueError if the extra `fid` is not installed or there are fewer images than splits, and what `read_images`
     raises.
     """
-
-    def make() -> Any:
-        from torchmetrics.image.inception import InceptionScore
-
-        return InceptionScore(splits=splits)
-
-    score, count = _made(make, "the Inception score").to(device), 0
+    score, count = _metric("image.inception", "InceptionScore", splits=splits).to(device), 0
     for batch in _channels_first(images, batch_size):
         score.update(batch.to(device))
         count += len(batch)
@@ -125,13 +114,7 @@ def clip_score(
     Raises ValueError if the extra `fid` is not installed or images and prompts do not pair up, and what `read_images`
     raises.
     """
-
-    def make() -> Any:
-        from torchmetrics.multimodal.clip_score import CLIPScore
-
-        return CLIPScore(model_name_or_path=model)
-
-    score, count = _made(make, "the CLIP score").to(device), 0
+    score, count = _metric("multimodal.clip_score", "CLIPScore", model_name_or_path=model).to(device), 0
     for batch in _channels_first(images, batch_size):
         texts = list(prompts[count : count + len(batch)])
         count += len(batch)
@@ -147,9 +130,9 @@ def _channels_first(path: StrPath, batch_size: int) -> Iterator[Tensor]:
     return (batch.permute(0, 3, 1, 2) for batch in read_images(path, batch_size))
 
 
-def _made(make: Callable[[], Any], what: str) -> Any:
+def _metric(place: str, name: str, **settings: Any) -> Any:
     try:
-        return make()
+        return getattr(import_module(f"torchmetrics.{place}"), name)(**settings)
     except ModuleNotFoundError as error:  # torchmetrics looks for what it needs itself only when it is made
-        name = error.name or "torchmetrics"
-        raise ValueError(f"{what} takes {name}; pip install 'harmonica-dit[fid]' brings it") from None
+        missing = error.name or "torchmetrics"
+        raise ValueError(f"{name} takes {missing}; pip install 'harmonica-dit[fid]' brings it") from None

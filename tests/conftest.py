@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -52,6 +55,21 @@ def make(
 
 def start(denoiser: DiTDenoiser, batch: int = 2, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     return denoiser.draw(batch, torch.Generator().manual_seed(seed))
+
+
+def press_ctrl_c(child, send=None, timeout=30):
+    """Interrupt a process, by `send` if the signal is not for it alone, until it ends; return stdout and stderr.
+
+    Python drops an interrupt that lands in a destructor; a person presses again.
+    """
+    for _ in range(3):
+        (send or child.send_signal)(signal.SIGINT)
+        try:
+            return child.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            continue
+    child.kill()
+    raise AssertionError(f"three interrupts did not end {child.args}")
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make
+from conftest import make, press_ctrl_c
 
 from harmonica import Router, Schedule, demo, plots, samples, train, train_sdt
 from harmonica.files import alone
@@ -181,13 +181,7 @@ def test_ctrl_c_ends_a_benchmark_with_workers_at_once_in_one_line(tmp_path):
     while not list(tmp_path.glob("o/*.json")) and time.monotonic() < deadline:
         time.sleep(0.1)
     time.sleep(0.5)
-    for _ in range(3):  # Python drops an interrupt that lands in a destructor; a person presses again
-        os.killpg(child.pid, signal.SIGINT)  # a terminal sends it to the workers too
-        try:
-            _, err = child.communicate(timeout=20)
-            break
-        except subprocess.TimeoutExpired:
-            continue
+    _, err = press_ctrl_c(child, lambda number: os.killpg(child.pid, number), timeout=20)  # a terminal tells all
     assert child.returncode == 130
     assert err.splitlines() == ["python benchmarks/quality.py: stopped"]
     assert not list(tmp_path.rglob("*.part"))
@@ -220,14 +214,14 @@ def test_a_pipe_that_nobody_reads_is_141_and_silence(what):
 def test_a_read_only_home_another_language_and_a_plain_terminal_will_do(tmp_path):
     """No home to write to, no UTF-8, no colours, no network, spaces and accents in the path, output to a file."""
     out = tmp_path / "two words, één"
-    router_like = make_schedule(tmp_path / "ein Plan.json")
+    schedule = make_schedule(tmp_path / "ein Plan.json")
     environment = {key: os.environ[key] for key in ("PATH", "SYSTEMROOT", "VIRTUAL_ENV") if key in os.environ}
     environment |= {
         "HOME": "/proc/no-such-home", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "TERM": "dumb",
         "HF_HUB_OFFLINE": "1", "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9",
     }  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-m", "harmonica.demo", "--schedule", router_like, "--steps", "2", "--images", "2",
+        [sys.executable, "-m", "harmonica.demo", "--schedule", schedule, "--steps", "2", "--images", "2",
          "--out", out], env=environment, cwd=ROOT, capture_output=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr.decode(errors="replace")

@@ -326,6 +326,16 @@ def test_without_the_extra_fid_says_how_to_get_it(monkeypatch, tmp_path):
         fid_inception(tmp_path / "a.npz", tmp_path / "b.npz")
 
 
+def torchmetrics_of(monkeypatch, name, **classes):
+    """Stand in for torchmetrics, which no test needs to have."""
+    module = type(sys)(name)
+    vars(module).update(classes)
+    for i in range(1, name.count(".") + 1):
+        above = ".".join(name.split(".")[:i])
+        monkeypatch.setitem(sys.modules, above, type(sys)(above))
+    monkeypatch.setitem(sys.modules, name, module)
+
+
 def test_fid_is_given_channels_first_bytes_of_both_sets(monkeypatch, tmp_path):
     seen = {True: [], False: []}
 
@@ -340,27 +350,13 @@ def test_fid_is_given_channels_first_bytes_of_both_sets(monkeypatch, tmp_path):
         def compute(self):
             return torch.tensor(1.5)
 
-    module = type(sys)("torchmetrics.image.fid")
-    module.FrechetInceptionDistance = Fid
-    for name in ("torchmetrics", "torchmetrics.image"):
-        monkeypatch.setitem(sys.modules, name, type(sys)(name))
-    monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", module)
+    torchmetrics_of(monkeypatch, "torchmetrics.image.fid", FrechetInceptionDistance=Fid)
     one, _ = written(tmp_path / "one.npz")
     two, _ = written(tmp_path / "two.npz", seed=6, count=3)
     assert fid_inception(tmp_path / "one.npz", tmp_path / "two.npz", batch_size=4) == 1.5
     for real, images in ((False, one), (True, two)):
         assert seen[real][0].dtype == torch.uint8
         assert np.array_equal(torch.cat(seen[real]).permute(0, 2, 3, 1).numpy(), images)
-
-
-def torchmetrics_of(monkeypatch, name, **classes):
-    """Stand in for torchmetrics, which no test needs to have."""
-    module = type(sys)(name)
-    vars(module).update(classes)
-    for i in range(1, name.count(".") + 1):
-        above = ".".join(name.split(".")[:i])
-        monkeypatch.setitem(sys.modules, above, type(sys)(above))
-    monkeypatch.setitem(sys.modules, name, module)
 
 
 def test_the_inception_score_is_of_channels_first_bytes_and_needs_an_image_a_split(monkeypatch, tmp_path):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-import signal
 import subprocess
 import sys
 import time
 
 import pytest
 import torch
-from conftest import make
+from conftest import make, press_ctrl_c
 
 from harmonica import Router, sdt, train_sdt
 from harmonica.checkpoint import Run
@@ -180,13 +179,7 @@ def running(path):
 def test_ctrl_c_writes_the_checkpoint_and_says_so_in_one_line(tmp_path):
     path = tmp_path / "c"
     child = running(path)
-    for _ in range(3):  # Python drops an interrupt that lands in a destructor; a person presses again
-        child.send_signal(signal.SIGINT)
-        try:
-            said, _ = child.communicate(timeout=30)
-            break
-        except subprocess.TimeoutExpired:
-            continue
+    said, _ = press_ctrl_c(child)
     assert child.returncode == 0
     assert said.startswith("stopped after ")
     assert said.endswith(f"updates; {path} continues with resume=True\n".replace("continues", "continues it"))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import signal
 import subprocess
 import sys
 import time
 
 import pytest
 import torch
+from conftest import press_ctrl_c
 from test_distributed import environment, torchrun
 
 from harmonica import Router, Schedule, distributed, models, train, train_sdt
@@ -200,13 +200,7 @@ def test_ctrl_c_is_130_and_one_line_that_says_how_to_go_on(tmp_path):
     deadline = time.monotonic() + 60
     while not (tmp_path / "router.safetensors").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
-    for _ in range(3):  # Python drops an interrupt that lands in a destructor; a person presses again
-        child.send_signal(signal.SIGINT)
-        try:
-            _, err = child.communicate(timeout=20)
-            break
-        except subprocess.TimeoutExpired:
-            continue
+    _, err = press_ctrl_c(child, timeout=20)
     assert (child.returncode, len(err.splitlines())) == (130, 1)
     assert "router.safetensors continues it with --resume" in err
     assert "resume=True" not in err

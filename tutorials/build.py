@@ -8,8 +8,8 @@ The same script makes the same file: cells are numbered, and times, paths and th
 
 from __future__ import annotations
 
+import argparse
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,6 @@ def main(scripts: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    if not sys.argv[1:] or sys.argv[1].startswith("-"):
-        sys.stdout.write(str(__doc__))
-        sys.exit(0 if sys.argv[1:] else 2)
-    main(sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("scripts", nargs="+")
+    main(parser.parse_args().scripts)
