@@ -5,7 +5,8 @@
     python benchmarks/quality.py --noises 64 --updates 40 --seeds 1     to see it run
 
 All methods return a schedule; one engine runs it on the same held-out noises. Methods that measure see 96 noises that
-are not among those (greedy search 8, for its price). Each finished row is a file in --out: the same command continues.
+are not among those (greedy search 8, for its price; refined tables are judged on 128). Each finished row is a file in
+--out: the same command continues.
 Writes results/quality.json and, for each T and sampler, results/quality-T-SAMPLER.png: error against speedup.
 """
 
@@ -45,6 +46,8 @@ def jobs(args: argparse.Namespace) -> Iterator[Job]:
     """Yield what is to be measured, cheap methods and first seeds first."""
     for seed in range(args.seeds):
         for method in (*METHODS, *LEARNED, "greedy") if seed == 0 else LEARNED:
+            if method not in args.methods:
+                continue
             for steps in args.steps:
                 for sampler in args.samplers:
                     for speedup in (1.0,) if method == "uncached" else args.speedups:
@@ -84,7 +87,7 @@ def _harmonica(denoiser: Denoiser, method: str, speedup: float, seed: int, args:
         router.save(path)
     router = Router.load(path)
     if method.endswith("refined"):
-        reach(denoiser, router, Target(speedup, macs(denoiser), denoiser.steps), batch_size=SEEN)
+        reach(denoiser, router, Target(speedup, macs(denoiser), denoiser.steps), batch_size=64)
     return router.schedule(0.1)
 
 
@@ -135,6 +138,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[20])
     parser.add_argument("--samplers", nargs="+", default=["ddim"])
     parser.add_argument("--speedups", type=float, nargs="+", default=[1.4, 2.0, 2.5])
+    every = (*METHODS, *LEARNED, "greedy")
+    parser.add_argument("--methods", nargs="+", default=every, choices=every, metavar="METHOD", help=", ".join(every))
     parser.add_argument("--noises", type=int, default=1000, help="held-out ones")
     parser.add_argument("--updates", type=int, default=1500, help="of what is trained")
     parser.add_argument("--seeds", type=int, default=3, help="of what is trained")

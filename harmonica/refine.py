@@ -1,40 +1,35 @@
 """Refine: training ends with a soft table that was scored step by step; make the hard one better on whole walks.
 
-    flip      one entry turned over: reuse where it computed, or the other way round        e = (k, i)
-    v_e       what a flip does to the image, sign included: image(flipped) − image(table)   (B, C, H, W)
-    d         image(table) − image without a cache                                          (B, C, H, W)
+The search stands at a table, and asks `harmonica.quadratic` what turning over entries would do to the image:
 
-λ and a router's gradient know the *size* of what each entry does by itself. Near a table, what several flips z do adds
-up as vectors, so entries that cancel each other are seen, and so is a refresh that helps the steps after it:
+    rows       two steps change places; the quadratic ranks all pairs, the likeliest are walked until one helps
+    flips      where no pair helps: the best set of at most 32 entries; where a walk disagrees, half as many
 
-    error(z) ≈ mean (d + Σ_e z_e·v_e)² = error + 2·z·h + zᵀGz,    h_e = mean d·v_e,    G_ef = mean v_e·v_f
-
-All v_e together cost one walk for each flip, from its step on: T + N·T(T−1)/2 predictions, without gradients. Choosing
-the flips is then arithmetic (`choose`): the quadratic is brought down at no more than the allowed cost, by flips and
-pairs of flips, and a real walk says whether it was right; if not, half as many flips are tried.
+A real walk has the last word, so no change is kept that does not lower the image error. Where neither rows nor flips
+do, the search ends. Each quadratic sees new noises, walks are judged on the same ones: a change that fits its own
+noises only is not kept.
 
 Reuse couples sites strongly: whole steps that refresh together are far better than the same refreshes spread out. No
 flip finds that from afar, so the search starts from several tables: the trained one, and the cheapest paths of whole
-steps (`harmonica.search`), whose refreshes are first moved one at a time to where the image is best. A table fits the
-noises it is judged on better than others, by half with 32 of them, so a larger budget goes into more noises.
-
-This file does not know how a router is trained.
+steps (`harmonica.search`). A larger budget goes into more noises. This file does not know how a router is trained.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice, repeat
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from harmonica.denoise import Denoiser, sample
-from harmonica.distributed import mean_over_ranks, own, rank
+from harmonica.distributed import mean_over_ranks, own, rank, world
 from harmonica.metrics import image_mse
+from harmonica.quadratic import WALKS, Quadratic, choose, measure
 from harmonica.router import Router, Schedule
-from harmonica.search import Fork, cheapest_path, onward, predictions_of_all, step_costs, turned_over, whole_steps
+from harmonica.search import cheapest_path, step_costs, whole_steps
 from harmonica.target import Target, level
 
 Batch = tuple[Tensor, Any]
@@ -43,17 +38,17 @@ Batch = tuple[Tensor, Any]
 FLIPS = 32
 """At most so many entries turn over in one round; further from the table the quadratic is not believed."""
 
-NOISES, SEED = 32, 20_000_003
-"""What `reach` judges tables on, unless a batch or the budget is larger."""
+PAIRS = 10
+"""At most so many pairs of rows are walked in one round."""
 
-ROUNDS = 6
-"""What `reach` spends: two to move refreshes, one for each start, one or two for the best."""
+ROUND = 1 + WALKS + PAIRS + FLIPS.bit_length()
+"""Walks of one round, at most."""
+
+NOISES, ROUNDS, SEED = 128, 12, 20_000_003
+"""What `reach` judges tables on, unless a batch or the budget is larger, and what it spends if nobody says."""
 
 MARGIN = 0.5
 """Of a logit that was moved across τ."""
-
-HOPELESS = 3.0
-"""A start whose error is so many times the best one's is not searched from."""
 
 
 @dataclass(frozen=True)
@@ -66,47 +61,39 @@ class Round:
     spent: int  # predictions so far, of B noises each
 
 
-@dataclass(frozen=True)
-class Quadratic:
-    """The model of a table's neighbourhood, over its E = (T−1)·N entries that may flip."""
-
-    gradient: Tensor  # h, (E,) float64
-    curvature: Tensor  # G, (E, E) float64
-
-
 def refine(
-    denoiser: Denoiser, tables: Sequence[Tensor], batches: Sequence[Batch], target: Target, *, budget: int
+    denoiser: Denoiser, tables: Sequence[Tensor], noise: Iterator[Batch], target: Target, *, batches: int, budget: int
 ) -> Iterator[Round]:
-    """Search around the best of several tables, yielding each that is the best so far.
+    """Search from several tables, yielding each that is the best so far.
 
     Args:
         denoiser: model, sampler, guidance.
         tables: (T, N) bool each, such as a trained one; paths of whole steps are added to them.
-        batches: noises to judge on, and their conditions.
+        noise: batches of x (B, C, H, W) and conditions, endless.
+        batches: so many are judged on, the first ones; each round takes as many new ones for its quadratic.
         target: no table that is slower is yielded.
-        budget: predictions to spend, of B noises each; a start or a round that no longer fits is not begun.
+        budget: predictions to spend, of B noises each; a backward pass counts as two. A round that no longer fits is
+            not begun.
 
     Raises ValueError if no table is on target, and then there is nothing to start from.
     """
-    judge = _Judge(denoiser, batches, target)
-    paths = judge.paths()
-    paths = [judge.moved(path, (i + 1) * budget // (2 * len(paths))) for i, path in enumerate(paths)]
-    starts = [judge.round(table) for table in (*tables, *(whole_steps(denoiser, path) for path in paths))]
-    starts.sort(key=lambda start: start.error)
-    best = next((start for start in starts if start.on_target), None)
+    judge = _Judge(denoiser, noise, batches, target)
+    starts = [judge.round(table) for table in (*tables, *judge.paths())]
+    best = min((start for start in starts if start.on_target), key=lambda start: start.error, default=None)
     if best is None:
         raise ValueError(f"none of {len(starts)} tables is as fast as {target.speedup:g}; land one on the target first")
     yield best
-    searched: list[Round] = []
-    queue = [start for start in starts if start.error <= HOPELESS * best.error]
-    while queue and judge.fits(budget):
-        searched.append(queue.pop(0))
-        after = judge.improve(searched[-1])
-        if after is not None and after.error < best.error:
-            best = after
-            yield best
-        if not queue and not any(best is start for start in searched):
-            queue = [best]
+    while judge.fits(budget):
+        starts.sort(key=lambda start: start.error)
+        at = starts.pop(0)  # best first, be it too slow
+        after = judge.improve(at)
+        if after is not None:
+            starts.append(after)
+            if after.on_target and after.error < best.error:
+                best = after
+                yield best
+        elif at is best or not starts:  # the others are behind
+            return
 
 
 def reach(
@@ -130,7 +117,7 @@ def reach(
         target: where to.
         tau: τ, at which it will be frozen, above 0: at 0 nothing is reused.
         batch_size: noises in a walk, of all processes.
-        budget: predictions of batch_size noises; ROUNDS rounds on 32 noises if None, 0 only lands. A multiple of that
+        budget: predictions of batch_size noises; ROUNDS rounds on 128 noises if None, 0 only lands. A multiple of that
             goes into as many times the noises.
         progress: show a bar.
     """
@@ -141,13 +128,14 @@ def reach(
     r = router().detach().cpu()  # (T, N)
     best, spent, error = target.land(r, r > tau), 0, float("nan")
     count, generator = -(-NOISES // batch_size), torch.Generator().manual_seed(SEED)
-    budget = ROUNDS * count * _one(denoiser) if budget is None else budget
-    count = max(count, budget // (ROUNDS * _one(denoiser)))
+    one = ROUNDS * ROUND * denoiser.steps  # what a search on one batch may take
+    budget = count * one if budget is None else budget
+    count = max(count, budget // one)
     if budget > 0:
-        batches = [own(denoiser.draw(batch_size, generator), batch_size) for _ in range(count)]
+        noise = (own(denoiser.draw(batch_size, generator), batch_size) for _ in repeat(None))
         quiet = None if progress and rank() == 0 else True
         with tqdm(total=budget, unit="prediction", desc="refine", disable=quiet) as bar:
-            for found in refine(denoiser, [best], batches, target, budget=budget):
+            for found in refine(denoiser, [best], noise, target, batches=count, budget=budget):
                 bar.set_postfix(image_error=f"{found.error:.2e}", refresh=False)
                 bar.update(found.spent - spent)
                 best, spent, error = found.table, found.spent, found.error
@@ -165,139 +153,87 @@ def _adopt(router: Router, table: Tensor, tau: float) -> None:
         row[wrong] = torch.where(wanted, level(tau) + MARGIN, level(tau) - MARGIN).to(row)[wrong]
 
 
-def _one(denoiser: Denoiser) -> int:
-    """Return the predictions of one round: all flips of a table, and a walk to check what they say."""
-    return denoiser.steps + predictions_of_all(denoiser)
-
-
 class _Judge:
     """Walks on the noises of one search, and counts them."""
 
-    def __init__(self, denoiser: Denoiser, batches: Sequence[Batch], target: Target) -> None:
-        self.denoiser, self.batches, self.target = denoiser, batches, target
-        self.plain = [sample(denoiser, x, cond) for x, cond in batches]
-        self.spent = len(batches) * denoiser.steps
+    def __init__(self, denoiser: Denoiser, noise: Iterator[Batch], batches: int, target: Target) -> None:
+        self.denoiser, self.noise, self.target = denoiser, noise, target
+        self.batches = list(islice(noise, batches))
+        self.plain = [sample(denoiser, x, cond) for x, cond in self.batches]
+        self.walk = batches * denoiser.steps  # predictions of a walk on all noises
+        self.spent = self.walk
+        self._judged: dict[bytes, Round] = {}
+        self._signs = torch.Generator().manual_seed(SEED)
 
-    def paths(self) -> list[list[int]]:
+    def paths(self) -> list[Tensor]:
         """Return the cheapest paths with as many whole steps as the target allows, and with one more."""
         steps = self.denoiser.steps
         costs = sum(step_costs(self.denoiser, x, cond) for x, cond in self.batches) / len(self.batches)
         costs = mean_over_ranks(torch.as_tensor(costs))
-        self.spent += len(self.batches) * (2 * steps + steps * (steps - 1) // 2)
+        self.spent += 2 * self.walk + self.walk * (steps - 1) // 2
         most = int(self.target.allowed / float(self.target.cost.sites.sum()))
         counts = [n for n in (most, most + 1) if 1 <= n <= steps]
-        return [list(cheapest_path(costs, n)) for n in counts]
+        return [whole_steps(self.denoiser, cheapest_path(costs, n)) for n in counts]
 
-    def moved(self, path: list[int], budget: int) -> list[int]:
-        """Move one refresh at a time to where it helps most; its cost as a step of a path is not all that it does.
-
-        Ends where no move helps, or another pass over all of them is not within the budget.
-        """
-        steps, best = self.denoiser.steps, None
-        while True:
-            free = [k for k in range(steps) if k not in path]
-            moves = [sorted({*path, into} - {out}) for out in path[1:] for into in free]  # step 0 stays
-            if not moves or self.spent + (1 + len(moves)) * len(self.batches) * steps > budget:
-                return path
-            best = self.error(whole_steps(self.denoiser, path)) if best is None else best
-            error, there = min((self.error(whole_steps(self.denoiser, move)), move) for move in moves)
-            if error >= best:
-                return path
-            best, path = error, there
-
-    def error(self, table: Tensor) -> float:
-        """Return the image error of a table, whether or not it is on target."""
+    def round(self, table: Tensor) -> Round:
+        """Judge a table, which need not be on target; one that was judged before is remembered."""
+        key = table.numpy().tobytes()
+        if key in self._judged:
+            return self._judged[key]
         schedule = Schedule(table, sites=tuple(self.denoiser.sites))
         pairs = zip(self.batches, self.plain, strict=True)
         each = [image_mse(sample(self.denoiser, x, cond, schedule), plain) for (x, cond), plain in pairs]
-        self.spent += len(self.batches) * self.denoiser.steps
-        return float(mean_over_ranks(torch.tensor(each, dtype=torch.float64).mean()))
-
-    def round(self, table: Tensor) -> Round:
-        """Judge a table."""
-        on_target = self.target.spent(table) <= self.target.allowed
-        return Round(table, self.error(table), on_target, self.spent)
+        self.spent += self.walk
+        error = float(mean_over_ranks(torch.tensor(each, dtype=torch.float64).mean()))
+        self._judged[key] = Round(table, error, self.target.spent(table) <= self.target.allowed, self.spent)
+        return self._judged[key]
 
     def fits(self, budget: int) -> bool:
-        """Return whether another quadratic, and a walk to check it, is within the budget."""
-        return self.spent + len(self.batches) * _one(self.denoiser) <= budget
+        """Return whether another round is within the budget."""
+        return self.spent + ROUND * self.walk <= budget
 
-    def improve(self, start: Round) -> Round | None:
-        """Flip what the quadratic around a table says; None where it finds nothing better."""
-        model, most = self._quadratic(start.table), FLIPS
+    def improve(self, at: Round) -> Round | None:
+        """Return a better table nearby, or a faster one if this is too slow; None where there is none."""
+        model = self._quadratic(at.table)
+        for table in _pairs(model, at.table):
+            after = self.round(table)
+            if after.error < at.error:
+                return after
+        most = FLIPS
         while most:
-            table = choose(model, start.table, self.target, most=most)
-            flips = int((table != start.table).sum())
+            table = choose(model, at.table, self.target, most=most)
+            flips = int((table != at.table).sum())
             if flips == 0:
                 return None
             after = self.round(table)
-            if after.error < start.error or not start.on_target:
+            if after.error < at.error or not at.on_target:
                 return after
             most = min(most, flips) // 2
         return None
 
     def _quadratic(self, table: Tensor) -> Quadratic:
-        """Measure h and G around a table, mean over noises and processes."""
-        gradient, curvature = torch.zeros(0), torch.zeros(0)
-        for (x, cond), plain in zip(self.batches, self.plain, strict=True):
-            image, moved = self._flipped(x, cond, table)  # (B, C, H, W), (E, B·C·H·W)
-            away = (image - plain).flatten().to(moved)
-            h, big = (moved @ away / len(away)).double().cpu(), (moved @ moved.T / len(away)).double().cpu()
-            gradient, curvature = (h, big) if not len(gradient) else (gradient + h, curvature + big)
-        share = 1 / len(self.batches)
-        mean = [mean_over_ranks(value * share) for value in (gradient, curvature)]
-        return Quadratic(*mean)
-
-    def _flipped(self, x: Tensor, cond: Any, table: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the image under a table, and v_e of all its flips, (E, B·C·H·W)."""
-        steps, width = table.shape
-        start: Fork = (x, {}, {})
-        forks = [start, *onward(self.denoiser, cond, table, start, 0)]  # T + 1; forks[k] stands before step k
-        image, moved = forks[-1][0], []
-        for k in range(1, steps):
-            for i in range(width):
-                moved.append((turned_over(self.denoiser, cond, table, k, i, forks[k]) - image).flatten())
-        self.spent += predictions_of_all(self.denoiser)
-        return image, torch.stack(moved)
+        """Return the quadratic around a table, mean over noises and processes."""
+        found = []
+        for x, cond in islice(self.noise, len(self.batches)):
+            plain = sample(self.denoiser, x, cond)
+            joint = (len(x) * world(), *x.shape[1:])
+            signs = own(torch.randint(2, joint, generator=self._signs) * 2 - 1, len(x) * world())
+            found.append(measure(self.denoiser, table, x, cond, plain, signs))
+        self.spent += (1 + WALKS) * self.walk
+        gradient = torch.stack([each.gradient for each in found]).mean(0)
+        curvature = sum(each.curvature for each in found) / len(found)
+        return Quadratic(mean_over_ranks(gradient), mean_over_ranks(torch.as_tensor(curvature)))
 
 
-def choose(model: Quadratic, table: Tensor, target: Target, *, most: int) -> Tensor:
-    """Return the table (T, N) that the quadratic likes best: on target, at most `most` flips away; greedy with pairs.
-
-    A table that is too slow is first made fast enough, by the flips that cost least error for what they save. Then the
-    flip, or pair of flips, that lowers the error most is taken until none does. The diagonal of G counts half as much
-    again: the larger a single flip's effect, the less of it is linear.
-    """
-    compute = table[1:].flatten()  # (E,)
-    price = target.cost.sites.expand(table[1:].shape).flatten()  # (E,)
-    delta = torch.where(compute, -price, price)  # what a flip adds to the cost
-    room = target.allowed - target.spent(table)
-    gradient, twice = model.gradient.clone(), model.curvature
-    own = 1.5 * twice.diagonal()
-    z = torch.zeros(len(compute), dtype=torch.bool)
-    never = torch.tensor(torch.inf, dtype=torch.float64)
-    while True:
-        sign = torch.where(z, -1.0, 1.0).double()  # a chosen flip may be taken back
-        adds, gain = sign * delta, sign * (2 * gradient - 2 * z * twice.diagonal()) + own * sign
-        count = int(z.sum()) + torch.where(z, -1, 1)
-        if room < 0:
-            e = int(torch.where(adds < 0, gain / adds.abs(), never).argmin())
-            flips, change = [e], -1.0
-        else:
-            single = torch.where((adds <= room) & (count <= most), gain, never)
-            both = gain[:, None] + gain + 2 * twice * sign[:, None] * sign  # (E, E)
-            few = count[:, None] + count - int(z.sum()) <= most
-            both = torch.where((adds[:, None] + adds <= room) & few, both, never).fill_diagonal_(torch.inf)
-            e, pair = int(single.argmin()), int(both.argmin())
-            alone = float(single[e]) <= float(both.flatten()[pair])
-            flips = [e] if alone else [pair // len(z), pair % len(z)]
-            change = float(single[e]) if alone else float(both.flatten()[pair])
-        if change >= -1e-15:
-            break
-        for e in flips:
-            gradient += twice[e] * float(sign[e])
-            room -= float(adds[e])
-            z[e] = ~z[e]
-    chosen = table.clone()
-    chosen[1:] ^= z.view(len(table) - 1, -1)
-    return chosen
+def _pairs(model: Quadratic, table: Tensor) -> list[Tensor]:
+    """Return the tables (T, N) with two rows exchanged that the quadratic likes best, PAIRS at most."""
+    steps, ranked = len(table), []
+    for j in range(1, steps):
+        for k in range(j + 1, steps):
+            order = list(range(steps))
+            order[j], order[k] = k, j
+            z = (table[order] != table)[1:].flatten()  # (E,)
+            if z.sum() >= table.shape[1]:  # rows that are nearly alike are left to flips
+                ranked.append((model(z), table[order]))
+    ranked.sort(key=lambda each: each[0])
+    return [exchanged for _, exchanged in ranked[:PAIRS]]
