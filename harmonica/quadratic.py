@@ -37,7 +37,7 @@ from harmonica.denoise import Denoiser
 from harmonica.target import Target
 
 WALKS = 7
-"""What `measure` costs, in walks: one forward, then one again and a backward pass (worth two) from d and from ξ."""
+"""What `around` costs, in walks: one forward, then one again and a backward pass (worth two) from d and from ξ."""
 
 CAP = 4.0
 """A noise whose error is more than so many times the batch's median counts in proportion less."""
@@ -56,7 +56,7 @@ class Quadratic:
         return float(2 * self.gradient[on].sum() + self.curvature[on][:, on].sum())
 
 
-def measure(denoiser: Denoiser, table: Tensor, x: Tensor, cond: Any, plain: Tensor, signs: Tensor) -> Quadratic:
+def around(denoiser: Denoiser, table: Tensor, x: Tensor, cond: Any, plain: Tensor, signs: Tensor) -> Quadratic:
     """Return the quadratic around a table (T, N), mean over the noises of a batch, weighed by CAP.
 
     Memory is that of one step's gradient and the features at T steps. Guidance's halves are taken to follow one

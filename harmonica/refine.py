@@ -27,7 +27,7 @@ from torch import Tensor
 from harmonica.denoise import Denoiser, sample
 from harmonica.distributed import mean_over_ranks, own, rank, world
 from harmonica.metrics import image_mse
-from harmonica.quadratic import WALKS, Quadratic, choose, measure
+from harmonica.quadratic import WALKS, Quadratic, around, choose
 from harmonica.router import Router, Schedule
 from harmonica.search import cheapest_path, step_costs, whole_steps
 from harmonica.target import Target, level
@@ -218,7 +218,7 @@ class _Judge:
             plain = sample(self.denoiser, x, cond)
             joint = (len(x) * world(), *x.shape[1:])
             signs = own(torch.randint(2, joint, generator=self._signs) * 2 - 1, len(x) * world())
-            found.append(measure(self.denoiser, table, x, cond, plain, signs))
+            found.append(around(self.denoiser, table, x, cond, plain, signs))
         self.spent += (1 + WALKS) * self.walk
         gradient = torch.stack([each.gradient for each in found]).mean(0)
         curvature = sum(each.curvature for each in found) / len(found)

@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "shadows": set(),
     "plan": {"cache"},
     "graph": {"fast"},
-    "fast": {"cache", "denoise", "models", "plan", "router"},
+    "fast": {"cache", "cost", "denoise", "models", "plan", "router"},
     "files": set(),
     "samplers": set(),
     "metrics": set(),

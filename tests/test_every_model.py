@@ -17,6 +17,7 @@ from harmonica.models import __dict__ as models
 from harmonica.models.dit import DiT
 from harmonica.models.pixart import Variant
 from harmonica.models.uvit import UViT
+from harmonica.quadratic import around
 from harmonica.samplers import SAMPLERS
 
 SMALL_DIT = {"input_size": 8, "patch_size": 2, "hidden_size": 16, "depth": 2, "num_heads": 2}
@@ -65,7 +66,11 @@ def test_it_walks_is_exact_trains_and_has_a_lambda(name, sampler):
     schedule = router.schedule(0.5)
     image = sample(d, x, cond, schedule)
     assert image.shape == x.shape
-    assert not torch.equal(image, sample(d, x, cond))
+    plain = sample(d, x, cond)
+    assert not torch.equal(image, plain)
+    model = around(d, schedule.compute, x, cond, plain, torch.ones_like(x))  # a walk can be differentiated
+    assert bool((model.gradient.view(3, -1) != 0).any(1).all())
+    assert bool(model.gradient.isfinite().all())
     schedule.check(d.steps, tuple(d.sites), d.about["timesteps"])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pipes import count_calls, dit_transformer, randomised
 
 import pytest
@@ -15,8 +16,8 @@ from test_every_model import (
 )
 from torch import nn
 
-from harmonica import Schedule, sample
-from harmonica.fast import Walk, model_of
+from harmonica import Schedule, sample, train_sdt
+from harmonica.fast import Milliseconds, Walk, milliseconds, model_of
 from harmonica.models import MODELS, load
 from harmonica.models.ahead import Clock, ahead, same
 from harmonica.models.dit import DiTDenoiser
@@ -220,3 +221,39 @@ def test_a_walk_waits_for_nothing(name, sampler):
         walk(x, cond)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def slowed(function, seconds):
+    def slow(*args, **kwargs):
+        time.sleep(seconds)
+        return function(*args, **kwargs)
+
+    return slow
+
+
+def test_milliseconds_are_the_sites_own_and_the_rest_is_what_no_schedule_saves(monkeypatch):
+    d = make()
+    slow = d.sites["blocks.1.attn"]
+    monkeypatch.setattr(slow, "forward", slowed(slow.forward, 0.01))
+    monkeypatch.setattr(d.sampler, "step", slowed(d.sampler.step, 0.02))
+    found = milliseconds(d, 2, repeats=3)
+    site = list(d.sites).index("blocks.1.attn")
+    assert 10 <= found.sites[site] < 20
+    assert 20 <= found.rest < 40
+    assert all(0 < float(each) < 10 for i, each in enumerate(found.sites) if i != site)
+    without = Schedule([[True] * 4] + [[i != site for i in range(4)]] * 3)
+    assert 1.1 < without.speedup(found) < 1.4  # 30 + … a step, or 20 + … in three of four
+
+
+def test_a_table_lands_on_a_target_in_milliseconds():
+    d = make(dtype=torch.float32)
+    cost = Milliseconds(torch.tensor([1.0, 5.0, 1.0, 1.0], dtype=torch.float64), 2.0)
+    how = {"iterations": 12, "batch_size": 2, "lr": 0.2, "refine": 0, "progress": False}
+    schedule = train_sdt(d, target_speedup=1.5, cost=cost, **how).schedule(0.1)
+    assert schedule.speedup(cost) >= 1.5
+
+
+@pytest.mark.parametrize("bad", [{"batch_size": 0}, {"repeats": 0}])
+def test_milliseconds_of_nothing_are_refused(bad):
+    with pytest.raises(ValueError, match="expected 1 or more of each"):
+        milliseconds(make(), **bad)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from harmonica import Macs, Router, Schedule, blend, quadratic, sample
 from harmonica.denoise import denoise, last
 from harmonica.models import load
-from harmonica.quadratic import Quadratic, _walk, choose, measure
+from harmonica.quadratic import Quadratic, _walk, around, choose
 from harmonica.samplers import SAMPLERS
 from harmonica.target import Target
 
@@ -62,7 +62,7 @@ def test_h_and_g_are_derivatives_of_the_image(remembers, monkeypatch):
     found = []
     for p in range(pixels):  # unit vectors for signs, all of them: then G is exact
         unit = torch.zeros(3, pixels).index_fill_(1, torch.tensor([p]), 1.0).view_as(x)
-        found.append(measure(d, TABLE, x, cond, plain, unit))
+        found.append(around(d, TABLE, x, cond, plain, unit))
     g = sum(each.curvature for each in found)
     flat = v.flatten(1)
     assert torch.allclose(found[0].gradient, flat @ away.flatten() / away.numel(), rtol=1e-6, atol=1e-12)
@@ -76,7 +76,7 @@ def test_random_signs_give_g_on_average(monkeypatch):
     plain, generator = sample(d, x, cond), torch.Generator().manual_seed(0)
     v = torch.stack([along(d, x, cond, k, i) for k, i in ENTRIES]).flatten(1)
     signs = torch.randint(2, x.shape, generator=generator) * 2 - 1
-    g = measure(d, TABLE, x, cond, plain, signs).curvature
+    g = around(d, TABLE, x, cond, plain, signs).curvature
     assert float((g - v @ v.T / x.numel()).norm() / g.norm()) < 0.1
 
 
@@ -88,17 +88,17 @@ def test_a_noise_that_went_elsewhere_counts_no_more_than_cap_times_the_median():
     plain, hs = image - 0.1, []
     for away in (0.2, 100.0):
         plain[0] = image[0] - away
-        hs.append(measure(d, TABLE, x, cond, plain, torch.ones_like(x)).gradient)
-    rest = measure(d, TABLE, x[1:], cond[1:], plain[1:], torch.ones_like(x[1:])).gradient * 2 / 3
+        hs.append(around(d, TABLE, x, cond, plain, torch.ones_like(x)).gradient)
+    rest = around(d, TABLE, x[1:], cond[1:], plain[1:], torch.ones_like(x[1:])).gradient * 2 / 3
     assert float((hs[0] - rest).norm()) > 1e-3 * float(rest.norm())
-    first = measure(d, TABLE, x[:1], cond[:1], plain[:1], torch.ones_like(x[:1])).gradient / 3
+    first = around(d, TABLE, x[:1], cond[:1], plain[:1], torch.ones_like(x[:1])).gradient / 3
     assert torch.allclose(hs[1], rest + first * quadratic.CAP * 0.1**2 / 100.0**2, rtol=1e-6, atol=1e-9)
 
 
 def test_where_nothing_is_reused_yet_the_curvature_is_known():
     d = make()
     x, cond = start(d, 2)
-    model = measure(d, torch.ones(4, 4, dtype=torch.bool), x, cond, sample(d, x, cond), torch.ones_like(x))
+    model = around(d, torch.ones(4, 4, dtype=torch.bool), x, cond, sample(d, x, cond), torch.ones_like(x))
     assert float(model.gradient.abs().max()) == 0.0
     assert bool((model.curvature.diagonal() > 0).all())
 
@@ -109,7 +109,7 @@ def test_every_sampler_passes_gradients_on(sampler):
     table = torch.ones(4, 16, dtype=torch.bool)
     table[1:3] = False
     x, cond = d.draw(2, torch.Generator().manual_seed(0))
-    model = measure(d, table, x, cond, sample(d, x, cond), torch.ones_like(x))
+    model = around(d, table, x, cond, sample(d, x, cond), torch.ones_like(x))
     assert bool((model.curvature.diagonal() > 0).all())
     assert bool((model.gradient != 0).all())
 
@@ -119,7 +119,7 @@ def test_batches_in_half_precision_keep_small_gradients():
     x, cond = start(d, 2)
     x = x.bfloat16()
     near = sample(d, x, cond) * (1 - 2**-6)
-    gradient = measure(d, torch.ones(4, 4, dtype=torch.bool), x, cond, near, torch.ones_like(x)).gradient
+    gradient = around(d, torch.ones(4, 4, dtype=torch.bool), x, cond, near, torch.ones_like(x)).gradient
     assert bool((gradient[:8] != 0).any())
     assert bool(gradient.isfinite().all())
 
@@ -128,7 +128,7 @@ def test_weights_get_no_gradient_and_the_model_is_left_as_it_was():
     d = make()
     x, cond = start(d, 2)
     before = {name: vars(site).get("forward") for name, site in d.sites.items()}
-    measure(d, TABLE, x, cond, sample(d, x, cond), torch.ones_like(x))
+    around(d, TABLE, x, cond, sample(d, x, cond), torch.ones_like(x))
     assert all(p.grad is None for p in d.model.parameters())
     assert before == {name: vars(site).get("forward") for name, site in d.sites.items()}
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from harmonica import Macs, Router, Schedule, macs, sample, train_sdt
 from harmonica.metrics import image_mse
 from harmonica.models import load
-from harmonica.quadratic import measure
+from harmonica.quadratic import around
 from harmonica.refine import PAIRS, ROUND, ROUNDS, _Judge, reach, refine
 from harmonica.sdt import Update
 from harmonica.target import Steering, Target, target_of
@@ -163,9 +163,9 @@ def test_tables_are_judged_on_the_first_noises_and_each_quadratic_sees_new_ones(
 
     def watched(denoiser, table, x, cond, plain, signs):
         seen.append(next(n for n, (each, _) in enumerate(noise) if each is x))
-        return measure(denoiser, table, x, cond, plain, signs)
+        return around(denoiser, table, x, cond, plain, signs)
 
-    monkeypatch.setattr("harmonica.refine.measure", watched)
+    monkeypatch.setattr("harmonica.refine.around", watched)
     judge = _Judge(d, iter(noise), 3, Target(1.4, macs(d), 4))
     for _ in range(2):
         judge.improve(judge.round(judge.paths()[0]))
