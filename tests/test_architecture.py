@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "distributed": set(),
     "prompts": {"files"},
     "target": {"cost", "denoise", "router"},
+    "forecast": {"cache", "denoise", "router"},
     "quadratic": {"cache", "denoise", "target"},
     "refine": {"denoise", "distributed", "metrics", "quadratic", "router", "search", "target"},
     "checkpoint": {"cost", "denoise", "distributed", "files", "formats", "router"},
