@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from harmonica import Denoiser, Router, Schedule, denoise, image_error, macs, reuse, sample, train_sdt
-from harmonica.cache import Cache
+from harmonica import Denoiser, Router, Schedule, denoise, image_error, macs, sample, train_sdt
 from harmonica.cli import Parser, add_model_options, check_device, command, load_model, make_writable, seed, whole
 from harmonica.cost import measure
 from harmonica.fast import Walk
 from harmonica.files import alone
+from harmonica.forecast import under
 from harmonica.names import fit
 from harmonica.search import whole_steps
 from harmonica.train import AUTHORS, QUICK, TARGET, check_target
@@ -181,9 +181,8 @@ def _captions(denoiser: Denoiser, cond: Tensor) -> list[str]:
 def _pictures(denoiser: Denoiser, schedule: Schedule, x: Tensor, cond: Tensor) -> dict[str, Figure]:
     from harmonica import plots
 
-    cache: Cache = {}
     plain = list(denoise(denoiser, x, cond))
-    cached = list(denoise(denoiser, x, cond, lambda k: reuse(schedule.compute[k], cache)))
+    cached = list(denoise(denoiser, x, cond, under(schedule, {})))
     about = denoiser.about
     return {
         "router": plots.router_heatmap(schedule, title=f"{about['model']}, {about['sampler']}, T = {schedule.steps}"),

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from harmonica.cache import Cache, Gate, gated, reuse
+from harmonica.cache import Gate, gated
+from harmonica.forecast import under
 
 if TYPE_CHECKING:
     from harmonica.router import Schedule
@@ -96,6 +97,4 @@ def sample(denoiser: Denoiser, x: Tensor, cond: Any, schedule: Schedule | None =
     if schedule is None:
         return last(denoise(denoiser, x, cond))
     schedule.check(steps=denoiser.steps, sites=tuple(denoiser.sites), timesteps=denoiser.about.get("timesteps", ()))
-    cache: Cache = {}
-    rows = schedule.compute.tolist()
-    return last(denoise(denoiser, x, cond, lambda k: reuse(rows[k], cache)))
+    return last(denoise(denoiser, x, cond, under(schedule, {})))

@@ -122,6 +122,8 @@ def _facts(data: dict[str, Any]) -> dict[str, Any]:
     for name, types in (("model", text), ("sampler", text), ("guidance", number), ("threshold", number)):
         if data.get(name) is not None and not isinstance(data[name], types):
             raise ValueError(f"{name} is {data[name]!r:.40}")
+    if type(data.get("order", 0)) is not int:
+        raise ValueError(f"order is {data['order']!r:.40}")
     times = data.get("timesteps", ())
     if not isinstance(times, list | tuple) or not all(isinstance(t, number) for t in times):
         raise ValueError("timesteps must be numbers")
@@ -205,8 +207,11 @@ def write_smoothcache(schedule: Schedule, path: StrPath) -> None:
 
     Raises:
         FileNotFoundError: if the folder does not exist.
-        ValueError: if a site is no attention or feed-forward of a numbered block, or two would get one name.
+        ValueError: if a site is no attention or feed-forward of a numbered block, or two would get one name; or if the
+            schedule forecasts, which that format cannot say.
     """
+    if schedule.order:
+        raise ValueError(f"the schedule's order is {schedule.order}; SmoothCache's format knows reuse only, order 0")
     kinds = {"attn": "attn", "attn1": "attn", "attn2": "attn2", "mlp": "mlp", "ff": "mlp"}
     columns: dict[str, list[int]] = {}
     strange = []

@@ -8,8 +8,9 @@ whether anybody will read what it computed, and when a feature is read for the l
     read               reuse, and a later step reads it too
     read, let go       reuse for the last time: the feature is freed right after
 
-A plan's gates are a drop-in for `reuse`: the same images bit for bit, with fewer features alive. This file does not
-know models or samplers.
+A forecast (`Schedule.order` above 0) looks back at what was computed before, so there a feature is kept until no later
+step reads the site at all. A plan's gates are a drop-in for `reuse` and `forecast`: the same images bit for bit, with
+fewer features alive. This file does not know models or samplers.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from harmonica.cache import Cache, Compute, Feature, Gate, reuse
+from harmonica.forecast import continued, seen
 
 if TYPE_CHECKING:
     from harmonica.router import Schedule
@@ -35,6 +37,7 @@ class Plan:
 
     Attributes:
         rows: T rows of N entries, sites in the order in which a model asks them.
+        order: of the schedule.
 
     >>> from harmonica import Schedule
     >>> Plan.of(Schedule([[True, True], [False, True], [False, True]])).rows
@@ -42,12 +45,13 @@ class Plan:
     """
 
     rows: tuple[Row, ...]
+    order: int = 0
 
     @classmethod
     def of(cls, schedule: Schedule) -> Plan:
         """Plan a schedule; the only time that its tensor is looked at."""
-        columns = map(_column, schedule.compute.T.tolist())
-        return cls(tuple(zip(*columns, strict=True)))
+        columns = (_column(column, forecasts=schedule.order > 0) for column in schedule.compute.T.tolist())
+        return cls(tuple(zip(*columns, strict=True)), schedule.order)
 
     @property
     def steps(self) -> int:
@@ -61,6 +65,8 @@ class Plan:
         computed raises RuntimeError, as there.
         """
         row = self.rows[k]
+        if self.order:
+            return self._forecasts(row, k, cache)
 
         def gate(site: int, compute: Compute) -> Feature:
             try:
@@ -78,6 +84,20 @@ class Plan:
 
         return gate
 
+    def _forecasts(self, row: Row, k: int, cache: Cache) -> Gate:
+        def gate(site: int, compute: Compute) -> Feature:
+            what = row[site]
+            if what in (UNREAD, KEEP):
+                now = seen(k, compute(), cache.pop(site, None), self.order)
+                if what == KEEP:
+                    cache[site] = now
+                return now[1][0]
+            if site not in cache:
+                return reuse([False] * len(row), {})(site, compute)  # raises, and says what is wrong
+            return continued(cache[site] if what == READ else cache.pop(site), k)
+
+        return gate
+
     def peak(self, sizes: Sequence[float] | None = None) -> float:
         """Return the most that is alive in the cache at once: features, or their sizes if N of them are given.
 
@@ -89,22 +109,23 @@ class Plan:
         weigh = [1] * len(self.rows[0]) if sizes is None else list(sizes)
         if len(weigh) != len(self.rows[0]):
             raise ValueError(f"sizes has {len(weigh)} entries; the plan has {len(self.rows[0])} sites")
-        alive = most = 0.0
+        alive, most = [0] * len(weigh), 0.0  # features of each site
         for row in self.rows:
-            for what, size in zip(row, weigh, strict=True):
-                alive += {KEEP: size, LET_GO: -size}.get(what, 0)
-                most = max(most, alive)
+            for site, what in enumerate(row):
+                if what != READ:
+                    alive[site] = min(alive[site] + 1, self.order + 1) if what == KEEP else 0
+                most = max(most, sum(count * size for count, size in zip(alive, weigh, strict=True)))
         return int(most) if sizes is None or all(isinstance(size, int) for size in weigh) else most
 
 
-def _column(computes: Sequence[bool]) -> Row:
+def _column(computes: Sequence[bool], *, forecasts: bool = False) -> Row:
     """Return what one site does at each of the T steps, given where it computes.
 
-    >>> _column([True, False, False, True, True])
-    (1, 2, 3, 0, 0)
+    >>> _column([True, False, False, True, True]), _column([True, False, True, False, True], forecasts=True)
+    ((1, 2, 3, 0, 0), (1, 2, 1, 3, 0))
     """
-    read_next = [not compute for compute in computes[1:]] + [False]
+    ahead = [computes[k + 1 :] if forecasts else computes[k + 1 : k + 2] for k in range(len(computes))]
     return tuple(
-        (KEEP if later else UNREAD) if compute else (READ if later else LET_GO)
-        for compute, later in zip(computes, read_next, strict=True)
+        (KEEP if False in later else UNREAD) if compute else (READ if False in later else LET_GO)
+        for compute, later in zip(computes, ahead, strict=True)
     )

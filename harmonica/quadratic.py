@@ -12,7 +12,8 @@ refresh that helps the steps after it (λ and a router's gradient know only the 
 
 To turn one entry over and walk to the end costs T − k predictions, N·T(T−1)/2 for all of them. A gradient costs a few
 walks, whatever N: let every site give kept + s·(fresh − kept), with s = 1 where the table computes and 0 where it does
-not. That is the table's own walk, and the derivative along s is v, up to its sign. Then
+not (`kept` is a forecast if the schedule's order says so). That is the table's own walk, and the derivative along s is
+v, up to its sign. Then
 
     h      is the gradient of ½·mean (image − plain)²: one backward pass, from d
     G      takes one more, from random signs ξ: E[ξξᵀ] = 1, so (ξ·v_e)(ξ·v_f) is v_e·v_f on average (Hutchinson 1990)
@@ -34,6 +35,7 @@ from torch.utils.checkpoint import checkpoint
 
 from harmonica.cache import Cache, Compute, Feature, gated
 from harmonica.denoise import Denoiser
+from harmonica.forecast import Seen, continued, seen
 from harmonica.target import Target
 
 WALKS = 7
@@ -56,7 +58,9 @@ class Quadratic:
         return float(2 * self.gradient[on].sum() + self.curvature[on][:, on].sum())
 
 
-def around(denoiser: Denoiser, table: Tensor, x: Tensor, cond: Any, plain: Tensor, signs: Tensor) -> Quadratic:
+def around(
+    denoiser: Denoiser, table: Tensor, x: Tensor, cond: Any, plain: Tensor, signs: Tensor, *, order: int = 0
+) -> Quadratic:
     """Return the quadratic around a table (T, N), mean over the noises of a batch, weighed by CAP.
 
     Memory is that of one step's gradient and the features at T steps. Guidance's halves are taken to follow one
@@ -69,11 +73,12 @@ def around(denoiser: Denoiser, table: Tensor, x: Tensor, cond: Any, plain: Tenso
         cond: conditions for the batch.
         plain: (B, C, H, W) the images without a cache.
         signs: (B, C, H, W) of ±1, ξ of each noise.
+        order: `Schedule.order`.
     """
     batch, pixels = len(x), x[0].numel()
     wide = torch.promote_types(x.dtype, torch.float32)
     s = table.to(x.device, wide)[:, :, None].repeat(1, 1, batch).requires_grad_()  # (T, N, B)
-    image = _walk(denoiser, s, x, cond)
+    image = _walk(denoiser, s, x, cond, order)
     away = (image - plain).detach()
     scale = away.square().mean().sqrt().clamp_min(1e-30)  # half precision would lose small gradients
     along = [away / scale, signs.to(away)]
@@ -88,18 +93,20 @@ def around(denoiser: Denoiser, table: Tensor, x: Tensor, cond: Any, plain: Tenso
     return Quadratic(dots[0] @ weight * float(scale), (dots[1] * weight) @ dots[1].T)
 
 
-def _walk(denoiser: Denoiser, s: Tensor, x: Tensor, cond: Any) -> Tensor:
+def _walk(denoiser: Denoiser, s: Tensor, x: Tensor, cond: Any, order: int = 0) -> Tensor:
     """Return the image (B, C, H, W), differentiable in s (T, N, B)."""
     cache: Cache = {}
     memory: dict[str, Any] = {}
+    computes = (s.detach() > 0.5).all(-1).tolist()
 
     def step(x: Tensor, k: int, cache: Cache, memory: dict[str, Any]) -> tuple[Tensor, Cache, dict[str, Any]]:
         memory, after = memory.copy(), {}
 
         def gate(site: int, compute: Compute) -> Feature:
-            fresh = compute()
-            after[site] = tree_map(lambda new, kept: _between(kept, new, s[k, site]), fresh, cache.get(site, fresh))
-            return after[site]
+            fresh, before = compute(), cache.get(site)
+            now = seen(k, fresh, before, order)
+            after[site] = now if before is None else _blended(before, now, s[k, site], computes[k][site])
+            return fresh if before is None else _between(continued(before, k), fresh, s[k, site])
 
         with gated(denoiser.sites, gate):
             out = denoiser.predict(x, k, cond)
@@ -110,12 +117,29 @@ def _walk(denoiser: Denoiser, s: Tensor, x: Tensor, cond: Any) -> Tensor:
     return x
 
 
-def _between(kept: Any, fresh: Any, s: Tensor) -> Any:
+def _blended(before: Seen, now: Seen, s: Tensor, computes: bool) -> Seen:
+    """Return the two as one, (1−s)·before + s·now, both seen from the step that counts where s is 0 or 1."""
+    since = now[0] if computes else before[0]
+    old, new = ([continued((k, known[i:]), since) for i in range(len(known))] for k, known in (before, now))
+    old += [
+        tree_map(lambda f: torch.zeros_like(f) if isinstance(f, Tensor) else f, feature) for feature in new[len(old) :]
+    ]
+    new += [
+        tree_map(lambda f: torch.zeros_like(f) if isinstance(f, Tensor) else f, feature) for feature in old[len(new) :]
+    ]
+    return since, [_between(kept, fresh, s) for kept, fresh in zip(old, new, strict=True)]
+
+
+def _between(kept: Feature, fresh: Feature, s: Tensor) -> Feature:
     """Return kept + s·(fresh − kept) with s (B,) for each noise; bit for bit either of the two at 0 and 1."""
-    if not isinstance(fresh, Tensor):  # attention may return (output, None)
-        return fresh
-    s = s.repeat(len(fresh) // len(s)).view(-1, *[1] * (fresh.dim() - 1))  # guidance has B twice
-    return torch.lerp(kept, fresh, s.to(fresh))
+
+    def between(kept: Any, fresh: Any) -> Any:
+        if not isinstance(fresh, Tensor):  # attention may return (output, None)
+            return fresh
+        each = s.repeat(len(fresh) // len(s)).view(-1, *[1] * (fresh.dim() - 1))  # guidance has B twice
+        return torch.lerp(kept, fresh, each.to(fresh))
+
+    return tree_map(between, kept, fresh)
 
 
 def choose(model: Quadratic, table: Tensor, target: Target, *, most: int) -> Tensor:

@@ -10,13 +10,14 @@ do, the search ends. Each quadratic sees new noises, walks are judged on the sam
 noises only is not kept.
 
 Reuse couples sites strongly: whole steps that refresh together are far better than the same refreshes spread out. No
-flip finds that from afar, so the search starts from several tables: the trained one, and the cheapest paths of whole
-steps (`harmonica.search`). A larger budget goes into more noises. This file does not know how a router is trained.
+flip finds that from afar, so the search starts from several tables: the trained one, and paths of whole steps, the
+cheapest (`harmonica.search`) and the evenly spread. A larger budget goes into more noises. This file does not know how
+a router is trained.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, repeat
 from typing import Any
@@ -62,7 +63,14 @@ class Round:
 
 
 def refine(
-    denoiser: Denoiser, tables: Sequence[Tensor], noise: Iterator[Batch], target: Target, *, batches: int, budget: int
+    denoiser: Denoiser,
+    tables: Sequence[Tensor],
+    noise: Iterator[Batch],
+    target: Target,
+    *,
+    batches: int,
+    budget: int,
+    order: int = 0,
 ) -> Iterator[Round]:
     """Search from several tables, yielding each that is the best so far.
 
@@ -74,10 +82,11 @@ def refine(
         target: no table that is slower is yielded.
         budget: predictions to spend, of B noises each; a backward pass counts as two. A round that no longer fits is
             not begun.
+        order: `Schedule.order` under which the tables are run.
 
     Raises ValueError if no table is on target, and then there is nothing to start from.
     """
-    judge = _Judge(denoiser, noise, batches, target)
+    judge = _Judge(denoiser, noise, batches, target, order)
     starts = [judge.round(table) for table in (*tables, *judge.paths())]
     best = min((start for start in starts if start.on_target), key=lambda start: start.error, default=None)
     if best is None:
@@ -104,6 +113,7 @@ def reach(
     tau: float = 0.1,
     batch_size: int = 32,
     budget: int | None = None,
+    order: int = 0,
     progress: bool = False,
 ) -> None:
     """Put a trained router on its target: land its table, refine that, and let the scores say so at τ.
@@ -119,6 +129,7 @@ def reach(
         batch_size: noises in a walk, of all processes.
         budget: predictions of batch_size noises; ROUNDS rounds on 128 noises if None, 0 only lands. A multiple of that
             goes into as many times the noises.
+        order: how skipped sites are filled, `Schedule.order`; the router will say so.
         progress: show a bar.
     """
     from tqdm.auto import tqdm
@@ -135,11 +146,12 @@ def reach(
         noise = (own(denoiser.draw(batch_size, generator), batch_size) for _ in repeat(None))
         quiet = None if progress and rank() == 0 else True
         with tqdm(total=budget, unit="prediction", desc="refine", disable=quiet) as bar:
-            for found in refine(denoiser, [best], noise, target, batches=count, budget=budget):
+            for found in refine(denoiser, [best], noise, target, batches=count, budget=budget, order=order):
                 bar.set_postfix(image_error=f"{found.error:.2e}", refresh=False)
                 bar.update(found.spent - spent)
                 best, spent, error = found.table, found.spent, found.error
     _adopt(router, best, tau)
+    router.about["order"] = order
     router.about["provenance"] |= {"refined_for": spent, "target_speedup": target.speedup}
     if spent:
         router.about["provenance"] |= {"image_error": error}
@@ -156,8 +168,10 @@ def _adopt(router: Router, table: Tensor, tau: float) -> None:
 class _Judge:
     """Walks on the noises of one search, and counts them."""
 
-    def __init__(self, denoiser: Denoiser, noise: Iterator[Batch], batches: int, target: Target) -> None:
-        self.denoiser, self.noise, self.target = denoiser, noise, target
+    def __init__(
+        self, denoiser: Denoiser, noise: Iterator[Batch], batches: int, target: Target, order: int = 0
+    ) -> None:
+        self.denoiser, self.noise, self.target, self.order = denoiser, noise, target, order
         self.batches = list(islice(noise, batches))
         self.plain = [sample(denoiser, x, cond) for x, cond in self.batches]
         self.walk = batches * denoiser.steps  # predictions of a walk on all noises
@@ -166,21 +180,24 @@ class _Judge:
         self._signs = torch.Generator().manual_seed(SEED)
 
     def paths(self) -> list[Tensor]:
-        """Return the cheapest paths with as many whole steps as the target allows, and with one more."""
+        """Return the cheapest and the evenly spread path of as many whole steps as the target allows, and one more."""
         steps = self.denoiser.steps
         costs = sum(step_costs(self.denoiser, x, cond) for x, cond in self.batches) / len(self.batches)
         costs = mean_over_ranks(torch.as_tensor(costs))
         self.spent += 2 * self.walk + self.walk * (steps - 1) // 2
         most = int(self.target.allowed / float(self.target.cost.sites.sum()))
-        counts = [n for n in (most, most + 1) if 1 <= n <= steps]
-        return [whole_steps(self.denoiser, cheapest_path(costs, n)) for n in counts]
+        paths: list[Collection[int]] = []
+        for n in (most, most + 1):
+            if 1 <= n <= steps:
+                paths += [cheapest_path(costs, n), {-(-i * steps // n) for i in range(n)}]
+        return [whole_steps(self.denoiser, path) for path in paths]
 
     def round(self, table: Tensor) -> Round:
         """Judge a table, which need not be on target; one that was judged before is remembered."""
         key = table.numpy().tobytes()
         if key in self._judged:
             return self._judged[key]
-        schedule = Schedule(table, sites=tuple(self.denoiser.sites))
+        schedule = Schedule(table, sites=tuple(self.denoiser.sites), order=self.order)
         pairs = zip(self.batches, self.plain, strict=True)
         each = [image_mse(sample(self.denoiser, x, cond, schedule), plain) for (x, cond), plain in pairs]
         self.spent += self.walk
@@ -218,7 +235,7 @@ class _Judge:
             plain = sample(self.denoiser, x, cond)
             joint = (len(x) * world(), *x.shape[1:])
             signs = own(torch.randint(2, joint, generator=self._signs) * 2 - 1, len(x) * world())
-            found.append(around(self.denoiser, table, x, cond, plain, signs))
+            found.append(around(self.denoiser, table, x, cond, plain, signs, order=self.order))
         self.spent += (1 + WALKS) * self.walk
         gradient = torch.stack([each.gradient for each in found]).mean(0)
         curvature = sum(each.curvature for each in found) / len(found)

@@ -39,6 +39,7 @@ class Schedule(ScheduleFiles):
         timesteps: T timesteps of the sampler in execution order, empty if unknown.
         model, sampler, guidance: what the table was made for.
         threshold: τ, if a router was frozen.
+        order: how a skipped site is filled: 0 is reuse (the paper), above it `harmonica.forecast`.
         provenance: how the table was made, for people; strings and numbers.
 
     Raises ValueError if the first row reuses, or names or timesteps do not fit the table.
@@ -56,6 +57,7 @@ class Schedule(ScheduleFiles):
     sampler: str = ""
     guidance: float | None = None
     threshold: float | None = None
+    order: int = 0
     provenance: Mapping[str, str | float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -72,6 +74,8 @@ class Schedule(ScheduleFiles):
         if not bool(compute[0].all()):
             first = sites[compute[0].tolist().index(0)]
             raise ValueError(f"step 0 reuses {first}, but nothing is cached yet; the first row must be all true")
+        if self.order not in range(10):
+            raise ValueError(f"order is {self.order!r}; a skipped site is filled by 0 (reuse) to 9 differences")
         made = {"compute": compute.to(torch.bool, copy=True), "sites": sites, "timesteps": times}
         for name, value in {**made, "provenance": dict(self.provenance)}.items():
             object.__setattr__(self, name, value)

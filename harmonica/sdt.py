@@ -133,6 +133,7 @@ def train_sdt(  # noqa: D417 (some arguments are described together)
     target_cur: float | None = None,
     cost: Macs | None = None,
     refine: int | None = None,
+    order: int = 0,
     generator: torch.Generator | None = None,
     checkpoint: StrPath | None = None,
     checkpoint_every: int = 500,
@@ -150,7 +151,8 @@ def train_sdt(  # noqa: D417 (some arguments are described together)
         tau, beta, lr, refresh_every, proxy: as in `sdt`; a target steers β, and takes none but the default.
         target_speedup, target_cur: theoretical speedup, or share of the table that is reused, to land on.
         cost: what the speedup is counted in, `macs(denoiser)` if None.
-        refine: predictions of batch_size noises to spend on the hard table (`harmonica.refine`); None is six rounds.
+        refine: predictions of batch_size noises to spend on the hard table (`harmonica.refine`); None is 12 rounds.
+        order: how the refined table fills skipped sites, `Schedule.order`; above 0 it needs a target.
         generator: draws the router, the noise and the conditions; seed 0 if None.
         checkpoint: a file to resume from; written every `checkpoint_every` updates, at the end, and on Ctrl-C.
         resume: continue from `checkpoint`, to the same router, bit for bit, as one run without interruption.
@@ -160,6 +162,8 @@ def train_sdt(  # noqa: D417 (some arguments are described together)
     FileExistsError or FileNotFoundError if `resume` and the checkpoint disagree, KeyboardInterrupt after Ctrl-C.
     """
     target = target_of(denoiser, target_speedup, target_cur, cost, None if beta == BETA else beta)
+    if order and target is None:
+        raise ValueError(f"order is {order} without a target; the paper's table is trained for reuse, order 0")
     settings: dict[str, Any] = {"batch_size": batch_size, "tau": tau, "lr": lr, "refresh_every": refresh_every}
     settings |= {"proxy": proxy or "none"} | ({"beta": beta} if target is None else target.settings)
     run = Run(denoiser, settings, iterations, generator, checkpoint, checkpoint_every, resume)
@@ -172,5 +176,6 @@ def train_sdt(  # noqa: D417 (some arguments are described together)
             if isinstance(price, Steering):
                 price.after(run.router, update)
         if target is not None:
-            reach(denoiser, run.router, target, tau=tau, batch_size=batch_size, budget=refine, progress=progress)
+            how = {"batch_size": batch_size, "budget": refine, "order": order, "progress": progress}
+            reach(denoiser, run.router, target, tau=tau, **how)
     return run.router

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import make, seeds, start, tables
@@ -19,23 +21,23 @@ TABLE = torch.tensor([[True] * 4, [True, False, True, True], [False, True, True,
 ENTRIES = [(1 + e // 4, e % 4) for e in range(12)]
 
 
-def along(d, x, cond, k, i, by=1e-5):
+def along(d, x, cond, k, i, by=1e-5, order=0):
     """Return v of one entry, (B, …), by a difference of two walks whose entry is a little off, either way."""
     ends = []
     for sign in (-1, 1):
         s = TABLE.double()[:, :, None].repeat(1, 1, len(x))
         s[k, i] += sign * by
-        ends.append(_walk(d, s, x, cond))
+        ends.append(_walk(d, s, x, cond, order))
     return (ends[1] - ends[0]) / (2 * by) * (-1 if TABLE[k, i] else 1)
 
 
-@given(table=tables(), remembers=st.booleans(), seed=seeds)
-def test_the_walk_that_is_differentiated_is_the_tables_own_bit_for_bit(table, remembers, seed):
+@given(table=tables(), remembers=st.booleans(), order=st.integers(0, 2), seed=seeds)
+def test_the_walk_that_is_differentiated_is_the_tables_own_bit_for_bit(table, remembers, order, seed):
     d = make(remembers=remembers)
     x, cond = start(d, 3, seed)
     s = table.compute.double()[:, :, None].repeat(1, 1, 3)
-    assert torch.equal(_walk(d, s, x, cond), sample(d, x, cond, table))
-    assert torch.equal(_walk(d, torch.ones_like(s), x, cond), sample(d, x, cond))
+    assert torch.equal(_walk(d, s, x, cond, order), sample(d, x, cond, replace(table, order=order)))
+    assert torch.equal(_walk(d, torch.ones_like(s), x, cond, order), sample(d, x, cond))
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
@@ -50,19 +52,19 @@ def test_between_0_and_1_a_row_is_what_the_router_blends(k):
     assert torch.allclose(_walk(d, r[:, :, None].repeat(1, 1, 2), x, cond), blended, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("remembers", [False, True])
-def test_h_and_g_are_derivatives_of_the_image(remembers, monkeypatch):
+@pytest.mark.parametrize(("remembers", "order"), [(False, 0), (True, 0), (False, 1), (True, 2)])
+def test_h_and_g_are_derivatives_of_the_image(remembers, order, monkeypatch):
     monkeypatch.setattr(quadratic, "CAP", 1e9)
     d = make(remembers=remembers)
     x, cond = start(d, 3)
     plain = sample(d, x, cond)
-    v = torch.stack([along(d, x, cond, k, i) for k, i in ENTRIES])  # (E, B, C, H, W)
-    away = _walk(d, TABLE.double()[:, :, None].repeat(1, 1, 3), x, cond) - plain
+    v = torch.stack([along(d, x, cond, k, i, order=order) for k, i in ENTRIES])  # (E, B, C, H, W)
+    away = _walk(d, TABLE.double()[:, :, None].repeat(1, 1, 3), x, cond, order) - plain
     pixels = x[0].numel()
     found = []
     for p in range(pixels):  # unit vectors for signs, all of them: then G is exact
         unit = torch.zeros(3, pixels).index_fill_(1, torch.tensor([p]), 1.0).view_as(x)
-        found.append(around(d, TABLE, x, cond, plain, unit))
+        found.append(around(d, TABLE, x, cond, plain, unit, order=order))
     g = sum(each.curvature for each in found)
     flat = v.flatten(1)
     assert torch.allclose(found[0].gradient, flat @ away.flatten() / away.numel(), rtol=1e-6, atol=1e-12)

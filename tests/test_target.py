@@ -161,9 +161,9 @@ def test_tables_are_judged_on_the_first_noises_and_each_quadratic_sees_new_ones(
     d, seen = make(), []
     noise = [start(d, 2, seed) for seed in range(30)]
 
-    def watched(denoiser, table, x, cond, plain, signs):
+    def watched(denoiser, table, x, cond, plain, signs, order):
         seen.append(next(n for n, (each, _) in enumerate(noise) if each is x))
-        return around(denoiser, table, x, cond, plain, signs)
+        return around(denoiser, table, x, cond, plain, signs, order=order)
 
     monkeypatch.setattr("harmonica.refine.around", watched)
     judge = _Judge(d, iter(noise), 3, Target(1.4, macs(d), 4))
@@ -176,7 +176,7 @@ def test_tables_are_judged_on_the_first_noises_and_each_quadratic_sees_new_ones(
 def test_a_larger_budget_judges_on_more_noises_of_the_same_batch_size(monkeypatch):
     d, seen = make(), []
 
-    def watched(denoiser, tables, noise, target, *, batches, budget):
+    def watched(denoiser, tables, noise, target, *, batches, budget, order):
         seen.append([len(x) for x, _ in islice(noise, batches)])
         return iter(())
 
@@ -193,7 +193,7 @@ def test_refining_stays_within_its_budget_and_says_what_it_spent(budget):
     d = make()
     router = Router(4, d.sites, generator=torch.Generator().manual_seed(0), about={"provenance": {}})
     reach(d, router, Target(1.6, macs(d), 4), batch_size=16, budget=budget)
-    judging = 8 * (4 + 8 + 6 + 3 * 4)  # plain walks, step costs and three starts, of eight batches
+    judging = 8 * (4 + 8 + 6 + 5 * 4)  # plain walks, step costs and five starts, of eight batches
     assert router.about["provenance"]["refined_for"] <= max(budget, judging if budget else 0)
     assert router.schedule(0.1).speedup(macs(d)) >= 1.6
 
