@@ -7,6 +7,7 @@
 All methods return a schedule; one engine runs it on the same held-out noises. Methods that measure see 96 noises that
 are not among those (greedy search 8, for its price; refined tables are judged on 128). Each finished row is a file in
 --out: the same command continues.
+"forecasts" continue skipped outputs by one difference (FORA with forecasts is TaylorSeer), the others repeat them.
 Writes results/quality.json and, for each T and sampler, results/quality-T-SAMPLER.png: error against speedup.
 """
 
@@ -17,7 +18,7 @@ import json
 import signal
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
+from dataclasses import replace
 from multiprocessing import Pool
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,6 @@ from record import RESULTS, ended, record
 from harmonica import Denoiser, Router, Schedule, baselines, macs, sample, train_sdt
 from harmonica.fast import Walk
 from harmonica.files import read_json, write_json
-from harmonica.forecast import sample_forecast
 from harmonica.metrics import bootstrap, frechet_distance, image_mse
 from harmonica.models import load
 from harmonica.models.tiny import digits
@@ -36,9 +36,16 @@ from harmonica.plots import save, tradeoff
 from harmonica.refine import reach
 from harmonica.target import Target
 
-LEARNED = ("HarmoniCa, lambda = 1", "HarmoniCa", "HarmoniCa, refined", "Learning-to-Cache")
-CHEAP = ("uncached", "FORA", "TaylorSeer", "SmoothCache", "Delta-DiT", "dynamic programming", "random", "fewer steps")
-METHODS = (*CHEAP, *LEARNED, "greedy")
+FORECASTS = ", forecasts"
+LEARNED = (
+    "HarmoniCa, lambda = 1",
+    "HarmoniCa",
+    "Learning-to-Cache",
+    "HarmoniCa, refined",
+    "HarmoniCa, refined, forecasts",
+)
+TABLES = ("FORA", "SmoothCache", "Delta-DiT", "dynamic programming", "random", "greedy")
+METHODS = ("uncached", "fewer steps", *TABLES, "FORA" + FORECASTS, "dynamic programming" + FORECASTS, *LEARNED)
 SEEN = 96
 
 Job = tuple[int, str, str, float, int, argparse.Namespace]
@@ -63,7 +70,6 @@ def made(denoiser: Denoiser, method: str, speedup: float, seed: int, args: argpa
     generator = torch.Generator().manual_seed(seed)
     ways: dict[str, Callable[[], Schedule]] = {
         "FORA": lambda: baselines.every(denoiser, speedup=speedup),
-        "TaylorSeer": lambda: baselines.every(denoiser, speedup=speedup),  # and then forecasts
         "SmoothCache": lambda: baselines.smoothcache(denoiser, few, cond, speedup=speedup),
         "Delta-DiT": lambda: baselines.delta_dit(denoiser, speedup=speedup),
         "dynamic programming": lambda: baselines.dynamic_programming(denoiser, few, cond, speedup=speedup),
@@ -73,7 +79,10 @@ def made(denoiser: Denoiser, method: str, speedup: float, seed: int, args: argpa
             denoiser, *digits(), speedup=speedup, updates=args.updates, batch_size=8, lr=0.1, generator=generator
         ),
     }
-    return ways[method]() if method in ways else _harmonica(denoiser, method, speedup, seed, args)
+    table = method.removesuffix(FORECASTS)
+    if table in ways:
+        return replace(ways[table](), order=int(table != method))
+    return _harmonica(denoiser, method, speedup, seed, args)
 
 
 def _harmonica(denoiser: Denoiser, method: str, speedup: float, seed: int, args: argparse.Namespace) -> Schedule:
@@ -90,8 +99,9 @@ def _harmonica(denoiser: Denoiser, method: str, speedup: float, seed: int, args:
         router.about["provenance"]["seconds"] = round(time.perf_counter() - began, 1)
         router.save(path)
     router = Router.load(path)
-    if method.endswith("refined"):
-        reach(denoiser, router, Target(speedup, macs(denoiser), denoiser.steps), batch_size=64)
+    if "refined" in method:
+        target = Target(speedup, macs(denoiser), denoiser.steps)
+        reach(denoiser, router, target, batch_size=64, order=int(method.endswith(FORECASTS)))
     return router.schedule(0.1)
 
 
@@ -116,8 +126,7 @@ def measured(job: Job) -> dict[str, Any]:
             schedule = made(denoiser, method, speedup, seed, args)
             row |= {"speedup": schedule.speedup(macs(denoiser)), "made": dict(schedule.provenance)}
             row["seconds_to_make"] = round(time.perf_counter() - began, 1)
-            walk = partial(sample_forecast, denoiser, schedule=schedule) if method == "TaylorSeer" else None
-            images = (walk or Walk(denoiser, schedule))(x, cond)
+            images = Walk(denoiser, schedule)(x, cond)
     except ValueError as out_of_reach:
         row["refused"] = str(out_of_reach)
         write_json(path, row)

@@ -176,6 +176,7 @@ class _Judge:
         self.plain = [sample(denoiser, x, cond) for x, cond in self.batches]
         self.walk = batches * denoiser.steps  # predictions of a walk on all noises
         self.spent = self.walk
+        self._kinds = [_Judge._rows, _Judge._flips]
         self._judged: dict[bytes, Round] = {}
         self._signs = torch.Generator().manual_seed(SEED)
 
@@ -212,10 +213,20 @@ class _Judge:
     def improve(self, at: Round) -> Round | None:
         """Return a better table nearby, or a faster one if this is too slow; None where there is none."""
         model = self._quadratic(at.table)
-        for table in _pairs(model, at.table):
-            after = self.round(table)
-            if after.error < at.error:
+        for kind in self._kinds if at.on_target else (_Judge._rows, _Judge._flips):
+            after = kind(self, model, at)
+            if after is not None:
+                self._kinds.sort(key=lambda each: each is not kind)  # what helped is tried first next time
                 return after
+        return None
+
+    def _rows(self, model: Quadratic, at: Round) -> Round | None:
+        """Exchange the pair of rows that helps, if one of the likeliest does."""
+        tried = map(self.round, _pairs(model, at.table))
+        return next((after for after in tried if after.error < at.error), None)
+
+    def _flips(self, model: Quadratic, at: Round) -> Round | None:
+        """Turn over the entries that the quadratic says, or half as many, if that helps or brings it on target."""
         most = FLIPS
         while most:
             table = choose(model, at.table, self.target, most=most)
