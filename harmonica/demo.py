@@ -25,7 +25,7 @@ from harmonica.files import alone
 from harmonica.forecast import under
 from harmonica.names import fit
 from harmonica.search import whole_steps
-from harmonica.train import AUTHORS, QUICK, TARGET, check_target
+from harmonica.train import AUTHORS, ORDER, QUICK, TARGET, check_target
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,6 +45,7 @@ def parser() -> Parser:
     p.add_argument("--iterations", type=whole, help="updates of the router (1500 for tiny, else 20000)")
     p.add_argument("--beta", type=float, help="price of computing a site; more is faster (1e-7 for tiny, else 7e-8)")
     p.add_argument("--target", type=float, metavar="SPEEDUP", help=f"{TARGET}, instead of --beta")
+    p.add_argument("--order", type=whole, default=0, help=ORDER)
     p.add_argument("--tau", type=float, default=0.1, help="a score above it computes (0.1)")
     p.add_argument("--seed", type=seed, default=0, help="of training; the held-out noises are always the same (0)")
     p.add_argument("--out", type=Path, default=Path("out/demo"), metavar="DIR", help="folder for results (out/demo)")
@@ -110,9 +111,10 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
             f"--tau {args.tau} --beta {settings['beta']} --iterations {settings['iterations']} --images {args.images}"
         )
         raise ValueError(f"found {found}; expected 0 <= tau < 1, beta >= 0, iterations and images >= 1")
-    check_target(args.target, args.beta)
+    check_target(args.target, args.beta, args.order)
     if args.target is not None:
-        settings = {name: value for name, value in settings.items() if name != "beta"} | {"target_speedup": args.target}
+        settings = {name: value for name, value in settings.items() if name != "beta"}
+        settings |= {"target_speedup": args.target, "order": args.order}
     check_device(args.device)
     return settings
 

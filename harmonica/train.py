@@ -36,7 +36,8 @@ QUICK = {"iterations": 1500, "batch_size": 8, "beta": 1e-7, "lr": 0.1, "refresh_
 
 
 TARGET = "theoretical speedup to land on, or just above"
-"""What --target is, here and in the demo."""
+ORDER = "with --target: continue skipped outputs by so many differences instead of repeating them (0)"
+"""What these options are, here and in the demo."""
 
 
 def parser() -> Parser:
@@ -65,7 +66,8 @@ def _add_settings(p: Parser) -> None:
     p.add_argument("--refresh-every", type=whole, help=f"trajectories between two lambdas {default('refresh_every')}")
     p.add_argument("--tau", type=float, default=0.1, help="a score above it computes (0.1)")
     p.add_argument("--target", type=float, metavar="SPEEDUP", help=f"{TARGET}, instead of --beta")
-    p.add_argument("--refine", type=whole, metavar="PREDICTIONS", help="to spend on it after training (six rounds)")
+    p.add_argument("--refine", type=whole, metavar="PREDICTIONS", help="to spend on it after training (12 rounds)")
+    p.add_argument("--order", type=whole, default=0, help=ORDER)
     proxies = (*get_args(Proxy), "none")
     p.add_argument("--proxy", choices=proxies, default=proxies[0], help=f"which lambda; none is 1 ({proxies[0]})")
 
@@ -100,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _fill_in_and_check(args: argparse.Namespace) -> None:
     """Fill in the settings that were not given, and refuse what no model could be trained with."""
-    check_target(args.target, args.beta)
+    check_target(args.target, args.beta, args.order)
     if args.refine is not None and (args.target is None or args.refine < 0):
         raise ValueError(f"--refine is {args.refine} and --target {args.target}; expected 0 or more, and a target")
     for name, value in (QUICK if args.model == "tiny" else AUTHORS).items():
@@ -117,12 +119,14 @@ def _fill_in_and_check(args: argparse.Namespace) -> None:
     args.prompts = None if args.prompts is None else read_prompts(args.prompts)
 
 
-def check_target(target: float | None, beta: float | None) -> None:
-    """Raise ValueError for a target that no model could meet, or that comes with a beta."""
+def check_target(target: float | None, beta: float | None, order: int) -> None:
+    """Raise ValueError for a target that no model could meet, or that comes with a beta, or an order without one."""
     if target is not None and not 1.0 <= target < math.inf:
         raise ValueError(f"--target is {target}; a speedup is 1 (compute all) or more")
     if target is not None and beta is not None:
         raise ValueError(f"--target {target} and --beta {beta}: with a target beta is steered, leave it out")
+    if not 0 <= order <= (0 if target is None else 9):
+        raise ValueError(f"--order is {order} and --target {target}; expected 0 to 9, and a target above 0")
 
 
 def _check_out(checkpoint: Path, resume: bool) -> None:
@@ -146,6 +150,7 @@ def _train(denoiser: Denoiser, args: argparse.Namespace, checkpoint: Path) -> Ro
             proxy=None if args.proxy == "none" else args.proxy,
             target_speedup=args.target,
             refine=args.refine,
+            order=args.order,
             generator=torch.Generator().manual_seed(args.seed),
             checkpoint=checkpoint,
             checkpoint_every=args.checkpoint_every,

@@ -111,13 +111,6 @@ def test_what_was_never_computed_cannot_be_forecast():
         forecast([False], 1, {}, order=1)(0, lambda: torch.zeros(1))
 
 
-def test_a_pipeline_forecasts_as_its_denoiser_does():
-    d = make()
-    x, cond = start(d, 2)
-    schedule = Schedule([[True] * 4, [True] * 4, [False] * 4, [False] * 4], order=1)
-    assert not torch.equal(sample(d, x, cond, schedule), sample(d, x, cond, replace(schedule, order=0)))
-
-
 def test_training_without_a_target_keeps_to_the_paper():
     with pytest.raises(ValueError, match="order is 1 without a target"):
         train_sdt(make(dtype=torch.float32), iterations=1, order=1)
