@@ -13,6 +13,7 @@ how the others are filled, and every walk of this library does so. This file doe
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import factorial
 from typing import TYPE_CHECKING, Any
 
@@ -62,12 +63,12 @@ def under(schedule: Schedule, cache: Cache) -> Callable[[int], Gate]:
     return lambda k: forecast(rows[k], k, cache, order=order) if order else reuse(rows[k], cache)
 
 
-def seen(k: Any, fresh: Feature, before: Seen | None, order: int) -> Seen:
+def seen(k: int, fresh: Feature, before: Seen | None, order: int) -> Seen:
     """Return what is known of a site that gives `fresh` at step k, and was seen before."""
     differences = [fresh]
     if before is not None:
         for old in before[1][:order]:
-            differences.append(tree_map(lambda new, old: _slope(new, old, k - before[0]), differences[-1], old))
+            differences.append(tree_map(partial(_slope, k - before[0]), differences[-1], old))
     return k, differences
 
 
@@ -76,9 +77,14 @@ def continued(before: Seen, k: int) -> Feature:
     (since, (feature, *differences)) = before
     for i, difference in enumerate(differences, start=1):
         weight = (k - since) ** i / factorial(i)
-        feature = tree_map(lambda f, d, w=weight: f + w * d if isinstance(f, Tensor) else f, feature, difference)
+        feature = tree_map(partial(_plus, weight), feature, difference)
     return feature
 
 
-def _slope(new: Any, old: Any, steps: Any) -> Any:
+def _plus(weight: float, feature: Any, difference: Any) -> Any:
+    # Not torch.add(…, alpha=weight): it rounds once or twice depending on where in memory an element lies.
+    return feature + weight * difference if isinstance(feature, Tensor) else feature
+
+
+def _slope(steps: int, new: Any, old: Any) -> Any:
     return (new - old) / steps if isinstance(new, Tensor) else new  # attention may return (output, None)
