@@ -95,7 +95,7 @@ def around(
 
 def _walk(denoiser: Denoiser, s: Tensor, x: Tensor, cond: Any, order: int = 0) -> Tensor:
     """Return the image (B, C, H, W), differentiable in s (T, N, B)."""
-    cache: Cache = {}
+    cache: Cache = {}  # site → what was seen of it, blended, and how many differences of it the table itself knows
     memory: dict[str, Any] = {}
     computes = (s.detach() > 0.5).all(-1).tolist()
 
@@ -103,10 +103,15 @@ def _walk(denoiser: Denoiser, s: Tensor, x: Tensor, cond: Any, order: int = 0) -
         memory, after = memory.copy(), {}
 
         def gate(site: int, compute: Compute) -> Feature:
-            fresh, before = compute(), cache.get(site)
-            now = seen(k, fresh, before, order)
-            after[site] = now if before is None else _blended(before, now, s[k, site], computes[k][site])
-            return fresh if before is None else _between(continued(before, k), fresh, s[k, site])
+            fresh = compute()
+            if site not in cache:
+                after[site] = (k, [fresh]), 1
+                return fresh
+            before, count = cache[site]
+            now = seen(k, fresh, (before[0], before[1][:count]), order)
+            count = len(now[1]) if computes[k][site] else count
+            after[site] = _blended(before, now, s[k, site], computes[k][site]), count
+            return _between(continued(before, k), fresh, s[k, site])
 
         with gated(denoiser.sites, gate):
             out = denoiser.predict(x, k, cond)
@@ -121,13 +126,13 @@ def _blended(before: Seen, now: Seen, s: Tensor, computes: bool) -> Seen:
     """Return the two as one, (1−s)·before + s·now, both seen from the step that counts where s is 0 or 1."""
     since = now[0] if computes else before[0]
     old, new = ([continued((k, known[i:]), since) for i in range(len(known))] for k, known in (before, now))
-    old += [
-        tree_map(lambda f: torch.zeros_like(f) if isinstance(f, Tensor) else f, feature) for feature in new[len(old) :]
-    ]
-    new += [
-        tree_map(lambda f: torch.zeros_like(f) if isinstance(f, Tensor) else f, feature) for feature in old[len(new) :]
-    ]
+    old += map(_zero, new[len(old) :])  # a difference that one of the two does not know is zero there
+    new += map(_zero, old[len(new) :])
     return since, [_between(kept, fresh, s) for kept, fresh in zip(old, new, strict=True)]
+
+
+def _zero(feature: Feature) -> Feature:
+    return tree_map(lambda leaf: torch.zeros_like(leaf) if isinstance(leaf, Tensor) else leaf, feature)
 
 
 def _between(kept: Feature, fresh: Feature, s: Tensor) -> Feature:
