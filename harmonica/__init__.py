@@ -10,6 +10,7 @@
     λ⁽ᵏ⁾     lam[k]            (T,)       what reuse at step k does to the final image
     β        beta                         price of computing one site
     CUR      schedule.cur                 share of the table that is reused, 0 … 1
+             schedule.order               how a skipped site is filled: 0 reuses (the paper), 1 … forecasts
     x_t      x                 (B, C, H, W)  noisy image;  x_T pure noise, x₀ the image
     y        cond                         what the image is of: labels, prompt embeddings
 
