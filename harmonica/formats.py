@@ -122,8 +122,6 @@ def _facts(data: dict[str, Any]) -> dict[str, Any]:
     for name, types in (("model", text), ("sampler", text), ("guidance", number), ("threshold", number)):
         if data.get(name) is not None and not isinstance(data[name], types):
             raise ValueError(f"{name} is {data[name]!r:.40}")
-    if type(data.get("order", 0)) is not int:
-        raise ValueError(f"order is {data['order']!r:.40}")
     times = data.get("timesteps", ())
     if not isinstance(times, list | tuple) or not all(isinstance(t, number) for t in times):
         raise ValueError("timesteps must be numbers")

@@ -74,7 +74,7 @@ class Schedule(ScheduleFiles):
         if not bool(compute[0].all()):
             first = sites[compute[0].tolist().index(0)]
             raise ValueError(f"step 0 reuses {first}, but nothing is cached yet; the first row must be all true")
-        if self.order not in range(10):
+        if type(self.order) is not int or not 0 <= self.order < 10:
             raise ValueError(f"order is {self.order!r}; a skipped site is filled by 0 (reuse) to 9 differences")
         made = {"compute": compute.to(torch.bool, copy=True), "sites": sites, "timesteps": times}
         for name, value in {**made, "provenance": dict(self.provenance)}.items():

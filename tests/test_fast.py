@@ -239,7 +239,7 @@ def test_milliseconds_are_the_sites_own_and_the_rest_is_what_no_schedule_saves(m
     found = milliseconds(d, 2, repeats=3)
     site = list(d.sites).index("blocks.1.attn")
     assert 10 <= found.sites[site] < 20
-    assert 20 <= found.rest < 40
+    assert 20 <= found.rest < 29  # not the slow site as well
     assert all(0 < float(each) < 10 for i, each in enumerate(found.sites) if i != site)
     without = Schedule([[True] * 4] + [[i != site for i in range(4)]] * 3)
     assert 1.1 < without.speedup(found) < 1.4  # 30 + … a step, or 20 + … in three of four

@@ -65,7 +65,7 @@ def test_order_is_written_and_read(table, order, tmp_path_factory):
     assert router.schedule().order == order
 
 
-@pytest.mark.parametrize("order", [-1, 10, 0.5, "1", None])
+@pytest.mark.parametrize("order", [-1, 10, 0.5, 1.0, True, "1", None])
 def test_an_order_that_is_none_is_refused(order, tmp_path):
     with pytest.raises(ValueError, match="order is"):
         Schedule([[True]], order=order)
