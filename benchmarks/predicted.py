@@ -64,14 +64,16 @@ def of(case: Case, device: str, dtype: torch.dtype, repeats: int) -> list[dict[s
 def main() -> None:
     """Measure and record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains it")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], metavar="TEXT", help="cases whose name contains one of these"
+    )
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     args = parser.parse_args()
-    cases = [case for case in CASES if args.only in case.name]
+    cases = [case for case in CASES if any(text in case.name for text in args.only)]
     if not cases:
-        raise ValueError(f"--only is {args.only!r}; the cases are {', '.join(case.name for case in CASES)}")
+        raise ValueError(f"--only is {args.only}; the cases are {', '.join(case.name for case in CASES)}")
     found = [row for case in cases for row in of(case, args.device, getattr(torch, args.dtype), args.repeats)]
     record("predicted", {"repeats": args.repeats, "rows": found})
 

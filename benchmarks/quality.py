@@ -178,13 +178,15 @@ def main() -> None:
 
 
 def _draw(rows: list[dict[str, Any]], steps: int, sampler: str, folder: Path) -> None:
-    """Draw error against speedup, first seeds."""
-    shown = [row for row in rows if "image_error" in row and row["seed"] == 0 and row["method"] != "uncached"]
-    points: dict[str, list[tuple[float, float]]] = {}
-    for row in sorted(shown, key=lambda row: float(row["speedup"])):
-        points.setdefault(row["method"], []).append((row["speedup"], row["image_error"][0]))
+    """Draw error against speedup, first seeds; chance and lambda = 1 are left to the table."""
+    shown = [row for row in rows if "image_error" in row and row["seed"] == 0]
+    points = {
+        method: [(row["speedup"], row["image_error"][0]) for row in shown if row["method"] == method]
+        for method in reversed(METHODS)
+        if method not in ("uncached", "random", "HarmoniCa, lambda = 1")
+    }
     figure = tradeoff(points)
-    figure.suptitle(f"tiny, {sampler}, T = {steps}")
+    figure.axes[0].set_title(f"tiny, {sampler}, T = {steps}")
     save(figure, folder / f"quality-{steps}-{sampler.replace('+', 'p')}.png")
 
 

@@ -200,7 +200,8 @@ def tradeoff(methods: Mapping[str, Sequence[tuple[float, float]]], *, ylabel: st
 
     Args:
         methods: (theoretical speedup, error) of each table, by the name of the method; tables without an error are left
-            out, since the axis is logarithmic.
+            out, since the axis is logarithmic. A method without any holds its place, so that the others look the same
+            in every picture.
         ylabel: which error.
     """
     many = len(methods) > 6  # a legend of so many lines would hide some of them
@@ -210,7 +211,7 @@ def tradeoff(methods: Mapping[str, Sequence[tuple[float, float]]], *, ylabel: st
         drawn = sorted((speedup, error) for speedup, error in tables if error > 0)
         ax.plot(
             [speedup for speedup, _ in drawn], [error for _, error in drawn],
-            _STYLES[i % 4], marker=_MARKS[i % 6], color=_COLOURS[i % 6], label=name,
+            _STYLES[i % 4], marker=_MARKS[(i + i // 6) % 6], color=_COLOURS[i % 6], label=name if drawn else "_none",
         )  # fmt: skip
     ax.set(xlabel="theoretical speedup", ylabel=ylabel, yscale="log")
     ax.grid(alpha=0.3)
