@@ -1,7 +1,7 @@
 """How fast a table will be: what its MACs say, what milliseconds say, and the clock; with reuse and with forecasts.
 
-    python benchmarks/predicted.py                              two CPU cores: a quarter of an hour
-    python benchmarks/predicted.py --only tiny --repeats 3      seconds
+    python benchmarks/predicted.py                              two CPU cores: half an hour
+    python benchmarks/predicted.py --only tiny --repeats 3      a minute
     python benchmarks/predicted.py --device cuda --dtype float16
 
 MACs are counted; milliseconds are measured once, site by site, on walks without reuse (`fast.milliseconds`), before any
