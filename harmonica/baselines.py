@@ -22,7 +22,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
-from math import ceil, inf, nextafter
+from math import inf, nextafter
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ from harmonica.denoise import Denoiser, denoise, last
 from harmonica.iepo import objective
 from harmonica.router import Schedule
 from harmonica.samplers import alphas_cumprod
-from harmonica.search import cheapest_path, step_costs, switches, whole_steps
+from harmonica.search import cheapest_path, spread, step_costs, switches, whole_steps
 
 
 def every(denoiser: Denoiser, n: float | None = None, *, speedup: float | None = None) -> Schedule:
@@ -49,8 +49,7 @@ def every(denoiser: Denoiser, n: float | None = None, *, speedup: float | None =
     if n is not None and not 1 <= n < inf:
         raise ValueError(f"n is {n}; the interval is a number of steps, 1 (compute all) or more")
     interval = Fraction(steps, _computed_steps(denoiser, asked)) if n is None else Fraction(n)
-    computed = {ceil(i * interval) for i in range(ceil(steps / interval))}
-    return _made(denoiser, whole_steps(denoiser, computed), "FORA", {"interval": float(interval)})
+    return _made(denoiser, whole_steps(denoiser, spread(steps, interval)), "FORA", {"interval": float(interval)})
 
 
 def smoothcache(

@@ -55,7 +55,7 @@ def reuse(row: Tensor | Sequence[bool], cache: Cache) -> Gate:
             if not row[site]:
                 return cache[site]
         except LookupError:
-            raise _never_computed(site, len(row)) from None
+            raise never_computed(site, len(row)) from None
         feature = cache[site] = compute()
         return feature
 
@@ -85,7 +85,7 @@ def blend(r: Tensor, cache: Cache, tau: float) -> Gate:
         feature = compute()
         if before:
             if site not in before:
-                raise _never_computed(site, len(scores))
+                raise never_computed(site, len(scores))
             score, old = scores[site], before[site]
             feature = tree_map(lambda new, kept: score * new + (1 - score) * kept if _soft(new) else new, feature, old)
         if renew[site]:
@@ -99,11 +99,10 @@ def _soft(leaf: Any) -> bool:
     return isinstance(leaf, Tensor)  # attention may return (output, None)
 
 
-def _never_computed(site: int, sites: int) -> RuntimeError:
-    return RuntimeError(
-        f"site {site} of {sites} is to be reused but this trajectory has not computed it; start at step 0 with an "
-        "empty cache, or fork with a copy of a filled one, under a table for this model"
-    )
+def never_computed(site: int, sites: int) -> RuntimeError:
+    """Return what to raise where a site is to be reused and nothing was kept."""
+    todo = "start at step 0 with an empty cache, or fork with a copy of a filled one, under a table for this model"
+    return RuntimeError(f"site {site} of {sites} is to be reused but this trajectory has not computed it; {todo}")
 
 
 @contextmanager

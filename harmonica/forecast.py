@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from harmonica.cache import Cache, Compute, Feature, Gate, reuse
+from harmonica.cache import Cache, Compute, Feature, Gate, never_computed, reuse
 
 if TYPE_CHECKING:
     from harmonica.router import Schedule
@@ -51,7 +51,7 @@ def forecast(row: Tensor | Sequence[bool], k: int, cache: Cache, *, order: int) 
             cache[site] = seen(k, compute(), cache.get(site), order)
             return cache[site][1][0]
         if site not in cache:
-            return reuse([False] * len(row), {})(site, compute)  # raises, and says what is wrong
+            raise never_computed(site, len(row))
         return continued(cache[site], k)
 
     return gate

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from harmonica.cache import Cache, Compute, Feature, Gate, reuse
+from harmonica.cache import Cache, Compute, Feature, Gate, never_computed
 from harmonica.forecast import continued, seen
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Plan:
                 if what == LET_GO:
                     return cache.pop(site)
             except LookupError:
-                return reuse([False] * len(row), {})(site, compute)  # raises, and says what is wrong
+                raise never_computed(site, len(row)) from None
             feature = compute()
             if what == KEEP:
                 cache[site] = feature
@@ -93,7 +93,7 @@ class Plan:
                     cache[site] = now
                 return now[1][0]
             if site not in cache:
-                return reuse([False] * len(row), {})(site, compute)  # raises, and says what is wrong
+                raise never_computed(site, len(row))
             return continued(cache[site] if what == READ else cache.pop(site), k)
 
         return gate

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import islice, repeat
 from typing import Any
 
@@ -30,7 +31,7 @@ from harmonica.distributed import mean_over_ranks, own, rank, world
 from harmonica.metrics import image_mse
 from harmonica.quadratic import WALKS, Quadratic, around, choose
 from harmonica.router import Router, Schedule
-from harmonica.search import cheapest_path, step_costs, whole_steps
+from harmonica.search import cheapest_path, spread, step_costs, whole_steps
 from harmonica.target import Target, level
 
 Batch = tuple[Tensor, Any]
@@ -190,7 +191,7 @@ class _Judge:
         paths: list[Collection[int]] = []
         for n in (most, most + 1):
             if 1 <= n <= steps:
-                paths += [cheapest_path(costs, n), {-(-i * steps // n) for i in range(n)}]
+                paths += [cheapest_path(costs, n), spread(steps, Fraction(steps, n))]
         return [whole_steps(self.denoiser, path) for path in paths]
 
     def round(self, table: Tensor) -> Round:

@@ -13,8 +13,9 @@ This file does not know routers, training, or how fast a table is.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from fractions import Fraction
 from heapq import heapify, heappop, heappush
-from math import inf
+from math import ceil, inf
 from typing import Any
 
 import torch
@@ -54,6 +55,15 @@ def predictions_of_all(denoiser: Denoiser) -> int:
 def whole_steps(denoiser: Denoiser, computed: Collection[int]) -> Tensor:
     """Return the table (T, N) that computes all sites at these steps and none at others."""
     return torch.tensor([[k in computed] * len(denoiser.sites) for k in range(denoiser.steps)])
+
+
+def spread(steps: int, interval: Fraction) -> set[int]:
+    """Return the steps ⌈i·interval⌉ below `steps`, i = 0, 1, …: evenly spread, 0 among them.
+
+    >>> sorted(spread(10, Fraction(5, 2)))
+    [0, 3, 5, 8]
+    """
+    return {ceil(i * interval) for i in range(ceil(steps / interval))}
 
 
 def switches(
