@@ -23,7 +23,7 @@ import torch
 from record import RESULTS, ended, record
 
 from harmonica import Denoiser, Router, image_error, sample, sdt, train_sdt
-from harmonica.metrics import image_mse
+from harmonica.evaluation.distances import image_mse
 from harmonica.models import load
 
 WAYS: dict[str, tuple[Any, tuple[float, ...]]] = {
@@ -56,7 +56,14 @@ def train(job: tuple[str, float, int, int, float, Path]) -> dict[str, Any]:
     x, labels = denoiser.draw(HELD_OUT, torch.Generator().manual_seed(1_000_003))
     error = image_mse(sample(denoiser, x, labels, schedule), sample(denoiser, x, labels))
     undecided = float(((r > 0.05) & (r < 0.95)).float().mean())
-    return {"way": way, "seed": seed, "beta": beta, "cur": schedule.cur, "error": error, "undecided": undecided}
+    return {
+        "way": way,
+        "seed": seed,
+        "beta": beta,
+        "cur": schedule.cur,
+        "error": error,
+        "undecided": undecided,
+    }
 
 
 def train_relative(denoiser: Denoiser, beta: float, seed: int, updates: int, lr: float) -> Router:
@@ -91,8 +98,12 @@ def reach(cur: float, runs: list[dict[str, Any]]) -> float:
 
 def main() -> None:
     """Train, judge, record."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--updates", type=int, default=1900, help="of each router (1900: 100 trajectories)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--updates", type=int, default=1900, help="of each router (1900: 100 trajectories)"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--lr", type=float, default=0.1)
@@ -114,15 +125,24 @@ def main() -> None:
     table: dict[str, Any] = {}
     for way in args.ways:
         for cur in (0.3, 0.5):
-            seeds = [[r for r in runs if (r["way"], r["seed"]) == (way, seed)] for seed in range(args.seeds)]
+            seeds = [
+                [r for r in runs if (r["way"], r["seed"]) == (way, seed)]
+                for seed in range(args.seeds)
+            ]
             errors = [at(cur, seed) for seed in seeds]
             # A median needs every seed; of three, one whose routers do not reach the CUR still leaves a middle one.
-            middle = median(reach(cur, seed) if e is None else e for e, seed in zip(errors, seeds, strict=True))
+            middle = median(
+                reach(cur, seed) if e is None else e for e, seed in zip(errors, seeds, strict=True)
+            )
             table[f"{way}, CUR {cur:.0%}"] = {
                 "median": middle if math.isfinite(middle) and middle else None,
                 "seeds": errors,
             }
-    record("ablation", {"updates": args.updates, "lr": args.lr, "image_error": table, "runs": runs}, RESULTS)
+    record(
+        "ablation",
+        {"updates": args.updates, "lr": args.lr, "image_error": table, "runs": runs},
+        RESULTS,
+    )
 
 
 if __name__ == "__main__":

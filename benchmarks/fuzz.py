@@ -29,7 +29,9 @@ SLOW = 2.0
 """Seconds to read a file of a few kilobytes; more is a finding."""
 
 
-def fuzz(target: Target, seconds: float, seed: int, findings: list[dict[str, Any]]) -> dict[str, int]:
+def fuzz(
+    target: Target, seconds: float, seed: int, findings: list[dict[str, Any]]
+) -> dict[str, int]:
     """Spoil and read files of one kind; return how many there were, their bytes, and how reading ended."""
     counts: Counter[str] = Counter(files=0, bytes=0)
     end = time.monotonic() + seconds
@@ -47,13 +49,17 @@ def fuzz(target: Target, seconds: float, seed: int, findings: list[dict[str, Any
             counts["bytes"] += len(data)
             counts[ending if ending in ("object", "refused") else "findings"] += 1
             if ending not in ("object", "refused"):
-                findings.append({"target": target.name, "way": way.__name__, "seed": drawn, "found": ending})
+                findings.append(
+                    {"target": target.name, "way": way.__name__, "seed": drawn, "found": ending}
+                )
     return dict(counts)
 
 
 def main() -> None:
     """Fuzz every kind of file and record."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--seconds", type=float, default=180.0, help="for all kinds together (180)")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (0)")
     args = parser.parse_args()

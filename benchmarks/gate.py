@@ -53,14 +53,19 @@ def main() -> None:
         for _ in range(100):
             with gated(sites, reuse([True] * 56, cache)):
                 pass
-        turns.append((plain, computed - plain, skipped - plain, (time.perf_counter_ns() - start) / 100 / 56))
+        turns.append(
+            (plain, computed - plain, skipped - plain, (time.perf_counter_ns() - start) / 100 / 56)
+        )
     names = (
         "plain_call_ns",
         "computed_site_over_plain_ns",
         "skipped_site_over_plain_ns",
         "gating_per_site_and_step_ns",
     )
-    figures = {name: round(median(column), 1) for name, column in zip(names, zip(*turns[1:], strict=True), strict=True)}
+    figures = {
+        name: round(median(column), 1)
+        for name, column in zip(names, zip(*turns[1:], strict=True), strict=True)
+    }
     record("gate", figures)
 
 

@@ -18,10 +18,15 @@ from harmonica import Schedule
 
 def main() -> None:
     """Read, compare and record."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
-    routers = {steps: Schedule.load(folder / "l2c" / f"DDIM{steps}_router.pt", tau=0.1) for steps in (20, 50)}
+    routers = {
+        steps: Schedule.load(folder / "l2c" / f"DDIM{steps}_router.pt", tau=0.1)
+        for steps in (20, 50)
+    }
     exported = Schedule.load(folder / "smoothcache" / "50-N-2-l2c.json")
     differs = routers[50].compute != exported.compute
     figures = {
@@ -29,7 +34,9 @@ def main() -> None:
             "steps_that_differ": int(differs.any(1).sum()),
             "sites_that_differ": f"{int(differs.any(0).sum())} of {len(exported.sites)}",
         },
-        "cur_percent": {f"ddim{steps}": round(100 * table.cur, 2) for steps, table in routers.items()},
+        "cur_percent": {
+            f"ddim{steps}": round(100 * table.cur, 2) for steps, table in routers.items()
+        },
     }
     record("imports", figures)
 

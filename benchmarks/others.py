@@ -14,16 +14,19 @@ from pathlib import Path
 import torch
 from record import ended, record
 
-from harmonica import Schedule, baselines, macs, sample
-from harmonica.metrics import image_mse
+from harmonica import Schedule, macs, sample
+from harmonica.evaluation.distances import image_mse
 from harmonica.models import load
+from harmonica.search import baselines
 
 DEMO = Path(__file__).parent.parent / "docs" / "pictures" / "schedule.json"
 
 
 def main() -> None:
     """Measure and record."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    ).parse_args()
     denoiser = load("tiny", steps=20)
     cost = macs(denoiser)
     few, labels = denoiser.draw(8, torch.Generator().manual_seed(0))
@@ -42,11 +45,15 @@ def main() -> None:
             "every n-th step (FORA)": figure(baselines.every(denoiser, speedup=speedup)),
             "SmoothCache": figure(baselines.smoothcache(denoiser, few, labels, speedup=speedup)),
             "front and back blocks (Δ-DiT)": figure(baselines.delta_dit(denoiser, speedup=speedup)),
-            "dynamic programming": figure(baselines.dynamic_programming(denoiser, few, labels, speedup=speedup)),
+            "dynamic programming": figure(
+                baselines.dynamic_programming(denoiser, few, labels, speedup=speedup)
+            ),
             "random": figure(baselines.random_table(denoiser, generator, speedup=speedup)),
             f"fewer steps ({fewer})": {
                 "speedup": round(20 / fewer, 3),
-                "image_error": float(f"{image_mse(sample(load('tiny', steps=fewer), x, y), plain):.2e}"),
+                "image_error": float(
+                    f"{image_mse(sample(load('tiny', steps=fewer), x, y), plain):.2e}"
+                ),
             },
         }
         figures |= {f"{speedup:g}x: {name}": value for name, value in methods.items()}

@@ -22,8 +22,8 @@ from speed import Case, denoiser_of
 
 from harmonica import Denoiser, Schedule, macs
 from harmonica.cost import by_turns
-from harmonica.fast import Walk, milliseconds
-from harmonica.search import whole_steps
+from harmonica.inference.walk import Walk, milliseconds
+from harmonica.search.paths import whole_steps
 
 CASES = (
     Case("tiny", 1, 0, 20),
@@ -48,24 +48,45 @@ def of(case: Case, device: str, dtype: torch.dtype, repeats: int) -> list[dict[s
     d = denoiser_of(case, device, dtype)
     counted, took = macs(d), milliseconds(d, case.batch, repeats=repeats)
     x, cond = d.draw(case.batch, torch.Generator().manual_seed(0))
-    asked = {(name, order): replace(table, order=order) for name, table in tables(d).items() for order in ORDERS}
+    asked = {
+        (name, order): replace(table, order=order)
+        for name, table in tables(d).items()
+        for order in ORDERS
+    }
     walks = {"plain": Walk(d), **{str(key): Walk(d, table) for key, table in asked.items()}}
     seconds = by_turns(walks, x, cond, repeats=repeats)
     rows = []
     for (name, order), table in asked.items():
         turns = zip(seconds["plain"], seconds[str((name, order))], strict=True)
-        row: dict[str, Any] = {"model": case.model, "batch": case.batch, "T": case.steps, "table": name, "order": order}
+        row: dict[str, Any] = {
+            "model": case.model,
+            "batch": case.batch,
+            "T": case.steps,
+            "table": name,
+            "order": order,
+        }
         row |= {"macs": table.speedup(counted), "milliseconds": table.speedup(took)}
         rows.append({**row, "clock": median(plain / cached for plain, cached in turns)})
-        print({key: round(value, 3) if isinstance(value, float) else value for key, value in rows[-1].items()})
+        print(
+            {
+                key: round(value, 3) if isinstance(value, float) else value
+                for key, value in rows[-1].items()
+            }
+        )
     return rows
 
 
 def main() -> None:
     """Measure and record."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--only", nargs="+", default=[""], metavar="TEXT", help="cases whose name contains one of these"
+        "--only",
+        nargs="+",
+        default=[""],
+        metavar="TEXT",
+        help="cases whose name contains one of these",
     )
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", default="cpu")
@@ -73,8 +94,14 @@ def main() -> None:
     args = parser.parse_args()
     cases = [case for case in CASES if any(text in case.name for text in args.only)]
     if not cases:
-        raise ValueError(f"--only is {args.only}; the cases are {', '.join(case.name for case in CASES)}")
-    found = [row for case in cases for row in of(case, args.device, getattr(torch, args.dtype), args.repeats)]
+        raise ValueError(
+            f"--only is {args.only}; the cases are {', '.join(case.name for case in CASES)}"
+        )
+    found = [
+        row
+        for case in cases
+        for row in of(case, args.device, getattr(torch, args.dtype), args.repeats)
+    ]
     record("predicted", {"repeats": args.repeats, "rows": found})
 
 

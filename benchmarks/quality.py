@@ -26,15 +26,16 @@ from typing import Any
 import torch
 from record import RESULTS, ended, record
 
-from harmonica import Denoiser, Router, Schedule, baselines, macs, sample, train_sdt
-from harmonica.fast import Walk
-from harmonica.files import read_json, write_json
-from harmonica.metrics import bootstrap, frechet_distance, image_mse
+from harmonica import Denoiser, Router, Schedule, macs, sample, train_sdt
+from harmonica.evaluation.distances import bootstrap, frechet_distance, image_mse
+from harmonica.evaluation.pictures import save, tradeoff
+from harmonica.inference.walk import Walk
 from harmonica.models import load
 from harmonica.models.tiny import digits
-from harmonica.plots import save, tradeoff
-from harmonica.refine import reach
-from harmonica.target import Target
+from harmonica.search import baselines
+from harmonica.search.budget import Target
+from harmonica.search.refine import reach
+from harmonica.storage.files import read_json, write_json
 
 FORECASTS = ", forecasts"
 LEARNED = (
@@ -45,7 +46,14 @@ LEARNED = (
     "HarmoniCa, refined, forecasts",
 )
 TABLES = ("FORA", "SmoothCache", "Delta-DiT", "dynamic programming", "random", "greedy")
-METHODS = ("uncached", "fewer steps", *TABLES, "FORA" + FORECASTS, "dynamic programming" + FORECASTS, *LEARNED)
+METHODS = (
+    "uncached",
+    "fewer steps",
+    *TABLES,
+    "FORA" + FORECASTS,
+    "dynamic programming" + FORECASTS,
+    *LEARNED,
+)
 SEEN = 96
 
 Job = tuple[int, str, str, float, int, argparse.Namespace]
@@ -64,7 +72,9 @@ def jobs(args: argparse.Namespace) -> Iterator[Job]:
                         yield steps, sampler, method, speedup, seed, args
 
 
-def made(denoiser: Denoiser, method: str, speedup: float, seed: int, args: argparse.Namespace) -> Schedule:
+def made(
+    denoiser: Denoiser, method: str, speedup: float, seed: int, args: argparse.Namespace
+) -> Schedule:
     """Return the schedule of a method at a speedup; raises ValueError where that is out of its reach."""
     few, cond = denoiser.draw(SEEN, torch.Generator().manual_seed(20_000_003))
     generator = torch.Generator().manual_seed(seed)
@@ -72,11 +82,19 @@ def made(denoiser: Denoiser, method: str, speedup: float, seed: int, args: argpa
         "FORA": lambda: baselines.every(denoiser, speedup=speedup),
         "SmoothCache": lambda: baselines.smoothcache(denoiser, few, cond, speedup=speedup),
         "Delta-DiT": lambda: baselines.delta_dit(denoiser, speedup=speedup),
-        "dynamic programming": lambda: baselines.dynamic_programming(denoiser, few, cond, speedup=speedup),
+        "dynamic programming": lambda: baselines.dynamic_programming(
+            denoiser, few, cond, speedup=speedup
+        ),
         "greedy": lambda: baselines.greedy(denoiser, few[:8], cond[:8], speedup=speedup),
         "random": lambda: baselines.random_table(denoiser, generator, speedup=speedup),
         "Learning-to-Cache": lambda: baselines.learning_to_cache(
-            denoiser, *digits(), speedup=speedup, updates=args.updates, batch_size=8, lr=0.1, generator=generator
+            denoiser,
+            *digits(),
+            speedup=speedup,
+            updates=args.updates,
+            batch_size=8,
+            lr=0.1,
+            generator=generator,
         ),
     }
     table = method.removesuffix(FORECASTS)
@@ -85,7 +103,9 @@ def made(denoiser: Denoiser, method: str, speedup: float, seed: int, args: argpa
     return _harmonica(denoiser, method, speedup, seed, args)
 
 
-def _harmonica(denoiser: Denoiser, method: str, speedup: float, seed: int, args: argparse.Namespace) -> Schedule:
+def _harmonica(
+    denoiser: Denoiser, method: str, speedup: float, seed: int, args: argparse.Namespace
+) -> Schedule:
     """Train, or read what was trained for the same table unrefined, and refine if the method does."""
     proxy = None if method.endswith("1") else "leave-one-out"
     name = f"{denoiser.steps}-{denoiser.about['sampler']}-{speedup:g}-{seed}-{args.updates}-{proxy}.safetensors"
@@ -108,20 +128,36 @@ def _harmonica(denoiser: Denoiser, method: str, speedup: float, seed: int, args:
 def measured(job: Job) -> dict[str, Any]:
     """Measure one row, or read it."""
     steps, sampler, method, speedup, seed, args = job
-    path = args.out / f"{steps}-{sampler}-{method}-{speedup:g}-{seed}-{args.updates}-{args.noises}.json"
+    path = (
+        args.out
+        / f"{steps}-{sampler}-{method}-{speedup:g}-{seed}-{args.updates}-{args.noises}.json"
+    )
     if path.exists():
         return read_json(path)
     torch.set_num_threads(1)
-    denoiser, real, began = load("tiny", steps=steps, sampler=sampler), digits()[0], time.perf_counter()
+    denoiser, real, began = (
+        load("tiny", steps=steps, sampler=sampler),
+        digits()[0],
+        time.perf_counter(),
+    )
     x, cond = denoiser.draw(args.noises, torch.Generator().manual_seed(1_000_003))
     plain = _plain(denoiser, x, cond, args.out / f"plain-{steps}-{sampler}-{args.noises}.pt")
-    row: dict[str, Any] = {"T": steps, "sampler": sampler, "method": method, "asked": speedup, "seed": seed}
+    row: dict[str, Any] = {
+        "T": steps,
+        "sampler": sampler,
+        "method": method,
+        "asked": speedup,
+        "seed": seed,
+    }
     try:
         if method == "uncached":
             row["speedup"], images = 1.0, plain
         elif method == "fewer steps":
             fewer = baselines.fewer_steps(steps, speedup)
-            row["speedup"], images = steps / fewer, sample(load("tiny", steps=fewer, sampler=sampler), x, cond)
+            row["speedup"], images = (
+                steps / fewer,
+                sample(load("tiny", steps=fewer, sampler=sampler), x, cond),
+            )
         else:
             schedule = made(denoiser, method, speedup, seed, args)
             row |= {"speedup": schedule.speedup(macs(denoiser)), "made": dict(schedule.provenance)}
@@ -133,7 +169,9 @@ def measured(job: Job) -> dict[str, Any]:
         return row
     again = torch.Generator().manual_seed(0)
     row["image_error"] = bootstrap(image_mse, images, plain, generator=again)
-    row["frechet"] = bootstrap(lambda some: frechet_distance(some, real), images, resamples=100, generator=again)
+    row["frechet"] = bootstrap(
+        lambda some: frechet_distance(some, real), images, resamples=100, generator=again
+    )
     write_json(path, row)
     return row
 
@@ -148,16 +186,27 @@ def _plain(denoiser: Denoiser, x: torch.Tensor, cond: torch.Tensor, path: Path) 
 
 def main() -> None:
     """Measure, record, draw."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, nargs="+", default=[20])
     parser.add_argument("--samplers", nargs="+", default=["ddim"])
     parser.add_argument("--speedups", type=float, nargs="+", default=[1.4, 2.0, 2.5])
-    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS, metavar="M", help=", ".join(METHODS))
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=METHODS,
+        choices=METHODS,
+        metavar="M",
+        help=", ".join(METHODS),
+    )
     parser.add_argument("--noises", type=int, default=1000, help="held-out ones")
     parser.add_argument("--updates", type=int, default=1500, help="of what is trained")
     parser.add_argument("--seeds", type=int, default=3, help="of what is trained")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--finished", action="store_true", help="record what is finished in --out, measure nothing")
+    parser.add_argument(
+        "--finished", action="store_true", help="record what is finished in --out, measure nothing"
+    )
     parser.add_argument("--out", type=Path, default=Path("out/quality"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
@@ -170,10 +219,18 @@ def main() -> None:
             rows = []
             for row in pool.imap(measured, jobs(args)):
                 rows.append(row)
-                print(json.dumps({key: value for key, value in row.items() if key != "made"}), flush=True)
+                print(
+                    json.dumps({key: value for key, value in row.items() if key != "made"}),
+                    flush=True,
+                )
     args.results.mkdir(parents=True, exist_ok=True)
     for steps, sampler in sorted({(row["T"], row["sampler"]) for row in rows}):
-        _draw([row for row in rows if (row["T"], row["sampler"]) == (steps, sampler)], steps, sampler, args.results)
+        _draw(
+            [row for row in rows if (row["T"], row["sampler"]) == (steps, sampler)],
+            steps,
+            sampler,
+            args.results,
+        )
     record("quality", {"noises": args.noises, "updates": args.updates, "rows": rows}, args.results)
 
 
@@ -181,7 +238,9 @@ def _draw(rows: list[dict[str, Any]], steps: int, sampler: str, folder: Path) ->
     """Draw error against speedup, first seeds; chance and lambda = 1 are left to the table."""
     shown = [row for row in rows if "image_error" in row and row["seed"] == 0]
     points = {
-        method: [(row["speedup"], row["image_error"][0]) for row in shown if row["method"] == method]
+        method: [
+            (row["speedup"], row["image_error"][0]) for row in shown if row["method"] == method
+        ]
         for method in reversed(METHODS)
         if method not in ("uncached", "random", "HarmoniCa, lambda = 1")
     }

@@ -14,8 +14,8 @@ from typing import Any, NoReturn
 
 import torch
 
-from harmonica.cli import exit_code
-from harmonica.files import write_whole
+from harmonica.command_line import exit_code
+from harmonica.storage.files import write_whole
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -37,7 +37,13 @@ def machine() -> dict[str, Any]:
         cpu = names[0] if names else cpu
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu, **versions}
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        **versions,
+    }
 
 
 def memory_mib(field: str) -> float:
@@ -49,7 +55,12 @@ def memory_mib(field: str) -> float:
 def record(name: str, figures: dict[str, Any], to: Path = RESULTS) -> None:
     """Print the figures and write them to results/NAME.json."""
     command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
-    result = {"command": command, "date": time.strftime("%Y-%m-%d"), "machine": machine(), "figures": figures}
+    result = {
+        "command": command,
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": machine(),
+        "figures": figures,
+    }
     to.mkdir(parents=True, exist_ok=True)
     text = json.dumps(result, indent=1) + "\n"
     write_whole(to / f"{name}.json", lambda beside: beside.write_text(text, encoding="ascii"))

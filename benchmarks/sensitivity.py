@@ -20,7 +20,9 @@ from harmonica.models import load
 
 def main() -> None:
     """Measure and record."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    ).parse_args()
     d = load("tiny", steps=20)
     lams, errors = [], []
     for seed in range(3):
@@ -28,11 +30,16 @@ def main() -> None:
         router = Router(d.steps, d.sites, generator=generator)
         x, labels = d.draw(32, generator)
         lams.append(image_error(d, router(), x, labels)[1:])
-        errors.append(torch.tensor([u.mse for u in sdt(d, router, [(x, labels)], lr=0.0, proxy=None)]))
+        errors.append(
+            torch.tensor([u.mse for u in sdt(d, router, [(x, labels)], lr=0.0, proxy=None)])
+        )
     lam, mse = torch.stack(lams).median(0).values, torch.stack(errors).median(0).values
     ratio = (torch.stack(lams) / torch.stack(errors)).median(0).values
     columns = {"lambda": lam, "mse": mse, "lambda_over_mse": ratio, "lambda_times_mse": lam * mse}
-    record("sensitivity", {name: [float(f"{v:.2e}") for v in column.tolist()] for name, column in columns.items()})
+    record(
+        "sensitivity",
+        {name: [float(f"{v:.2e}") for v in column.tolist()] for name, column in columns.items()},
+    )
 
 
 if __name__ == "__main__":

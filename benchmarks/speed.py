@@ -47,14 +47,14 @@ from torch import Tensor, nn
 from harmonica import Schedule, macs, sample
 from harmonica.cache import gated
 from harmonica.cost import Macs, count
-from harmonica.fast import Walk, model_of
-from harmonica.files import read_json
-from harmonica.graph import GraphWalk
+from harmonica.evaluation.pictures import save
+from harmonica.inference.graph import GraphWalk
+from harmonica.inference.lifetimes import Plan
+from harmonica.inference.walk import Walk, model_of
 from harmonica.models import load
 from harmonica.models.dit import SIZES, DiT, DiTDenoiser
-from harmonica.plan import Plan
-from harmonica.plots import save
 from harmonica.samplers import DDIM
+from harmonica.storage.files import read_json
 
 Way = Callable[[Tensor, Any], Any]
 
@@ -103,7 +103,10 @@ def schedule_of(steps: int, sites: tuple[str, ...], cur: float, seed: int = 0) -
     reused = round(cur / 100 * steps * len(sites))
     rows = torch.ones(free, dtype=torch.bool)
     rows[torch.randperm(free, generator=torch.Generator().manual_seed(seed))[:reused]] = False
-    return Schedule(torch.cat([torch.ones(1, len(sites), dtype=torch.bool), rows.view(-1, len(sites))]), sites=sites)
+    return Schedule(
+        torch.cat([torch.ones(1, len(sites), dtype=torch.bool), rows.view(-1, len(sites))]),
+        sites=sites,
+    )
 
 
 # ------------------------------------------------------------ a denoiser and its ways
@@ -150,11 +153,18 @@ def of_denoiser(case: Case, device: str, dtype: torch.dtype, *, compiled: bool) 
         ways["graph"] = GraphWalk(Walk(d, schedule))
     theory = dict.fromkeys([way for way in ways if way != "plain"], schedule.speedup(counted))
     facts = cache_facts(d.sites, schedule, lambda: d.predict(x, 0, cond), d.model)
-    facts |= {"gmacs_per_prediction": round(counted.total / 1e9, 3), "covered": round(counted.covered, 4)}
-    return Bench(ways, theory, x, cond, facts | {"sites": len(d.sites), "cur": schedule.cur}, d.model)
+    facts |= {
+        "gmacs_per_prediction": round(counted.total / 1e9, 3),
+        "covered": round(counted.covered, 4),
+    }
+    return Bench(
+        ways, theory, x, cond, facts | {"sites": len(d.sites), "cur": schedule.cur}, d.model
+    )
 
 
-def cache_facts(sites: Any, schedule: Schedule, run: Callable[[], Any], model: nn.Module) -> dict[str, Any]:
+def cache_facts(
+    sites: Any, schedule: Schedule, run: Callable[[], Any], model: nn.Module
+) -> dict[str, Any]:
     """Weigh the features of one prediction: all of them, and the most that the schedule has alive at once."""
     sizes = [0] * len(sites)
 
@@ -196,19 +206,38 @@ def pipeline_of(case: Case, device: str, dtype: torch.dtype) -> tuple[Any, Way]:
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
     ).to(device, dtype)  # fmt: skip
     if case.model.startswith("pixart"):
-        transformer = transformer_of(PIXART[case.model.removesuffix("-pipe")]).to(device, dtype).eval()
-        text = torch.randn(2, 120, 4096, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+        transformer = (
+            transformer_of(PIXART[case.model.removesuffix("-pipe")]).to(device, dtype).eval()
+        )
+        text = torch.randn(2, 120, 4096, generator=torch.Generator().manual_seed(0)).to(
+            device, dtype
+        )
         mask = torch.ones(1, 120, dtype=torch.long, device=device)
         pipe: Any = PixArtAlphaPipeline(None, None, vae, transformer, DPMSolverMultistepScheduler())
-        given = {"prompt_embeds": text[:1], "negative_prompt_embeds": text[1:], "negative_prompt": None}
+        given = {
+            "prompt_embeds": text[:1],
+            "negative_prompt_embeds": text[1:],
+            "negative_prompt": None,
+        }
         given |= {"prompt_attention_mask": mask, "negative_prompt_attention_mask": mask}
-        given |= {"num_inference_steps": case.steps, "output_type": "latent", "use_resolution_binning": False}
+        given |= {
+            "num_inference_steps": case.steps,
+            "output_type": "latent",
+            "use_resolution_binning": False,
+        }
 
         def run(x: Tensor, cond: Any) -> Any:
             return pipe(latents=x, height=256, width=256, **given).images
     else:
-        small = {"num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2, "sample_size": 8}
-        transformer = DiTTransformer2DModel(out_channels=8, **(small if case.model == "small-pipe" else {}))
+        small = {
+            "num_layers": 2,
+            "attention_head_dim": 8,
+            "num_attention_heads": 2,
+            "sample_size": 8,
+        }
+        transformer = DiTTransformer2DModel(
+            out_channels=8, **(small if case.model == "small-pipe" else {})
+        )
         first, *others = (block.norm1.emb for block in transformer.transformer_blocks)
         for emb in others:  # as in the released weights
             emb.load_state_dict(first.state_dict())
@@ -217,7 +246,9 @@ def pipeline_of(case: Case, device: str, dtype: torch.dtype) -> tuple[Any, Way]:
 
         def run(x: Tensor, cond: Any) -> Any:
             options = {"num_inference_steps": case.steps, "output_type": "pt"}
-            return pipe([1] * case.batch, generator=torch.Generator().manual_seed(0), **options).images
+            return pipe(
+                [1] * case.batch, generator=torch.Generator().manual_seed(0), **options
+            ).images
 
     pipe.set_progress_bar_config(disable=True)
     return pipe, run
@@ -225,7 +256,7 @@ def pipeline_of(case: Case, device: str, dtype: torch.dtype) -> tuple[Any, Way]:
 
 def of_pipeline(case: Case, device: str, dtype: torch.dtype) -> Bench:
     """Make a case of a stock pipeline ready."""
-    from harmonica.models.pipelines import cached, sites
+    from harmonica.models.pipelines.caching import cached, sites
 
     pipe, run = pipeline_of(case, device, dtype)
     found = sites(pipe.transformer)
@@ -240,7 +271,11 @@ def of_pipeline(case: Case, device: str, dtype: torch.dtype) -> Bench:
 
         return way
 
-    ways: dict[str, Way] = {"plain": run, "exact": under(schedule), "fast": under(schedule, exact=False)}
+    ways: dict[str, Way] = {
+        "plain": run,
+        "exact": under(schedule),
+        "fast": under(schedule, exact=False),
+    }
     theory = dict.fromkeys(("exact", "fast"), schedule.speedup(counted))
     ways["pab"] = pab(pipe, run)
     attention = torch.ones(case.steps, len(found), dtype=torch.bool)
@@ -254,7 +289,9 @@ def of_pipeline(case: Case, device: str, dtype: torch.dtype) -> Bench:
         ways["its-table"] = under(its, exact=False)
         theory["cache-dit"] = theory["its-table"] = its.speedup(counted)
     facts = cache_facts(found, schedule, forward, pipe.transformer)
-    return Bench(ways, theory, x, None, facts | {"sites": len(found), "cur": schedule.cur}, pipe.transformer)
+    return Bench(
+        ways, theory, x, None, facts | {"sites": len(found), "cur": schedule.cur}, pipe.transformer
+    )
 
 
 def counted_in(pipe: Any, found: Any, run: Callable[[], Any]) -> tuple[Macs, Callable[[], Any]]:
@@ -298,7 +335,9 @@ def pab(pipe: Any, run: Way) -> Way:
         finally:
             for module in pipe.transformer.modules():
                 if hasattr(module, "_diffusers_hook"):
-                    HookRegistry.check_if_exists_or_initialize(module).remove_hook("pyramid_attention_broadcast")
+                    HookRegistry.check_if_exists_or_initialize(module).remove_hook(
+                        "pyramid_attention_broadcast"
+                    )
 
     return way
 
@@ -355,7 +394,9 @@ def peak_mib(way: Way, bench: Bench) -> float | None:
 
 def spread(values: list[float]) -> list[float]:
     """Return lower quartile, median, upper quartile."""
-    low, middle, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    low, middle, high = (
+        quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    )
     return [round(value, 4) for value in (low, middle, high)]
 
 
@@ -377,7 +418,14 @@ def summary(turns: dict[str, list[float]], theory: dict[str, float]) -> dict[str
 # ------------------------------------------------------------ where it goes
 
 
-KINDS = ("attention", "feed-forward", "norm", "embedding and modulation", "sampler", "element-wise and Python")
+KINDS = (
+    "attention",
+    "feed-forward",
+    "norm",
+    "embedding and modulation",
+    "sampler",
+    "element-wise and Python",
+)
 
 
 @contextlib.contextmanager
@@ -455,12 +503,19 @@ def picture(falls: dict[str, Any], path: Path) -> None:
 def growth(turns: int, device: str, dtype: torch.dtype, *, quick: bool) -> list[dict[str, Any]]:
     """Time a small DiT while one of T, batch, tokens and sites grows."""
     base = {"steps": 8, "batch": 4, "size": 16, "depth": 4}
-    grown: dict[str, tuple[int, ...]] = {"steps": (4, 16), "batch": (1, 16), "size": (8, 32), "depth": (2, 8)}
+    grown: dict[str, tuple[int, ...]] = {
+        "steps": (4, 16),
+        "batch": (1, 16),
+        "size": (8, 32),
+        "depth": (2, 8),
+    }
     rows = []
     for name, values in grown.items():
         for value in sorted({base[name], *(values[-1:] if quick else values)}):
             setting = {**base, name: value}
-            model = DiT(input_size=setting["size"], hidden_size=192, depth=setting["depth"], num_heads=6)
+            model = DiT(
+                input_size=setting["size"], hidden_size=192, depth=setting["depth"], num_heads=6
+            )
             d = DiTDenoiser(model.to(device, dtype), DDIM(setting["steps"]), name="small")
             schedule = schedule_of(setting["steps"], tuple(d.sites), 50)
             x, cond = d.draw(setting["batch"], torch.Generator().manual_seed(0))
@@ -474,7 +529,9 @@ def growth(turns: int, device: str, dtype: torch.dtype, *, quick: bool) -> list[
                     columns[way].append(seconds(ways[way], bench))
             fast = summary(columns, bench.theory)["fast"]
             tokens = (setting["size"] // 2) ** 2
-            rows.append({"varied": name, **setting, "tokens": tokens, "sites": len(d.sites), **fast})
+            rows.append(
+                {"varied": name, **setting, "tokens": tokens, "sites": len(d.sites), **fast}
+            )
     return rows
 
 
@@ -482,7 +539,10 @@ def growth(turns: int, device: str, dtype: torch.dtype, *, quick: bool) -> list[
 
 
 def run_case(
-    case: Case, known: dict[str, Any], args: argparse.Namespace, write: Callable[[dict[str, Any]], None]
+    case: Case,
+    known: dict[str, Any],
+    args: argparse.Namespace,
+    write: Callable[[dict[str, Any]], None],
 ) -> None:
     """Time a case until it has its turns; `write` is given it after each."""
     dtype = getattr(torch, args.dtype)
@@ -504,7 +564,13 @@ def run_case(
     for _ in range(args.turns - short):
         for name, way in bench.ways.items():
             turns[name].append(seconds(way, bench))
-        done = {**bench.facts, "batch": case.batch, "steps": case.steps, "dtype": args.dtype, "turns": turns}
+        done = {
+            **bench.facts,
+            "batch": case.batch,
+            "steps": case.steps,
+            "dtype": args.dtype,
+            "turns": turns,
+        }
         done |= {"threads": torch.get_num_threads(), "ways": summary(turns, bench.theory)}
         if "peak_mib" not in known:
             done["peak_mib"] = {name: peak_mib(way, bench) for name, way in bench.ways.items()}
@@ -523,17 +589,23 @@ def run_case(
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure and record."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", help="cases whose name begins so, or `growth`")
     parser.add_argument("--turns", type=int)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--compiled", action="store_true", help="also on compiled branches (needs a C++ compiler)")
+    parser.add_argument(
+        "--compiled", action="store_true", help="also on compiled branches (needs a C++ compiler)"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args(arguments)
     args.turns = args.turns or (2 if args.quick else 5)
-    name = ("speed_quick" if args.quick else "speed") + ("" if args.device == "cpu" else f"_{args.device}_{args.dtype}")
+    name = ("speed_quick" if args.quick else "speed") + (
+        "" if args.device == "cpu" else f"_{args.device}_{args.dtype}"
+    )
     path = args.out / f"{name}.json"
     figures: dict[str, Any] = read_json(path)["figures"] if path.exists() and not args.quick else {}
     cases = QUICK if args.quick else ON_CPU if args.device == "cpu" else ON_GPU
@@ -548,15 +620,23 @@ def main(arguments: list[str] | None = None) -> None:
         def keep(done: dict[str, Any], case: Case = case) -> None:
             figures[case.name] = done
             write(figures)
-            ways = {way: (row["seconds"][1], row.get("efficiency")) for way, row in done["ways"].items()}
+            ways = {
+                way: (row["seconds"][1], row.get("efficiency")) for way, row in done["ways"].items()
+            }
             print(f"{case.name}: {ways}", flush=True)
 
         run_case(case, figures.get(case.name, {}), args, keep)
     if args.only in (None, "growth"):
-        figures["growth"] = growth(args.turns, args.device, getattr(torch, args.dtype), quick=args.quick)
+        figures["growth"] = growth(
+            args.turns, args.device, getattr(torch, args.dtype), quick=args.quick
+        )
         write(figures)
     halves = [case.name for case in cases if case.cur == 50]
-    falls = {name: figures[name]["waterfall"] for name in halves if figures.get(name, {}).get("waterfall")}
+    falls = {
+        name: figures[name]["waterfall"]
+        for name in halves
+        if figures.get(name, {}).get("waterfall")
+    }
     if falls:
         picture(falls, args.out / f"{name}_waterfall.png")
     print(f"{path} ({machine()['cpu']}, {torch.get_num_threads()} threads)")

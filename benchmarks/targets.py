@@ -16,16 +16,19 @@ from typing import Any
 import torch
 from record import RESULTS, ended, record
 
-from harmonica import baselines, macs, train_sdt
+from harmonica import macs, train_sdt
 from harmonica.models import load
 from harmonica.models.tiny import digits
+from harmonica.search import baselines
 
 TARGETS = (1.2, 1.5, 2.0, 2.5, 3.0)
 
 
 def main() -> None:
     """Train, land, record."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--updates", type=int, default=1500)
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()

@@ -15,15 +15,17 @@ import torch
 from record import RESULTS, ended, record
 
 from harmonica import sample
-from harmonica.metrics import frechet_distance, label_agreement
+from harmonica.evaluation.distances import frechet_distance, label_agreement
+from harmonica.evaluation.pictures import save, sheet
 from harmonica.models import load
 from harmonica.models.tiny import digits
-from harmonica.plots import save, sheet
 
 
 def main() -> None:
     """Sample, judge, record, draw."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    ).parse_args()
     d = load("tiny", steps=20, guidance=1.5)
     labels = torch.arange(1000) % 10
     x, _ = d.draw(1000, torch.Generator().manual_seed(2024))
@@ -37,10 +39,14 @@ def main() -> None:
         "file_bytes": file.stat().st_size,
         "label_agreement": label_agreement(images, labels, real, real_labels),
         "frechet_to_real": round(frechet_distance(images, real), 4),
-        "frechet_real_half_to_half": round(frechet_distance(real[order[:half]], real[order[half:]]), 4),
+        "frechet_real_half_to_half": round(
+            frechet_distance(real[order[:half]], real[order[half:]]), 4
+        ),
     }
     record("tiny_model", figures)
-    save(sheet(images[:50], title="bundled model, DDIM-20, guidance 1.5"), RESULTS / "tiny_model.png")
+    save(
+        sheet(images[:50], title="bundled model, DDIM-20, guidance 1.5"), RESULTS / "tiny_model.png"
+    )
 
 
 if __name__ == "__main__":

@@ -19,7 +19,18 @@ from record import ended, record
 
 from harmonica import Router
 
-SETTINGS = ["--steps", "20", "--iterations", "60", "--batch-size", "8", "--lr", "0.1", "--refresh-every", "2"]
+SETTINGS = [
+    "--steps",
+    "20",
+    "--iterations",
+    "60",
+    "--batch-size",
+    "8",
+    "--lr",
+    "0.1",
+    "--refresh-every",
+    "2",
+]
 
 
 def trained(proxy: str, processes: int) -> Router:
@@ -29,13 +40,17 @@ def trained(proxy: str, processes: int) -> Router:
         start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
     with tempfile.TemporaryDirectory() as folder:
         command = [*start, "harmonica.train", *SETTINGS, "--proxy", proxy, "--out", folder]
-        subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        subprocess.run(
+            command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
         return Router.load(Path(folder) / "router.safetensors")
 
 
 def main() -> None:
     """Measure and record."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    ).parse_args()
     figures = {}
     for proxy in ("none", "leave-one-out", "telescoping"):
         one, two = trained(proxy, 1), trained(proxy, 2)

@@ -32,14 +32,19 @@ def build(size: str) -> DiTDenoiser:
     torch.manual_seed(0)
     shape = SIZES[size]
     model = DiT(
-        depth=shape.depth, hidden_size=shape.hidden_size, num_heads=shape.num_heads, patch_size=shape.patch_size
+        depth=shape.depth,
+        hidden_size=shape.hidden_size,
+        num_heads=shape.num_heads,
+        patch_size=shape.patch_size,
     )
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     return DiTDenoiser(model, DDIM(10), guided_channels=3, name=size)
 
 
-def update(d: DiTDenoiser, router: Router, x: Tensor, y: Tensor, cache: Cache, *, way: str) -> float:
+def update(
+    d: DiTDenoiser, router: Router, x: Tensor, y: Tensor, cache: Cache, *, way: str
+) -> float:
     """Run step k = 1 of a trajectory to the gradient of its row; return seconds."""
     released = way == "released"
     d.model.activation_checkpointing = way == "checkpointed"
@@ -59,7 +64,9 @@ def update(d: DiTDenoiser, router: Router, x: Tensor, y: Tensor, cache: Cache, *
 
 def main() -> None:
     """Measure and record; with --only, run one way once and print its peak memory."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", default="DiT-B/2", choices=SIZES)
     parser.add_argument("--batch", type=int, default=2, help="noises; guidance doubles them")
     parser.add_argument("--turns", type=int, default=7)
@@ -83,13 +90,26 @@ def main() -> None:
             if turn:
                 times[way].append(seconds)
     figures = {f"seconds_{way}": round(median(column), 3) for way, column in times.items()}
-    figures["ratio"] = round(median(b / a for a, b in zip(times["here"], times["released"], strict=True)), 3)
+    figures["ratio"] = round(
+        median(b / a for a, b in zip(times["here"], times["released"], strict=True)), 3
+    )
     figures["router_gradients_equal_bit_for_bit"] = all(
         torch.equal(gradients["here"], gradients[way]) for way in ("checkpointed", "released")
     )
     for way in times:
-        command = [sys.executable, __file__, "--size", args.size, "--batch", str(args.batch), "--only", way]
-        figures[f"peak_mib_{way}"] = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        command = [
+            sys.executable,
+            __file__,
+            "--size",
+            args.size,
+            "--batch",
+            str(args.batch),
+            "--only",
+            way,
+        ]
+        figures[f"peak_mib_{way}"] = int(
+            subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        )
     record("update", {"size": args.size, "batch": args.batch, **figures})
 
 

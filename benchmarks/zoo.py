@@ -45,18 +45,32 @@ def examined(name: str) -> Row:
 
 def main() -> None:
     """Examine, print the table, record."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    ).parse_args()
     warnings.simplefilter("ignore")
     logging.disable()
     torch.set_num_threads(1)
     rows = {name: examined(name) for name in sorted(ZOO)}
     print(f"{'class':40}  sites  forward  blocks  verdict")
     for name, row in rows.items():
-        shares = [f"{100 * row[key]:.1f} %" if row[key] is not None else "–" for key in ("forward", "blocks")]
+        shares = [
+            f"{100 * row[key]:.1f} %" if row[key] is not None else "–"
+            for key in ("forward", "blocks")
+        ]
         print(f"{name:40}  {row['sites']:5}  {shares[0]:>7}  {shares[1]:>7}  {row['verdict']}")
     exact = sum(row["verdict"] == "exact" for row in rows.values())
     print(f"{exact} of {len(rows)} exact; left out: {LEFT_OUT}")
-    record("zoo", {"exact": exact, "of": len(rows), "left_out": LEFT_OUT, "uncounted": UNCOUNTED, "classes": rows})
+    record(
+        "zoo",
+        {
+            "exact": exact,
+            "of": len(rows),
+            "left_out": LEFT_OUT,
+            "uncounted": UNCOUNTED,
+            "classes": rows,
+        },
+    )
 
 
 if __name__ == "__main__":

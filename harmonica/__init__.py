@@ -23,7 +23,8 @@ from harmonica.cost import Macs, macs
 from harmonica.denoise import Denoiser, denoise, sample
 from harmonica.iepo import image_error, objective
 from harmonica.router import Router, Schedule
-from harmonica.sdt import Update, sdt, train_sdt
+from harmonica.sdt import Update, sdt
+from harmonica.training.train import train_sdt
 
 __version__ = "0.1.0"
 

@@ -1,7 +1,9 @@
-"""Cost: multiply-accumulates (MACs) of each site, counted while the model runs, and the clock beside the theory.
+"""Cost: multiply-accumulates (MACs) of each site, counted while the model runs, and the clock
+beside the theory.
 
-The gate is asked at every site, so a gate that reads a counter before and after `compute` knows what the site costs.
-The model runs on fake tensors: every operation has its shape and no arithmetic is done, so DiT-XL counts in a second.
+The gate is asked at every site, so a gate that reads a counter before and after `compute` knows
+what the site costs. The model runs on fake tensors: every operation has its shape and no arithmetic
+is done, so DiT-XL counts in a second.
 
 `Schedule.speedup(macs)` turns a count into a theoretical speedup. This file does not know routers.
 """
@@ -54,8 +56,9 @@ class Macs:
 def macs(denoiser: Denoiser) -> Macs:
     """Count the MACs of one guided prediction for one image, site by site.
 
-    Matrix products, convolutions and attention count; norms, activations and other element-wise work do not, as in the
-    field's tables. With guidance a prediction runs the model on two samples, so it counts twice the published figures.
+    Matrix products, convolutions and attention count; norms, activations and other element-wise
+    work do not, as in the field's tables. With guidance a prediction runs the model on two samples,
+    so it counts twice the published figures.
 
     Args:
         denoiser: `draw` gives it one noise to predict.
@@ -71,7 +74,8 @@ class Count:
     Attributes:
         macs: MACs of the sites and of the rest.
         calls: how often each site was asked, N numbers; a table of decisions needs each to be 1.
-        modules: MACs of every module, by a name that begins with the class of the outermost module called.
+        modules: MACs of every module, by a name that begins with the class of the outermost module
+            called.
     """
 
     macs: Macs
@@ -85,11 +89,13 @@ def count(run: Callable[[], Any], sites: Mapping[str, nn.Module], *, fake: bool 
     Args:
         run: called once, without gradients.
         sites: modules of the model that `run` calls.
-        fake: shapes only, no arithmetic; a model that looks at the values of its tensors then raises RuntimeError.
+        fake: shapes only, no arithmetic; a model that looks at the values of its tensors then
+            raises RuntimeError.
     """
     counts, calls = [0.0] * len(sites), [0] * len(sites)
     counter = FlopCounterMode(display=False)
-    # The fused attention kernels of the CPU are invisible to the counter; the plain one is two counted products.
+    # The fused attention kernels of the CPU are invisible to the counter; the plain one is two
+    # counted products.
     shapes = FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext()
 
     def gate(site: int, compute: Callable[[], Any]) -> Any:
@@ -99,13 +105,18 @@ def count(run: Callable[[], Any], sites: Mapping[str, nn.Module], *, fake: bool 
         calls[site] += 1
         return feature
 
-    # What was compiled runs as Python: a compiled attempt that fails would be remembered, and fail again.
+    # What was compiled runs as Python: a compiled attempt that fails would be remembered, and fail
+    # again.
     eager = torch.compiler.set_stance("force_eager")
     with torch.no_grad(), eager, sdpa_kernel(SDPBackend.MATH), shapes, counter, gated(sites, gate):
         run()
     macs_of = {name: sum(flops.values()) / 2 for name, flops in counter.get_flop_counts().items()}
-    each = torch.tensor(counts, dtype=torch.float64) / 2  # two floating-point operations are one MAC
-    return Count(Macs(each, counter.get_total_flops() / 2 - float(each.sum())), tuple(calls), macs_of)
+    each = (
+        torch.tensor(counts, dtype=torch.float64) / 2
+    )  # two floating-point operations are one MAC
+    return Count(
+        Macs(each, counter.get_total_flops() / 2 - float(each.sum())), tuple(calls), macs_of
+    )
 
 
 @dataclass(frozen=True)
@@ -130,7 +141,8 @@ def measure(
     repeats: int = 7,
     walk: Callable[[Tensor, Any], Tensor] | None = None,
 ) -> Timing:
-    """Time the walk from noise x (B, C, H, W) with and without a schedule, by turns, after one walk of each.
+    """Time the walk from noise x (B, C, H, W) with and without a schedule, by turns, after one walk
+    of each.
 
     The plain walk is `sample` without a schedule.
 
@@ -140,7 +152,8 @@ def measure(
         x: noise.
         cond: conditions for it.
         repeats: turns that count.
-        walk: (x, cond) -> x₀ under the schedule, such as `fast.Walk(denoiser, schedule)`; None for `sample`.
+        walk: (x, cond) -> x₀ under the schedule, such as `fast.Walk(denoiser, schedule)`; None for
+            `sample`.
     """
 
     def plain(x: Tensor, cond: Any) -> Tensor:
@@ -156,9 +169,11 @@ def measure(
 def by_turns(
     walks: Mapping[str, Callable[[Tensor, Any], Tensor]], x: Tensor, cond: Any, *, repeats: int
 ) -> dict[str, list[float]]:
-    """Time walks by turns after one of each, and return the seconds of each, in the order of the turns.
+    """Time walks by turns after one of each, and return the seconds of each, in the order of the
+    turns.
 
-    Turns, because a machine's speed drifts: all medians, and the ratios within a turn, then saw the same weather.
+    Turns, because a machine's speed drifts: all medians, and the ratios within a turn, then saw the
+    same weather.
     """
     seconds: dict[str, list[float]] = {name: [] for name in walks}
     for _ in range(repeats + 1):

@@ -1,8 +1,10 @@
-"""python -m harmonica.demo: train a router, draw the same noises with and without it, say what it was worth.
+"""python -m harmonica.demo: train a router, draw the same noises with and without it, say what it
+was worth.
 
-Prints one table, writes the schedule and four pictures to --out. Two minutes on two cores with the bundled model.
-Every other model takes its weights from the hub, a folder or a file, and hours of a GPU to train on: train with
-python -m harmonica.train, which can be resumed, and give its schedule.json as --schedule here. --weights random times
+Prints one table, writes the schedule and four pictures to --out. Two minutes on two cores with the
+bundled model. Every other model takes its weights from the hub, a folder or a file, and hours of a
+GPU to train on: train with python -m harmonica.train, which can be resumed, and give its
+schedule.json as --schedule here. --weights random times
 a model without any weights: the pictures are noise then.
 """
 
@@ -18,13 +20,22 @@ import torch
 from torch import Tensor
 
 from harmonica import Denoiser, Router, Schedule, denoise, image_error, macs, sample, train_sdt
-from harmonica.cli import Parser, add_model_options, check_device, command, load_model, make_writable, seed, whole
+from harmonica.command_line import (
+    Parser,
+    add_model_options,
+    check_device,
+    command,
+    load_model,
+    make_writable,
+    seed,
+    whole,
+)
 from harmonica.cost import measure
-from harmonica.fast import Walk
-from harmonica.files import alone
-from harmonica.forecast import under
-from harmonica.names import fit
-from harmonica.search import whole_steps
+from harmonica.forecast import gates_of
+from harmonica.inference.walk import Walk
+from harmonica.search.paths import whole_steps
+from harmonica.site_names import fit
+from harmonica.storage.files import alone
 from harmonica.train import AUTHORS, ORDER, QUICK, TARGET, check_target
 
 if TYPE_CHECKING:
@@ -37,18 +48,43 @@ SHOWN = 10  # in the picture
 
 def parser() -> Parser:
     """Return the command line of the demo."""
-    p = Parser(prog="python -m harmonica.demo", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    p = Parser(
+        prog="python -m harmonica.demo",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
     add_model_options(p)
-    p.add_argument("--vae", type=Path, metavar="DIR", help="autoencoder saved by diffusers (the model's own)")
+    p.add_argument(
+        "--vae", type=Path, metavar="DIR", help="autoencoder saved by diffusers (the model's own)"
+    )
     p.add_argument("--images", type=whole, help="held-out noises (500 for tiny, else 4)")
-    p.add_argument("--schedule", type=Path, metavar="FILE", help="use this schedule instead of training")
-    p.add_argument("--iterations", type=whole, help="updates of the router (1500 for tiny, else 20000)")
-    p.add_argument("--beta", type=float, help="price of computing a site; more is faster (1e-7 for tiny, else 7e-8)")
+    p.add_argument(
+        "--schedule", type=Path, metavar="FILE", help="use this schedule instead of training"
+    )
+    p.add_argument(
+        "--iterations", type=whole, help="updates of the router (1500 for tiny, else 20000)"
+    )
+    p.add_argument(
+        "--beta",
+        type=float,
+        help="price of computing a site; more is faster (1e-7 for tiny, else 7e-8)",
+    )
     p.add_argument("--target", type=float, metavar="SPEEDUP", help=f"{TARGET}, instead of --beta")
     p.add_argument("--order", type=whole, default=0, help=ORDER)
     p.add_argument("--tau", type=float, default=0.1, help="a score above it computes (0.1)")
-    p.add_argument("--seed", type=seed, default=0, help="of training; the held-out noises are always the same (0)")
-    p.add_argument("--out", type=Path, default=Path("out/demo"), metavar="DIR", help="folder for results (out/demo)")
+    p.add_argument(
+        "--seed",
+        type=seed,
+        default=0,
+        help="of training; the held-out noises are always the same (0)",
+    )
+    p.add_argument(
+        "--out",
+        type=Path,
+        default=Path("out/demo"),
+        metavar="DIR",
+        help="folder for results (out/demo)",
+    )
     return p
 
 
@@ -59,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """Train or load, draw, measure, print, save."""
-    from harmonica import plots
+    from harmonica.evaluation import pictures as plots
     from harmonica.models.autoencoder import decoder
 
     settings = _settings(args)
@@ -77,9 +113,13 @@ def run(args: argparse.Namespace) -> None:
         elif schedule is None:
             router = _train(denoiser, args, settings)
             schedule = router.schedule(args.tau)
-        schedule.save(args.out / "schedule.json")  # before anything else can go wrong: it may have taken hours
+        schedule.save(
+            args.out / "schedule.json"
+        )  # before anything else can go wrong: it may have taken hours
         # The held-out seed is far from training's: the same noises judge every router.
-        held_out = args.images if args.images is not None else (HELD_OUT if args.model == "tiny" else 4)
+        held_out = (
+            args.images if args.images is not None else (HELD_OUT if args.model == "tiny" else 4)
+        )
         x, cond = denoiser.draw(held_out, torch.Generator().manual_seed(1_000_003))
         plain = decode(sample(denoiser, x, cond)).cpu()
         cached = decode(Walk(denoiser, schedule)(x, cond)).cpu()
@@ -87,8 +127,14 @@ def run(args: argparse.Namespace) -> None:
         if args.weights == "random":
             print("  weights are random: the timing is real, the pictures are noise")
         shown = _shown(denoiser, cond)
-        title = "same noise, same conditions" if args.weights != "random" else "latents under random weights"
-        images = plots.comparison(plain[shown], cached[shown], labels=_captions(denoiser, cond[shown]), title=title)
+        title = (
+            "same noise, same conditions"
+            if args.weights != "random"
+            else "latents under random weights"
+        )
+        images = plots.comparison(
+            plain[shown], cached[shown], labels=_captions(denoiser, cond[shown]), title=title
+        )
         pictures = {"images": images, **_pictures(denoiser, schedule, x[:8], cond[:8])}
         if args.weights != "random":  # λ takes T(T+1)/2 predictions, and of noise it says nothing
             pictures["lambda"] = _lambda(denoiser, schedule, router, x[:8], cond[:8])
@@ -98,8 +144,14 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Return how to train: quickly for the bundled model, as the authors did for the others; raise on bad numbers."""
-    given = {name: getattr(args, name) for name in ("iterations", "beta") if getattr(args, name) is not None}
+    """Return how to train: quickly for the bundled model, as the authors did for the others; raise
+    on bad numbers.
+    """
+    given = {
+        name: getattr(args, name)
+        for name in ("iterations", "beta")
+        if getattr(args, name) is not None
+    }
     settings = {**(QUICK if args.model == "tiny" else AUTHORS), **given}
     if (
         not 0.0 <= args.tau < 1.0
@@ -107,10 +159,10 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
         or settings["iterations"] < 1
         or (args.images is not None and args.images < 1)
     ):
-        found = (
-            f"--tau {args.tau} --beta {settings['beta']} --iterations {settings['iterations']} --images {args.images}"
+        found = f"--tau {args.tau} --beta {settings['beta']} --iterations {settings['iterations']} --images {args.images}"
+        raise ValueError(
+            f"found {found}; expected 0 <= tau < 1, beta >= 0, iterations and images >= 1"
         )
-        raise ValueError(f"found {found}; expected 0 <= tau < 1, beta >= 0, iterations and images >= 1")
     check_target(args.target, args.beta, args.order)
     if args.target is not None:
         settings = {name: value for name, value in settings.items() if name != "beta"}
@@ -122,7 +174,12 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 def _every_other_step(denoiser: Denoiser) -> Schedule:
     """Return a table for timing alone: everything at even steps, nothing at odd ones."""
     rows = whole_steps(denoiser, range(0, denoiser.steps, 2))  # (T, N)
-    return Schedule(rows, sites=tuple(denoiser.sites), **denoiser.about, provenance={"method": "every other step"})
+    return Schedule(
+        rows,
+        sites=tuple(denoiser.sites),
+        **denoiser.about,
+        provenance={"method": "every other step"},
+    )
 
 
 def _train(denoiser: Denoiser, args: argparse.Namespace, settings: dict[str, Any]) -> Router:
@@ -130,8 +187,10 @@ def _train(denoiser: Denoiser, args: argparse.Namespace, settings: dict[str, Any
     return train_sdt(denoiser, **settings, tau=args.tau, generator=generator)
 
 
-def _table(denoiser: Denoiser, schedule: Schedule, x: Tensor, cond: Tensor, plain: Tensor, cached: Tensor) -> str:
-    from harmonica.metrics import image_mse
+def _table(
+    denoiser: Denoiser, schedule: Schedule, x: Tensor, cond: Tensor, plain: Tensor, cached: Tensor
+) -> str:
+    from harmonica.evaluation.distances import image_mse
 
     theory = schedule.speedup(macs(denoiser))
     timed = len(x[:TIMED])
@@ -140,24 +199,31 @@ def _table(denoiser: Denoiser, schedule: Schedule, x: Tensor, cond: Tensor, plai
     rows = (
         ("cache utilisation (CUR)", f"{schedule.cur:.1%}"),
         ("theoretical speedup", f"{theory:.2f}x"),
-        ("measured speedup", f"{clock.speedup:.2f}x  ({clock.plain:.3f} s -> {clock.cached:.3f} s, batch {timed})"),
+        (
+            "measured speedup",
+            f"{clock.speedup:.2f}x  ({clock.plain:.3f} s -> {clock.cached:.3f} s, batch {timed})",
+        ),
         ("measured / theoretical", f"{clock.speedup / theory:.2f}"),
         ("image error (mean squared)", f"{image_mse(cached, plain):.2e}  of a pixel range of 2"),
         *_labels_kept(denoiser, cond, plain, cached),
     )
     head = f"{denoiser.about['model']}, {denoiser.about['sampler']}, T = {denoiser.steps}"
-    return "\n".join([f"{head}, {len(x)} held-out noises", *(f"  {name:29}{value}" for name, value in rows)])
+    return "\n".join(
+        [f"{head}, {len(x)} held-out noises", *(f"  {name:29}{value}" for name, value in rows)]
+    )
 
 
 def _bundled(denoiser: Denoiser) -> bool:
     return bool(denoiser.about["model"] == "tiny")
 
 
-def _labels_kept(denoiser: Denoiser, cond: Tensor, plain: Tensor, cached: Tensor) -> list[tuple[str, str]]:
+def _labels_kept(
+    denoiser: Denoiser, cond: Tensor, plain: Tensor, cached: Tensor
+) -> list[tuple[str, str]]:
     """Return the row that only digits can have: we know what they should look like."""
     if not _bundled(denoiser):
         return []
-    from harmonica.metrics import label_agreement
+    from harmonica.evaluation.distances import label_agreement
     from harmonica.models.tiny import digits
 
     before, after = (label_agreement(images, cond, *digits()) for images in (plain, cached))
@@ -181,25 +247,31 @@ def _captions(denoiser: Denoiser, cond: Tensor) -> list[str]:
 
 
 def _pictures(denoiser: Denoiser, schedule: Schedule, x: Tensor, cond: Tensor) -> dict[str, Figure]:
-    from harmonica import plots
+    from harmonica.evaluation import pictures as plots
 
     plain = list(denoise(denoiser, x, cond))
-    cached = list(denoise(denoiser, x, cond, under(schedule, {})))
+    cached = list(denoise(denoiser, x, cond, gates_of(schedule, {})))
     about = denoiser.about
     return {
-        "router": plots.router_heatmap(schedule, title=f"{about['model']}, {about['sampler']}, T = {schedule.steps}"),
+        "router": plots.router_heatmap(
+            schedule, title=f"{about['model']}, {about['sampler']}, T = {schedule.steps}"
+        ),
         "error": plots.error_along_walk(plain, {f"HarmoniCa, CUR {schedule.cur:.0%}": cached}),
     }
 
 
-def _lambda(denoiser: Denoiser, schedule: Schedule, router: Router | None, x: Tensor, cond: Tensor) -> Figure:
-    from harmonica import plots
+def _lambda(
+    denoiser: Denoiser, schedule: Schedule, router: Router | None, x: Tensor, cond: Tensor
+) -> Figure:
+    from harmonica.evaluation import pictures as plots
 
     tables = {"leave-one-out": schedule.compute.float()}
     if router is not None:
         tables = {"soft, as trained": router().detach(), "hard, as run": schedule.compute.float()}
     tau = 0.1 if schedule.threshold is None else schedule.threshold
-    lams = {name: image_error(denoiser, r.to(x.device), x, cond, tau=tau) for name, r in tables.items()}
+    lams = {
+        name: image_error(denoiser, r.to(x.device), x, cond, tau=tau) for name, r in tables.items()
+    }
     return plots.lambda_per_step(lams)
 
 

@@ -1,12 +1,14 @@
 """Denoiser and the walk: all that is asked of a model and its sampler, and one reverse trajectory.
 
-A walk is a loop over T executed steps k = 0 … T−1 (the paper's t is T − k). Its state is three values:
+A walk is a loop over T executed steps k = 0 … T−1 (the paper's t is T − k). Its state is three
+values:
 
     x        the noisy image               (B, C, H, W)
     cache    site → feature                a dict, written by gates (harmonica.cache)
     memory   what the sampler remembers    a dict, written by Denoiser.step
 
-so a walk is forked at any k by copying two dicts. This file does not know routers, losses or any particular model.
+so a walk is forked at any k by copying two dicts. This file does not know routers, losses or any
+particular model.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from harmonica.cache import Gate, gated
-from harmonica.forecast import under
+from harmonica.forecast import gates_of
 
 if TYPE_CHECKING:
     from harmonica.router import Schedule
@@ -32,7 +34,8 @@ class Denoiser(Protocol):
     Attributes:
         steps: T, predictions in one walk.
         sites: N cacheable modules by name, in the order of a table's columns.
-        about: what a table made here belongs to, as fields of `Schedule`: model, sampler, timesteps, guidance.
+        about: what a table made here belongs to, as fields of `Schedule`: model, sampler,
+            timesteps, guidance.
     """
 
     steps: int
@@ -42,11 +45,15 @@ class Denoiser(Protocol):
     def about(self) -> dict[str, Any]: ...  # noqa: D102 (described above)
 
     def predict(self, x: Tensor, k: int, cond: Any) -> Tensor:
-        """Return the guided output at step k for x (B, C, H, W); what `step` takes and the loss compares."""
+        """Return the guided output at step k for x (B, C, H, W); what `step` takes and the loss
+        compares.
+        """
         ...
 
     def step(self, x: Tensor, out: Tensor, k: int, memory: dict[str, Any]) -> Tensor:
-        """Return x (B, C, H, W) after step k. Replaces values in `memory`, never changes one in place."""
+        """Return x (B, C, H, W) after step k. Replaces values in `memory`, never changes one in
+        place.
+        """
         ...
 
     def draw(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Any]:
@@ -63,15 +70,18 @@ def denoise(
     start: int = 0,
     memory: dict[str, Any] | None = None,
 ) -> Iterator[Tensor]:
-    """Walk from x to the image, without gradients, yielding x (B, C, H, W) after each step; the last is x₀.
+    """Walk from x to the image, without gradients, yielding x (B, C, H, W) after each step; the
+    last is x₀.
 
-    The model is gated only inside a step: a walk that is abandoned between two leaves nothing behind.
+    The model is gated only inside a step: a walk that is abandoned between two leaves nothing
+    behind.
 
     Args:
         denoiser: model, sampler, guidance.
         x: (B, C, H, W), pure noise at start = 0.
         cond: conditions for the batch.
-        gate: k -> gate of step k, such as `lambda k: reuse(schedule.compute[k], cache)`; None is the plain model.
+        gate: k -> gate of step k, such as `lambda k: reuse(schedule.compute[k], cache)`; None is
+            the plain model.
         start: first step to run; a walk forked before step k starts at k.
         memory: the sampler's, changed by the walk; a fork passes copies of it and of the cache.
     """
@@ -87,14 +97,20 @@ def denoise(
         yield x
 
 
-def last(walk: Iterable[Tensor]) -> Tensor:
+def final_image(walk: Iterable[Tensor]) -> Tensor:
     """Run a walk to its end and return the image x₀ (B, C, H, W)."""
     return deque(walk, maxlen=1).pop()
 
 
 def sample(denoiser: Denoiser, x: Tensor, cond: Any, schedule: Schedule | None = None) -> Tensor:
-    """Return the image x₀ that noise x becomes, both (B, C, H, W), under a schedule or with the plain model."""
+    """Return the image x₀ that noise x becomes, both (B, C, H, W), under a schedule or with the
+    plain model.
+    """
     if schedule is None:
-        return last(denoise(denoiser, x, cond))
-    schedule.check(steps=denoiser.steps, sites=tuple(denoiser.sites), timesteps=denoiser.about.get("timesteps", ()))
-    return last(denoise(denoiser, x, cond, under(schedule, {})))
+        return final_image(denoise(denoiser, x, cond))
+    schedule.check(
+        steps=denoiser.steps,
+        sites=tuple(denoiser.sites),
+        timesteps=denoiser.about.get("timesteps", ()),
+    )
+    return final_image(denoise(denoiser, x, cond, gates_of(schedule, {})))

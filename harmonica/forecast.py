@@ -1,13 +1,15 @@
-"""Forecast: another gate, which continues a site's output instead of repeating it (TaylorSeer, arXiv 2503.06923).
+"""Forecast: another gate, which continues a site's output instead of repeating it (TaylorSeer,
+arXiv 2503.06923).
 
     F          a site's output as a function of the step k
     D⁰         F where it was last computed, at step k₀
     Dⁱ         its i-th difference there: (Dⁱ⁻¹ now − Dⁱ⁻¹ before) / (steps between the two)
     forecast   Σᵢ Dⁱ·(k − k₀)ⁱ / i!, i = 0 … order
 
-Order 0 is `reuse`, bit for bit, and is what the paper does. Each order takes a feature more of memory for each site,
-and a pass over it where a reuse only looks one up. Which entries compute is the table's business: `Schedule.order` says
-how the others are filled, and every walk of this library does so. This file does not know models or samplers.
+Order 0 is `reuse`, bit for bit, and is what the paper does. Each order takes a feature more of
+memory for each site, and a pass over it where a reuse only looks one up. Which entries compute is
+the table's business: `Schedule.order` says how the others are filled, and every walk of this
+library does so. This file does not know models or samplers.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ if TYPE_CHECKING:
     from harmonica.router import Schedule
 
 Seen = tuple[int, list[Feature]]
-"""What the cache of a forecasting walk holds for a site: k₀, and D⁰, D¹, … there, as many as are known."""
+"""What the cache of a forecasting walk holds for a site: k₀, and D⁰, D¹, … there, as many as are
+known."""
 
 
 def forecast(row: Tensor | Sequence[bool], k: int, cache: Cache, *, order: int) -> Gate:
@@ -57,8 +60,10 @@ def forecast(row: Tensor | Sequence[bool], k: int, cache: Cache, *, order: int) 
     return gate
 
 
-def under(schedule: Schedule, cache: Cache) -> Callable[[int], Gate]:
-    """Return k -> the gate of step k under a schedule: `reuse`, or `forecast` if its order is above 0."""
+def gates_of(schedule: Schedule, cache: Cache) -> Callable[[int], Gate]:
+    """Return k -> the gate of step k under a schedule: `reuse`, or `forecast` if its order is above
+    0.
+    """
     rows, order = schedule.compute.tolist(), schedule.order
     return lambda k: forecast(rows[k], k, cache, order=order) if order else reuse(rows[k], cache)
 
@@ -82,9 +87,12 @@ def continued(before: Seen, k: int) -> Feature:
 
 
 def _plus(weight: float, feature: Any, difference: Any) -> Any:
-    # Not torch.add(…, alpha=weight): it rounds once or twice depending on where in memory an element lies.
+    # Not torch.add(…, alpha=weight): it rounds once or twice depending on where in memory an
+    # element lies.
     return feature + weight * difference if isinstance(feature, Tensor) else feature
 
 
 def _slope(steps: int, new: Any, old: Any) -> Any:
-    return (new - old) / steps if isinstance(new, Tensor) else new  # attention may return (output, None)
+    return (
+        (new - old) / steps if isinstance(new, Tensor) else new
+    )  # attention may return (output, None)

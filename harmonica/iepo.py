@@ -1,13 +1,14 @@
 """IEPO, the image-error-proxy-guided objective (paper, L_IEPO): λ, and the loss that it weighs.
 
-What matters is the final image, but a step's loss sees only that step's output. The proxy λ⁽ᵏ⁾ says what reuse at
-step k does to the image at the end:
+What matters is the final image, but a step's loss sees only that step's output. The proxy λ⁽ᵏ⁾ says
+what reuse at step k does to the image at the end:
 
     x₀        image made under the router r                                      (B, C, H, W)
     x₀⁽ᵏ⁾     image made under r with row k all ones: no reuse at k alone        (B, C, H, W)
     λ⁽ᵏ⁾      ‖x₀ − x₀⁽ᵏ⁾‖² / elements                                           (T,)
 
-The paper writes the squared Frobenius norm, the released code the mean; they differ by a constant that β absorbs.
+The paper writes the squared Frobenius norm, the released code the mean; they differ by a constant
+that β absorbs.
 """
 
 from __future__ import annotations
@@ -20,22 +21,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from harmonica.cache import Cache, Gate, blend
-from harmonica.denoise import Denoiser, denoise, last
+from harmonica.denoise import Denoiser, denoise, final_image
 
 Proxy = Literal["leave-one-out", "telescoping"]
 """The paper's λ, and the released code's."""
 
 
 def image_error(
-    denoiser: Denoiser, r: Tensor, x: Tensor, cond: Any, *, tau: float = 0.1, mode: Proxy = "leave-one-out"
+    denoiser: Denoiser,
+    r: Tensor,
+    x: Tensor,
+    cond: Any,
+    *,
+    tau: float = 0.1,
+    mode: Proxy = "leave-one-out",
 ) -> Tensor:
     """Return λ, what reuse at each step does to the final image (paper, "image error proxy").
 
     leave-one-out   λ⁽ᵏ⁾ = mean (x₀ − x₀⁽ᵏ⁾)²: the image under r against the one with reuse disabled at k alone.
     telescoping     λ⁽ᵏ⁾ = mean (y⁽ᵏ⁾ − y⁽ᵏ⁻¹⁾)²: y⁽ᵏ⁾ has rows 0 … k of r and computes afterwards (released code).
 
-    Walks that differ only from step k on share their first k steps: the walk under r is forked before each k ≥ 1.
-    That costs T + (T−1) + … + 1 = T(T+1)/2 predictions, where separate walks cost T², for the same numbers.
+    Walks that differ only from step k on share their first k steps: the walk under r is forked
+    before each k ≥ 1. That costs T + (T−1) + … + 1 = T(T+1)/2 predictions, where separate walks
+    cost T², for the same numbers.
 
     Args:
         denoiser: model, sampler, guidance.
@@ -46,12 +54,17 @@ def image_error(
         mode: which definition.
 
     Returns:
-        (T,) non-negative, in squared units of x; zero for a step that reuses nothing, hence for k = 0.
+        (T,) non-negative, in squared units of x; zero for a step that reuses nothing, hence for k =
+        0.
     """
     if mode not in ("leave-one-out", "telescoping"):
-        raise ValueError(f"mode is {mode!r}; it must be 'leave-one-out' (the paper) or 'telescoping' (released code)")
+        raise ValueError(
+            f"mode is {mode!r}; it must be 'leave-one-out' (the paper) or 'telescoping' (released code)"
+        )
     if len(r) != denoiser.steps:
-        raise ValueError(f"r has {len(r)} rows and the denoiser {denoiser.steps} steps; there is one row for each step")
+        raise ValueError(
+            f"r has {len(r)} rows and the denoiser {denoiser.steps} steps; there is one row for each step"
+        )
     r = r.detach()
     cache: Cache = {}
     memory: dict[str, Any] = {}
@@ -64,15 +77,20 @@ def image_error(
         if k < denoiser.steps:
             table = r.clone()
             table[k : k + 1 if mode == "leave-one-out" else None] = 1.0
-            fork = denoise(denoiser, x, cond, under(table, cache.copy()), start=k, memory=memory.copy())
-            forks.append(last(fork))
+            fork = denoise(
+                denoiser, x, cond, under(table, cache.copy()), start=k, memory=memory.copy()
+            )
+            forks.append(final_image(fork))
     ends = [x] * len(forks) if mode == "leave-one-out" else [*forks, x][1:]
     errors = [F.mse_loss(_wide(end), _wide(fork)) for end, fork in zip(ends, forks, strict=True)]
     return torch.stack([_wide(x).new_zeros(()), *errors])
 
 
-def objective(out: Tensor, target: Tensor, r: Tensor, lam: Tensor | float, beta: float | Tensor) -> Tensor:
-    """Return λ·MSE(out, target) + β·Σᵢ rᵢ, the loss of one step (paper, L_IEPO; λ = 1 is plain SDT).
+def objective(
+    out: Tensor, target: Tensor, r: Tensor, lam: Tensor | float, beta: float | Tensor
+) -> Tensor:
+    """Return λ·MSE(out, target) + β·Σᵢ rᵢ, the loss of one step (paper, L_IEPO; λ = 1 is plain
+    SDT).
 
     Args:
         out: prediction with reuse, any shape.
@@ -81,11 +99,14 @@ def objective(out: Tensor, target: Tensor, r: Tensor, lam: Tensor | float, beta:
         lam: λ⁽ᵏ⁾ of the step.
         beta: β, price of computing one site, or of each, (N,).
 
-    >>> float(objective(torch.ones(2), torch.zeros(2), torch.tensor([0.5, 0.25]), lam=2.0, beta=4.0))
+    >>> float(objective(torch.ones(2), torch.zeros(2), torch.tensor([0.5, 0.25]), lam=2.0,
+    ...     beta=4.0))
     5.0
     """
     return lam * F.mse_loss(_wide(out), _wide(target)) + (beta * r).sum()
 
 
 def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.element_size() < 4 else x  # λ·MSE reaches 1e-12, which half precision rounds to zero
+    return (
+        x.float() if x.element_size() < 4 else x
+    )  # λ·MSE reaches 1e-12, which half precision rounds to zero

@@ -1,8 +1,8 @@
 """Samplers: from x and a model output at step k to x at step k + 1.
 
 A sampler knows its T timesteps in the order they are executed and one update rule. It keeps nothing
-between steps: what a multistep or stochastic rule must remember lives in `memory`, a dict that belongs to
-the walk, so a walk is forked at any k by copying two dicts (its cache and its memory).
+between steps: what a multistep or stochastic rule must remember lives in `memory`, a dict that
+belongs to the walk, so a walk is forked at any k by copying two dicts (its cache and its memory).
 
     name           rule                                                       the paper runs it at
     ddim           deterministic, to the true next timestep                   T = 10, 20, 50   DiT
@@ -53,12 +53,15 @@ class Sampler(Protocol):
     timesteps: tuple[float, ...]
 
     def step(self, x: Tensor, out: Tensor, k: int, memory: Memory) -> Tensor:
-        """Take x (B, C, H, W) from step k to step k + 1 with the model output (B, C or 2C, H, W)."""
+        """Take x (B, C, H, W) from step k to step k + 1 with the model output (B, C or 2C, H,
+        W).
+        """
         ...
 
 
 Betas = Literal["linear", "scaled-linear"]
-"""Noise schedules: DiT and PixArt were trained with the first, Stable Diffusion and U-ViT with the second."""
+"""Noise schedules: DiT and PixArt were trained with the first, Stable Diffusion and U-ViT with the
+second."""
 
 _ENDS = {"linear": (1e-4, 0.02), "scaled-linear": (0.00085, 0.012)}
 
@@ -81,7 +84,8 @@ def alphas_cumprod(betas: Betas = "linear", train_timesteps: int = TRAIN_TIMESTE
 
 
 def spaced_timesteps(steps: int, train_timesteps: int = TRAIN_TIMESTEPS) -> tuple[int, ...]:
-    """Return T timesteps evenly spaced from 999 down to 0, both ends included, as the original DiT does.
+    """Return T timesteps evenly spaced from 999 down to 0, both ends included, as the original DiT
+    does.
 
     A single step starts, like every walk, from pure noise: (999,).
 
@@ -99,17 +103,19 @@ def spaced_timesteps(steps: int, train_timesteps: int = TRAIN_TIMESTEPS) -> tupl
     if steps == 1:
         return (train_timesteps - 1,)
     stride = (train_timesteps - 1) / (steps - 1)
-    # Added up, not multiplied: where a timestep falls on a half, as at T = 21, rounding follows the original's sum.
+    # Added up, not multiplied: where a timestep falls on a half, as at T = 21, rounding follows the
+    # original's sum.
     return tuple(round(t) for t in accumulate(repeat(stride, steps - 1), initial=0.0))[::-1]
 
 
 class DDIM:
-    """Deterministic DDIM (Song et al. 2021, eq. 12 with η = 0), stepping to the *true* next timestep.
+    """Deterministic DDIM (Song et al. 2021, eq. 12 with η = 0), stepping to the *true* next
+    timestep.
 
     x₀ = (x − √(1−ᾱ)·ε) / √ᾱ  and then  x' = √ᾱ'·x₀ + √(1−ᾱ')·ε, with ᾱ' = 1 after the last step.
 
-    This is the original DiT's DDIM. `diffusers.DDIMScheduler` is not: it steps to t − 1000 // T, which is not
-    the next timestep that it runs (see docs/fidelity.md).
+    This is the original DiT's DDIM. `diffusers.DDIMScheduler` is not: it steps to t − 1000 // T,
+    which is not the next timestep that it runs (see docs/fidelity.md).
 
     Args:
         steps: T, the number of model evaluations.
@@ -130,11 +136,14 @@ class DDIM:
         spaced = spaced_timesteps(steps)
         self.timesteps: tuple[float, ...] = spaced
         alphas = alphas_cumprod(betas)[list(spaced)].tolist()
-        # Python floats: a step reads two numbers, moves nothing to the device and waits for nothing.
+        # Python floats: a step reads two numbers, moves nothing to the device and waits for
+        # nothing.
         self._alphas: list[float] = [*alphas, 1.0]  # (T + 1,)
 
     def step(self, x: Tensor, out: Tensor, k: int, memory: Memory) -> Tensor:
-        """Take x from step k to k + 1. Learned-variance channels of `out`, if any, are not used by DDIM."""
+        """Take x from step k to k + 1. Learned-variance channels of `out`, if any, are not used by
+        DDIM.
+        """
         now, after = self._alphas[k], self._alphas[k + 1]
         eps = out[:, : x.shape[1]]  # (B, C, H, W)
         x0 = (x - (1.0 - now) ** 0.5 * eps) / now**0.5  # (B, C, H, W)
@@ -145,13 +154,14 @@ class DDIM:
 class Scheduled:
     """A diffusers scheduler as a sampler whose state belongs to the walk.
 
-    diffusers keeps what a multistep rule remembers on the scheduler object. Here every step works on a shallow copy of
-    the object whose state comes out of `memory` and goes back into it: two walks never meet, and a fork is exact.
+    diffusers keeps what a multistep rule remembers on the scheduler object. Here every step works
+    on a shallow copy of the object whose state comes out of `memory` and goes back into it: two
+    walks never meet, and a fork is exact.
 
-    Noise, where the rule wants some, comes from a generator seeded by (seed of the sample, k), so that any step can be
-    run again. The seeds are `memory["seeds"]`, one integer for each of the B samples. If the walk does not bring any,
-    they are read off its x_T: other noise at the start, other noise on the way, and a sample does not depend on its
-    neighbours in the batch.
+    Noise, where the rule wants some, comes from a generator seeded by (seed of the sample, k), so
+    that any step can be run again. The seeds are `memory["seeds"]`, one integer for each of the B
+    samples. If the walk does not bring any, they are read off its x_T: other noise at the start,
+    other noise on the way, and a sample does not depend on its neighbours in the batch.
 
     Args:
         scheduler: of diffusers, its timesteps set; copied.
@@ -162,31 +172,47 @@ class Scheduled:
     """
 
     def __init__(self, scheduler: Any, name: str) -> None:
-        if scheduler.num_inference_steps is None and not getattr(scheduler, "custom_timesteps", False):
-            raise ValueError(f"{type(scheduler).__name__} has no timesteps yet; call its set_timesteps(steps) first")
+        if scheduler.num_inference_steps is None and not getattr(
+            scheduler, "custom_timesteps", False
+        ):
+            raise ValueError(
+                f"{type(scheduler).__name__} has no timesteps yet; call its set_timesteps(steps) first"
+            )
         self.name = name
         self._scheduler = copy.copy(scheduler)
-        self._times = scheduler.timesteps.cpu()  # (T,); a timestep on the device would be waited for at every step
+        self._times = (
+            scheduler.timesteps.cpu()
+        )  # (T,); a timestep on the device would be waited for at every step
         vars(self._scheduler)["timesteps"] = self._times
         self.timesteps: tuple[float, ...] = tuple(self._times.tolist())
         if callable(getattr(scheduler, "set_begin_index", None)):
-            self._scheduler.set_begin_index(0)  # else a timestep that occurs twice, as Heun's do, is looked up wrongly
+            self._scheduler.set_begin_index(
+                0
+            )  # else a timestep that occurs twice, as Heun's do, is looked up wrongly
         self._start = _state(self._scheduler)
         self.learns_variance = scheduler.config.get("variance_type") in ("learned", "learned_range")
         self.draws_noise = _draws_noise(scheduler)
 
     def step(self, x: Tensor, out: Tensor, k: int, memory: Memory) -> Tensor:
-        """Take x (B, C, H, W) to step k + 1; variance channels of `out` are used if the scheduler learns them.
+        """Take x (B, C, H, W) to step k + 1; variance channels of `out` are used if the scheduler
+        learns them.
 
-        Raises RuntimeError for a walk that starts after step 0 without the memory of the steps before.
+        Raises RuntimeError for a walk that starts after step 0 without the memory of the steps
+        before.
         """
         if k > 0 and "scheduler" not in memory:
-            raise RuntimeError(f"step {k} of {self.name} needs what the steps before it left in `memory`; pass a copy")
+            raise RuntimeError(
+                f"step {k} of {self.name} needs what the steps before it left in `memory`; pass a copy"
+            )
         if self.draws_noise and "seeds" not in memory:
             memory["seeds"] = tuple(map(_seed, x))
         scheduler = copy.copy(self._scheduler)
         vars(scheduler).update(_state(memory.get("scheduler", self._start)))
-        noise = {"generator": [noise_generator(seed, k) for seed in memory["seeds"]]} if self.draws_noise else {}
+        noise = (
+            {"generator": [noise_generator(seed, k) for seed in memory["seeds"]]}
+            if self.draws_noise
+            else {}
+        )
         out = out if self.learns_variance else out[:, : x.shape[1]]  # (B, C or 2C, H, W)
         moved: Tensor = scheduler.step(out, self._times[k], x, return_dict=False, **noise)[0]
         memory["scheduler"] = _state(scheduler)
@@ -194,9 +220,11 @@ class Scheduled:
 
 
 def _draws_noise(scheduler: Any) -> bool:
-    """Tell whether a diffusers scheduler draws noise. Two that take a generator do not use it as they are run here.
+    """Tell whether a diffusers scheduler draws noise. Two that take a generator do not use it as
+    they are run here.
 
-    Not asking them saves more than the drawing: a sample's seed is read off its x_T, which a GPU would be waited for.
+    Not asking them saves more than the drawing: a sample's seed is read off its x_T, which a GPU
+    would be waited for.
     """
     if type(scheduler).__name__ == "DDIMScheduler":  # its η is 0
         return False
@@ -206,9 +234,11 @@ def _draws_noise(scheduler: Any) -> bool:
 
 
 class IDDPM:
-    """Ancestral sampling with learned variance (Nichol & Dhariwal 2021), as the original DiT and PixArt run it.
+    """Ancestral sampling with learned variance (Nichol & Dhariwal 2021), as the original DiT and
+    PixArt run it.
 
-    A model without variance channels is sampled with the posterior's variance instead (Ho et al. 2020).
+    A model without variance channels is sampled with the posterior's variance instead (Ho et al.
+    2020).
     """
 
     name = "iddpm"
@@ -220,7 +250,9 @@ class IDDPM:
 
         def made(variance: str) -> Scheduled:
             # clip_sample defaults to true in diffusers, for images in [−1, 1]; these are latents
-            scheduler = DDPMScheduler(**_trained_with(betas), variance_type=variance, clip_sample=False)
+            scheduler = DDPMScheduler(
+                **_trained_with(betas), variance_type=variance, clip_sample=False
+            )
             scheduler.set_timesteps(timesteps=list(self.timesteps))
             return Scheduled(scheduler, self.name)
 
@@ -228,19 +260,27 @@ class IDDPM:
         self._learned, self._fixed = made("learned_range"), made("fixed_small")
 
     def step(self, x: Tensor, out: Tensor, k: int, memory: Memory) -> Tensor:
-        """Take x (B, C, H, W) to step k + 1 with out (B, 2C, H, W), or (B, C, H, W) if no variance is learned."""
-        return (self._learned if out.shape[1] == 2 * x.shape[1] else self._fixed).step(x, out, k, memory)
+        """Take x (B, C, H, W) to step k + 1 with out (B, 2C, H, W), or (B, C, H, W) if no variance
+        is learned.
+        """
+        return (self._learned if out.shape[1] == 2 * x.shape[1] else self._fixed).step(
+            x, out, k, memory
+        )
 
 
 def dpm_solver(steps: int, betas: Betas = "linear") -> Scheduled:
-    """Return DPM-Solver++, multistep of order 2 (Lu et al. 2022), with diffusers' defaults, which are PixArt's."""
+    """Return DPM-Solver++, multistep of order 2 (Lu et al. 2022), with diffusers' defaults, which
+    are PixArt's.
+    """
     from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 
     return _scheduled(DPMSolverMultistepScheduler(**_trained_with(betas)), steps, "dpm-solver++")
 
 
 def sa_solver(steps: int, betas: Betas = "linear") -> Scheduled:
-    """Return SA-Solver (Xue et al. 2023): predictor and corrector of order 2, τ(t) = 1 for 200 ≤ t ≤ 800, else 0."""
+    """Return SA-Solver (Xue et al. 2023): predictor and corrector of order 2, τ(t) = 1 for 200 ≤ t
+    ≤ 800, else 0.
+    """
     from diffusers.schedulers.scheduling_sasolver import SASolverScheduler
 
     orders = {"predictor_order": 2, "corrector_order": 2, "algorithm_type": "data_prediction"}
@@ -259,7 +299,9 @@ def _trained_with(betas: Betas) -> dict[str, Any]:
 
 
 def _state(scheduler: Any) -> dict[str, Any]:
-    """Return what a scheduler remembers, its attributes, in copies: PNDM adds to a tensor in place."""
+    """Return what a scheduler remembers, its attributes, in copies: PNDM adds to a tensor in
+    place.
+    """
     held = scheduler if isinstance(scheduler, dict) else vars(scheduler)
     return {key: _copy(value) for key, value in held.items()}
 
@@ -267,7 +309,9 @@ def _state(scheduler: Any) -> dict[str, Any]:
 def _copy(value: Any) -> Any:
     if isinstance(value, list):
         return [_copy(item) for item in value]
-    return value.clone() if isinstance(value, Tensor) else value  # not deepcopy, which fails under autograd
+    return (
+        value.clone() if isinstance(value, Tensor) else value
+    )  # not deepcopy, which fails under autograd
 
 
 def _seed(sample: Tensor) -> int:
@@ -277,7 +321,8 @@ def _seed(sample: Tensor) -> int:
 def noise_generator(seed: int, k: int) -> torch.Generator:
     """Return the generator of a sample's noise at step k.
 
-    torch's generator reads the low 32 bits of its seed and no others, so the two numbers are mixed into as many.
+    torch's generator reads the low 32 bits of its seed and no others, so the two numbers are mixed
+    into as many.
     """
     return torch.Generator().manual_seed(zlib.crc32(f"{seed} {k}".encode()))
 
@@ -292,7 +337,8 @@ SAMPLERS: dict[str, Callable[[int, Betas], Sampler]] = {
 
 
 def make_sampler(name: str, steps: int, betas: Betas = "linear") -> Sampler:
-    """Return the sampler called `name` with `steps` steps, for a model trained with the noise schedule `betas`.
+    """Return the sampler called `name` with `steps` steps, for a model trained with the noise
+    schedule `betas`.
 
     Raises:
         ValueError: if the name is not one of SAMPLERS, or steps is out of range.

@@ -1,20 +1,21 @@
 """SDT, step-wise denoising training (paper, Algorithm 1).
 
-The table is trained on the trajectory that it will be used on: from pure noise, the student takes every sampler step,
-so row k is trained on the errors that reuse at earlier steps has made. No image is needed.
+The table is trained on the trajectory that it will be used on: from pure noise, the student takes
+every sampler step, so row k is trained on the errors that reuse at earlier steps has made. No image
+is needed.
 
     teacher    the frozen model, no cache, at the student's x: the target of step k
     student    the same model under `blend`; its output takes the step
     update     one step of AdamW on row k; T − 1 of them in a trajectory
 
-`sdt` is the algorithm, a generator whose caller decides when to stop. `train_sdt` is what a user calls.
+`sdt` is the algorithm, a generator whose caller decides when to stop.
+`harmonica.training.train_sdt` is what a user calls.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterable
-from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,21 +24,17 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from harmonica.cache import Cache, blend, gated
-from harmonica.checkpoint import Run
-from harmonica.cost import Macs
 from harmonica.denoise import Denoiser
-from harmonica.distributed import mean_over_ranks
-from harmonica.files import StrPath
 from harmonica.iepo import Proxy, image_error, objective
-from harmonica.refine import reach
+from harmonica.processes import mean_over_ranks
 from harmonica.router import Router
-from harmonica.target import Steering, target_of
 
 BETA = 7e-8
 """The authors' β, for DiT-XL/2 at T = 10; the default, and what a caller who names no β has."""
 
 LOGIT_LIMIT = 5.0
-"""Logits are clamped to ±5 after each update (released code), so that no score gets stuck at 0 or 1."""
+"""Logits are clamped to ±5 after each update (released code), so that no score gets stuck at 0 or
+1."""
 
 
 @dataclass(frozen=True)
@@ -66,31 +63,45 @@ def sdt(  # noqa: D417 (some arguments are described together)
     lam: Tensor | None = None,
     trajectory: int = 0,
 ) -> Generator[Update, None, None]:
-    """Train `router`, one update for each step but the first of every trajectory, yielding each (paper, Algorithm 1).
+    """Train `router`, one update for each step but the first of every trajectory, yielding each
+    (paper, Algorithm 1).
 
     Args:
         denoiser: frozen model, sampler, guidance.
         router: trained in place; nothing else changes.
         noise: (x_T, cond) of one trajectory each, as many as the caller likes.
         tau: τ; a blended feature replaces the cached one where its score exceeds it.
-        beta: β, the price of computing a site, the authors' for DiT-XL/2 at T = 10; or asked for all prices, (N,).
+        beta: β, the price of computing a site, the authors' for DiT-XL/2 at T = 10; or asked for
+            all prices, (N,).
         lr: of AdamW, without weight decay.
         refresh_every: trajectories between two λ; at T = 20, 25 are the paper's C = 500 updates.
         proxy: which λ (`image_error`); None is λ = 1, SDT without IEPO.
         optimizer, lam, trajectory: to continue with; lam (T,) is changed in place.
 
-    Raises ValueError if something does not fit or is out of range, FloatingPointError if a loss is not finite.
+    Raises ValueError if something does not fit or is out of range, FloatingPointError if a loss is
+    not finite.
     """
     if (router.steps, len(router.sites)) != (denoiser.steps, len(denoiser.sites)):
-        mine, theirs = f"{router.steps} × {len(router.sites)}", f"{denoiser.steps} × {len(denoiser.sites)}"
-        raise ValueError(f"the router is {mine} (steps × sites), the denoiser {theirs}; make one for this denoiser")
+        mine, theirs = (
+            f"{router.steps} × {len(router.sites)}",
+            f"{denoiser.steps} × {len(denoiser.sites)}",
+        )
+        raise ValueError(
+            f"the router is {mine} (steps × sites), the denoiser {theirs}; make one for this denoiser"
+        )
     if not 0.0 <= tau < 1.0 or refresh_every < 1:
-        raise ValueError(f"found tau {tau}, refresh_every {refresh_every}; expected 0 ≤ tau < 1, refresh_every ≥ 1")
-    optimizer = AdamW(router.parameters(), lr=lr, weight_decay=0.0) if optimizer is None else optimizer
+        raise ValueError(
+            f"found tau {tau}, refresh_every {refresh_every}; expected 0 ≤ tau < 1, refresh_every ≥ 1"
+        )
+    optimizer = (
+        AdamW(router.parameters(), lr=lr, weight_decay=0.0) if optimizer is None else optimizer
+    )
     lam = torch.ones(router.steps) if lam is None else lam
     for n, (x, cond) in enumerate(noise, start=trajectory):
         if proxy is not None and n % refresh_every == 0:
-            lam.copy_(mean_over_ranks(image_error(denoiser, router(), x, cond, tau=tau, mode=proxy)))
+            lam.copy_(
+                mean_over_ranks(image_error(denoiser, router(), x, cond, tau=tau, mode=proxy))
+            )
         cache: Cache = {}
         memory: dict[str, Any] = {}
         for k, weight in enumerate(lam.tolist()):
@@ -103,10 +114,15 @@ def sdt(  # noqa: D417 (some arguments are described together)
                     loss = objective(out, target, r, weight, beta() if callable(beta) else beta)
                     joint = mean_over_ranks(loss.detach()).item()  # all processes stop, or none
                     if not math.isfinite(joint):
-                        raise FloatingPointError(f"the loss of step {k} is {joint}; look for NaN in the weights")
-                    optimizer.zero_grad(set_to_none=True)  # a row without a gradient keeps still, momentum included
+                        raise FloatingPointError(
+                            f"the loss of step {k} is {joint}; look for NaN in the weights"
+                        )
+                    optimizer.zero_grad(
+                        set_to_none=True
+                    )  # a row without a gradient keeps still, momentum included
                     # Still gated: under activation checkpointing, backward runs the blocks again.
-                    # Scaled by a power of two, exact in float32: in half precision the gradient λ·2Δ/numel vanishes.
+                    # Scaled by a power of two, exact in float32: in half precision the gradient
+                    # λ·2Δ/numel vanishes.
                     scale = 2.0 ** round(math.log2(out.numel() / weight)) if weight > 0 else 1.0
                     gradient = torch.autograd.grad(loss * scale, router.rows[k - 1])[0] / scale
                     router.rows[k - 1].grad = mean_over_ranks(gradient)
@@ -117,65 +133,3 @@ def sdt(  # noqa: D417 (some arguments are described together)
                 yield Update(n, k, joint, mse, weight, float((router() <= tau).float().mean()))
             with torch.no_grad():
                 x = denoiser.step(x, out.detach(), k, memory)
-
-
-def train_sdt(  # noqa: D417 (some arguments are described together)
-    denoiser: Denoiser,
-    *,
-    iterations: int = 20_000,
-    batch_size: int = 32,
-    tau: float = 0.1,
-    beta: float = BETA,
-    lr: float = 0.01,
-    refresh_every: int = 25,
-    proxy: Proxy | None = "leave-one-out",
-    target_speedup: float | None = None,
-    target_cur: float | None = None,
-    cost: Macs | None = None,
-    refine: int | None = None,
-    order: int = 0,
-    generator: torch.Generator | None = None,
-    checkpoint: StrPath | None = None,
-    checkpoint_every: int = 500,
-    resume: bool = False,
-    progress: bool = True,
-) -> Router:
-    """Train a router for `denoiser` from noise alone, with the authors' settings for DiT-XL/2 unless told otherwise.
-
-    Without a target this is the paper. With one, β is steered and the table refined, to land on it or just above.
-
-    Args:
-        denoiser: what `harmonica.models.load` returns, or any `Denoiser`.
-        iterations: updates; training stops there, in the middle of a trajectory if need be.
-        batch_size: noises in a trajectory, of all processes (the authors' 64 count guidance's halves).
-        tau, beta, lr, refresh_every, proxy: as in `sdt`; a target steers β, and takes none but the default.
-        target_speedup, target_cur: theoretical speedup, or share of the table that is reused, to land on.
-        cost: what the speedup is counted in, `macs(denoiser)` if None.
-        refine: predictions of batch_size noises to spend on the hard table (`harmonica.refine`); None is 12 rounds.
-        order: how the refined table fills skipped sites, `Schedule.order`; above 0 it needs a target.
-        generator: draws the router, the noise and the conditions; seed 0 if None.
-        checkpoint: a file to resume from; written every `checkpoint_every` updates, at the end, and on Ctrl-C.
-        resume: continue from `checkpoint`, to the same router, bit for bit, as one run without interruption.
-        progress: show a bar.
-
-    Raises TypeError if denoiser is none, ValueError if a setting is out of range or the checkpoint's is another,
-    FileExistsError or FileNotFoundError if `resume` and the checkpoint disagree, KeyboardInterrupt after Ctrl-C.
-    """
-    target = target_of(denoiser, target_speedup, target_cur, cost, None if beta == BETA else beta)
-    if order and target is None:
-        raise ValueError(f"order is {order} without a target; the paper's table is trained for reuse, order 0")
-    settings: dict[str, Any] = {"batch_size": batch_size, "tau": tau, "lr": lr, "refresh_every": refresh_every}
-    settings |= {"proxy": proxy or "none"} | ({"beta": beta} if target is None else target.settings)
-    run = Run(denoiser, settings, iterations, generator, checkpoint, checkpoint_every, resume)
-    price = settings["beta"] if target is None else Steering(target, tau, run.steering)
-    carried: dict[str, Any] = {"optimizer": run.optimizer, "lam": run.lam, "trajectory": run.trajectory}
-    how: dict[str, Any] = {"tau": tau, "beta": price, "refresh_every": refresh_every, "proxy": proxy, **carried}
-    updates = sdt(denoiser, run.router, run.noise(), **how)
-    with run, closing(updates):
-        for update in run.follow(updates, progress):
-            if isinstance(price, Steering):
-                price.after(run.router, update)
-        if target is not None:
-            how = {"batch_size": batch_size, "budget": refine, "order": order, "progress": progress}
-            reach(denoiser, run.router, target, tau=tau, **how)
-    return run.router

@@ -15,7 +15,10 @@ from harmonica.models.dit import DiT, DiTDenoiser
 from harmonica.samplers import DDIM
 
 settings.register_profile(
-    "laws", deadline=None, max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    "laws",
+    deadline=None,
+    max_examples=10,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("laws")
 torch.set_num_threads(1)  # the models here are too small to share
@@ -43,9 +46,15 @@ def make(
 
     With `remembers`, its sampler is a two-step one, whose memory is the last output.
     """
-    model = DiT(input_size=4, patch_size=2, in_channels=2, hidden_size=8, depth=depth, num_heads=2, num_classes=3).to(
-        dtype
-    )
+    model = DiT(
+        input_size=4,
+        patch_size=2,
+        in_channels=2,
+        hidden_size=8,
+        depth=depth,
+        num_heads=2,
+        num_classes=3,
+    ).to(dtype)
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator, dtype=dtype) * 0.3
@@ -53,7 +62,9 @@ def make(
     return DiTDenoiser(model, sampler, guidance=guidance, guided_channels=1, name="small")
 
 
-def start(denoiser: DiTDenoiser, batch: int = 2, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+def start(
+    denoiser: DiTDenoiser, batch: int = 2, seed: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
     return denoiser.draw(batch, torch.Generator().manual_seed(seed))
 
 
@@ -81,7 +92,11 @@ def small() -> DiTDenoiser:
 def tables(draw: st.DrawFn, steps: int = 4, sites: int = 4) -> Schedule:
     """Draw a schedule: any decisions, a first row of true."""
     rows = draw(
-        st.lists(st.lists(st.booleans(), min_size=sites, max_size=sites), min_size=steps - 1, max_size=steps - 1)
+        st.lists(
+            st.lists(st.booleans(), min_size=sites, max_size=sites),
+            min_size=steps - 1,
+            max_size=steps - 1,
+        )
     )
     return Schedule([[True] * sites, *rows])
 

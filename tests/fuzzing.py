@@ -31,16 +31,22 @@ from conftest import make
 from PIL import Image
 
 from harmonica import Router, Schedule, train_sdt
-from harmonica.checkpoint import Run
-from harmonica.files import read_json, write_tensors
+from harmonica.evaluation.scores import read_images
+from harmonica.image_sets import Piece, read_piece
 from harmonica.models.dit import DiT
+from harmonica.models.prompts import read_prompts
 from harmonica.models.weights import component, fill, read_state
-from harmonica.prompts import read_prompts
-from harmonica.samples import Piece, read_piece
-from harmonica.scores import read_images
+from harmonica.storage.files import read_json, write_tensors
+from harmonica.training.checkpoint import Run
 
 SITES = tuple(f"blocks.{i}.{kind}" for i in range(2) for kind in ("attn", "mlp"))
-ABOUT = {"model": "small", "sampler": "ddim", "timesteps": (9, 5, 0), "guidance": 1.5, "provenance": {"seed": 1}}
+ABOUT = {
+    "model": "small",
+    "sampler": "ddim",
+    "timesteps": (9, 5, 0),
+    "guidance": 1.5,
+    "provenance": {"seed": 1},
+}
 LONGEST = 600
 """Characters of an error; a file that is wrong everywhere must not fill the screen."""
 
@@ -79,7 +85,10 @@ def _use_router(router: Router) -> None:
 
 def _rows(path: Path) -> None:
     rows = {f"{k}.prob": torch.linspace(-5, 5, 4) * (-1) ** k for k in range(3)}
-    torch.save({"routers": rows, "opt": {}, "args": argparse.Namespace(lambda_c=500, model="DiT-XL/2")}, path)
+    torch.save(
+        {"routers": rows, "opt": {}, "args": argparse.Namespace(lambda_c=500, model="DiT-XL/2")},
+        path,
+    )
 
 
 @lru_cache(1)
@@ -96,10 +105,20 @@ def _weights(path: Path) -> None:
 
 def _fill(path: Path) -> None:
     with torch.device("meta"):
-        model = DiT(input_size=4, patch_size=2, in_channels=2, hidden_size=8, depth=2, num_heads=2, num_classes=3)
+        model = DiT(
+            input_size=4,
+            patch_size=2,
+            in_channels=2,
+            hidden_size=8,
+            depth=2,
+            num_heads=2,
+            num_classes=3,
+        )
     fill(model, read_state(path), path)
     assert all(p.device.type == "cpu" and p.isfinite().all() for p in model.parameters())
-    model.to(torch.float32)(torch.zeros(1, 2, 4, 4), torch.zeros(1), torch.zeros(1, dtype=torch.long))
+    model.to(torch.float32)(
+        torch.zeros(1, 2, 4, 4), torch.zeros(1), torch.zeros(1, dtype=torch.long)
+    )
 
 
 @lru_cache(1)
@@ -107,11 +126,23 @@ def _checkpoint_bytes() -> bytes:
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
-        train_sdt(make(dtype=torch.float32), **_SETTINGS, iterations=3, checkpoint=Path(folder) / "c", progress=False)
+        train_sdt(
+            make(dtype=torch.float32),
+            **_SETTINGS,
+            iterations=3,
+            checkpoint=Path(folder) / "c",
+            progress=False,
+        )
         return (Path(folder) / "c").read_bytes()
 
 
-_SETTINGS: dict[str, Any] = {"batch_size": 1, "tau": 0.1, "beta": 7e-8, "lr": 0.01, "refresh_every": 25}
+_SETTINGS: dict[str, Any] = {
+    "batch_size": 1,
+    "tau": 0.1,
+    "beta": 7e-8,
+    "lr": 0.01,
+    "refresh_every": 25,
+}
 
 
 def _resume(path: Path) -> None:
@@ -130,11 +161,18 @@ def _part(path: Path) -> None:
 
 def _read_part(path: Path) -> None:
     images, labels = read_piece(Piece(path, 0, 1, 2))
-    assert (images.dtype, tuple(images.shape[::3]), labels.dtype, len(labels)) == (torch.uint8, (2, 3), torch.int64, 2)
+    assert (images.dtype, tuple(images.shape[::3]), labels.dtype, len(labels)) == (
+        torch.uint8,
+        (2, 3),
+        torch.int64,
+        2,
+    )
 
 
 def _npz(path: Path) -> None:
-    np.savez_compressed(path, arr_0=np.arange(96, dtype=np.uint8).reshape(2, 4, 4, 3), arr_1=np.arange(2))
+    np.savez_compressed(
+        path, arr_0=np.arange(96, dtype=np.uint8).reshape(2, 4, 4, 3), arr_1=np.arange(2)
+    )
 
 
 def _images(path: Path) -> None:
@@ -214,7 +252,24 @@ def lost(data: bytes, draw: random.Random) -> bytes:
 
 
 BLIND = (any_bytes, one_byte, cut, longer, lost)
-NUMBERS = (0, 1, -1, 2, 3, 4, 2**31, 2**63, -(2**63), 10**18, 10**400, 1.5, -0.0, float("nan"), float("inf"), 1e308)
+NUMBERS = (
+    0,
+    1,
+    -1,
+    2,
+    3,
+    4,
+    2**31,
+    2**63,
+    -(2**63),
+    10**18,
+    10**400,
+    1.5,
+    -0.0,
+    float("nan"),
+    float("inf"),
+    1e308,
+)
 TEXTS = (
     "",
     "x",
@@ -228,17 +283,34 @@ TEXTS = (
     "__class__",
     "x" * 999,
 )
-KEYS = ("format", "steps", "sites", "compute", "timesteps", "shape", "dtype", "logits", "self", "__class__", "a.b", "")
+KEYS = (
+    "format",
+    "steps",
+    "sites",
+    "compute",
+    "timesteps",
+    "shape",
+    "dtype",
+    "logits",
+    "self",
+    "__class__",
+    "a.b",
+    "",
+)
 
 
 def any_json(draw: random.Random, depth: int = 3) -> Any:
     """Return any JSON value, with a liking for those that hurt."""
     kind = draw.randrange(7 if depth else 5)
     if kind < 5:
-        return draw.choice((None, True, False, draw.choice(NUMBERS), draw.choice(NUMBERS), draw.choice(TEXTS)))
+        return draw.choice(
+            (None, True, False, draw.choice(NUMBERS), draw.choice(NUMBERS), draw.choice(TEXTS))
+        )
     if kind == 5:
         return [any_json(draw, depth - 1) for _ in range(draw.choice((0, 1, 2, 3, 4)))]
-    return {draw.choice(KEYS + TEXTS): any_json(draw, depth - 1) for _ in range(draw.choice((0, 1, 3)))}
+    return {
+        draw.choice(KEYS + TEXTS): any_json(draw, depth - 1) for _ in range(draw.choice((0, 1, 3)))
+    }
 
 
 def one_field(data: Any, draw: random.Random) -> Any:
@@ -276,7 +348,9 @@ def header(data: bytes, draw: random.Random) -> bytes:
     told, body = json.loads(data[8 : 8 + length]), data[8 + length :]
     what = draw.randrange(4)
     if what == 0:
-        return struct.pack("<Q", draw.choice((0, 1, length - 1, length + 1, 2**31, 2**63))) + data[8:]
+        return (
+            struct.pack("<Q", draw.choice((0, 1, length - 1, length + 1, 2**31, 2**63))) + data[8:]
+        )
     if what == 1 and told.get("__metadata__"):
         facts = told["__metadata__"]
         key = draw.choice(list(facts))
@@ -292,7 +366,9 @@ def header(data: bytes, draw: random.Random) -> bytes:
 
 def _retyped(tensor: dict[str, Any], draw: random.Random) -> dict[str, Any]:
     """Say another type of as many bytes, so that the size is right."""
-    per = (tensor["data_offsets"][1] - tensor["data_offsets"][0]) // max(1, int(np.prod(tensor["shape"])))
+    per = (tensor["data_offsets"][1] - tensor["data_offsets"][0]) // max(
+        1, int(np.prod(tensor["shape"]))
+    )
     same = {1: ("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 2: ("F16", "BF16", "I16", "U16")}
     same |= {4: ("F32", "I32", "U32"), 8: ("F64", "I64", "U64", "C64")}
     return {**tensor, "dtype": draw.choice(same[per])}
@@ -301,7 +377,10 @@ def _retyped(tensor: dict[str, Any], draw: random.Random) -> dict[str, Any]:
 def _reshaped(tensor: dict[str, Any], draw: random.Random) -> dict[str, Any]:
     """Say another shape of as many entries."""
     entries = int(np.prod(tensor["shape"]))
-    return {**tensor, "shape": draw.choice(([entries], [1, entries], [entries, 1], [1, *tensor["shape"]], []))}
+    return {
+        **tensor,
+        "shape": draw.choice(([entries], [1, entries], [entries, 1], [1, *tensor["shape"]], [])),
+    }
 
 
 def inside(data: bytes, draw: random.Random) -> bytes:
@@ -314,7 +393,10 @@ def inside(data: bytes, draw: random.Random) -> bytes:
         for name in names:
             body = old.read(name)
             new.writestr(
-                name, draw.choice((one_byte, one_byte, cut, lost))(body, draw) if name == victim and body else body
+                name,
+                draw.choice((one_byte, one_byte, cut, lost))(body, draw)
+                if name == victim and body
+                else body,
             )
     return packed.getvalue()
 
@@ -322,24 +404,55 @@ def inside(data: bytes, draw: random.Random) -> bytes:
 def ways(target: Target) -> tuple[Callable[[bytes, random.Random], bytes], ...]:
     """Return what can be done to a file of this kind."""
     suffix = Path(target.file).suffix
-    knowing = {".json": (field_of_json,), ".safetensors": (header,), ".pt": (inside,), ".npz": (inside,)}
+    knowing = {
+        ".json": (field_of_json,),
+        ".safetensors": (header,),
+        ".pt": (inside,),
+        ".npz": (inside,),
+    }
     return (*BLIND, *knowing.get(suffix, ()) * 5)
 
 
 # ------------------------------------------------------------ trying
 
-_FORBIDDEN = ("os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "subprocess.Popen", "socket.", "shutil.")
-_FORBIDDEN += ("os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.chmod", "os.symlink", "ctypes.dlopen", "pty.")
+_FORBIDDEN = (
+    "os.system",
+    "os.exec",
+    "os.fork",
+    "os.posix_spawn",
+    "os.spawn",
+    "subprocess.Popen",
+    "socket.",
+    "shutil.",
+)
+_FORBIDDEN += (
+    "os.mkdir",
+    "os.remove",
+    "os.rename",
+    "os.rmdir",
+    "os.chmod",
+    "os.symlink",
+    "ctypes.dlopen",
+    "pty.",
+)
 _seen: list[str] | None = None
 
 
 def _hook(event: str, args: tuple[Any, ...]) -> None:
     if _seen is None:
         return
-    if event == "open" and len(args) > 2 and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR):
+    if (
+        event == "open"
+        and len(args) > 2
+        and isinstance(args[2], int)
+        and args[2] & (os.O_WRONLY | os.O_RDWR)
+    ):
         if args[0] != os.devnull:
             _seen.append(f"open {args[0]!r:.80} for writing")
-    elif event in ("exec", "compile"):  # of a file's text; a lazy import compiles too, but from a file of Python
+    elif event in (
+        "exec",
+        "compile",
+    ):  # of a file's text; a lazy import compiles too, but from a file of Python
         name = getattr(args[0], "co_filename", args[-1]) if event == "exec" else args[1]
         if not str(name).endswith((".py", ">")) or str(name) in ("<string>", "<stdin>"):
             _seen.append(f"{event} {name!r:.80}")

@@ -64,7 +64,9 @@ def dit_transformer(seed: int = 0, sample_size: int = 8) -> Any:
     )  # fmt: skip
 
 
-def pixart_transformer(seed: int = 0, *, micro: bool = False, sample_size: int | None = None) -> Any:
+def pixart_transformer(
+    seed: int = 0, *, micro: bool = False, sample_size: int | None = None
+) -> Any:
     """A PixArt; micro-conditions go with a latent of 128, as in diffusers' pipeline."""
     from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
 
@@ -83,7 +85,9 @@ def t5() -> Any:
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        config = T5Config(vocab_size=len(WORDS) + 3, d_model=12, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+        config = T5Config(
+            vocab_size=len(WORDS) + 3, d_model=12, d_kv=4, d_ff=16, num_layers=1, num_heads=2
+        )
         return T5EncoderModel(config).eval()
 
 
@@ -95,8 +99,12 @@ def tokenizer() -> Any:
     vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    backend.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
 
 
 def dit_pipe(seed: int = 0, scheduler: Any = None) -> Any:
@@ -108,7 +116,9 @@ def dit_pipe(seed: int = 0, scheduler: Any = None) -> Any:
     return pipe
 
 
-def pixart_pipe(kind: str = "alpha", seed: int = 0, *, micro: bool = False, scheduler: Any = None) -> Any:
+def pixart_pipe(
+    kind: str = "alpha", seed: int = 0, *, micro: bool = False, scheduler: Any = None
+) -> Any:
     from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline, PixArtSigmaPipeline
 
     parts = {"tokenizer": tokenizer(), "text_encoder": t5(), "vae": vae()}
@@ -144,7 +154,9 @@ def wan_pipe() -> Any:
         text_dim=12, freq_dim=8, ffn_dim=16, num_layers=2,
     )  # fmt: skip
     autoencoder = AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
-    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
     pipe = WanPipeline(None, None, autoencoder, scheduler, randomised(transformer))
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -159,7 +171,11 @@ def run_embedded(pipe: Any, steps: int = 4) -> torch.Tensor:
     if type(pipe).__name__ == "WanPipeline":
         return pipe(height=16, width=16, num_frames=5, **options).frames
     pooled, negative = torch.randn(2, 1, 8, generator=generator)
-    options |= {"pooled_prompt_embeds": pooled, "negative_pooled_prompt_embeds": negative, "true_cfg_scale": 3.0}
+    options |= {
+        "pooled_prompt_embeds": pooled,
+        "negative_pooled_prompt_embeds": negative,
+        "true_cfg_scale": 3.0,
+    }
     return pipe(height=64, width=64, **options).images
 
 
@@ -167,10 +183,21 @@ def run(pipe: Any, steps: int = 4, *, seed: int = 1, batch: int = 1, **more: Any
     """Return what the pipeline makes: DiT's images, PixArt's latents."""
     generator = torch.Generator().manual_seed(seed)
     if type(pipe).__name__ == "DiTPipeline":
-        out = pipe([1, 2, 3][:batch], generator=generator, num_inference_steps=steps, output_type="pt", **more)
+        out = pipe(
+            [1, 2, 3][:batch],
+            generator=generator,
+            num_inference_steps=steps,
+            output_type="pt",
+            **more,
+        )
         return out.images
     prompt = ["a blue boat at night", "the cat in the house", "a river"][:batch]
-    options = {"output_type": "latent", "use_resolution_binning": False, "clean_caption": False, **more}
+    options = {
+        "output_type": "latent",
+        "use_resolution_binning": False,
+        "clean_caption": False,
+        **more,
+    }
     return pipe(prompt, generator=generator, num_inference_steps=steps, **options).images
 
 

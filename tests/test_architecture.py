@@ -12,58 +12,48 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "harmonica"
 CORE = ("router", "cache", "denoise", "iepo", "sdt")
 
-MAY_IMPORT = {
-    "cache": {"shadows"},
-    "shadows": set(),
-    "plan": {"cache", "forecast"},
-    "graph": {"fast"},
-    "fast": {"cache", "cost", "denoise", "models", "plan", "router"},
-    "files": set(),
-    "samplers": set(),
-    "metrics": set(),
-    "denoise": {"cache", "forecast"},
-    "hub": {"files"},
-    "router": {"hub"},
-    "formats": {"files", "router"},
-    "iepo": {"cache", "denoise"},
-    "search": {"cache", "denoise", "metrics"},
-    "baselines": {"cache", "cost", "denoise", "iepo", "router", "samplers", "search"},
-    "cost": {"cache", "denoise"},
-    "check": {"cache", "denoise"},
-    "cli": {"distributed"},
-    "distributed": set(),
-    "prompts": {"files"},
-    "target": {"cost", "denoise", "router"},
-    "forecast": {"cache"},
-    "quadratic": {"cache", "denoise", "forecast", "target"},
-    "refine": {"denoise", "distributed", "metrics", "quadratic", "router", "search", "target"},
-    "checkpoint": {"cost", "denoise", "distributed", "files", "formats", "router"},
-    "sdt": {"cache", "checkpoint", "cost", "denoise", "distributed", "files", "iepo", "refine", "router", "target"},
-    "samples": {"cli", "denoise", "distributed", "fast", "files", "names", "router"},
-    "scores": {"files"},
-    "plots": {"files", "router"},
-    "names": {"router"},
-    "models": {"files", "samplers", "cache", "router", "denoise", "cost", "names", "plan", "prompts", "shadows"},
-}
-"""Who may import whom when loaded. Imports inside a function, and for types only, are not arrows of the house."""
+LAYERS = (
+    {"override", "samplers", "site_names", "processes", "storage"},
+    {"cache"},
+    {"denoise", "forecast"},
+    {"router", "iepo", "sdt", "cost", "check"},
+    {"search", "inference"},
+    {"training"},
+    {"models"},
+    {"evaluation"},
+    {"command_line"},
+    {"demo", "train", "image_sets", "tune"},
+)
+"""From the ground floor up: a file imports from its own layer and from those below it."""
+
+NOT_YET: set[tuple[str, str]] = {
+    ("denoise", "router"), ("site_names", "router"), ("forecast", "router"), ("storage", "router"),
+    ("search", "evaluation"), ("inference", "models"), ("models", "command_line"),
+}  # fmt: skip
+"""Arrows that point up and are still to be turned; nothing may be added here."""
 
 
 def arrows(path: Path) -> set[str]:
-    """Return the modules of ours that a file imports when it is loaded."""
+    """Return the parts of ours that a file imports, deferred and type-only imports counted."""
     found = set()
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("harmonica"):
-            found.add((node.module + ".").split(".")[1])
-        elif isinstance(node, ast.Import):
-            found |= {name.name.split(".")[1] for name in node.names if name.name.startswith("harmonica.")}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("harmonica."):
+            found.add(node.module.split(".")[1])
     return found
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_imports_follow_the_arrows(path):
+def level(part: str) -> int:
+    return next(i for i, layer in enumerate(LAYERS) if part in layer)
+
+
+@pytest.mark.parametrize(
+    "path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE))
+)
+def test_imports_point_down(path):
     name = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    if name not in ("__init__", "demo", "train"):  # these see everything
-        assert arrows(path) - {name} <= MAY_IMPORT[name]
+    if name != "__init__":
+        up = {(name, other) for other in arrows(path) if level(other) > level(name)}
+        assert up <= NOT_YET
 
 
 def test_the_core_never_imports_models_not_even_inside_a_function():
@@ -74,32 +64,51 @@ def test_the_core_never_imports_models_not_even_inside_a_function():
 
 
 def test_importing_the_library_costs_torch_only():
-    heavy = ("diffusers", "transformers", "matplotlib", "sklearn", "scipy", "tqdm", "safetensors", "harmonica.models")
+    heavy = (
+        "diffusers",
+        "transformers",
+        "matplotlib",
+        "sklearn",
+        "scipy",
+        "tqdm",
+        "safetensors",
+        "harmonica.models",
+    )
     script = f"import sys, harmonica; print([m for m in {heavy} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     # torch itself may bring some of these along; what counts is what we add to it
     bare = subprocess.run(
-        [sys.executable, "-c", script.replace("harmonica; ", "torch; ")], capture_output=True, text=True, check=True
+        [sys.executable, "-c", script.replace("harmonica; ", "torch; ")],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert out.stdout == bare.stdout
 
 
 def test_the_core_fits_on_a_train_ride():
-    lines = {name: len((PACKAGE / f"{name}.py").read_text(encoding="utf-8").splitlines()) for name in CORE}
-    assert sum(lines.values()) < 700, lines
+    lines = {
+        name: len((PACKAGE / f"{name}.py").read_text(encoding="utf-8").splitlines())
+        for name in CORE
+    }
+    assert sum(lines.values()) < 800, lines
 
 
 def test_no_file_of_the_library_prints_but_the_command_line():
     for path in PACKAGE.rglob("*.py"):
-        calls = [n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Call)]
+        calls = [
+            n
+            for n in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(n, ast.Call)
+        ]
         prints = [c for c in calls if isinstance(c.func, ast.Name) and c.func.id == "print"]
-        assert not prints or path.name in ("demo.py", "train.py", "samples.py"), path
+        assert not prints or path.name in ("demo.py", "train.py", "image_sets.py", "tune.py"), path
 
 
 def test_models_and_samplers_need_no_transformers():
     """Only PixArt's prompts do; `from diffusers import AutoencoderKL` would bring transformers along."""
     script = (
-        "import sys; import harmonica.models.pipelines, harmonica.models.autoencoder\n"
+        "import sys; import harmonica.models.pipelines.caching, harmonica.models.autoencoder\n"
         "print([m for m in ('diffusers', 'transformers') if m in sys.modules])\n"
         "import importlib.util as u; real = u.find_spec; hidden = ('transformers', 'peft', 'accelerate')\n"
         "u.find_spec = lambda name, *a: None if name.split('.')[0] in hidden else real(name, *a)\n"
@@ -111,5 +120,7 @@ def test_models_and_samplers_need_no_transformers():
         "import torch\n"
         "with torch.device('meta'): transformer_of(PIXART['pixart-alpha-256'])\n"
     )
-    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    out = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
     assert (out.returncode, out.stdout) == (0, "[]\n"), out.stderr

@@ -12,14 +12,19 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from harmonica import Router, Schedule, demo, plots, train
+from harmonica import Router, Schedule, demo, train
+from harmonica.evaluation import pictures as plots
 
 ROOT = Path(__file__).parent.parent
 
 
 def command(*arguments, **how):
     return subprocess.run(
-        [sys.executable, "-m", "harmonica.demo", *arguments], capture_output=True, text=True, check=False, **how
+        [sys.executable, "-m", "harmonica.demo", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        **how,
     )
 
 
@@ -45,12 +50,17 @@ def test_the_demo_trains_measures_and_saves(tmp_path, monkeypatch):
     assert demo.main(["--steps", "5", *again]) == 2
 
 
-def test_the_demos_table_shows_theory_and_clock_side_by_side(tmp_path, capsys, monkeypatch, unpainted):
+def test_the_demos_table_shows_theory_and_clock_side_by_side(
+    tmp_path, capsys, monkeypatch, unpainted
+):
     monkeypatch.setattr(demo, "HELD_OUT", 20)
     monkeypatch.setattr(demo, "TIMED", 2)
     names = [f"blocks.{i}.{kind}" for i in range(8) for kind in ("attn", "mlp")]
     Schedule([[1] * 16, [0] * 16, [1] * 16, [0] * 16], sites=tuple(names)).save(tmp_path / "s.json")
-    assert demo.main(["--steps", "4", "--schedule", str(tmp_path / "s.json"), "--out", str(tmp_path)]) == 0
+    assert (
+        demo.main(["--steps", "4", "--schedule", str(tmp_path / "s.json"), "--out", str(tmp_path)])
+        == 0
+    )
     said = capsys.readouterr().out
     assert re.search(r"CUR\)\s+50.0%", said)
     for row in (
@@ -101,12 +111,21 @@ def test_a_schedule_for_another_number_of_steps_is_refused_before_anything_runs(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_threshold_of_the_command_freezes_a_router_given_as_schedule(tmp_path, capsys, monkeypatch, unpainted):
+def test_the_threshold_of_the_command_freezes_a_router_given_as_schedule(
+    tmp_path, capsys, monkeypatch, unpainted
+):
     monkeypatch.setattr(demo, "HELD_OUT", 20)
     monkeypatch.setattr(demo, "TIMED", 2)
     logits = torch.zeros(2, 16)
     Router(3, 16, logits=logits).save(tmp_path / "router.safetensors")
-    options = ["--steps", "3", "--schedule", str(tmp_path / "router.safetensors"), "--out", str(tmp_path)]
+    options = [
+        "--steps",
+        "3",
+        "--schedule",
+        str(tmp_path / "router.safetensors"),
+        "--out",
+        str(tmp_path),
+    ]
     assert demo.main([*options, "--tau", "0.6"]) == 0
     assert re.search(r"CUR\)\s+66.7%", capsys.readouterr().out)
 
@@ -126,20 +145,42 @@ def small_models(monkeypatch):
     from harmonica.models import DITS, PIXART, pixart
     from harmonica.models.pixart import Variant
 
-    monkeypatch.setitem(DITS, "dit-xl", {"input_size": 4, "hidden_size": 8, "depth": 1, "num_heads": 2})
+    monkeypatch.setitem(
+        DITS, "dit-xl", {"input_size": 4, "hidden_size": 8, "depth": 1, "num_heads": 2}
+    )
     monkeypatch.setitem(PIXART, "pixart-alpha-256", Variant(8, 6, False, "a", "b"))
     small = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 1}
     monkeypatch.setattr(pixart, "XL", {**small, "cross_attention_dim": 24, "caption_channels": 12})
 
 
 @pytest.mark.parametrize("model", ["dit-xl", "pixart-alpha-256"])
-def test_random_weights_are_timed_and_said_to_be_noise(model, tmp_path, capsys, small_models, unpainted):
-    arguments = ["--model", model, "--weights", "random", "--steps", "4", "--images", "2", "--out", str(tmp_path)]
+def test_random_weights_are_timed_and_said_to_be_noise(
+    model, tmp_path, capsys, small_models, unpainted
+):
+    arguments = [
+        "--model",
+        model,
+        "--weights",
+        "random",
+        "--steps",
+        "4",
+        "--images",
+        "2",
+        "--out",
+        str(tmp_path),
+    ]
     assert demo.main(arguments) == 0
     said = capsys.readouterr().out
     assert "the timing is real, the pictures are noise" in said
-    assert re.search(r"CUR\)\s+50.0%", said)  # no training: everything at even steps, nothing at odd ones
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["error.png", "images.png", "router.png", "schedule.json"]
+    assert re.search(
+        r"CUR\)\s+50.0%", said
+    )  # no training: everything at even steps, nothing at odd ones
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "error.png",
+        "images.png",
+        "router.png",
+        "schedule.json",
+    ]
     assert demo.main([*arguments, "--schedule", str(tmp_path / "schedule.json")]) == 0
     assert demo.main([*arguments, "--iterations", "3"]) == 0  # asked to, it trains
 
@@ -149,8 +190,22 @@ def test_a_real_folder_is_trained_decoded_and_pictured(tmp_path, small_models):
 
     pixart_pipe().save_pretrained(tmp_path / "pixart")
     (tmp_path / "prompts.txt").write_text("a blue boat\nthe cat in the house\n")
-    arguments = ["--model", "pixart-alpha-256", "--weights", str(tmp_path / "pixart"), "--steps", "3"]
-    arguments += ["--prompts", str(tmp_path / "prompts.txt"), "--iterations", "2", "--out", str(tmp_path / "out")]
+    arguments = [
+        "--model",
+        "pixart-alpha-256",
+        "--weights",
+        str(tmp_path / "pixart"),
+        "--steps",
+        "3",
+    ]
+    arguments += [
+        "--prompts",
+        str(tmp_path / "prompts.txt"),
+        "--iterations",
+        "2",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     assert demo.main(arguments) == 0
     names = ["error.png", "images.png", "lambda.png", "router.png", "schedule.json"]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == names
@@ -223,7 +278,9 @@ def test_every_plot_has_labelled_axes_and_says_the_cur(tmp_path):
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    return re.findall(
+        rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL
+    )
 
 
 def test_every_command_of_the_readme_runs_or_exists(tmp_path, monkeypatch, small_models, unpainted):
@@ -236,15 +293,23 @@ def test_every_command_of_the_readme_runs_or_exists(tmp_path, monkeypatch, small
     for line in filter(None, lines):
         if line.startswith("make"):
             assert line.split()[1] in targets, line
-        elif match := re.search(r"harmonica\.(demo|train)(.*)", line):  # really run; later lines read what they wrote
+        elif match := re.search(
+            r"harmonica\.(demo|train)(.*)", line
+        ):  # really run; later lines read what they wrote
             quick = ["--steps", "3"] if "random" in line else ["--steps", "5", "--iterations", "20"]
-            assert {"demo": demo, "train": train}[match[1]].main([*match[2].split(), *quick]) == 0, line
+            assert {"demo": demo, "train": train}[match[1]].main(
+                [*match[2].split(), *quick]
+            ) == 0, line
         elif match := re.search(r"python (\S+\.py)", line):
             assert (ROOT / match[1]).is_file(), line
         elif match := re.search(r"-m (harmonica\S*)", line):
             assert (ROOT / (match[1].replace(".", "/") + ".py")).is_file(), line
         else:
-            known = ("python3 -m venv .venv", ".venv/bin/pip install -c constraints.txt", ".venv/bin/python -m pytest")
+            known = (
+                "python3 -m venv .venv",
+                ".venv/bin/pip install -c constraints.txt",
+                ".venv/bin/python -m pytest",
+            )
             assert line.startswith(known), line
 
 
@@ -261,7 +326,9 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     scope = {"pipe": readme_pipe()}
     for block in blocks("python"):
-        quick = re.sub(r"iterations=[0-9_]+, batch_size=[0-9]+", "iterations=20, batch_size=1, refine=0", block)
+        quick = re.sub(
+            r"iterations=[0-9_]+, batch_size=[0-9]+", "iterations=20, batch_size=1, refine=0", block
+        )
         exec(quick, scope)  # fewer updates, the same lines
     assert scope["schedule"].steps == 20
 

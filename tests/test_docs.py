@@ -13,9 +13,14 @@ ROOT = Path(__file__).parent.parent
 
 def names_of_tests() -> set[str]:
     """Return the names of all tests."""
-    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "tests").glob("test_*.py")]
+    trees = [
+        ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "tests").glob("test_*.py")
+    ]
     return {
-        n.name for tree in trees for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name[:5] == "test_"
+        n.name
+        for tree in trees
+        for n in ast.walk(tree)
+        if isinstance(n, ast.FunctionDef) and n.name[:5] == "test_"
     }
 
 

@@ -18,9 +18,11 @@ import pytest
 import torch
 from conftest import make, press_ctrl_c
 
-from harmonica import Router, Schedule, demo, plots, samples, train, train_sdt
-from harmonica.files import alone
+from harmonica import Router, Schedule, demo, train, train_sdt
+from harmonica import image_sets as samples
+from harmonica.evaluation import pictures as plots
 from harmonica.models import tiny
+from harmonica.storage.files import alone
 
 ROOT = Path(__file__).parent.parent
 SHORT = ["--steps", "4", "--iterations", "4"]
@@ -77,7 +79,9 @@ SAVES = {
 
 
 def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
 
 
 @pytest.mark.parametrize("name", SAVES)
@@ -110,7 +114,9 @@ def test_a_command_on_a_full_disk_says_so_in_one_line_and_leaves_no_half(name, t
 
 
 @pytest.mark.parametrize("name", ["demo", "train"])
-def test_a_second_run_to_one_folder_is_refused_and_the_first_is_not_disturbed(name, tmp_path, capsys):
+def test_a_second_run_to_one_folder_is_refused_and_the_first_is_not_disturbed(
+    name, tmp_path, capsys
+):
     out = where(name, tmp_path)
     out.mkdir()
     with alone(out):
@@ -134,10 +140,12 @@ def test_a_second_run_to_one_file_of_samples_is_refused(tmp_path, capsys):
 
 def test_a_lock_of_a_killed_run_holds_nobody(tmp_path):
     script = (
-        "import sys, time; from harmonica.files import alone\n"
+        "import sys, time; from harmonica.storage.files import alone\n"
         "with alone(sys.argv[1]): print('held', flush=True); time.sleep(60)"
     )
-    child = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
     assert child.stdout.readline() == "held\n"
     with pytest.raises(BlockingIOError, match="another run"), alone(tmp_path):
         pass
@@ -155,7 +163,11 @@ def test_ctrl_c_while_a_command_works_is_130_and_one_line(name, tmp_path, capsys
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    where_it_works = {"demo": (demo, "train_sdt"), "samples": (samples, "_write_batch"), "tiny": (tiny, "train")}
+    where_it_works = {
+        "demo": (demo, "train_sdt"),
+        "samples": (samples, "_write_batch"),
+        "tiny": (tiny, "train"),
+    }
     monkeypatch.setattr(*where_it_works[name], interrupted)
     code, out, err = said(name, where(name, tmp_path), capsys)
     assert code == 130
@@ -165,9 +177,16 @@ def test_ctrl_c_while_a_command_works_is_130_and_one_line(name, tmp_path, capsys
 
 
 def started(*arguments, **how):
-    buffered = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}  # as in a terminal
+    buffered = {
+        key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"
+    }  # as in a terminal
     return subprocess.Popen(
-        [sys.executable, *arguments], stderr=subprocess.PIPE, text=True, cwd=ROOT, env=buffered, **how
+        [sys.executable, *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=buffered,
+        **how,
     )
 
 
@@ -181,7 +200,9 @@ def test_ctrl_c_ends_a_benchmark_with_workers_at_once_in_one_line(tmp_path):
     while not list(tmp_path.glob("o/*.json")) and time.monotonic() < deadline:
         time.sleep(0.1)
     time.sleep(0.5)
-    _, err = press_ctrl_c(child, lambda number: os.killpg(child.pid, number), timeout=20)  # a terminal tells all
+    _, err = press_ctrl_c(
+        child, lambda number: os.killpg(child.pid, number), timeout=20
+    )  # a terminal tells all
     assert child.returncode == 130
     assert err.splitlines() == ["python benchmarks/quality.py: stopped"]
     assert not list(tmp_path.rglob("*.part"))
@@ -198,7 +219,9 @@ def test_every_benchmark_ends_as_a_command_of_the_library_does():
         assert "parse_args(" in text, f"{path.name} would run for minutes when asked for --help"
 
 
-@pytest.mark.parametrize("what", ["-m harmonica.train", "-m harmonica.samples", "benchmarks/gate.py"])
+@pytest.mark.parametrize(
+    "what", ["-m harmonica.train", "-m harmonica.image_sets", "benchmarks/gate.py"]
+)
 def test_a_pipe_that_nobody_reads_is_141_and_silence(what):
     reader, writer = os.pipe()
     os.close(reader)
@@ -215,7 +238,9 @@ def test_a_read_only_home_another_language_and_a_plain_terminal_will_do(tmp_path
     """No home to write to, no UTF-8, no colours, no network, spaces and accents in the path, output to a file."""
     out = tmp_path / "two words, één"
     schedule = make_schedule(tmp_path / "ein Plan.json")
-    environment = {key: os.environ[key] for key in ("PATH", "SYSTEMROOT", "VIRTUAL_ENV") if key in os.environ}
+    environment = {
+        key: os.environ[key] for key in ("PATH", "SYSTEMROOT", "VIRTUAL_ENV") if key in os.environ
+    }
     environment |= {
         "HOME": "/proc/no-such-home", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "TERM": "dumb",
         "HF_HUB_OFFLINE": "1", "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9",
@@ -242,8 +267,13 @@ def test_every_text_file_is_opened_with_its_encoding_named():
     """Otherwise a file means something else on a machine of another language."""
     for path in [*(ROOT / "harmonica").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("read_text", "write_text"):
-                assert any(word.arg == "encoding" for word in node.keywords), f"{path.name}:{node.lineno}"
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in (
+                "read_text",
+                "write_text",
+            ):
+                assert any(word.arg == "encoding" for word in node.keywords), (
+                    f"{path.name}:{node.lineno}"
+                )
 
 
 # ------------------------------------------------------------ numbers that are none
@@ -254,5 +284,7 @@ def test_weights_that_are_not_finite_stop_training_and_leave_no_router(value, tm
     d = make(dtype=torch.float32)
     next(d.sites["blocks.1.mlp"].parameters()).data.fill_(value)
     with pytest.raises(FloatingPointError, match="the loss of step 1 is"):
-        train_sdt(d, iterations=3, batch_size=2, checkpoint=tmp_path / "c", proxy=None, progress=False)
+        train_sdt(
+            d, iterations=3, batch_size=2, checkpoint=tmp_path / "c", proxy=None, progress=False
+        )
     assert not list(tmp_path.iterdir())

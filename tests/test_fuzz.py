@@ -21,10 +21,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harmonica import Router, Schedule
-from harmonica.files import read_json
+from harmonica.evaluation.scores import read_images
+from harmonica.models.prompts import read_prompts
 from harmonica.models.weights import read_state
-from harmonica.prompts import read_prompts
-from harmonica.scores import read_images
+from harmonica.storage.files import read_json
 
 kinds = pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
 
@@ -96,7 +96,9 @@ def test_no_call_in_a_pickle_is_made_wherever_it_stands(gadget, tmp_path):
     function, arguments = GADGETS[gadget]
     trace = str(tmp_path / "trace")
     filled = tuple(a.format(trace=trace) if isinstance(a, str) else a for a in arguments)
-    filled = tuple([part.format(trace=trace) for part in a] if isinstance(a, list) else a for a in filled)
+    filled = tuple(
+        [part.format(trace=trace) for part in a] if isinstance(a, list) else a for a in filled
+    )
     filled = tuple(Path(trace) if isinstance(a, Path) else a for a in filled)
     for name, wrap in WRAPPED.items():
         for protocol in (0, 2, 4):
@@ -145,7 +147,10 @@ def test_an_archive_that_would_unpack_to_more_than_it_is_is_refused(tmp_path):
 def test_an_npz_that_claims_more_images_than_there_is_memory_for_is_refused(tmp_path):
     claim = f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({10**15}, 4, 4, 3), }}".encode()
     with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
-        archive.writestr("arr_0.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", len(claim) + 1) + claim + b"\n" + b"123")
+        archive.writestr(
+            "arr_0.npy",
+            b"\x93NUMPY\x01\x00" + struct.pack("<H", len(claim) + 1) + claim + b"\n" + b"123",
+        )
     with pytest.raises(ValueError, match=r"x\.npz is a damaged \.npz"):
         list(read_images(tmp_path / "x.npz"))
 
@@ -156,7 +161,9 @@ def test_an_oversized_text_is_refused_unread(read, tmp_path):
     with (tmp_path / "big.json").open("wb") as file:
         file.write(b"{")
         file.truncate(2**36)
-    with pytest.raises(ValueError, match=r"big\.json is 65536 MB; text of at most 64 MB was expected"):
+    with pytest.raises(
+        ValueError, match=r"big\.json is 65536 MB; text of at most 64 MB was expected"
+    ):
         read(tmp_path / "big.json")
 
 
@@ -166,7 +173,9 @@ def test_a_header_with_a_number_of_sites_for_their_names_is_refused_at_once(tmp_
     router.save_pretrained(tmp_path / "r")
     config = json.loads((tmp_path / "r/config.json").read_text())
     (tmp_path / "r/config.json").write_text(json.dumps({**config, "sites": 10**12}))
-    with pytest.raises(ValueError, match=r"config\.json is not a valid router: .*sites must be a list of names"):
+    with pytest.raises(
+        ValueError, match=r"config\.json is not a valid router: .*sites must be a list of names"
+    ):
         Router.from_pretrained(tmp_path / "r")
 
 

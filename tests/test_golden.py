@@ -22,11 +22,16 @@ def test_every_record_of_the_authors_code_is_reproduced(path):
 
 def test_training_moved_the_golden_logits():
     recording = Recording(FILES[0])
-    before, after = recording.tensors["official_logits"], recording.tensors["sdt.trained_official_logits"]
+    before, after = (
+        recording.tensors["official_logits"],
+        recording.tensors["sdt.trained_official_logits"],
+    )
     assert float((before - after).norm() / before.norm()) > 50 * LIMIT
 
 
-def test_the_golden_command_prints_a_line_for_each_record_and_fails_on_a_wrong_one(tmp_path, monkeypatch, capsys):
+def test_the_golden_command_prints_a_line_for_each_record_and_fails_on_a_wrong_one(
+    tmp_path, monkeypatch, capsys
+):
     import torch
     from safetensors import safe_open
     from safetensors.torch import save_file

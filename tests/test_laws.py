@@ -26,7 +26,7 @@ from harmonica import (
     sample,
     sdt,
 )
-from harmonica.denoise import last
+from harmonica.denoise import final_image
 
 
 def state_of(denoiser):
@@ -59,7 +59,9 @@ def counted(denoiser):
 # ---------------------------------------------------------------------------------------------- gates
 
 
-@given(st.integers(1, 5), st.integers(1, 3), st.integers(1, 3), st.sampled_from([1.0, 1.5, 4.0]), seeds)
+@given(
+    st.integers(1, 5), st.integers(1, 3), st.integers(1, 3), st.sampled_from([1.0, 1.5, 4.0]), seeds
+)
 def test_computing_everything_is_the_plain_model_bit_for_bit(steps, depth, batch, guidance, seed):
     d = make(steps, depth, guidance=guidance, seed=seed % 100)
     x, y = start(d, batch, seed)
@@ -103,7 +105,9 @@ def test_a_skipped_site_never_calls_compute():
 def test_reusing_what_was_never_computed_is_refused(small):
     x, y = start(small)
     walk = denoise(small, x, y, lambda k: reuse([False] * 4, {}), start=1)
-    with pytest.raises(RuntimeError, match="site 0 of 4 is to be reused but this trajectory has not computed it"):
+    with pytest.raises(
+        RuntimeError, match="site 0 of 4 is to be reused but this trajectory has not computed it"
+    ):
         next(walk)
 
 
@@ -183,11 +187,17 @@ def test_the_bundled_and_a_random_denoiser_keep_the_laws(small):
         (lambda d: d.model.requires_grad_(True), "asks for a gradient"),
         (lambda d: setattr(d, "steps", 3), "a walk has"),
         (
-            lambda d: [block.attn.register_forward_hook(lambda m, i, o: o.add_(1)) for block in d.model.blocks],
+            lambda d: [
+                block.attn.register_forward_hook(lambda m, i, o: o.add_(1))
+                for block in d.model.blocks
+            ],
             "in place",
         ),
         (lambda d: setattr(d, "sites", {**d.sites, "unused": nn.Linear(1, 1)}), "asked once"),
-        (lambda d: setattr(d, "step", lambda x, out, k, memory: x + torch.randn_like(x)), "global generator"),
+        (
+            lambda d: setattr(d, "step", lambda x, out, k, memory: x + torch.randn_like(x)),
+            "global generator",
+        ),
         (lambda d: setattr(d, "step", lambda x, out, k, memory: x - x.mean()), "neighbours"),
     ],
 )
@@ -205,12 +215,17 @@ def test_a_forked_walk_ends_where_the_original_does(schedule, at, seed):
     x, y = start(d, seed=seed)
     cache, memory = {}, {}
     fork = (x, {}, {})
-    for k, end in enumerate(denoise(d, x, y, lambda k: reuse(schedule.compute[k], cache), memory=memory), start=1):
+    for k, end in enumerate(
+        denoise(d, x, y, lambda k: reuse(schedule.compute[k], cache), memory=memory), start=1
+    ):
         if k == at:
             fork = (end, cache.copy(), memory.copy())
     x, cache, memory = fork
     assert torch.equal(
-        end, last(denoise(d, x, y, lambda k: reuse(schedule.compute[k], cache), start=at, memory=memory))
+        end,
+        final_image(
+            denoise(d, x, y, lambda k: reuse(schedule.compute[k], cache), start=at, memory=memory)
+        ),
     )
 
 
@@ -231,7 +246,9 @@ def test_two_trajectories_share_nothing(one, other, seed):
 def test_an_image_does_not_depend_on_its_neighbours(schedule, seed):
     d = make()
     x, y = start(d, batch=3, seed=seed)
-    torch.testing.assert_close(sample(d, x, y, schedule)[:1], sample(d, x[:1], y[:1], schedule), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        sample(d, x, y, schedule)[:1], sample(d, x[:1], y[:1], schedule), rtol=1e-9, atol=1e-9
+    )
 
 
 def test_an_interrupted_walk_leaves_nothing_behind(small):
@@ -264,7 +281,9 @@ def test_a_model_copied_after_a_walk_is_a_plain_model(small):
 def test_a_walk_takes_no_gradients_and_leaves_the_mode_as_it_was(small):
     x, y = start(small)
     router, cache = Router(4, small.sites).double(), {}
-    assert not last(denoise(small, x, y, lambda k: blend(router.row(k), cache, 0.1))).requires_grad
+    assert not final_image(
+        denoise(small, x, y, lambda k: blend(router.row(k), cache, 0.1))
+    ).requires_grad
     for _ in denoise(small, x, y):
         assert torch.is_grad_enabled()
 
@@ -277,12 +296,15 @@ def brute_force(d, r, x, y, tau, mode):
 
     def image(table):
         cache = {}
-        return last(denoise(d, x, y, lambda k: blend(table[k], cache, tau)))
+        return final_image(denoise(d, x, y, lambda k: blend(table[k], cache, tau)))
 
     ones = torch.ones_like(r)
     if mode == "leave-one-out":
         rows = range(len(r))
-        pairs = [(image(r), image(torch.stack([ones[k] if i == k else r[i] for i in rows]))) for k in rows]
+        pairs = [
+            (image(r), image(torch.stack([ones[k] if i == k else r[i] for i in rows])))
+            for k in rows
+        ]
     else:
         ends = [image(torch.cat([r[:k], ones[k:]])) for k in range(len(r) + 1)]
         pairs = list(zip(ends[1:], ends[:-1], strict=True))
@@ -315,7 +337,10 @@ def test_a_sampler_with_a_memory_is_forked_with_it(mode):
     x, y = start(d)
     r = Router(5, 4, generator=torch.Generator().manual_seed(0))().detach().double()
     assert torch.equal(image_error(d, r, x, y, mode=mode), brute_force(d, r, x, y, 0.1, mode))
-    one, two = start(d, seed=1), start(d, batch=3, seed=2)  # a memory left over would be of another batch
+    one, two = (
+        start(d, seed=1),
+        start(d, batch=3, seed=2),
+    )  # a memory left over would be of another batch
     assert len(list(sdt(d, Router(5, 4).double(), [one, two], proxy=None))) == 8
 
 
@@ -335,7 +360,14 @@ def test_lambda_leaves_every_random_generator_as_it_found_it(small):
 
     x, y = start(small)
     r = Router(4, 4)().detach().double()
-    states = lambda: (torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist())  # noqa: E731
+
+    def states():
+        return (
+            torch.get_rng_state().tolist(),
+            random.getstate(),
+            np.random.get_state()[1].tolist(),
+        )
+
     before = states()
     image_error(small, r, x, y)
     assert states() == before
@@ -363,7 +395,9 @@ def test_one_update_for_each_step_but_the_first(small):
     assert [(u.trajectory, u.k) for u in updates] == [(n, k) for n in range(3) for k in range(1, 4)]
     router, updates = trained(small, n=1, lr=0.0)
     for u in updates:
-        assert u.loss == pytest.approx(u.lam * u.mse + 1e-3 * float(router.row(u.k).detach().sum()), rel=1e-9)
+        assert u.loss == pytest.approx(
+            u.lam * u.mse + 1e-3 * float(router.row(u.k).detach().sum()), rel=1e-9
+        )
 
 
 def test_each_trajectory_begins_with_an_empty_cache(small):
@@ -401,7 +435,9 @@ def test_training_moves_the_router_and_nothing_else(small):
     fresh = Router(4, small.sites, generator=torch.Generator().manual_seed(3)).double()
     assert not torch.equal(router.logits, fresh.logits)
     assert state_of(small) == before
-    assert all(torch.equal(weights[name], value) for name, value in small.model.state_dict().items())
+    assert all(
+        torch.equal(weights[name], value) for name, value in small.model.state_dict().items()
+    )
     assert torch.equal(image, sample(small, x, y))
 
 
@@ -435,7 +471,9 @@ def test_blend_is_right_under_activation_checkpointing():
 
     def gradients(*, checkpointed):
         for block, forward in zip(d.model.blocks, forwards, strict=True):
-            block.forward = partial(checkpoint, forward, use_reentrant=False) if checkpointed else forward
+            block.forward = (
+                partial(checkpoint, forward, use_reentrant=False) if checkpointed else forward
+            )
         router, _ = trained(d, n=2, proxy=None)
         return router.logits
 
@@ -463,14 +501,22 @@ def test_a_router_of_another_shape_is_refused(small):
 def test_lambda_weighs_the_loss(small):
     _, plain = trained(small, n=1, proxy=None)
     _, weighed = trained(small, n=1)
-    lam = image_error(small, Router(4, 4, generator=torch.Generator().manual_seed(3)).double()(), *start(small, seed=0))
+    lam = image_error(
+        small,
+        Router(4, 4, generator=torch.Generator().manual_seed(3)).double()(),
+        *start(small, seed=0),
+    )
     assert [u.lam for u in plain] == [1.0] * 3
     assert [u.lam for u in weighed] == pytest.approx(lam[1:].tolist(), rel=1e-6)
     assert weighed[0].mse == plain[0].mse
 
 
 def test_the_objective_is_lambda_mse_plus_beta_sum_r():
-    out, target, r = torch.tensor([1.0, 3.0]), torch.zeros(2), torch.tensor([0.5, 0.25], requires_grad=True)
+    out, target, r = (
+        torch.tensor([1.0, 3.0]),
+        torch.zeros(2),
+        torch.tensor([0.5, 0.25], requires_grad=True),
+    )
     loss = objective(out, target, r, lam=0.1, beta=2.0)
     assert loss.item() == pytest.approx(0.1 * 5 + 2 * 0.75)
     loss.backward()

@@ -28,7 +28,9 @@ def test_row_zero_is_the_constant_one_and_not_a_parameter():
 @given(st.integers(1, 6), st.integers(1, 6), seeds)
 def test_a_saved_router_is_the_same_table(tmp_path_factory, steps, sites, seed):
     path = tmp_path_factory.mktemp("router") / "a router.safetensors"
-    router = Router(steps, sites, generator=torch.Generator().manual_seed(seed), about={"model": "small"})
+    router = Router(
+        steps, sites, generator=torch.Generator().manual_seed(seed), about={"model": "small"}
+    )
     router.save(path)
     again = Router.load(path)
     assert torch.equal(router(), again())
@@ -38,14 +40,18 @@ def test_a_saved_router_is_the_same_table(tmp_path_factory, steps, sites, seed):
 @given(tables(), st.text(max_size=8))
 def test_a_saved_schedule_is_the_same_table(tmp_path_factory, schedule, model):
     path = tmp_path_factory.mktemp("schedule") / "s.json"
-    schedule = replace(schedule, model=model, timesteps=(999, 666, 333, 0), threshold=0.1, provenance={"seed": 1})
+    schedule = replace(
+        schedule, model=model, timesteps=(999, 666, 333, 0), threshold=0.1, provenance={"seed": 1}
+    )
     schedule.save(path)
     assert Schedule.load(path) == schedule
 
 
 def test_a_schedule_file_is_readable_and_small(tmp_path):
     sites = [f"blocks.{i}.{kind}" for i in range(28) for kind in ("attn", "mlp")]
-    Router(50, sites, about={"model": "dit-xl", "timesteps": tuple(range(50))}).schedule().save(tmp_path / "s.json")
+    Router(50, sites, about={"model": "dit-xl", "timesteps": tuple(range(50))}).schedule().save(
+        tmp_path / "s.json"
+    )
     text = (tmp_path / "s.json").read_text()
     assert len(text) < 3000 * 50 * 56 / 1000
     assert text.isascii()
@@ -126,10 +132,16 @@ def test_a_schedule_refuses_another_run():
     sample(d, x, y, fits)
     sample(d, x, y, Schedule(fits.compute))  # without names and timesteps it fits by its shape
     for wrong, message in (
-        (Router(5, d.sites).schedule(), "this schedule has 5 steps .*the run has 4; run 5 or train a schedule for 4"),
+        (
+            Router(5, d.sites).schedule(),
+            "this schedule has 5 steps .*the run has 4; run 5 or train a schedule for 4",
+        ),
         (Router(4, 4).schedule(), None),
         (Router(4, 6).schedule(), "6 sites, site0 … site5, the model has 4, blocks.0.attn"),
-        (replace(fits, sites=("a", "b", "c", "d")), "4 sites, a … d, the model has 4, blocks.0.attn"),
+        (
+            replace(fits, sites=("a", "b", "c", "d")),
+            "4 sites, a … d, the model has 4, blocks.0.attn",
+        ),
         (replace(fits, timesteps=(9, 8, 7, 0)), "made at timesteps 9 … 0"),
     ):
         if message is None:
@@ -165,12 +177,19 @@ def test_any_bytes_give_a_clear_error(tmp_path_factory, data):
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
     max_leaves=5,
 )
 
 
-@given(st.sampled_from(["compute", "timesteps", "model", "guidance", "provenance", "threshold", "extra"]), json_values)
+@given(
+    st.sampled_from(
+        ["compute", "timesteps", "model", "guidance", "provenance", "threshold", "extra"]
+    ),
+    json_values,
+)
 def test_any_value_in_a_schedule_file_loads_or_is_refused(tmp_path_factory, key, value):
     path = tmp_path_factory.mktemp("json") / "s.json"
     Schedule([[1, 1], [0, 1]], model="m").save(path)

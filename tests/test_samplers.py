@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harmonica import Schedule, denoise, image_error, train_sdt
-from harmonica.denoise import last
+from harmonica.denoise import final_image
 from harmonica.models.dit import DiT, DiTDenoiser
 from harmonica.samplers import (
     IDDPM,
@@ -31,7 +31,15 @@ def under(name: str, steps: int, *, learn_sigma: bool = True, betas: str = "line
     d = make(steps)
     model = d.model
     if not learn_sigma:
-        model = DiT(input_size=4, in_channels=2, hidden_size=8, depth=2, num_heads=2, num_classes=3, learn_sigma=False)
+        model = DiT(
+            input_size=4,
+            in_channels=2,
+            hidden_size=8,
+            depth=2,
+            num_heads=2,
+            num_classes=3,
+            learn_sigma=False,
+        )
         generator = torch.Generator().manual_seed(0)
         for p in model.double().parameters():
             p.data = torch.randn(p.shape, generator=generator, dtype=p.dtype) * 0.3
@@ -46,15 +54,17 @@ def test_a_fork_ends_where_the_original_does_at_every_k(name, steps, data):
     for k, x in enumerate(denoise(d, x, y, memory=memory), start=1):  # noqa: B020
         forks.append((k, x, memory.copy()))
     k, at, then = forks[data.draw(st.integers(0, steps - 2))]
-    assert torch.equal(last(denoise(d, at, y, start=k, memory=then.copy())), x)
-    assert torch.equal(last(denoise(d, at, y, start=k, memory=forks[k - 1][2])), x)  # a second time
+    assert torch.equal(final_image(denoise(d, at, y, start=k, memory=then.copy())), x)
+    assert torch.equal(
+        final_image(denoise(d, at, y, start=k, memory=forks[k - 1][2])), x
+    )  # a second time
 
 
 @given(names, st.integers(2, 12))
 def test_two_walks_of_one_sampler_share_nothing(name, steps):
     d = under(name, steps)
     (x, y), (other, _) = start(d, seed=1), start(d, seed=2)
-    alone = last(denoise(d, x, y))
+    alone = final_image(denoise(d, x, y))
     for one, _two in zip(denoise(d, x, y), denoise(d, other, y), strict=True):  # by turns
         end = one
     assert torch.equal(end, alone)
@@ -65,14 +75,18 @@ def test_noise_differs_between_samples_steps_and_walks_but_not_between_runs(name
     d = under(name, 6)
     x, y = start(d, batch=3)
     before = torch.get_rng_state()
-    one, again = last(denoise(d, x, y)), last(denoise(d, x, y))
+    one, again = final_image(denoise(d, x, y)), final_image(denoise(d, x, y))
     assert torch.equal(one, again)
     assert torch.equal(before, torch.get_rng_state())
-    seeded = [last(denoise(d, x, y, memory={"seeds": seeds})) for seeds in ((1, 2, 3), (1, 2, 4))]
+    seeded = [
+        final_image(denoise(d, x, y, memory={"seeds": seeds})) for seeds in ((1, 2, 3), (1, 2, 4))
+    ]
     assert torch.equal(seeded[0][:2], seeded[1][:2])  # a sample's seed is its own
     assert not torch.equal(seeded[0][2], seeded[1][2])
     assert not torch.equal(seeded[0][0], one[0])
-    same = last(denoise(d, x[:1].expand(2, -1, -1, -1), y[:1].expand(2), memory={"seeds": (5, 6)}))
+    same = final_image(
+        denoise(d, x[:1].expand(2, -1, -1, -1), y[:1].expand(2), memory={"seeds": (5, 6)})
+    )
     assert not torch.equal(same[0], same[1])  # the noise, not only x_T, makes the image
 
 
@@ -80,7 +94,9 @@ def test_noise_differs_between_samples_steps_and_walks_but_not_between_runs(name
 def test_a_sample_under_noise_does_not_depend_on_its_neighbours(name):
     d = under(name, 5)
     x, y = start(d, batch=3)
-    torch.testing.assert_close(last(denoise(d, x[1:2], y[1:2])), last(denoise(d, x, y))[1:2])
+    torch.testing.assert_close(
+        final_image(denoise(d, x[1:2], y[1:2])), final_image(denoise(d, x, y))[1:2]
+    )
 
 
 @pytest.mark.parametrize("name", sorted(SAMPLERS))
@@ -102,7 +118,9 @@ def test_a_multistep_walk_is_the_one_diffusers_takes(name, betas):
 
     low, high = (1e-4, 0.02) if betas == "linear" else (0.00085, 0.012)
     facts = {"beta_start": low, "beta_end": high, "beta_schedule": betas.replace("-", "_")}
-    scheduler = (DPMSolverMultistepScheduler if name == "dpm-solver++" else SASolverScheduler)(**facts)
+    scheduler = (DPMSolverMultistepScheduler if name == "dpm-solver++" else SASolverScheduler)(
+        **facts
+    )
     scheduler.set_timesteps(8)
     sampler = make_sampler(name, 8, betas)
     assert sampler.timesteps == tuple(scheduler.timesteps.tolist())
@@ -130,13 +148,22 @@ def test_iddpm_is_its_definition(learned):
         now, after = a[times[k]], a[times[k + 1]] if k < steps - 1 else torch.tensor(1.0)
         beta = 1 - now / after
         x0 = (x - (1 - now).sqrt() * eps) / now.sqrt()
-        mean = after.sqrt() * beta / (1 - now) * x0 + (now / after).sqrt() * (1 - after) / (1 - now) * x
+        mean = (
+            after.sqrt() * beta / (1 - now) * x0
+            + (now / after).sqrt() * (1 - after) / (1 - now) * x
+        )
         small = ((1 - after) / (1 - now) * beta).clamp(min=1e-20)
-        log = (v + 1) / 2 * beta.log() + (1 - v) / 2 * small.log() if learned else small.log().expand_as(x)
+        log = (
+            (v + 1) / 2 * beta.log() + (1 - v) / 2 * small.log()
+            if learned
+            else small.log().expand_as(x)
+        )
         noises = [noise_generator(seed, k) for seed in (5, 6)]
         z = torch.cat([torch.randn(1, 2, 4, 4, generator=g, dtype=torch.float64) for g in noises])
         expected = mean + (log / 2).exp() * z * (k < steps - 1)
-        got = sampler.step(x, out if learned else eps, k, {"seeds": (5, 6), **({"scheduler": {}} if k else {})})
+        got = sampler.step(
+            x, out if learned else eps, k, {"seeds": (5, 6), **({"scheduler": {}} if k else {})}
+        )
         torch.testing.assert_close(got, expected, rtol=2e-4, atol=2e-4)
         x = expected
 
@@ -153,7 +180,9 @@ def test_no_sampler_clips_latents():
 def test_a_multistep_walk_cannot_start_in_the_middle_without_its_memory():
     d = under("dpm-solver++", 5)
     x, y = start(d)
-    with pytest.raises(RuntimeError, match=r"step 2 of dpm-solver\+\+ needs what the steps before it left"):
+    with pytest.raises(
+        RuntimeError, match=r"step 2 of dpm-solver\+\+ needs what the steps before it left"
+    ):
         next(denoise(d, x, y, start=2))
 
 
@@ -176,7 +205,7 @@ def test_every_sampler_has_one_timestep_for_each_prediction(name, betas, steps):
 def test_a_model_without_variance_channels_walks_under_every_sampler(name):
     d = under(name, 4, learn_sigma=False, betas="scaled-linear")
     x, y = start(d)
-    assert last(denoise(d, x, y)).isfinite().all()
+    assert final_image(denoise(d, x, y)).isfinite().all()
 
 
 @pytest.mark.parametrize("name", sorted(SAMPLERS))
@@ -207,4 +236,6 @@ def test_seeds_that_differ_anywhere_draw_different_noise(seed, other, k):
     noise = torch.randn(4, generator=noise_generator(seed, k))
     assert torch.equal(noise, torch.randn(4, generator=noise_generator(seed, k)))
     assert not torch.equal(noise, torch.randn(4, generator=noise_generator(seed, k + 1)))
-    assert seed == other or not torch.equal(noise, torch.randn(4, generator=noise_generator(other, k)))
+    assert seed == other or not torch.equal(
+        noise, torch.randn(4, generator=noise_generator(other, k))
+    )

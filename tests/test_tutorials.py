@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from harmonica import plots
+from harmonica.evaluation import pictures as plots
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "tutorials").glob("[0-9]*.py"))
@@ -95,8 +95,12 @@ def test_the_notebook_was_run_without_an_error_and_knows_nothing_of_the_machine(
     assert sum("image/png" in o.get("data", {}) for o in outputs) >= 2, "a tutorial has pictures"
     for output in outputs:
         said = text(output.get("text", "")) + text(output.get("data", {}).get("text/plain", ""))
-        assert not re.search(r"site-packages|/home/|/root/|/tmp/|/Users/|[A-Z]:\\|0x[0-9a-f]{8}", said), said
-    assert set(made["metadata"]) == {"kernelspec", "language_info"}, "what changes with the machine is left out"
+        assert not re.search(
+            r"site-packages|/home/|/root/|/tmp/|/Users/|[A-Z]:\\|0x[0-9a-f]{8}", said
+        ), said
+    assert set(made["metadata"]) == {"kernelspec", "language_info"}, (
+        "what changes with the machine is left out"
+    )
 
 
 @each_script
@@ -105,7 +109,10 @@ def test_a_tutorial_opens_with_what_it_teaches_and_asks_before_each_plot(script)
     title = made[0][1]
     assert title.startswith(f"# {int(script.stem[:2])}. ")
     assert "After this tutorial you can" in title
-    outputs = [any("image/png" in o.get("data", {}) for o in c.get("outputs", [])) for c in notebook(script)["cells"]]
+    outputs = [
+        any("image/png" in o.get("data", {}) for o in c.get("outputs", []))
+        for c in notebook(script)["cells"]
+    ]
     for i, (plotted, (kind, _)) in enumerate(zip(outputs[1:], made, strict=True)):
         if plotted:
             question = next(source for kind, source in reversed(made[:i]) if kind == "markdown")
@@ -127,7 +134,9 @@ def test_files_that_a_tutorial_names_exist(script):
 
 def test_with_an_address_a_notebook_links_to_its_own_page_in_colab():
     opening = BUILD["opening"]
-    assert "https://colab.research.google.com/github/a/b/blob/main/tutorials/01_x.ipynb" in opening("01_x", "a/b")
+    assert "https://colab.research.google.com/github/a/b/blob/main/tutorials/01_x.ipynb" in opening(
+        "01_x", "a/b"
+    )
     assert "git+https://github.com/a/b" in opening("01_x", "a/b")
     assert "github" not in opening("01_x", None)
 
@@ -140,8 +149,17 @@ def test_what_the_tutorials_draw_is_a_figure_with_every_line_and_site():
     images = [image for ax in heat.axes for image in ax.get_images()]
     assert len(images) == 2, "a panel for each kind"
     assert all(image.get_clim() == (0.0, 0.4) for image in images)
-    assert torch.equal(torch.as_tensor(images[1].get_array().filled(-1)[:, 1:]), values[1:, [1, 3]].T)
-    lines = plots.per_step({"a": [0.0, 1.0, float("nan"), 2.0], "b": [1.0]}, ylabel="error", log=True).axes[0].lines
-    assert [line.get_xydata().tolist() for line in lines] == [[[1.0, 1.0], [3.0, 2.0]], [[0.0, 1.0]]]
+    assert torch.equal(
+        torch.as_tensor(images[1].get_array().filled(-1)[:, 1:]), values[1:, [1, 3]].T
+    )
+    lines = (
+        plots.per_step({"a": [0.0, 1.0, float("nan"), 2.0], "b": [1.0]}, ylabel="error", log=True)
+        .axes[0]
+        .lines
+    )
+    assert [line.get_xydata().tolist() for line in lines] == [
+        [[1.0, 1.0], [3.0, 2.0]],
+        [[0.0, 1.0]],
+    ]
     lines = plots.tradeoff({"a": [(2.0, 1e-2), (1.5, 1e-3), (1.0, 0.0)]}).axes[0].lines
     assert lines[0].get_xydata().tolist() == [[1.5, 1e-3], [2.0, 1e-2]]

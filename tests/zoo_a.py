@@ -23,7 +23,9 @@ def built(module: str, name: str, *, std: float = 0.2, **config: Any) -> nn.Modu
     """Return diffusers.models.transformers.MODULE.NAME(**config) with small random weights, frozen, in eval mode."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model: nn.Module = getattr(import_module(f"diffusers.models.transformers.{module}"), name)(**config)
+        model: nn.Module = getattr(import_module(f"diffusers.models.transformers.{module}"), name)(
+            **config
+        )
         for parameter in model.parameters():
             nn.init.normal_(parameter, std=std)
     return model.eval().requires_grad_(False)
@@ -83,9 +85,15 @@ def allegro() -> Entry:
     )
     embeddings = import_module("diffusers.models.embeddings")
     t, h, w, *_ = embeddings.get_3d_rotary_pos_embed_allegro(
-        embed_dim=12, crops_coords=((0, 0), (2, 2)), grid_size=(2, 2), temporal_size=2, device=torch.device("cpu")
+        embed_dim=12,
+        crops_coords=((0, 0), (2, 2)),
+        grid_size=(2, 2),
+        temporal_size=2,
+        device=torch.device("cpu"),
     )
-    positions = torch.cartesian_prod(torch.arange(2), torch.arange(2), torch.arange(2)).T[:, None]  # (3, 1, 8)
+    positions = torch.cartesian_prod(torch.arange(2), torch.arange(2), torch.arange(2)).T[
+        :, None
+    ]  # (3, 1, 8)
     return model, called(
         hidden_states=noise(1, 4, 2, 4, 4),
         encoder_hidden_states=noise(1, 3, 16, seed=2),
@@ -151,7 +159,9 @@ def auraflow() -> Entry:
         pos_embed_max_size=16,
     )
     return model, called(
-        hidden_states=noise(1, 4, 4, 4), encoder_hidden_states=noise(1, 3, 16, seed=2), timestep=torch.tensor([0.5])
+        hidden_states=noise(1, 4, 4, 4),
+        encoder_hidden_states=noise(1, 3, 16, seed=2),
+        timestep=torch.tensor([0.5]),
     )
 
 
@@ -187,7 +197,11 @@ def flux_like(**more: Any) -> dict[str, Any]:
     image = torch.cartesian_prod(torch.zeros(1), torch.arange(2.0), torch.arange(2.0))
     ids = {"img_ids": image, "txt_ids": torch.zeros(3, 3)}
     return called(
-        hidden_states=noise(1, 4, 4), encoder_hidden_states=noise(1, 3, 16, seed=2), timestep=T1 / 1000, **ids, **more
+        hidden_states=noise(1, 4, 4),
+        encoder_hidden_states=noise(1, 3, 16, seed=2),
+        timestep=T1 / 1000,
+        **ids,
+        **more,
     )
 
 
@@ -203,7 +217,9 @@ FLUX: dict[str, Any] = {
 
 
 def bria_fibo() -> Entry:
-    model = built("transformer_bria_fibo", "BriaFiboTransformer2DModel", **FLUX, text_encoder_dim=16)
+    model = built(
+        "transformer_bria_fibo", "BriaFiboTransformer2DModel", **FLUX, text_encoder_dim=16
+    )
     return model, flux_like(text_encoder_layers=[noise(1, 3, 16, seed=3 + i) for i in range(4)])
 
 
@@ -238,7 +254,11 @@ WAN: dict[str, Any] = {
 
 def chronoedit() -> Entry:
     model = built("transformer_chronoedit", "ChronoEditTransformer3DModel", **WAN)
-    return model, called(hidden_states=noise(1, 4, 2, 4, 4), timestep=T1, encoder_hidden_states=noise(1, 3, 16, seed=2))
+    return model, called(
+        hidden_states=noise(1, 4, 2, 4, 4),
+        timestep=T1,
+        encoder_hidden_states=noise(1, 3, 16, seed=2),
+    )
 
 
 COGVIDEO: dict[str, Any] = {
@@ -256,7 +276,11 @@ COGVIDEO: dict[str, Any] = {
 
 def cogvideox() -> Entry:
     model = built("cogvideox_transformer_3d", "CogVideoXTransformer3DModel", **COGVIDEO)
-    return model, called(hidden_states=noise(1, 2, 4, 4, 4), encoder_hidden_states=noise(1, 3, 16, seed=2), timestep=T1)
+    return model, called(
+        hidden_states=noise(1, 2, 4, 4, 4),
+        encoder_hidden_states=noise(1, 3, 16, seed=2),
+        timestep=T1,
+    )
 
 
 def consisid() -> Entry:
@@ -365,8 +389,12 @@ def cosmos() -> Entry:
 
 
 def dit() -> Entry:
-    model = built("dit_transformer_2d", "DiTTransformer2DModel", **SEEN, sample_size=4, num_embeds_ada_norm=10)
-    return model, called(hidden_states=noise(1, 4, 4, 4), timestep=T1.long(), class_labels=torch.tensor([3]))
+    model = built(
+        "dit_transformer_2d", "DiTTransformer2DModel", **SEEN, sample_size=4, num_embeds_ada_norm=10
+    )
+    return model, called(
+        hidden_states=noise(1, 4, 4, 4), timestep=T1.long(), class_labels=torch.tensor([3])
+    )
 
 
 def dreamlite() -> Entry:
@@ -379,7 +407,9 @@ def dreamlite() -> Entry:
         cross_attention_dim=16,
         qk_norm="rms_norm",
     )
-    return model, called(hidden_states=noise(1, 4, 4, 4), encoder_hidden_states=noise(1, 3, 16, seed=2))
+    return model, called(
+        hidden_states=noise(1, 4, 4, 4), encoder_hidden_states=noise(1, 3, 16, seed=2)
+    )
 
 
 def dual() -> Entry:
@@ -392,7 +422,9 @@ def dual() -> Entry:
         cross_attention_dim=16,
     )
     model.condition_lengths = [2, 3]
-    return model, called(hidden_states=noise(1, 4, 4, 4), encoder_hidden_states=noise(1, 5, 16, seed=2))
+    return model, called(
+        hidden_states=noise(1, 4, 4, 4), encoder_hidden_states=noise(1, 5, 16, seed=2)
+    )
 
 
 def easyanimate() -> Entry:
@@ -411,7 +443,11 @@ def easyanimate() -> Entry:
         time_embed_dim=8,
         text_embed_dim=16,
     )
-    return model, called(hidden_states=noise(1, 4, 2, 4, 4), timestep=T1, encoder_hidden_states=noise(1, 3, 16, seed=2))
+    return model, called(
+        hidden_states=noise(1, 4, 2, 4, 4),
+        timestep=T1,
+        encoder_hidden_states=noise(1, 3, 16, seed=2),
+    )
 
 
 def ernie() -> Entry:
@@ -428,7 +464,10 @@ def ernie() -> Entry:
         rope_axes_dim=(4, 4, 4),
     )
     return model, called(
-        hidden_states=noise(1, 4, 2, 2), timestep=T1, text_bth=noise(1, 3, 16, seed=2), text_lens=torch.tensor([3])
+        hidden_states=noise(1, 4, 2, 2),
+        timestep=T1,
+        text_bth=noise(1, 3, 16, seed=2),
+        text_lens=torch.tensor([3]),
     )
 
 
@@ -463,8 +502,12 @@ ZOO: dict[str, Callable[[], Entry]] = {
     "ChromaTransformer2DModel": chroma,
     "ChronoEditTransformer3DModel": chronoedit,
     "CogVideoXTransformer3DModel": cogvideox,
-    "CogView3PlusTransformer2DModel": lambda: cogview("transformer_cogview3plus", "CogView3PlusTransformer2DModel"),
-    "CogView4Transformer2DModel": lambda: cogview("transformer_cogview4", "CogView4Transformer2DModel"),
+    "CogView3PlusTransformer2DModel": lambda: cogview(
+        "transformer_cogview3plus", "CogView3PlusTransformer2DModel"
+    ),
+    "CogView4Transformer2DModel": lambda: cogview(
+        "transformer_cogview4", "CogView4Transformer2DModel"
+    ),
     "ConsisIDTransformer3DModel": consisid,
     "Cosmos3OmniTransformer": cosmos3,
     "CosmosTransformer3DModel": cosmos,

@@ -93,7 +93,11 @@ def _minimax_music3() -> Made:
         fourier_embedding_dim=8,
     )
     noise = _noise()
-    return model, {"hidden_states": noise(2, 4, 4), "timestep": _time(0.5), "encoder_hidden_states": noise(2, 4, 8)}
+    return model, {
+        "hidden_states": noise(2, 4, 4),
+        "timestep": _time(0.5),
+        "encoder_hidden_states": noise(2, 4, 8),
+    }
 
 
 def _mochi() -> Made:
@@ -280,7 +284,9 @@ def _qwenimage21() -> Made:
         "encoder_hidden_states": noise(2, 3, 8),
         "timestep": torch.tensor([0.5]),  # one for the batch: the model adds a row of its own
         "img_shapes": [[(1, 2, 2)], [(1, 2, 2)]],
-        "img_mask": torch.tensor([[False, False, False, True]]).expand(2, 4),  # a slot is 2 × 2 tokens
+        "img_mask": torch.tensor([[False, False, False, True]]).expand(
+            2, 4
+        ),  # a slot is 2 × 2 tokens
     }
 
 
@@ -388,7 +394,12 @@ def _sana() -> Made:
 
 
 def _sana_video() -> Made:
-    model = _tiny("transformer_sana_video", "SanaVideoTransformer3DModel", **_sana_config(), rope_max_seq_len=8)
+    model = _tiny(
+        "transformer_sana_video",
+        "SanaVideoTransformer3DModel",
+        **_sana_config(),
+        rope_max_seq_len=8,
+    )
     noise = _noise()
     return model, {
         "hidden_states": noise(2, 2, 2, 4, 4),
@@ -421,7 +432,12 @@ def _sana_wm_refiner() -> Made:
         "encoder_hidden_states": noise(2, 3, 8),
         "timestep": torch.full((2, 4), 500.0),
         "video_rotary_emb": model.build_rotary_emb_for_absolute_positions(
-            batch_size=2, frame_positions=[0], height=2, width=2, device=torch.device("cpu"), fps=8.0
+            batch_size=2,
+            frame_positions=[0],
+            height=2,
+            width=2,
+            device=torch.device("cpu"),
+            fps=8.0,
         ),
         "encoder_attention_mask": torch.ones(2, 3),
     }
@@ -442,7 +458,9 @@ def _sana_wm() -> Made:
         image_size=2,
     )
     noise = _noise()
-    cameras = torch.cat([torch.eye(4).flatten(), torch.tensor([2.0, 2.0, 1.0, 1.0])])  # camera to world; fx fy cx cy
+    cameras = torch.cat(
+        [torch.eye(4).flatten(), torch.tensor([2.0, 2.0, 1.0, 1.0])]
+    )  # camera to world; fx fy cx cy
     return model, {
         "hidden_states": noise(2, 2, 2, 2, 2),
         "timestep": torch.full((2, 1, 2), 500),
@@ -519,7 +537,10 @@ def _t5_film() -> Made:
     )
     noise = _noise()
     return model, {
-        "encodings_and_masks": [(noise(2, 3, 16), torch.ones(2, 3)), (noise(2, 2, 16), torch.ones(2, 2))],
+        "encodings_and_masks": [
+            (noise(2, 3, 16), torch.ones(2, 3)),
+            (noise(2, 2, 16), torch.ones(2, 2)),
+        ],
         "decoder_input_tokens": noise(2, 4, 4),
         "decoder_noise_time": _time(0.5),
     }
@@ -585,13 +606,22 @@ def _wan() -> Made:
 
 
 def _skyreels_v2() -> Made:
-    model = _tiny("transformer_skyreels_v2", "SkyReelsV2Transformer3DModel", **_wan_config(), inject_sample_info=True)
+    model = _tiny(
+        "transformer_skyreels_v2",
+        "SkyReelsV2Transformer3DModel",
+        **_wan_config(),
+        inject_sample_info=True,
+    )
     return model, _wan_inputs() | {"fps": torch.tensor([0, 1])}
 
 
 def _wan_vace() -> Made:
     model = _tiny(
-        "transformer_wan_vace", "WanVACETransformer3DModel", **_wan_config(), vace_layers=[0, 1], vace_in_channels=3
+        "transformer_wan_vace",
+        "WanVACETransformer3DModel",
+        **_wan_config(),
+        vace_layers=[0, 1],
+        vace_in_channels=3,
     )
     return model, _wan_inputs() | {"control_hidden_states": _noise()(2, 3, 2, 4, 4)}
 
@@ -637,7 +667,9 @@ def _wan_animate_2() -> Made:
         use_img_emb=False,
     )
     # The model would make a mask with torch.compile, which needs a C++ compiler; in this one all may see all.
-    model.block_masks[1, 4] = create_block_mask(lambda b, h, q, k: k >= 0, None, None, 128, 256, device="cpu")
+    model.block_masks[1, 4] = create_block_mask(
+        lambda b, h, q, k: k >= 0, None, None, 128, 256, device="cpu"
+    )
     noise = _noise()
     cache = _class("transformer_wan_animate_2", "WanAnimate2KVCache")(2)
     for layer in cache.layer_caches:

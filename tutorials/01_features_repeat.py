@@ -19,9 +19,11 @@
 # %matplotlib inline
 import torch
 
-from harmonica import Schedule, baselines, denoise, macs, plots, sample
-from harmonica.metrics import image_mse
+from harmonica import Schedule, denoise, macs, sample
+from harmonica.evaluation import pictures as plots
+from harmonica.evaluation.distances import image_mse
 from harmonica.models import load
+from harmonica.search import baselines
 
 torch.set_num_threads(1)  # the model is too small to share among cores
 denoiser = load("tiny", steps=20)  # frozen weights, DDIM with T = 20, guidance 1.5
@@ -39,7 +41,10 @@ denoiser = load("tiny", steps=20)  # frozen weights, DDIM with T = 20, guidance 
 x, _ = denoiser.draw(10, torch.Generator().manual_seed(0))  # (B, C, H, W) = (10, 1, 8, 8)
 labels = torch.arange(10)  # one of each digit
 walk = list(denoise(denoiser, x, labels))  # T × (10, 1, 8, 8)
-plots.sheet(torch.cat([x, walk[4], walk[9], walk[14], walk[19]]), title="noise, then x after steps 4, 9, 14, 19")
+plots.sheet(
+    torch.cat([x, walk[4], walk[9], walk[14], walk[19]]),
+    title="noise, then x after steps 4, 9, 14, 19",
+)
 
 # %% [markdown]
 # For half of the walk nothing can be recognised. All the same, each of the 20 steps ran the whole network.
@@ -103,7 +108,9 @@ for _ in denoise(denoiser, x, labels, watch):
 # the last step lies beyond them, so the next cell prints it.
 
 # %%
-plots.site_heatmap(change, tuple(denoiser.sites), label="relative change since step k − 1", most=0.4)
+plots.site_heatmap(
+    change, tuple(denoiser.sites), label="relative change since step k − 1", most=0.4
+)
 
 # %%
 print(f"median over sites, steps 1 to 18:   {change[1:19].median():.2f}")
@@ -128,7 +135,10 @@ print(f"entries below 0.1: {(change[1:] < 0.1).float().mean():.0%} of the table"
 # %%
 gaps = 10
 drift = baselines.drift(denoiser, x, labels, gap=gaps)  # kind → (T, gaps)
-lines = {kind: [0.0, *(float(rows[i:, i - 1].mean()) for i in range(1, gaps + 1))] for kind, rows in drift.items()}
+lines = {
+    kind: [0.0, *(float(rows[i:, i - 1].mean()) for i in range(1, gaps + 1))]
+    for kind, rows in drift.items()
+}
 plots.per_step(dict(sorted(lines.items())), xlabel="steps ago", ylabel="relative change")
 
 # %% [markdown]
@@ -143,7 +153,12 @@ plots.per_step(dict(sorted(lines.items())), xlabel="steps ago", ylabel="relative
 # %%
 plain = sample(denoiser, x, labels)
 half = baselines.every(denoiser, 2)
-plots.comparison(plain, sample(denoiser, x, labels, half), labels=labels.tolist(), title="every second step computes")
+plots.comparison(
+    plain,
+    sample(denoiser, x, labels, half),
+    labels=labels.tolist(),
+    title="every second step computes",
+)
 
 # %% [markdown]
 # All ten digits survive, although half of the features were not computed. **How far can one go?** Rows: everything
@@ -157,7 +172,9 @@ plots.sheet(torch.cat(list(images.values())), title="every 1st, 2nd, 3rd, 5th, 1
 # %%
 for n, table in tables.items():
     error = image_mse(images[n], plain)
-    print(f"n = {n:2}  reused {table.cur:5.1%}  {table.speedup(cost):.2f}x in theory  error {error:.1e}")
+    print(
+        f"n = {n:2}  reused {table.cur:5.1%}  {table.speedup(cost):.2f}x in theory  error {error:.1e}"
+    )
 
 # %% [markdown]
 # The error is the mean squared difference to the uncached picture, on a range of [−1, 1]. It rises steeply: twice the

@@ -17,10 +17,11 @@ from pathlib import Path
 
 import torch
 
-from harmonica import Schedule, denoise, gated, macs, plots, reuse, sample
+from harmonica import Schedule, denoise, gated, macs, reuse, sample
 from harmonica.cost import measure
-from harmonica.fast import Walk
-from harmonica.metrics import image_mse
+from harmonica.evaluation import pictures as plots
+from harmonica.evaluation.distances import image_mse
+from harmonica.inference.walk import Walk
 from harmonica.models import load
 
 torch.set_num_threads(1)
@@ -50,12 +51,16 @@ with gated(denoiser.sites, gate):
 print("asked, in this order:", asked)
 
 # %% [markdown]
-# After the `with`, the model is as it was: the gate shadowed the `forward` of 16 module objects and has been taken
+# After the `with`, the model is as it was: the gate overridden the `forward` of 16 module objects and has been taken
 # off again. Nothing was registered, and no class was changed.
 
 # %%
 denoiser.predict(x, 0, labels)
-print(len(asked), "asked in all; forward still shadowed:", any("forward" in vars(m) for m in denoiser.sites.values()))
+print(
+    len(asked),
+    "asked in all; forward still overridden:",
+    any("forward" in vars(m) for m in denoiser.sites.values()),
+)
 
 # %% [markdown]
 # ## A cache is a dict
@@ -68,7 +73,9 @@ N = len(denoiser.sites)
 cache = {}
 with torch.no_grad(), gated(denoiser.sites, reuse([True] * N, cache)):
     first = denoiser.predict(x, 0, labels)  # (2B, 1, 8, 8): both halves of guidance
-print(len(cache), "features, each", tuple(cache[0].shape), "(both halves of guidance, tokens, width)")
+print(
+    len(cache), "features, each", tuple(cache[0].shape), "(both halves of guidance, tokens, width)"
+)
 
 with torch.no_grad(), gated(denoiser.sites, reuse([False] * N, cache)):
     second = denoiser.predict(x, 0, labels)
@@ -130,7 +137,11 @@ print((10 * 8 + 5 * 4) / (T * N), mine.cur)
 
 # %%
 cost = macs(denoiser)
-for what, macs_of in {"attention": cost.sites[0], "feed-forward": cost.sites[1], "the rest": cost.rest}.items():
+for what, macs_of in {
+    "attention": cost.sites[0],
+    "feed-forward": cost.sites[1],
+    "the rest": cost.rest,
+}.items():
     print(f"{what:13}{float(macs_of) / 1e6:5.2f} million")
 
 # %% [markdown]
@@ -165,7 +176,9 @@ quarters = {
 }
 for name, schedule in quarters.items():
     error = image_mse(sample(denoiser, x, labels, schedule), plain)
-    print(f"{name:27} CUR {schedule.cur:.0%}  {schedule.speedup(cost):.2f}x in theory  image error {error:.1e}")
+    print(
+        f"{name:27} CUR {schedule.cur:.0%}  {schedule.speedup(cost):.2f}x in theory  image error {error:.1e}"
+    )
 
 # %% [markdown]
 # Feed-forwards save twice what attentions save, for the same damage. And the first half of the walk can be had nearly
@@ -179,15 +192,22 @@ for name, schedule in quarters.items():
 # %%
 better = table((slice(1, 10, 2), all_sites), (slice(11, 18, 2), slice(1, None, 2)))
 cached = sample(denoiser, x, labels, better)
-plots.comparison(plain, cached, labels=labels.tolist(), title=f"{better.speedup(cost):.2f}x in theory")
+plots.comparison(
+    plain, cached, labels=labels.tolist(), title=f"{better.speedup(cost):.2f}x in theory"
+)
 
 # %% [markdown]
 # It is faster than the quarter that reused feed-forwards at all odd steps, and better too:
 
 # %%
-for name, schedule in {"feed-forwards at odd steps": quarters["feed-forwards at odd steps"], "better": better}.items():
+for name, schedule in {
+    "feed-forwards at odd steps": quarters["feed-forwards at odd steps"],
+    "better": better,
+}.items():
     error = image_mse(sample(denoiser, x, labels, schedule), plain)
-    print(f"{name:27} CUR {schedule.cur:.0%}  {schedule.speedup(cost):.2f}x in theory  image error {error:.1e}")
+    print(
+        f"{name:27} CUR {schedule.cur:.0%}  {schedule.speedup(cost):.2f}x in theory  image error {error:.1e}"
+    )
 
 # %% [markdown]
 # ## Theory and the clock
@@ -202,7 +222,9 @@ for batch in (1, 8, 32):
     now = some[:batch], some_labels[:batch]
     slow = measure(denoiser, better, *now, repeats=3).speedup
     fast = measure(denoiser, better, *now, repeats=3, walk=Walk(denoiser, better)).speedup
-    print(f"batch {batch:2}: sample {slow:.2f}x, Walk {fast:.2f}x by the clock, {better.speedup(cost):.2f}x in theory")
+    print(
+        f"batch {batch:2}: sample {slow:.2f}x, Walk {fast:.2f}x by the clock, {better.speedup(cost):.2f}x in theory"
+    )
 
 # %% [markdown]
 # In a model this small, much of a step is not products: norms, modulations, calls, Python. Under `sample` all of that

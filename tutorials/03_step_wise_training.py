@@ -17,10 +17,12 @@ import inspect
 import torch
 from torch.optim import AdamW
 
-from harmonica import Router, baselines, blend, denoise, gated, macs, objective, plots, reuse, sample, sdt
-from harmonica.metrics import image_mse
+from harmonica import Router, blend, denoise, gated, macs, objective, reuse, sample, sdt
+from harmonica.evaluation import pictures as plots
+from harmonica.evaluation.distances import image_mse
 from harmonica.models import load
 from harmonica.models.tiny import digits
+from harmonica.search import baselines
 
 torch.set_num_threads(1)
 denoiser = load("tiny", steps=10)
@@ -72,7 +74,9 @@ last_but_one = [image_mse(walk[-2], plain[-2]) for walk in (seen, real)]
 print(
     f"after step 8: {last_but_one[0]:.1e} seen, {last_but_one[1]:.1e} real, {last_but_one[1] / last_but_one[0]:.0f} times as much"
 )
-print(f"in the image: {image_mse(seen[-1], plain[-1]):.1e} seen, {image_mse(real[-1], plain[-1]):.1e} real")
+print(
+    f"in the image: {image_mse(seen[-1], plain[-1]):.1e} seen, {image_mse(real[-1], plain[-1]):.1e} real"
+)
 
 # %% [markdown]
 # Whoever looks at single steps sees the error go back to zero whenever a step computes. It does not: a step that
@@ -130,7 +134,9 @@ with gated(denoiser.sites, blend(r, cache, tau)):
 
 # %%
 loss = objective(out, target, r, 1.0, beta)
-print(f"MSE {image_mse(out.detach(), target):.2e} + β·Σr {beta * float(r.detach().sum()):.2e} = {loss.item():.2e}")
+print(
+    f"MSE {image_mse(out.detach(), target):.2e} + β·Σr {beta * float(r.detach().sum()):.2e} = {loss.item():.2e}"
+)
 
 # %% [markdown]
 # **Step 1, the update.** Into row 1 of the router, and nowhere else: the weights are frozen, and kept features are
@@ -140,7 +146,10 @@ print(f"MSE {image_mse(out.detach(), target):.2e} + β·Σr {beta * float(r.deta
 optimizer.zero_grad(set_to_none=True)
 loss.backward()
 optimizer.step()
-print("rows with a gradient:", [k for k, row in enumerate(router.rows, start=1) if row.grad is not None])
+print(
+    "rows with a gradient:",
+    [k for k, row in enumerate(router.rows, start=1) if row.grad is not None],
+)
 
 # %% [markdown]
 # **Step 1, onwards.** The *student's* output takes the sampler step. This is the line that makes training and
@@ -148,7 +157,9 @@ print("rows with a gradient:", [k for k, row in enumerate(router.rows, start=1) 
 
 # %%
 x2 = denoiser.step(x1, out.detach(), 1, memory)
-print(f"the teacher would have gone elsewhere: {image_mse(x2, denoiser.step(x1, target, 1, {})):.1e}")
+print(
+    f"the teacher would have gone elsewhere: {image_mse(x2, denoiser.step(x1, target, 1, {})):.1e}"
+)
 
 # %% [markdown]
 # And so on to step T − 1; then the next noise. Here is the loop of the library. Find each of the lines above. What is
@@ -180,7 +191,9 @@ generator = torch.Generator().manual_seed(1)
 noise = (denoiser.draw(4, generator) for _ in range(25))
 history = list(sdt(denoiser, router, noise, tau=tau, beta=beta, lr=lr, proxy=None))
 ends = [update for update in history if update.k == T - 1]  # the last update of each trajectory
-plots.per_step({"CUR": [u.cur for u in ends]}, xlabel="trajectory", ylabel="share of the table reused")
+plots.per_step(
+    {"CUR": [u.cur for u in ends]}, xlabel="trajectory", ylabel="share of the table reused"
+)
 
 # %% [markdown]
 # At first hardly anything is reused: scores start around a half and have to travel below τ = 0.1. After twenty
@@ -213,7 +226,9 @@ rivals = {
     ),
     "every n-th step": baselines.every(denoiser, speedup=speedup),
 }
-plots.error_along_walk(plain, {name: list(along_its_own_walk(table)) for name, table in rivals.items()})
+plots.error_along_walk(
+    plain, {name: list(along_its_own_walk(table)) for name, table in rivals.items()}
+)
 
 # %%
 for name, table in rivals.items():
@@ -229,7 +244,7 @@ for name, table in rivals.items():
 # computing once in between would refresh the features for *all later* steps. The other two compute every now and then
 # by construction. On DiT-XL/2 the paper finds step-wise training ahead of Learning-to-Cache; a model of 0.63 million
 # weights neither confirms nor refutes that. What does see a refresh's effect on later steps is a search on whole walks,
-# from the trained table on: `harmonica/refine.py`, used in tutorial 5.
+# from the trained table on: `harmonica/search/refine.py`, used in tutorial 5.
 #
 # ## Exercises
 #

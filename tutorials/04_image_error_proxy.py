@@ -14,9 +14,10 @@
 # %matplotlib inline
 import torch
 
-from harmonica import Router, blend, denoise, image_error, macs, plots, sample, sdt
-from harmonica.denoise import last
-from harmonica.metrics import image_mse
+from harmonica import Router, blend, denoise, image_error, macs, sample, sdt
+from harmonica.denoise import final_image
+from harmonica.evaluation import pictures as plots
+from harmonica.evaluation.distances import image_mse
 from harmonica.models import load
 
 torch.set_num_threads(1)
@@ -43,7 +44,9 @@ still = Router(T, denoiser.sites, logits=router.logits)
 for update in sdt(denoiser, still, [(x, labels)], tau=tau, lr=0.0, proxy=None):
     mse[update.k] = update.mse
 plots.per_step(
-    {"MSE of the predicted noise": mse.tolist(), "λ, in the image": lam.tolist()}, ylabel="mean squared error", log=True
+    {"MSE of the predicted noise": mse.tolist(), "λ, in the image": lam.tolist()},
+    ylabel="mean squared error",
+    log=True,
 )
 
 # %% [markdown]
@@ -62,7 +65,7 @@ k = 6
 
 def image_under(table):
     cache = {}
-    return last(denoise(denoiser, x, labels, lambda k: blend(table[k], cache, tau)))
+    return final_image(denoise(denoiser, x, labels, lambda k: blend(table[k], cache, tau)))
 
 
 r = router().detach()  # (T, N)
@@ -84,7 +87,10 @@ print(f"by hand {by_hand:.6e}, by the library {float(lam[k]):.6e}")
 # give back. **Are the two alike?**
 
 # %%
-both = {mode: image_error(denoiser, r, x, labels, tau=tau, mode=mode) for mode in ("leave-one-out", "telescoping")}
+both = {
+    mode: image_error(denoiser, r, x, labels, tau=tau, mode=mode)
+    for mode in ("leave-one-out", "telescoping")
+}
 plots.lambda_per_step(both)
 
 # %% [markdown]
@@ -130,11 +136,15 @@ plain = sample(denoiser, held_out, held_out_labels)
 
 def train(beta, proxy=None, weights=None):
     """Train a router: λ from a proxy, or fixed weights, or 1."""
-    fresh = Router(T, denoiser.sites, generator=torch.Generator().manual_seed(0), about=denoiser.about)
+    fresh = Router(
+        T, denoiser.sites, generator=torch.Generator().manual_seed(0), about=denoiser.about
+    )
     generator = torch.Generator().manual_seed(1)
     noise = (denoiser.draw(4, generator) for _ in range(20))
     fixed = None if weights is None else weights.clone()
-    for _ in sdt(denoiser, fresh, noise, tau=tau, beta=beta, lr=0.2, refresh_every=5, proxy=proxy, lam=fixed):
+    for _ in sdt(
+        denoiser, fresh, noise, tau=tau, beta=beta, lr=0.2, refresh_every=5, proxy=proxy, lam=fixed
+    ):
         pass
     return fresh.schedule(tau)
 
@@ -144,7 +154,9 @@ tables = {
     "λ·MSE (IEPO)": train(1e-6, proxy="leave-one-out"),
     "(λ/MSE)·MSE": train(2.0e-4, weights=unit),
 }
-images = {name: sample(denoiser, held_out, held_out_labels, table) for name, table in tables.items()}
+images = {
+    name: sample(denoiser, held_out, held_out_labels, table) for name, table in tables.items()
+}
 for name, table in tables.items():
     speed = f"CUR {table.cur:.1%}  {table.speedup(cost):.2f}x"
     print(f"{name:13} {speed}  image error {image_mse(images[name], plain):.1e}")

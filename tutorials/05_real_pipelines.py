@@ -22,16 +22,31 @@ from pathlib import Path
 
 import torch
 
-from harmonica import Schedule, baselines, macs, plots, train_sdt
-from harmonica.metrics import image_mse
+from harmonica import Schedule, macs, train_sdt
+from harmonica.evaluation import pictures as plots
+from harmonica.evaluation.distances import image_mse
 from harmonica.models import digits, load
-from harmonica.models.pipelines import cached, disable_cache, enable_cache, from_pipeline, sites, summary
+from harmonica.models.pipelines.caching import (
+    cached,
+    disable_cache,
+    enable_cache,
+    from_pipeline,
+    sites,
+    summary,
+)
+from harmonica.search import baselines
 
 torch.set_num_threads(1)
 if WEIGHTS is None:
     pipe = digits.pipeline(load("tiny"))
     steps, guidance, classes = 10, 1.5, list(range(10))
-    training = {"iterations": 180, "batch_size": 16, "beta": 1e-4, "lr": 0.2, "proxy": None}  # no proxy: λ = 1
+    training = {
+        "iterations": 180,
+        "batch_size": 16,
+        "beta": 1e-4,
+        "lr": 0.2,
+        "proxy": None,
+    }  # no proxy: λ = 1
     REFINE = 9000
 else:
     from diffusers import DiTPipeline
@@ -53,7 +68,12 @@ print(type(pipe).__name__, "=", type(pipe.transformer).__name__, "+", type(pipe.
 def draw(**options):
     """Return the pipeline's images, (B, C, H, W) in [−1, 1], always from the same noise."""
     generator = torch.Generator().manual_seed(0)
-    options = {"num_inference_steps": steps, "guidance_scale": guidance, "generator": generator, **options}
+    options = {
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+        "generator": generator,
+        **options,
+    }
     images = pipe(classes, output_type="np", **options).images  # (B, H, W, C) in [0, 1]
     return torch.as_tensor(images).permute(0, 3, 1, 2) * 2 - 1
 
@@ -81,7 +101,12 @@ print(found)
 everything = Schedule(torch.ones(steps, len(found), dtype=torch.bool), sites=tuple(found))
 with cached(pipe, everything):
     same = draw()
-print("the same images:", torch.equal(same, stock), "- and after the with:", torch.equal(draw(), stock))
+print(
+    "the same images:",
+    torch.equal(same, stock),
+    "- and after the with:",
+    torch.equal(draw(), stock),
+)
 
 # %% [markdown]
 # ## Somebody else's table
@@ -94,7 +119,9 @@ print("the same images:", torch.equal(same, stock), "- and after the with:", tor
 with tempfile.TemporaryDirectory() as folder:
     file = Path(folder) / "table.json"
     alternating = [int(k % 2 == 0) for k in range(steps)]
-    file.write_text(json.dumps({"attn": alternating, "mlp": [int(k % 3 == 0) for k in range(steps)]}))
+    file.write_text(
+        json.dumps({"attn": alternating, "mlp": [int(k % 3 == 0) for k in range(steps)]})
+    )
     foreign = Schedule.load(file)
 print(foreign)
 
@@ -155,7 +182,9 @@ plots.comparison(stock, images, labels=classes, title="the trained table")
 # coarse: the nearest such table beyond 1.25× is faster than ours.
 
 # %%
-asked = {name: value for name, value in training.items() if name != "beta"} | {"target_speedup": 1.25}
+asked = {name: value for name, value in training.items() if name != "beta"} | {
+    "target_speedup": 1.25
+}
 landed = train_sdt(denoiser, **asked, refine=0, progress=False).schedule(tau=0.1)
 refined = train_sdt(denoiser, **asked, refine=REFINE, progress=False).schedule(tau=0.1)
 tables = {"trained": schedule, "target": landed, "target, refined": refined}
@@ -163,7 +192,9 @@ tables["every n-th"] = baselines.every(denoiser, speedup=1.25)
 for name, table in tables.items():
     with cached(pipe, table):
         error = image_mse(draw(), stock)
-    print(f"{name:15} {table.speedup(macs(denoiser)):.2f}x in theory, CUR {table.cur:.1%}, image error {error:.1e}")
+    print(
+        f"{name:15} {table.speedup(macs(denoiser)):.2f}x in theory, CUR {table.cur:.1%}, image error {error:.1e}"
+    )
 
 # %% [markdown]
 # ## Without a `with`

@@ -17,8 +17,10 @@
 import torch
 from torch import nn
 
-from harmonica import Schedule, baselines, check_denoiser, macs, plots, sample, train_sdt
+from harmonica import Schedule, check_denoiser, macs, sample, train_sdt
+from harmonica.evaluation import pictures as plots
 from harmonica.samplers import DDIM, alphas_cumprod
+from harmonica.search import baselines
 
 torch.set_num_threads(1)
 
@@ -28,9 +30,18 @@ class Moons(nn.Module):
 
     def __init__(self, width=64, depth=6):
         super().__init__()
-        self.points, self.time, self.moon = nn.Linear(2, width), nn.Linear(32, width), nn.Embedding(2, width)
+        self.points, self.time, self.moon = (
+            nn.Linear(2, width),
+            nn.Linear(32, width),
+            nn.Embedding(2, width),
+        )
         self.branches = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
+            nn.Sequential(
+                nn.LayerNorm(width),
+                nn.Linear(width, 2 * width),
+                nn.SiLU(),
+                nn.Linear(2 * width, width),
+            )
             for _ in range(depth)
         )
         self.out = nn.Linear(width, 2)
@@ -70,7 +81,9 @@ for _ in range(1500):
     t = torch.randint(1000, (256,), generator=generator)
     noise = torch.randn(256, 2, generator=generator)
     kept = signal[t][:, None]
-    loss = (model(kept.sqrt() * points + (1 - kept).sqrt() * noise, t, moon) - noise).square().mean()
+    loss = (
+        (model(kept.sqrt() * points + (1 - kept).sqrt() * noise, t, moon) - noise).square().mean()
+    )
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -102,7 +115,9 @@ class MoonsDenoiser:
         return self.sampler.step(x, out, k, memory)
 
     def draw(self, batch_size, generator):
-        return torch.randn(batch_size, 2, generator=generator), torch.randint(2, (batch_size,), generator=generator)
+        return torch.randn(batch_size, 2, generator=generator), torch.randint(
+            2, (batch_size,), generator=generator
+        )
 
 
 # %% [markdown]
@@ -143,7 +158,9 @@ real, real_moons = two_moons(1000, torch.Generator().manual_seed(1))
 def scatter(**sets):
     """Draw sets of (points, moon) side by side."""
     figure = Figure(figsize=(3 * len(sets), 2.6), layout="constrained")
-    for ax, (title, (points, moon)) in zip(figure.subplots(1, len(sets)), sets.items(), strict=True):
+    for ax, (title, (points, moon)) in zip(
+        figure.subplots(1, len(sets)), sets.items(), strict=True
+    ):
         ax.scatter(*points.T.numpy(), c=moon.numpy(), cmap="cividis", s=4)
         ax.set(title=title.replace("_", " "), xlim=(-2, 2), ylim=(-1.3, 1.3))
     return figure
@@ -158,7 +175,9 @@ scatter(data=(real, real_moons), drawn=(plain, moons))
 # λ = 1, plain step-wise training). **What does it reuse?**
 
 # %%
-schedule = train_sdt(denoiser, iterations=570, batch_size=32, beta=1e-3, lr=0.2, proxy=None, progress=False).schedule()
+schedule = train_sdt(
+    denoiser, iterations=570, batch_size=32, beta=1e-3, lr=0.2, proxy=None, progress=False
+).schedule()
 plots.router_heatmap(schedule, title=f"{schedule.speedup(cost):.2f}x in theory")
 
 # %% [markdown]
@@ -180,15 +199,23 @@ scatter(without_cache=(plain, moons), with_cache=(sample(denoiser, x, moons, sch
 # %%
 def equal_drift(denoiser, x, cond, computed):
     """Compute `computed` whole steps, between which features move equally far."""
-    moved = torch.stack(list(baselines.drift(denoiser, x, cond, gap=1).values())).mean(0)[:, 0]  # (T,)
+    moved = torch.stack(list(baselines.drift(denoiser, x, cond, gap=1).values())).mean(0)[
+        :, 0
+    ]  # (T,)
     moved[0] = 0.0  # no step before it
-    share = (moved.cumsum(0) / moved.sum() * computed).clamp_max(computed - 1e-6).floor()  # 0 … computed − 1
+    share = (
+        (moved.cumsum(0) / moved.sum() * computed).clamp_max(computed - 1e-6).floor()
+    )  # 0 … computed − 1
     starts = torch.tensor([True, *(share[1:] > share[:-1]).tolist()])  # (T,)
     compute = starts[:, None].expand(-1, len(denoiser.sites))
-    return Schedule(compute, sites=tuple(denoiser.sites), **denoiser.about, provenance={"method": "equal drift"})
+    return Schedule(
+        compute, sites=tuple(denoiser.sites), **denoiser.about, provenance={"method": "equal drift"}
+    )
 
 
-few, few_moons = denoiser.draw(64, torch.Generator().manual_seed(1))  # to measure on, others than those we judge by
+few, few_moons = denoiser.draw(
+    64, torch.Generator().manual_seed(1)
+)  # to measure on, others than those we judge by
 print(equal_drift(denoiser, few, few_moons, 10))
 
 # %% [markdown]
@@ -203,7 +230,10 @@ print(equal_drift(denoiser, few, few_moons, 10))
 # %%
 def judge(tables):
     """Return (speedup, error) of each table."""
-    return [(t.speedup(cost), float((sample(denoiser, x, moons, t) - plain).square().mean())) for t in tables]
+    return [
+        (t.speedup(cost), float((sample(denoiser, x, moons, t) - plain).square().mean()))
+        for t in tables
+    ]
 
 
 def train_to(speedup, **how):
@@ -218,14 +248,20 @@ bench = {
     "SDT, refined": judge([train_to(s) for s in speeds]),
     "SDT, refined, forecasts": judge([train_to(s, order=1) for s in speeds]),
     "every n-th step": judge([baselines.every(denoiser, speedup=s) for s in speeds]),
-    "dynamic programming": judge([baselines.dynamic_programming(denoiser, few, few_moons, speedup=s) for s in speeds]),
-    "equal drift (ours)": judge([equal_drift(denoiser, few, few_moons, n) for n in (17, 14, 12, 10)]),
+    "dynamic programming": judge(
+        [baselines.dynamic_programming(denoiser, few, few_moons, speedup=s) for s in speeds]
+    ),
+    "equal drift (ours)": judge(
+        [equal_drift(denoiser, few, few_moons, n) for n in (17, 14, 12, 10)]
+    ),
 }
 plots.tradeoff(bench, ylabel="mean squared distance")
 
 # %%
 for name, tables in bench.items():
-    print(f"{name:23}", "  ".join(f"{speedup:.2f}x {error:.1e}" for speedup, error in sorted(tables)))
+    print(
+        f"{name:23}", "  ".join(f"{speedup:.2f}x {error:.1e}" for speedup, error in sorted(tables))
+    )
 
 # %% [markdown]
 # Of the tables that reuse, SDT refined on whole walks is the front, by a factor of five or more from 1.2× to 2×. Refined

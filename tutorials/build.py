@@ -50,18 +50,22 @@ def main(scripts: list[str]) -> None:
     import nbformat
     from nbclient import NotebookClient
 
-    os.environ["PYTHONWARNINGS"] = "ignore:IProgress"  # tqdm asks for widgets, and says where it is installed
+    os.environ["PYTHONWARNINGS"] = (
+        "ignore:IProgress"  # tqdm asks for widgets, and says where it is installed
+    )
     for script in map(Path, scripts):
         made = notebook(script)
         about = dict(made.metadata)
-        NotebookClient(made, kernel_name="python3", record_timing=False, coalesce_streams=True).execute(
-            cwd=str(script.parent)
-        )
+        NotebookClient(
+            made, kernel_name="python3", record_timing=False, coalesce_streams=True
+        ).execute(cwd=str(script.parent))
         made.metadata = about  # running adds the version of Python
         nbformat.write(made, script.with_suffix(".ipynb"))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("scripts", nargs="+")
     main(parser.parse_args().scripts)

@@ -11,8 +11,9 @@
     pixart-sigma-2k       PixArt-Σ           256×256 latent, 300 tokens        dpm-solver++, T = 20, guidance 4.5
     uvit-h                U-ViT-H/2          32×32 latent of 256×256 images    dpm-solver++, T = 20, guidance 1.4
 
-Each takes each of the four samplers. Weights come from the hub, a folder, a file of the original, or are "random".
-A stock diffusers pipeline that is already in memory becomes a denoiser with `pipelines.from_pipeline`.
+Each takes each of the four samplers. Weights come from the hub, a folder, a file of the original,
+or are "random". A stock diffusers pipeline that is already in memory becomes a denoiser with
+`pipelines.from_pipeline`.
 """
 
 from __future__ import annotations
@@ -26,15 +27,22 @@ from typing import Any
 import torch
 
 from harmonica.denoise import Denoiser
-from harmonica.files import StrPath
 from harmonica.models import pixart
 from harmonica.models.dit import SIZES, DiT, DiTDenoiser, sincos_positions
 from harmonica.models.pixart import PIXART, PixArtDenoiser
+from harmonica.models.prompts import prompts_from
 from harmonica.models.tiny import TINY
 from harmonica.models.uvit import UVIT_H, UViT, UViTDenoiser
-from harmonica.models.weights import component, dit_from_diffusers, fetch, fill, from_diffusers, read_state
-from harmonica.prompts import prompts_from
+from harmonica.models.weights import (
+    component,
+    dit_from_diffusers,
+    fetch,
+    fill,
+    from_diffusers,
+    read_state,
+)
 from harmonica.samplers import Sampler, make_sampler
+from harmonica.storage.files import StrPath
 
 _XL = {"depth": 28, "hidden_size": 1152, "num_heads": 16, "patch_size": 2}
 DITS: dict[str, dict[str, Any]] = {
@@ -51,7 +59,17 @@ MODELS = (*DITS, *PIXART, "uvit-h")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Of the weights."""
 
-__all__ = ["DITS", "MODELS", "PIXART", "SIZES", "DiT", "DiTDenoiser", "PixArtDenoiser", "UViTDenoiser", "load"]
+__all__ = [
+    "DITS",
+    "MODELS",
+    "PIXART",
+    "SIZES",
+    "DiT",
+    "DiTDenoiser",
+    "PixArtDenoiser",
+    "UViTDenoiser",
+    "load",
+]
 
 
 def load(
@@ -66,21 +84,25 @@ def load(
     device: str | torch.device = "cpu",
     activation_checkpointing: bool = False,
 ) -> Denoiser:
-    """Return a frozen model with its sampler and guidance, ready to walk, to train a router for, or to count.
+    """Return a frozen model with its sampler and guidance, ready to walk, to train a router for, or
+    to count.
 
     Args:
         name: one of MODELS.
-        sampler: "ddim", "dpm-solver++", "iddpm" or "sa-solver"; None for the model's own (table above).
+        sampler: "ddim", "dpm-solver++", "iddpm" or "sa-solver"; None for the model's own (table
+            above).
         steps: T, predictions in one walk.
         guidance: classifier-free guidance scale; 1 switches it off; None for the model's own.
-        weights: None for the model's repository on the hub (`tiny` has its weights in the package); a folder saved by
-            diffusers; a .pt, .pth or .safetensors file in the original parameter names; "random" for timing.
-        prompts: for PixArt, what images to train on: a file with one prompt a line, or the prompts; None for a bundled
-            list. They are encoded here, once; with random weights the embeddings are drawn.
+        weights: None for the model's repository on the hub (`tiny` has its weights in the package);
+            a folder saved by diffusers; a .pt, .pth or .safetensors file in the original parameter
+            names; "random" for timing.
+        prompts: for PixArt, what images to train on: a file with one prompt a line, or the prompts;
+            None for a bundled list. They are encoded here, once; with random weights the embeddings
+            are drawn.
         dtype: of the weights; x stays float32 if they are half as wide.
         device: where everything lives.
-        activation_checkpointing: in training, run blocks again instead of keeping what they computed: less memory,
-            more time, the same gradients.
+        activation_checkpointing: in training, run blocks again instead of keeping what they
+            computed: less memory, more time, the same gradients.
 
     Raises:
         ValueError: if a name, a number, or the weights do not fit, or the weights cannot be had.
@@ -103,7 +125,14 @@ def load(
     if name in DITS:
         return _dit(name, drawn, 1.5 if guidance is None else guidance, weights, place)
     if name in PIXART:
-        return _pixart(name, drawn, 4.5 if guidance is None else guidance, weights, prompts_from(prompts), place)
+        return _pixart(
+            name,
+            drawn,
+            4.5 if guidance is None else guidance,
+            weights,
+            prompts_from(prompts),
+            place,
+        )
     return _uvit(drawn, 1.4 if guidance is None else guidance, weights, place)
 
 
@@ -121,9 +150,13 @@ def _where(weights: StrPath | None) -> Any:
     return torch.device("cpu" if weights == "random" else "meta")
 
 
-def _dit(name: str, sampler: Sampler, guidance: float, weights: StrPath | None, place: _Place) -> DiTDenoiser:
+def _dit(
+    name: str, sampler: Sampler, guidance: float, weights: StrPath | None, place: _Place
+) -> DiTDenoiser:
     if weights is None:
-        weights = Path(__file__).with_name("tiny.safetensors") if name == "tiny" else _dit_from_hub(name)
+        weights = (
+            Path(__file__).with_name("tiny.safetensors") if name == "tiny" else _dit_from_hub(name)
+        )
     with _where(weights):
         model = DiT(**DITS[name])
     if weights != "random":
@@ -132,7 +165,9 @@ def _dit(name: str, sampler: Sampler, guidance: float, weights: StrPath | None, 
     model.activation_checkpointing = place.activation_checkpointing
     guided = 3 if name != "tiny" else None  # the original guides 3 of its 4 latent channels
     model.to(device=place.device, dtype=place.dtype)
-    return DiTDenoiser(model, sampler, guidance=guidance, guided_channels=guided, name=name.removesuffix("-256"))
+    return DiTDenoiser(
+        model, sampler, guidance=guidance, guided_channels=guided, name=name.removesuffix("-256")
+    )
 
 
 def _dit_from_hub(name: str) -> Path:
@@ -147,26 +182,39 @@ def _diffusers_dit(folder: StrPath, model: DiT) -> dict[str, torch.Tensor]:
 
     place = component(folder, "transformer", "DiTTransformer2DModel", "Transformer2DModel")
     theirs = from_diffusers(DiTTransformer2DModel, place)
-    if theirs.config.sample_size != model.input_size:  # positions are made anew, so the shapes alone would fit
+    if (
+        theirs.config.sample_size != model.input_size
+    ):  # positions are made anew, so the shapes alone would fit
         size = theirs.config.sample_size
-        raise ValueError(f"{folder} is for a latent of {size} × {size}; this model has {model.input_size}")
+        raise ValueError(
+            f"{folder} is for a latent of {size} × {size}; this model has {model.input_size}"
+        )
     positions = sincos_positions(model.pos_embed.shape[2], model.input_size // model.patch_size)
     return dit_from_diffusers(theirs.state_dict(), positions)
 
 
 def _pixart(
-    name: str, sampler: Sampler, guidance: float, weights: StrPath | None, texts: Sequence[str], place: _Place
+    name: str,
+    sampler: Sampler,
+    guidance: float,
+    weights: StrPath | None,
+    texts: Sequence[str],
+    place: _Place,
 ) -> PixArtDenoiser:
     variant = PIXART[name]
     if weights == "random":
         encoded = pixart.random_prompts(texts, variant.text_tokens, pixart.XL["caption_channels"])
         transformer = pixart.transformer_of(variant)
-        torch.nn.Module.to(transformer, place.dtype)  # diffusers' own `to` warns of modules that it does not have
+        torch.nn.Module.to(
+            transformer, place.dtype
+        )  # diffusers' own `to` warns of modules that it does not have
     else:
         text_folder = _pixart_folder(variant.rest, ["tokenizer/*", "text_encoder/*"], weights)
         folder = _pixart_folder(variant.transformer, ["transformer/*"], weights)
         folder = component(folder, "transformer", "PixArtTransformer2DModel", "Transformer2DModel")
-        encoded = pixart.encode(text_folder, texts, variant.text_tokens, dtype=place.dtype, device=place.device)
+        encoded = pixart.encode(
+            text_folder, texts, variant.text_tokens, dtype=place.dtype, device=place.device
+        )
         transformer = pixart.read_transformer(folder, variant, name, place.dtype)
     transformer.to(place.device)
     if place.activation_checkpointing:
@@ -181,17 +229,23 @@ def _pixart_folder(repository: str, patterns: list[str], weights: StrPath | None
     return fetch(repository, patterns, otherwise=ways)
 
 
-def _uvit(sampler: Sampler, guidance: float, weights: StrPath | None, place: _Place) -> UViTDenoiser:
+def _uvit(
+    sampler: Sampler, guidance: float, weights: StrPath | None, place: _Place
+) -> UViTDenoiser:
     if weights is None:
         raise ValueError(
             "the weights of uvit-h are on no hub that we know; pass weights=PATH of the original "
             'imagenet256_uvit_huge.pth (or the same in .safetensors), or weights="random" to time it'
         )
     if Path(weights).is_dir():
-        raise ValueError(f"{weights} is a folder; uvit-h takes the original file, imagenet256_uvit_huge.pth")
+        raise ValueError(
+            f"{weights} is a folder; uvit-h takes the original file, imagenet256_uvit_huge.pth"
+        )
     with _where(weights):
         model = UViT(**UVIT_H)  # type: ignore[arg-type]
     if weights != "random":
         fill(model, read_state(weights), weights)
     model.activation_checkpointing = place.activation_checkpointing
-    return UViTDenoiser(model.to(device=place.device, dtype=place.dtype), sampler, guidance=guidance)
+    return UViTDenoiser(
+        model.to(device=place.device, dtype=place.dtype), sampler, guidance=guidance
+    )

@@ -2,8 +2,8 @@
 
     decoder(name, weights)(x)     x (B, C, H, W) latent -> images (B, 3, 8H, 8W) in [−1, 1]
 
-The bundled model has no autoencoder, its latent is the image. With random weights there is no image to see: the first
-three channels of the latent stand in for one.
+The bundled model has no autoencoder, its latent is the image. With random weights there is no image
+to see: the first three channels of the latent stand in for one.
 
 This file does not know samplers, caches or routers.
 """
@@ -17,15 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harmonica.files import StrPath
 from harmonica.models.pixart import PIXART
 from harmonica.models.weights import component, fetch, from_diffusers
+from harmonica.storage.files import StrPath
 
 Decoder = Callable[[Tensor], Tensor]
 
 
 def decoder(
-    name: str, weights: StrPath | None = None, *, vae: StrPath | None = None, device: str | torch.device = "cpu"
+    name: str,
+    weights: StrPath | None = None,
+    *,
+    vae: StrPath | None = None,
+    device: str | torch.device = "cpu",
 ) -> Decoder:
     """Return what turns the latents of a model into images, one image at a time, in float32.
 
@@ -48,7 +52,9 @@ def decoder(
 
     def decode(x: Tensor) -> Tensor:
         with torch.no_grad():
-            return torch.cat([model.decode(sample[None].float() / scale).sample.clamp(-1, 1) for sample in x])
+            return torch.cat(
+                [model.decode(sample[None].float() / scale).sample.clamp(-1, 1) for sample in x]
+            )
 
     return decode
 

@@ -1,15 +1,16 @@
 """Blocks: skip all that a skipped site does not need, not only the site.
 
-`gated` overrides sites, so the norm and the modulation before a skipped site still run. `gated_blocks` overrides the
-blocks that it knows, and asks the same gate with all of the branch inside:
+`gated` overrides sites, so the norm and the modulation before a skipped site still run.
+`gated_blocks` overrides the blocks that it knows, and asks the same gate with all of the branch
+inside:
 
     gated          n = norm(h)·(1 + scale) + shift;   h + gate · ask(i, lambda: site(n))
     gated_blocks                                      h + gate · ask(i, lambda: site(norm(h)·(1 + scale) + shift))
 
-The same operations in the same order, so the same numbers bit for bit. Known are our DiT's block, U-ViT's, and
-diffusers' BasicTransformerBlock with adaLN-zero (DiTPipeline) and adaLN-single (PixArt). Whatever is unusual about a
-block or a call, a hook on a norm, a chunked feed-forward, arguments of an adapter, takes the plain way through `gated`,
-for this block and this call.
+The same operations in the same order, so the same numbers bit for bit. Known are our DiT's block,
+U-ViT's, and diffusers' BasicTransformerBlock with adaLN-zero (DiTPipeline) and adaLN-single
+(PixArt). Whatever is unusual about a block or a call, a hook on a norm, a chunked feed-forward,
+arguments of an adapter, takes the plain way through `gated`, for this block and this call.
 
 This file does not know schedules, steps or samplers.
 """
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 
 from harmonica.cache import Compute, Feature, Gate, gated
 from harmonica.models import dit, uvit
-from harmonica.shadows import shadowed
+from harmonica.override import overridden
 
 Ask = Callable[[str, Compute], Feature]
 """(name of a block's site, branch) -> feature; a module that is no site computes."""
@@ -39,7 +40,14 @@ class Arithmetic:
     h tokens (B, N, D)   scale, shift, gate (B, 1, D)   out, what a site returned (B, N, D)
     """
 
-    def branch(self, site: Callable[[Tensor], Tensor], norm: nn.Module, h: Tensor, scale: Tensor, shift: Tensor) -> Any:
+    def branch(
+        self,
+        site: Callable[[Tensor], Tensor],
+        norm: nn.Module,
+        h: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+    ) -> Any:
         """Return site(norm(h)·(1 + scale) + shift)."""
         return site(norm(h) * (1 + scale) + shift)
 
@@ -51,7 +59,14 @@ class Arithmetic:
 class Fused(Arithmetic):
     """The same in fewer passes over memory: a product and a sum are rounded once, not twice."""
 
-    def branch(self, site: Callable[[Tensor], Tensor], norm: nn.Module, h: Tensor, scale: Tensor, shift: Tensor) -> Any:
+    def branch(
+        self,
+        site: Callable[[Tensor], Tensor],
+        norm: nn.Module,
+        h: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+    ) -> Any:
         """Return site(norm(h)·(1 + scale) + shift)."""
         return site(torch.addcmul(shift, norm(h), 1 + scale))
 
@@ -61,7 +76,8 @@ class Fused(Arithmetic):
 
 
 class Compiled(Arithmetic):
-    """The same, compiled: one graph for each kind of branch, one for the sum; what decides stays Python.
+    """The same, compiled: one graph for each kind of branch, one for the sum; what decides stays
+    Python.
 
     Args:
         options: of torch.compile.
@@ -71,7 +87,14 @@ class Compiled(Arithmetic):
         self._branch = torch.compile(_branch, dynamic=False, **options)
         self._add = torch.compile(_add, dynamic=False, **options)
 
-    def branch(self, site: Callable[[Tensor], Tensor], norm: nn.Module, h: Tensor, scale: Tensor, shift: Tensor) -> Any:
+    def branch(
+        self,
+        site: Callable[[Tensor], Tensor],
+        norm: nn.Module,
+        h: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+    ) -> Any:
         """Return site(norm(h)·(1 + scale) + shift)."""
         return self._branch(site, norm, h, scale, shift)
 
@@ -80,7 +103,9 @@ class Compiled(Arithmetic):
         return self._add(h.contiguous(), gate, out)
 
 
-def _branch(site: Callable[[Tensor], Any], norm: nn.Module, h: Tensor, scale: Tensor, shift: Tensor) -> Any:
+def _branch(
+    site: Callable[[Tensor], Any], norm: nn.Module, h: Tensor, scale: Tensor, shift: Tensor
+) -> Any:
     return site(norm(h) * (1 + scale) + shift)
 
 
@@ -96,12 +121,20 @@ EXACT, FUSED = Arithmetic(), Fused()
 
 def dit_block(block: dit.Block, ask: Ask, math: Arithmetic, h: Tensor, c: Tensor) -> Tensor:
     """Do what `dit.Block.forward` does."""
-    shift1, scale1, gate1, shift2, scale2, gate2 = block.adaLN_modulation(c)[:, None].chunk(6, dim=-1)  # (B, 1, D)
-    h = math.add(h, gate1, ask("attn", lambda: math.branch(block.attn, block.norm1, h, scale1, shift1)))
-    return math.add(h, gate2, ask("mlp", lambda: math.branch(block.mlp, block.norm2, h, scale2, shift2)))
+    shift1, scale1, gate1, shift2, scale2, gate2 = block.adaLN_modulation(c)[:, None].chunk(
+        6, dim=-1
+    )  # (B, 1, D)
+    h = math.add(
+        h, gate1, ask("attn", lambda: math.branch(block.attn, block.norm1, h, scale1, shift1))
+    )
+    return math.add(
+        h, gate2, ask("mlp", lambda: math.branch(block.mlp, block.norm2, h, scale2, shift2))
+    )
 
 
-def uvit_block(block: uvit.Block, ask: Ask, math: Arithmetic, h: uvit.Streams, skip: uvit.Streams = ()) -> uvit.Streams:
+def uvit_block(
+    block: uvit.Block, ask: Ask, math: Arithmetic, h: uvit.Streams, skip: uvit.Streams = ()
+) -> uvit.Streams:
     """Do what `uvit.Block.forward` does."""
     if block.skip_linear is not None:
         h = uvit.each(block.skip_linear, uvit.each(uvit.concatenate, h, skip))
@@ -123,8 +156,12 @@ def ada_zero_block(
     c = ada.emb(timestep, class_labels, hidden_dtype=h.dtype)  # (B, D)
     parts = ada.linear(ada.silu(c)).chunk(6, dim=1)
     shift1, scale1, gate1, shift2, scale2, gate2 = (part[:, None] for part in parts)  # (B, 1, D)
-    h = math.add(h, gate1, ask("attn1", lambda: math.branch(block.attn1, ada.norm, h, scale1, shift1)))
-    return math.add(h, gate2, ask("ff", lambda: math.branch(block.ff, block.norm3, h, scale2, shift2)))
+    h = math.add(
+        h, gate1, ask("attn1", lambda: math.branch(block.attn1, ada.norm, h, scale1, shift1))
+    )
+    return math.add(
+        h, gate2, ask("ff", lambda: math.branch(block.ff, block.norm3, h, scale2, shift2))
+    )
 
 
 def ada_single_block(
@@ -137,15 +174,22 @@ def ada_single_block(
     encoder_attention_mask: Tensor | None = None,
     attention_mask: Tensor | None = None,
 ) -> Tensor:
-    """Do what diffusers' block does with adaLN-single, where all blocks share one modulation: PixArt."""
+    """Do what diffusers' block does with adaLN-single, where all blocks share one modulation:
+    PixArt.
+    """
     h = hidden_states  # (B, N, D)
     shared = block.scale_shift_table[None] + timestep.reshape(len(h), 6, -1)  # (B, 6, D)
     shift1, scale1, gate1, shift2, scale2, gate2 = shared.chunk(6, dim=1)  # (B, 1, D)
     own = partial(block.attn1, encoder_hidden_states=None, attention_mask=attention_mask)
     h = math.add(h, gate1, ask("attn1", lambda: math.branch(own, block.norm1, h, scale1, shift1)))
-    text = {"encoder_hidden_states": encoder_hidden_states, "attention_mask": encoder_attention_mask}
+    text = {
+        "encoder_hidden_states": encoder_hidden_states,
+        "attention_mask": encoder_attention_mask,
+    }
     h = ask("attn2", lambda: block.attn2(h, **text)) + h
-    return math.add(h, gate2, ask("ff", lambda: math.branch(block.ff, block.norm2, h, scale2, shift2)))
+    return math.add(
+        h, gate2, ask("ff", lambda: math.branch(block.ff, block.norm2, h, scale2, shift2))
+    )
 
 
 # ------------------------------------------------------------ which block is known
@@ -159,7 +203,8 @@ class Form:
         run: (block, ask, arithmetic, *what the block's forward takes) -> what it returns.
         arguments: of the block's forward in its order, tokens first.
         sites: modules of the block that may be sites.
-        norms: modules that do not run where their site is skipped; one that is hooked must run, and forbids this form.
+        norms: modules that do not run where their site is skipped; one that is hooked must run, and
+            forbids this form.
         unused: arguments that `run` does not do, so they must be None or empty.
         fits: whether a block of this class is of the kind that `run` does.
     """
@@ -177,7 +222,9 @@ class Form:
         h = named.get(self.arguments[0])
         if len(args) > len(self.arguments) or not named.keys() <= set(self.arguments):
             return None
-        if (isinstance(h, Tensor) and h.dim() != 3) or not all(_empty(named.pop(name, None)) for name in self.unused):
+        if (isinstance(h, Tensor) and h.dim() != 3) or not all(
+            _empty(named.pop(name, None)) for name in self.unused
+        ):
             return None
         return named
 
@@ -202,15 +249,24 @@ _BASIC_ARGUMENTS = (
     "cross_attention_kwargs", "class_labels", "added_cond_kwargs",
 )  # fmt: skip
 FORMS: dict[str, tuple[Form, ...]] = {
-    "harmonica.models.dit.Block": (Form(dit_block, ("h", "c"), ("attn", "mlp"), ("norm1", "norm2")),),
-    "harmonica.models.uvit.Block": (Form(uvit_block, ("h", "skip"), ("attn", "mlp"), ("norm1", "norm2")),),
+    "harmonica.models.dit.Block": (
+        Form(dit_block, ("h", "c"), ("attn", "mlp"), ("norm1", "norm2")),
+    ),
+    "harmonica.models.uvit.Block": (
+        Form(uvit_block, ("h", "skip"), ("attn", "mlp"), ("norm1", "norm2")),
+    ),
     _BASIC: (
         Form(
             ada_zero_block,
             _BASIC_ARGUMENTS,
             sites=("attn1", "ff"),
             norms=("norm1", "norm1.norm", "norm3"),
-            unused=("attention_mask", "encoder_hidden_states", "encoder_attention_mask", "cross_attention_kwargs"),
+            unused=(
+                "attention_mask",
+                "encoder_hidden_states",
+                "encoder_attention_mask",
+                "cross_attention_kwargs",
+            ),
             fits=_ada_zero,
         ),
         Form(
@@ -223,7 +279,8 @@ FORMS: dict[str, tuple[Form, ...]] = {
         ),
     ),
 }
-"""Forms of the blocks that are known, by the name of their class: naming a class does not import it."""
+"""Forms of the blocks that are known, by the name of their class: naming a class does not import
+it."""
 
 
 def form_of(block: nn.Module) -> Form | None:
@@ -235,10 +292,15 @@ def form_of(block: nn.Module) -> Form | None:
 
 
 def _usual(block: nn.Module, form: Form) -> bool:
-    """Tell whether nobody has put anything on the block that would see, or want, what is not called any more."""
+    """Tell whether nobody has put anything on the block that would see, or want, what is not called
+    any more.
+    """
     norms = [block.get_submodule(name) for name in form.norms]
     sites = [block.get_submodule(name) for name in form.sites]
-    replaced = any("forward" in vars(module) or module._compiled_call_impl is not None for module in (block, *norms))
+    replaced = any(
+        "forward" in vars(module) or module._compiled_call_impl is not None
+        for module in (block, *norms)
+    )
     hooked = any(module._forward_hooks or module._forward_pre_hooks for module in (*norms, *sites))
     return not (replaced or hooked or block.training)
 
@@ -254,17 +316,23 @@ def gated_blocks(
     *,
     math: Arithmetic = EXACT,
 ) -> Iterator[None]:
-    """Do what `gated(sites, gate)` does, with the norm and the modulation before each site inside the gate.
+    """Do what `gated(sites, gate)` does, with the norm and the modulation before each site inside
+    the gate.
 
     Args:
-        model: whose blocks are looked through; None knows no blocks, and all sites are overridden one by one.
+        model: whose blocks are looked through; None knows no blocks, and all sites are overridden
+            one by one.
         sites: modules in the order of the table's columns, as in `gated`.
         gate: asked as gate(index of the site, compute).
         math: EXACT gives the numbers of `gated` bit for bit, FUSED to rounding.
     """
     modules = list(sites.values() if isinstance(sites, Mapping) else sites)
     column = {id(module): site for site, module in enumerate(modules)}
-    blocks = [(block, form) for block in (model.modules() if model is not None else ()) if (form := form_of(block))]
+    blocks = [
+        (block, form)
+        for block in (model.modules() if model is not None else ())
+        if (form := form_of(block))
+    ]
     inside = {id(block.get_submodule(name)) for block, form in blocks for name in form.sites}
     rest = [site for site, module in enumerate(modules) if id(module) not in inside]
 
@@ -273,7 +341,10 @@ def gated_blocks(
         return partial(_run, form, gate, math, columns, block, block.forward)
 
     known = ((block, running(block, form)) for block, form in blocks)
-    with gated([modules[site] for site in rest], partial(_renamed, gate, rest)), shadowed("forward", known):
+    with (
+        gated([modules[site] for site in rest], partial(_renamed, gate, rest)),
+        overridden("forward", known),
+    ):
         yield
 
 
@@ -292,7 +363,8 @@ def _run(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    # Shadows are partials of this function, as in `gated`: a block that is copied runs its own weights.
+    # Shadows are partials of this function, as in `gated`: a block that is copied runs its own
+    # weights.
     def ask(name: str, compute: Compute) -> Feature:
         site = columns[name]
         return compute() if site is None else gate(site, compute)
@@ -301,5 +373,7 @@ def _run(
     if named is not None and getattr(block, "_chunk_size", None) is None:
         return form.run(block, ask, math, **named)
     mine = {name: site for name, site in columns.items() if site is not None}
-    with gated([block.get_submodule(name) for name in mine], partial(_renamed, gate, list(mine.values()))):
+    with gated(
+        [block.get_submodule(name) for name in mine], partial(_renamed, gate, list(mine.values()))
+    ):
         return forward(*args, **kwargs)

@@ -1,7 +1,9 @@
-"""Digits: a stock diffusers DiTPipeline that draws the bundled model's digits, to learn on and to test with.
+"""Digits: a stock diffusers DiTPipeline that draws the bundled model's digits, to learn on and to
+test with.
 
-`pipeline()` is made of diffusers' own classes, so everything that works on it works on DiT-XL/2. Only the weights are
-the bundled ones, and the autoencoder is none, since the bundled model draws pixels.
+`pipeline()` is made of diffusers' own classes, so everything that works on it works on DiT-XL/2.
+Only the weights are the bundled ones, and the autoencoder is none, since the bundled model draws
+pixels.
 """
 
 from __future__ import annotations
@@ -43,8 +45,8 @@ class Pixels(nn.Module):
 def pipeline(denoiser: DiTDenoiser) -> Any:
     """Return a DiTPipeline around the weights of `load("tiny")`, with DPM-Solver++.
 
-    Its timestep embedding and norms are set to the original's, for which the weights were trained (see
-    `harmonica.models.pipelines.original_numerics`).
+    Its timestep embedding and norms are set to the original's, for which the weights were trained
+    (see `harmonica.models.pipelines.caching.original_numerics`).
     """
     from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
     from diffusers.pipelines.dit.pipeline_dit import DiTPipeline
@@ -58,10 +60,14 @@ def pipeline(denoiser: DiTDenoiser) -> Any:
     )  # fmt: skip
     state = dict(denoiser.model.state_dict())
     table = state["y_embedder.embedding_table.weight"]  # (11, D)
-    state["y_embedder.embedding_table.weight"] = table[[*(i % 10 for i in range(CLASSES)), 10]]  # (1001, D)
+    state["y_embedder.embedding_table.weight"] = table[
+        [*(i % 10 for i in range(CLASSES)), 10]
+    ]  # (1001, D)
     transformer.load_state_dict(dit_to_diffusers(state))
     for block in transformer.transformer_blocks:
         block.norm1.emb.time_proj.downscale_freq_shift, block.norm3.eps = 0, 1e-6
-    made: Any = DiTPipeline(transformer.eval().requires_grad_(False), Pixels(), DPMSolverMultistepScheduler())
+    made: Any = DiTPipeline(
+        transformer.eval().requires_grad_(False), Pixels(), DPMSolverMultistepScheduler()
+    )
     made.set_progress_bar_config(disable=True)
     return made

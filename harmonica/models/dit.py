@@ -1,18 +1,21 @@
-"""DiT (Peebles & Xie 2023) in the original checkpoints' parameter names, and the denoiser built from it.
+"""DiT (Peebles & Xie 2023) in the original checkpoints' parameter names, and the denoiser built
+from it.
 
-A DiT is a ViT on latent patches whose every block is steered by the timestep and the class through adaLN-zero:
+A DiT is a ViT on latent patches whose every block is steered by the timestep and the class through
+adaLN-zero:
 
     c = embed(t) + embed(y)                                              (B, D)
     shift₁, scale₁, gate₁, shift₂, scale₂, gate₂ = adaLN(c)              6 × (B, D)
     h = h + gate₁ · attn(norm(h)·(1 + scale₁) + shift₁)                  (B, N, D)
     h = h + gate₂ · mlp (norm(h)·(1 + scale₂) + shift₂)                  (B, N, D)
 
-`attn` and `mlp` of each block are the cacheable sites: what a router reuses is their output *before* the gate,
-so a reused feature is still scaled by the gate of the step that uses it.
+`attn` and `mlp` of each block are the cacheable sites: what a router reuses is their output
+*before* the gate, so a reused feature is still scaled by the gate of the step that uses it.
 
     B batch   C latent channels   H, W latent size   P patch size   N = (H/P)(W/P) tokens   D hidden size
 
-This file does not know caches or routers. A checkpoint of the original (`DiT-XL-2-256x256.pt`) loads strictly.
+This file does not know caches or routers. A checkpoint of the original (`DiT-XL-2-256x256.pt`)
+loads strictly.
 """
 
 from __future__ import annotations
@@ -57,7 +60,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend over the N tokens."""
-        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, N, D/heads)
+        q, k, v = (
+            self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        )  # (B, heads, N, D/heads)
         attended = F.scaled_dot_product_attention(q, k, v)
         return self.proj(attended.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
@@ -88,13 +93,17 @@ class Block(nn.Module):
 
     def forward(self, h: Tensor, c: Tensor) -> Tensor:
         """Update tokens h (B, N, D) under condition c (B, D)."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)  # (B, 1, D)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)[:, None].chunk(
+            6, dim=-1
+        )  # (B, 1, D)
         h = h + gate1 * self.attn(self.norm1(h) * (1 + scale1) + shift1)
         return h + gate2 * self.mlp(self.norm2(h) * (1 + scale2) + shift2)  # type: ignore[no-any-return]
 
 
 class TimestepEmbedder(nn.Module):
-    """Timestep to vector: sinusoids of 256 frequencies, then a two-layer network. (B,) -> (B, D)."""
+    """Timestep to vector: sinusoids of 256 frequencies, then a two-layer network. (B,) -> (B,
+    D).
+    """
 
     FREQUENCIES = 256
 
@@ -105,14 +114,18 @@ class TimestepEmbedder(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         """Embed timesteps t (B,), in the model's own clock 0 … 999."""
         half = self.FREQUENCIES // 2
-        rates = torch.exp(-math.log(10000.0) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
+        rates = torch.exp(
+            -math.log(10000.0) * torch.arange(half, device=t.device, dtype=torch.float32) / half
+        )
         angles = t[:, None].float() * rates  # (B, 128)
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, 256)
         return self.mlp(waves.to(next(self.mlp.parameters()).dtype))  # type: ignore[no-any-return]
 
 
 class LabelEmbedder(nn.Module):
-    """Class label to vector; the row after the last class is the null class of guidance. (B,) -> (B, D)."""
+    """Class label to vector; the row after the last class is the null class of guidance. (B,) ->
+    (B, D).
+    """
 
     def __init__(self, num_classes: int, dim: int) -> None:
         super().__init__()
@@ -133,7 +146,9 @@ class PatchEmbedder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Patchify x."""
         tokens: Tensor = self.proj(x).flatten(2).transpose(1, 2)  # (B, N, D)
-        return tokens.contiguous()  # else the strides of the transposition stay, and slow every norm and sum down
+        return (
+            tokens.contiguous()
+        )  # else the strides of the transposition stay, and slow every norm and sum down
 
 
 class FinalLayer(nn.Module):
@@ -152,7 +167,9 @@ class FinalLayer(nn.Module):
 
 
 def sincos_positions(dim: int, grid: int) -> Tensor:
-    """Return fixed 2-D sine-cosine position embeddings, column half first, as in MAE: (1, grid², dim)."""
+    """Return fixed 2-D sine-cosine position embeddings, column half first, as in MAE: (1, grid²,
+    dim).
+    """
     rates = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))  # (D/4,)
     place = torch.arange(grid, dtype=torch.float64)
     angles = place[:, None] * rates  # (grid, D/4)
@@ -172,7 +189,8 @@ class DiT(nn.Module):
         depth: number of blocks.
         num_heads: attention heads.
         num_classes: real classes; label `num_classes` is the null class.
-        learn_sigma: predict a variance channel for each noise channel (the original does; the bundled one does not).
+        learn_sigma: predict a variance channel for each noise channel (the original does; the
+            bundled one does not).
         mlp_ratio: width of the feed-forward network over D.
 
     Raises:
@@ -209,7 +227,9 @@ class DiT(nn.Module):
         self.pos_embed = nn.Parameter(positions, requires_grad=False)  # (1, N, D)
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
-        self.activation_checkpointing = False  # in training, run blocks again instead of keeping what they computed
+        self.activation_checkpointing = (
+            False  # in training, run blocks again instead of keeping what they computed
+        )
         self._initialise()
 
     def _initialise(self) -> None:
@@ -241,14 +261,17 @@ class DiT(nn.Module):
         """Lay (B, N, P·P·C_out) patches back onto the grid: (B, C_out, H, W)."""
         p, grid = self.patch_size, self.input_size // self.patch_size
         patches = tokens.view(len(tokens), grid, grid, p, p, self.out_channels)
-        return patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.out_channels, self.input_size, self.input_size)
+        return patches.permute(0, 5, 1, 3, 2, 4).reshape(
+            -1, self.out_channels, self.input_size, self.input_size
+        )
 
 
 class DiTDenoiser:
     """A frozen DiT, its sampler and classifier-free guidance: a `harmonica.denoise.Denoiser`.
 
-    Guidance runs one batch [conditional, null] of 2B and mixes the first `guided_channels` channels,
-    ε = ε_null + s·(ε_cond − ε_null), in both halves; the original mixes 3 of its 4 latent channels.
+    Guidance runs one batch [conditional, null] of 2B and mixes the first `guided_channels`
+    channels, ε = ε_null + s·(ε_cond − ε_null), in both halves; the original mixes 3 of its 4 latent
+    channels.
 
     Args:
         model: frozen here, in place: evaluation mode, no weight asks for a gradient.
@@ -300,13 +323,16 @@ class DiTDenoiser:
             cond: (B,) class labels.
 
         Returns:
-            (2B, C or 2C, H, W) with guidance, halves [conditional, null]; (B, …) without. Both halves are
-            returned, as in the original, because the released training loss is taken over both.
+            (2B, C or 2C, H, W) with guidance, halves [conditional, null]; (B, …) without. Both
+            halves are returned, as in the original, because the released training loss is taken
+            over both.
 
         Raises:
             ValueError: if shapes or devices do not fit the model.
         """
-        check_inputs(x, cond, (self.model.in_channels, self.model.input_size, self.model.input_size))
+        check_inputs(
+            x, cond, (self.model.in_channels, self.model.input_size, self.model.input_size)
+        )
         t = torch.full((len(x),), self.sampler.timesteps[k], device=x.device)  # (B,)
         if self.guidance == 1.0:
             return self._run(x, t, cond)
@@ -328,11 +354,13 @@ class DiTDenoiser:
     def draw(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Draw pure noise (B, C, H, W) and labels (B,) to start walks from.
 
-        Drawn on the generator's device, then moved, so that one seed gives one noise on every machine. x is float32
-        where the weights are half as wide: a walk adds up small steps.
+        Drawn on the generator's device, then moved, so that one seed gives one noise on every
+        machine. x is float32 where the weights are half as wide: a walk adds up small steps.
         """
         like = next(self.model.parameters())
         shape = (batch_size, self.model.in_channels, self.model.input_size, self.model.input_size)
         x = torch.randn(shape, generator=generator, device=generator.device)
-        y = torch.randint(self.model.num_classes, (batch_size,), generator=generator, device=generator.device)
+        y = torch.randint(
+            self.model.num_classes, (batch_size,), generator=generator, device=generator.device
+        )
         return x.to(like.device, torch.promote_types(like.dtype, torch.float32)), y.to(like.device)

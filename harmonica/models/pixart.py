@@ -1,8 +1,10 @@
-"""PixArt-α and PixArt-Σ: text-conditioned diffusion transformers, run as diffusers' pipelines run them.
+"""PixArt-α and PixArt-Σ: text-conditioned diffusion transformers, run as diffusers' pipelines run
+them.
 
-A block has three sites: self-attention `attn1`, cross-attention to the prompt `attn2`, feed-forward `ff`. The
-transformer is diffusers' own class; the prompts are encoded once, before the walk, and the 4.7 billion parameters of T5
-are let go. A condition of a walk is then the number of a prompt, as a class label is for DiT.
+A block has three sites: self-attention `attn1`, cross-attention to the prompt `attn2`, feed-forward
+`ff`. The transformer is diffusers' own class; the prompts are encoded once, before the walk, and
+the 4.7 billion parameters of T5 are let go. A condition of a walk is then the number of a prompt,
+as a class label is for DiT.
 
     B batch   P prompts   L text tokens (120 for α, 300 for Σ)   D_text 4096   C, H, W latent
     prompts.embeds   what T5 says of each prompt                           (P, L, D_text)
@@ -23,11 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harmonica.files import decoding
 from harmonica.models.inputs import check_inputs
 from harmonica.models.sites import sites
 from harmonica.models.weights import from_diffusers
 from harmonica.samplers import Memory, Sampler
+from harmonica.storage.files import decoding
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,10 @@ class Variant:
     rest: str  # hub repository of tokenizer, text encoder and autoencoder
 
 
-_ALPHA, _SIGMA = "PixArt-alpha/PixArt-XL-2-1024-MS", "PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers"
+_ALPHA, _SIGMA = (
+    "PixArt-alpha/PixArt-XL-2-1024-MS",
+    "PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers",
+)
 PIXART: dict[str, Variant] = {
     "pixart-alpha-256": Variant(32, 120, False, "PixArt-alpha/PixArt-XL-2-256x256", _ALPHA),
     "pixart-alpha-512": Variant(64, 120, False, "PixArt-alpha/PixArt-XL-2-512x512", _ALPHA),
@@ -57,7 +62,9 @@ XL |= {"cross_attention_dim": 1152, "caption_channels": 4096}
 
 
 def transformer_of(variant: Variant) -> Any:
-    """Return diffusers' transformer of this variant, freshly initialised (on torch's current device)."""
+    """Return diffusers' transformer of this variant, freshly initialised (on torch's current
+    device).
+    """
     from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
 
     return PixArtTransformer2DModel(
@@ -66,19 +73,25 @@ def transformer_of(variant: Variant) -> Any:
 
 
 def read_transformer(folder: Path, variant: Variant, name: str, dtype: torch.dtype) -> Any:
-    """Read diffusers' transformer from its folder; raises ValueError if it is not this variant's."""
+    """Read diffusers' transformer from its folder; raises ValueError if it is not this
+    variant's.
+    """
     from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
 
     transformer = from_diffusers(PixArtTransformer2DModel, folder, torch_dtype=dtype)
     size = transformer.config.sample_size
     if size != variant.latent_size:
-        raise ValueError(f"{folder} is for a latent of {size} × {size}; {name} has {variant.latent_size}")
+        raise ValueError(
+            f"{folder} is for a latent of {size} × {size}; {name} has {variant.latent_size}"
+        )
     return transformer
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """What a text encoder says of P prompts, and of the empty one that guidance contrasts them with."""
+    """What a text encoder says of P prompts, and of the empty one that guidance contrasts them
+    with.
+    """
 
     texts: tuple[str, ...]  # P
     embeds: Tensor  # (P, L, D_text)
@@ -106,7 +119,12 @@ def random_prompts(texts: Sequence[str], tokens: int, width: int = 4096) -> Prom
 
 
 def encode(
-    folder: Path, texts: Sequence[str], tokens: int, *, dtype: torch.dtype, device: str | torch.device
+    folder: Path,
+    texts: Sequence[str],
+    tokens: int,
+    *,
+    dtype: torch.dtype,
+    device: str | torch.device,
 ) -> Prompts:
     """Encode prompts with the T5 of a diffusers folder, eight at a time, and let it go.
 
@@ -123,10 +141,18 @@ def encode(
     """
     for part, file in (("text_encoder", "config.json"), ("tokenizer", "tokenizer_config.json")):
         if not (folder / part / file).is_file():
-            raise FileNotFoundError(f"{folder} has no {part}/{file}; expected the folder of a whole diffusers pipeline")
-    missing = [name for name in ("transformers", "sentencepiece", "google.protobuf") if not _installed(name)]
+            raise FileNotFoundError(
+                f"{folder} has no {part}/{file}; expected the folder of a whole diffusers pipeline"
+            )
+    missing = [
+        name
+        for name in ("transformers", "sentencepiece", "google.protobuf")
+        if not _installed(name)
+    ]
     if missing:
-        raise ValueError(f"reading T5 takes {', '.join(missing)}; pip install 'harmonica-dit[pixart]' brings them")
+        raise ValueError(
+            f"reading T5 takes {', '.join(missing)}; pip install 'harmonica-dit[pixart]' brings them"
+        )
     from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import PixArtAlphaPipeline
     from transformers import AutoTokenizer, T5EncoderModel
 
@@ -150,14 +176,20 @@ def _installed(name: str) -> bool:
 
 @torch.no_grad()
 def encoded_by(pipe: Any, texts: Sequence[str], tokens: int) -> Prompts:
-    """Encode prompts with a pipeline's own text encoder, eight at a time; embeddings come to the CPU."""
+    """Encode prompts with a pipeline's own text encoder, eight at a time; embeddings come to the
+    CPU.
+    """
     _some(texts)
     if pipe.text_encoder is None or pipe.tokenizer is None:
-        raise ValueError("the pipeline has no text encoder or no tokenizer, which the prompts are read with; load both")
+        raise ValueError(
+            "the pipeline has no text encoder or no tokenizer, which the prompts are read with; load both"
+        )
     parts = []
     for start in range(0, len(texts), 8):
         group = list(texts[start : start + 8])
-        encoded = pipe.encode_prompt(group, device=pipe.text_encoder.device, max_sequence_length=tokens)
+        encoded = pipe.encode_prompt(
+            group, device=pipe.text_encoder.device, max_sequence_length=tokens
+        )
         parts.append([tensor.cpu() for tensor in encoded])  # embeds, mask, null embeds, null mask
     embeds, mask, null_embeds, null_mask = (torch.cat(group) for group in zip(*parts, strict=True))
     return Prompts(tuple(texts), embeds, mask, null_embeds[:1], null_mask[:1])
@@ -171,8 +203,8 @@ def _some(texts: Sequence[str]) -> None:
 class PixArtDenoiser:
     """A frozen PixArt, its sampler, guidance and encoded prompts: a `harmonica.denoise.Denoiser`.
 
-    Guidance runs one batch [null, conditional] of 2B, ε = ε_null + s·(ε_cond − ε_null) over all latent channels, as
-    diffusers' pipelines do.
+    Guidance runs one batch [null, conditional] of 2B, ε = ε_null + s·(ε_cond − ε_null) over all
+    latent channels, as diffusers' pipelines do.
 
     Args:
         transformer: diffusers' `PixArtTransformer2DModel`; frozen here, in place.
@@ -186,7 +218,13 @@ class PixArtDenoiser:
     """
 
     def __init__(
-        self, transformer: Any, sampler: Sampler, prompts: Prompts, *, guidance: float = 4.5, name: str = "pixart"
+        self,
+        transformer: Any,
+        sampler: Sampler,
+        prompts: Prompts,
+        *,
+        guidance: float = 4.5,
+        name: str = "pixart",
     ) -> None:
         if guidance < 1.0:
             raise ValueError(f"guidance is {guidance}; it must be 1 (off) or more")
@@ -203,7 +241,8 @@ class PixArtDenoiser:
         return {**facts, "timesteps": self.sampler.timesteps}
 
     def predict(self, x: Tensor, k: int, cond: Tensor) -> Tensor:
-        """Return the guided noise at step k, with the conditional variance if the sampler reads one.
+        """Return the guided noise at step k, with the conditional variance if the sampler reads
+        one.
 
         Args:
             x: (B, C, H, W).
@@ -211,25 +250,34 @@ class PixArtDenoiser:
             cond: (B,) numbers of prompts.
 
         Returns:
-            (B, C, H, W), or (B, 2C, H, W) if the sampler learns the variance: what the sampler takes, nothing else,
-            so the training loss is not spent on channels that nobody reads.
+            (B, C, H, W), or (B, 2C, H, W) if the sampler learns the variance: what the sampler
+            takes, nothing else, so the training loss is not spent on channels that nobody reads.
 
         Raises:
             ValueError: if shapes or devices do not fit the model.
         """
         check_inputs(x, cond, (self.model.config.in_channels, *x.shape[2:]))  # of any size
         text, mask = self.prompts.embeds[cond], self.prompts.mask[cond]  # (B, L, D_text), (B, L)
-        null, null_mask = self.prompts.null_embeds.expand_as(text), self.prompts.null_mask.expand_as(mask)
+        null, null_mask = (
+            self.prompts.null_embeds.expand_as(text),
+            self.prompts.null_mask.expand_as(mask),
+        )
         if self.guidance == 1.0:
             out = self._run(x, k, text, mask)  # (B, 2C, H, W)
             guided = conditional = out
         else:
-            out = self._run(torch.cat([x, x]), k, torch.cat([null, text]), torch.cat([null_mask, mask]))
+            out = self._run(
+                torch.cat([x, x]), k, torch.cat([null, text]), torch.cat([null_mask, mask])
+            )
             unconditional, conditional = out.chunk(2)  # (B, 2C, H, W) each
             guided = unconditional + self.guidance * (conditional - unconditional)
         channels = x.shape[1]
         noise = guided[:, :channels]
-        return torch.cat([noise, conditional[:, channels:]], 1) if self.sampler.learns_variance else noise
+        return (
+            torch.cat([noise, conditional[:, channels:]], 1)
+            if self.sampler.learns_variance
+            else noise
+        )
 
     def _run(self, x: Tensor, k: int, text: Tensor, mask: Tensor) -> Tensor:
         t = torch.full((len(x),), self.sampler.timesteps[k], device=x.device)
@@ -237,7 +285,9 @@ class PixArtDenoiser:
         if self.model.use_additional_conditions:  # in pixels, eight for each latent place
             height, width = 8 * x.shape[2], 8 * x.shape[3]
             # Filled in where they are needed: a list would be copied to the device, and waited for.
-            size["resolution"] = torch.cat([text.new_full((len(x), 1), side) for side in (height, width)], dim=1)
+            size["resolution"] = torch.cat(
+                [text.new_full((len(x), 1), side) for side in (height, width)], dim=1
+            )
             size["aspect_ratio"] = text.new_full((len(x), 1), height / width)
         out: Tensor = self.model(
             x.to(text.dtype),
@@ -256,11 +306,15 @@ class PixArtDenoiser:
     def draw(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Draw pure noise (B, C, H, W) and prompt numbers (B,) to start walks from.
 
-        Drawn on the generator's device, then moved. x is float32 where the weights are half as wide: a walk adds up
-        small steps.
+        Drawn on the generator's device, then moved. x is float32 where the weights are half as
+        wide: a walk adds up small steps.
         """
         config, like = self.model.config, self.prompts.embeds
         shape = (batch_size, config.in_channels, config.sample_size, config.sample_size)
         x = torch.randn(shape, generator=generator, device=generator.device)
-        numbers = torch.randint(len(self.prompts.texts), (batch_size,), generator=generator, device=generator.device)
-        return x.to(like.device, torch.promote_types(like.dtype, torch.float32)), numbers.to(like.device)
+        numbers = torch.randint(
+            len(self.prompts.texts), (batch_size,), generator=generator, device=generator.device
+        )
+        return x.to(like.device, torch.promote_types(like.dtype, torch.float32)), numbers.to(
+            like.device
+        )

@@ -4,22 +4,25 @@
     site     inside a block, an outermost module whose name says attention or feed-forward: attn1, self_attn, ff,
              img_mlp, feed_forward, ff_context …; what a site holds inside itself is part of it
 
-Two kinds of block have no such module for part of their work, so their linear layers are sites one by one:
+Two kinds of block have no such module for part of their work, so their linear layers are sites one
+by one:
 
     single-stream   proj_mlp ─┐                         Flux and its kin: attn is a module, the feed-forward is not,
                     attn ─────┴→ proj_out               and one projection ends both
     inlined         gate_proj, up_proj → down_proj      PRX: the block multiplies them itself
 
-Reusing proj_out alone would skip one product and still compute all that it reads, so all three are sites. In Flux at
-1024 × 1024, proj_out alone brings 56 % of the model's MACs within reach, attn beside it 82 %, all three nearly 100 %.
+Reusing proj_out alone would skip one product and still compute all that it reads, so all three are
+sites. In Flux at 1024 × 1024, proj_out alone brings 56 % of the model's MACs within reach, attn
+beside it 82 %, all three nearly 100 %.
 
-Token refiners, embedders, text encoders and projections have modules of the same names, but most of them run on the
-condition and none is the denoiser: they are left out. A rule about names can be wrong about a model it has never seen.
-The laws that tell are in tests/test_zoo.py, and `sites(transformer, inputs)` holds a model to the first of them: each
-site is asked exactly once in a forward.
+Token refiners, embedders, text encoders and projections have modules of the same names, but most of
+them run on the condition and none is the denoiser: they are left out. A rule about names can be
+wrong about a model it has never seen. The laws that tell are in tests/models/test_zoo.py, and
+`sites(transformer, inputs)` holds a model to the first of them: each site is asked exactly once in
+a forward.
 
-Some models keep attention keys and values of their own between forwards (QwenImage 2.1 with use_kv_cache, AnyFlow FAR):
-a skipped attention writes none, so run those without their cache.
+Some models keep attention keys and values of their own between forwards (QwenImage 2.1 with
+use_kv_cache, AnyFlow FAR): a skipped attention writes none, so run those without their cache.
 
 This file does not know pipelines, samplers or routers.
 """
@@ -51,7 +54,9 @@ _ATTENTION = re.compile(r"\w*(attn|attention)\d*|mhb?a")
 _FEED_FORWARD = re.compile(r"ffn?\d*|mlp\d*|feedforward|densereludense|transition")
 _CROSS = re.compile(r"\w*cross\w*|attn2|to")
 _INLINED = ("gate_proj", "up_proj", "down_proj")
-_NOT_A_SITE = re.compile(r"\w*norm\d*|adaln\w*|act|mod|modulation|drop(out)?|emb\w*|time\w*|film\w*")
+_NOT_A_SITE = re.compile(
+    r"\w*norm\d*|adaln\w*|act|mod|modulation|drop(out)?|emb\w*|time\w*|film\w*"
+)
 _NOT_THE_DENOISER = re.compile(
     r"refine|embed|encoder|extractor|projection|projector|fus(ion|er)|perceiver$|^(text|txt|context|caption)_"
 )
@@ -60,19 +65,22 @@ _TWICE = {
     "EasyAnimateTransformerBlock": ("ff", "txt_ff"),
     "GlmImageTransformerBlock": ("ff", ""),
 }
-"""Blocks that call a module on the image's tokens and then on the text's, unless they have another one for the text."""
+"""Blocks that call a module on the image's tokens and then on the text's, unless they have another
+one for the text."""
 _ADVICE = "give the modules yourself, as cached(pipe, schedule, sites={name: module, …})"
 
 
 @dataclass(frozen=True, eq=False)
 class Sites(Mapping[str, nn.Module]):
-    """The cacheable modules of a transformer by name, in the order of the modules: the columns of a router's table.
+    """The cacheable modules of a transformer by name, in the order of the modules: the columns of a
+    router's table.
 
     Attributes:
         modules: name -> module.
         kinds: N words, attention, cross-attention, feed-forward or both.
         macs: of each site and of what no site covers; of one forward, or of one token if estimated.
-        counted: true if `macs` was counted in a forward, false if it was estimated from the sizes of the weights.
+        counted: true if `macs` was counted in a forward, false if it was estimated from the sizes
+            of the weights.
         uncovered: the largest modules that no site covers, and their MACs.
     """
 
@@ -105,25 +113,33 @@ class Sites(Mapping[str, nn.Module]):
         name, kind, macs, share = (max(map(len, column)) for column in columns)
         rows = zip(*columns, strict=True)
         lines = [f"{r[0]:{name}}  {r[1]:{kind}}  {r[2]:>{macs}}  {r[3]:>{share}}" for r in rows]
-        how = "counted in one forward" if self.counted else "estimated per token from the weights of the blocks"
-        return "\n".join([*lines, f"{len(self)} sites cover {100 * self.macs.covered:.1f} % of the MACs, {how}"])
+        how = (
+            "counted in one forward"
+            if self.counted
+            else "estimated per token from the weights of the blocks"
+        )
+        return "\n".join(
+            [*lines, f"{len(self)} sites cover {100 * self.macs.covered:.1f} % of the MACs, {how}"]
+        )
 
 
 def sites(transformer: nn.Module, inputs: Mapping[str, Any] | None = None) -> Sites:
     """Find the sites of a transformer by the rule of this module, and what they cost.
 
     Args:
-        transformer: of a diffusers pipeline, or any model whose blocks stand in lists and name their parts.
-        inputs: keyword arguments of one forward. With them MACs are counted, attention products included, and a
-            module that this forward never calls (the audio half of a model run on video) is no site. Without, MACs
-            per token are estimated from the weights of the blocks that hold sites: no attention products, and every
-            expert of a mixture.
+        transformer: of a diffusers pipeline, or any model whose blocks stand in lists and name
+            their parts.
+        inputs: keyword arguments of one forward. With them MACs are counted, attention products
+            included, and a module that this forward never calls (the audio half of a model run on
+            video) is no site. Without, MACs per token are estimated from the weights of the blocks
+            that hold sites: no attention products, and every expert of a mixture.
 
     Raises:
-        ValueError: if it is not a module, has no sites, has a module at two sites, chunks its feed-forwards, or calls a
-            site several times in a forward.
+        ValueError: if it is not a module, has no sites, has a module at two sites, chunks its
+            feed-forwards, or calls a site several times in a forward.
 
-    Warns UserWarning, naming the largest uncovered modules, if the sites cover less than half of the MACs.
+    Warns UserWarning, naming the largest uncovered modules, if the sites cover less than half of
+    the MACs.
 
     >>> block = nn.ModuleDict({"attn": nn.Linear(4, 4), "ff": nn.Linear(4, 8)})
     >>> print(sites(nn.ModuleDict({"blocks": nn.ModuleList([block])})))
@@ -133,9 +149,15 @@ def sites(transformer: nn.Module, inputs: Mapping[str, Any] | None = None) -> Si
     2 sites cover 100.0 % of the MACs, estimated per token from the weights of the blocks
     """
     if not isinstance(transformer, nn.Module):
-        raise ValueError(f"sites() takes the transformer of a pipeline, a torch module; found {type(transformer)}")
+        raise ValueError(
+            f"sites() takes the transformer of a pipeline, a torch module; found {type(transformer)}"
+        )
     blocks = dict(_blocks(transformer, ""))
-    found = {name: (site, kind) for path, block in blocks.items() for name, site, kind in _inside(block, path)}
+    found = {
+        name: (site, kind)
+        for path, block in blocks.items()
+        for name, site, kind in _inside(block, path)
+    }
     _refuse_what_cannot_be_cached(transformer, blocks, found)
     modules = {name: site for name, (site, _) in found.items()}
     if inputs is None:
@@ -147,12 +169,16 @@ def sites(transformer: nn.Module, inputs: Mapping[str, Any] | None = None) -> Si
     if macs.covered < 0.5:
         largest = ", ".join(f"{name} ({100 * size / macs.total:.1f} %)" for name, size in uncovered)
         share = f"the {len(result)} sites of {type(transformer).__name__} cover {100 * macs.covered:.1f} % of its MACs"
-        warnings.warn(f"{share}; the largest modules left out are {largest}; to add some, {_ADVICE}", stacklevel=2)
+        warnings.warn(
+            f"{share}; the largest modules left out are {largest}; to add some, {_ADVICE}",
+            stacklevel=2,
+        )
     return result
 
 
 def kind_of(name: str) -> str | None:
-    """Return what a module of this name is: attention, cross-attention, feed-forward, or None of them.
+    """Return what a module of this name is: attention, cross-attention, feed-forward, or None of
+    them.
 
     >>> kind_of("img_mlp"), kind_of("attn2"), kind_of("ff_norm")
     ('feed-forward', 'cross-attention', None)
@@ -177,7 +203,9 @@ def _blocks(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _inside(block: nn.Module, path: str) -> Iterator[tuple[str, nn.Module, str]]:
-    """Yield (name, module, kind) of the sites of a block: outermost matches, in the order of the modules."""
+    """Yield (name, module, kind) of the sites of a block: outermost matches, in the order of the
+    modules.
+    """
     of_list = kind_of(path.split(".")[-2])
     if of_list:  # a list of attentions, each of them a site
         yield path, block, of_list
@@ -186,7 +214,11 @@ def _inside(block: nn.Module, path: str) -> Iterator[tuple[str, nn.Module, str]]
     twice, unless = _TWICE.get(type(block).__name__, ("", ""))
     if unless not in children:
         children.pop(twice, None)
-    joined = {"proj_mlp": FEED_FORWARD, "proj_out": BOTH} if {"proj_mlp", "proj_out"} <= children.keys() else {}
+    joined = (
+        {"proj_mlp": FEED_FORWARD, "proj_out": BOTH}
+        if {"proj_mlp", "proj_out"} <= children.keys()
+        else {}
+    )
     linear = joined | dict.fromkeys(_INLINED, FEED_FORWARD)
     for name, child in children.items():
         kind = linear.get(name) or kind_of(name)
@@ -197,18 +229,25 @@ def _inside(block: nn.Module, path: str) -> Iterator[tuple[str, nn.Module, str]]
 
 
 def _refuse_what_cannot_be_cached(
-    transformer: nn.Module, blocks: Mapping[str, nn.Module], found: Mapping[str, tuple[nn.Module, str]]
+    transformer: nn.Module,
+    blocks: Mapping[str, nn.Module],
+    found: Mapping[str, tuple[nn.Module, str]],
 ) -> None:
     name = type(transformer).__name__
     if not found:
-        lists = ", ".join(dict.fromkeys(path.rpartition(".")[0] for path in blocks)) or "no list of blocks"
+        lists = (
+            ", ".join(dict.fromkeys(path.rpartition(".")[0] for path in blocks))
+            or "no list of blocks"
+        )
         looked = f"attention and feed-forward modules (attn…, ff…, mlp …) inside the blocks of its lists ({lists})"
         raise ValueError(f"{name} has no sites that the rule knows; looked for {looked}; {_ADVICE}")
     first: dict[int, str] = {}
     for here, (site, _) in found.items():
         other = first.setdefault(id(site), here)
         if other != here:
-            raise ValueError(f"{name}: {other} and {here} are one module, which would need two features; {_ADVICE}")
+            raise ValueError(
+                f"{name}: {other} and {here} are one module, which would need two features; {_ADVICE}"
+            )
     for path, block in blocks.items():
         if getattr(block, "_chunk_size", None) is not None:
             raise ValueError(
@@ -217,48 +256,74 @@ def _refuse_what_cannot_be_cached(
             )
 
 
-def count_calls(transformer: nn.Module, modules: Mapping[str, nn.Module], inputs: Mapping[str, Any]) -> Count | None:
-    """Count one forward, for modules of one's own choice; None if torch cannot count this model's operations."""
-    return _count(transformer, modules, inputs, fake=True) or _count(transformer, modules, inputs, fake=False)
+def count_calls(
+    transformer: nn.Module, modules: Mapping[str, nn.Module], inputs: Mapping[str, Any]
+) -> Count | None:
+    """Count one forward, for modules of one's own choice; None if torch cannot count this model's
+    operations.
+    """
+    return _count(transformer, modules, inputs, fake=True) or _count(
+        transformer, modules, inputs, fake=False
+    )
 
 
 def _counted(
     transformer: nn.Module, modules: Mapping[str, nn.Module], inputs: Mapping[str, Any]
 ) -> tuple[dict[str, nn.Module], Macs, Uncovered]:
-    """Count one forward of a twin, so that nothing the model keeps between calls stays behind in it."""
+    """Count one forward of a twin, so that nothing the model keeps between calls stays behind in
+    it.
+    """
     name = type(transformer).__name__
     result = count_calls(transformer, modules, inputs)
     if result is None:
-        raise ValueError(f"{name}: torch cannot count its operations; leave `inputs` out for an estimate")
+        raise ValueError(
+            f"{name}: torch cannot count its operations; leave `inputs` out for an estimate"
+        )
     calls = dict(zip(modules, result.calls, strict=True))
     for site, times in calls.items():
         if times > 1:
-            raise ValueError(f"{name}: {site} is called {times} times in a forward and has one feature; {_ADVICE}")
+            raise ValueError(
+                f"{name}: {site} is called {times} times in a forward and has one feature; {_ADVICE}"
+            )
     called = {site: module for site, module in modules.items() if calls[site]}
     if not called:
-        raise ValueError(f"{name}: none of the {len(modules)} modules that look like sites is called; {_ADVICE}")
+        raise ValueError(
+            f"{name}: none of the {len(modules)} modules that look like sites is called; {_ADVICE}"
+        )
     each = result.macs.sites[[times == 1 for times in result.calls]]
-    by_name = {path.removeprefix(f"{name}."): size for path, size in result.modules.items() if "." in path}
+    by_name = {
+        path.removeprefix(f"{name}."): size for path, size in result.modules.items() if "." in path
+    }
     return called, Macs(each, result.macs.rest), _largest(by_name, called)
 
 
 def _count(
-    transformer: nn.Module, modules: Mapping[str, nn.Module], inputs: Mapping[str, Any], *, fake: bool
+    transformer: nn.Module,
+    modules: Mapping[str, nn.Module],
+    inputs: Mapping[str, Any],
+    *,
+    fake: bool,
 ) -> Count | None:
-    """Count one forward; None if it cannot be: fake tensors have no values to look at, flex attention no counter."""
+    """Count one forward; None if it cannot be: fake tensors have no values to look at, flex
+    attention no counter.
+    """
     twin = _twin(transformer)
     paths = {id(module): path for path, module in transformer.named_modules()}
     if any(id(module) not in paths for module in modules.values()):
         return None
     mine = {name: twin.get_submodule(paths[id(module)]) for name, module in modules.items()}
-    own = tree_map(lambda leaf: leaf, dict(inputs))  # dicts and lists of our own: some models take things out of them
+    own = tree_map(
+        lambda leaf: leaf, dict(inputs)
+    )  # dicts and lists of our own: some models take things out of them
     log = logging.getLogger("torch._subclasses.fake_tensor")
     log.disabled, before = True, log.disabled  # it would print the stack of what is caught here
     try:
         return count(lambda: twin(**own), mine, fake=fake)
     except (RuntimeError, TypeError):
         if not fake:
-            _twin(transformer)(**inputs)  # raises what is wrong with the inputs, if that is what it was
+            _twin(transformer)(
+                **inputs
+            )  # raises what is wrong with the inputs, if that is what it was
         return None
     finally:
         log.disabled = before
@@ -266,37 +331,56 @@ def _count(
 
 def _twin(transformer: nn.Module) -> nn.Module:
     """Return a copy that shares the weights, and whose modules run the forward of their class."""
-    tensors = {id(tensor): tensor for tensor in chain(transformer.parameters(), transformer.buffers())}
+    tensors = {
+        id(tensor): tensor for tensor in chain(transformer.parameters(), transformer.buffers())
+    }
     twin = copy.deepcopy(transformer, tensors)
     for module in twin.modules():
         module.__dict__.pop("forward", None)  # a wrapper that was copied still calls the original
     return twin
 
 
-def _estimated(blocks: Mapping[str, nn.Module], modules: Mapping[str, nn.Module]) -> tuple[Macs, Uncovered]:
-    """Estimate MACs per token: one for each entry of each matrix or kernel in the blocks that hold sites."""
+def _estimated(
+    blocks: Mapping[str, nn.Module], modules: Mapping[str, nn.Module]
+) -> tuple[Macs, Uncovered]:
+    """Estimate MACs per token: one for each entry of each matrix or kernel in the blocks that hold
+    sites.
+    """
     sizes: dict[str, float] = {}
     for path, block in blocks.items():
         if any(name == path or name.startswith(f"{path}.") for name in modules):
             for name, module in block.named_modules(prefix=path):
                 sizes[name] = float(sum(p.numel() for p in module.parameters() if p.dim() > 1))
     each = torch.tensor([sizes[name] for name in modules], dtype=torch.float64)
-    largest = _largest({name: size for name, size in sizes.items() if not _once_per_image(name)}, modules, None)
+    largest = _largest(
+        {name: size for name, size in sizes.items() if not _once_per_image(name)}, modules, None
+    )
     return Macs(each, sum(size for _, size in largest)), largest[:3]
 
 
 def _once_per_image(name: str) -> bool:
-    """Tell whether part of a name says modulation, normalisation or embedding: run for an image, not for each token."""
+    """Tell whether part of a name says modulation, normalisation or embedding: run for an image,
+    not for each token.
+    """
     return any(_NOT_A_SITE.fullmatch(word) for word in re.split(r"[._]", name.lower()))
 
 
-def _largest(sizes: Mapping[str, float], modules: Mapping[str, nn.Module], most: int | None = 3) -> Uncovered:
-    """Return the largest modules that neither hold a site, nor are one, nor are part of a module returned."""
+def _largest(
+    sizes: Mapping[str, float], modules: Mapping[str, nn.Module], most: int | None = 3
+) -> Uncovered:
+    """Return the largest modules that neither hold a site, nor are one, nor are part of a module
+    returned.
+    """
     holds = {name.rsplit(".", depth)[0] for name in modules for depth in range(name.count(".") + 1)}
     outermost: dict[str, float] = {}
     for name in sorted(sizes, key=lambda name: name.count(".")):
         above = {name.rsplit(".", depth)[0] for depth in range(name.count(".") + 1)}
-        if name and sizes[name] and name not in holds and not above & (modules.keys() | outermost.keys()):
+        if (
+            name
+            and sizes[name]
+            and name not in holds
+            and not above & (modules.keys() | outermost.keys())
+        ):
             outermost[name] = sizes[name]
     return tuple(sorted(outermost.items(), key=lambda item: -item[1]))[:most]
 

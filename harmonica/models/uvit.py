@@ -1,23 +1,26 @@
-"""U-ViT (Bao et al. 2023) in the original checkpoints' parameter names, and the denoiser built from it.
+"""U-ViT (Bao et al. 2023) in the original checkpoints' parameter names, and the denoiser built from
+it.
 
-A U-ViT is a ViT in which everything is a token, label and timestep too, and whose blocks are joined in pairs by long
-skips, the first with the last, as in a U-Net:
+A U-ViT is a ViT in which everything is a token, label and timestep too, and whose blocks are joined
+in pairs by long skips, the first with the last, as in a U-Net:
 
     h = [embed(y), embed(t), patches(x)] + positions                              (B, 2 + N, D)
     h = h + attn(norm1(h));  h = h + mlp(norm2(h))       each block               (B, 2 + N, D)
     h = skip_linear([h, skip])                           before it, in out_blocks (B, 2 + N, D)
 
-`attn` and `mlp` of each block are the cacheable sites. Nothing scales their output afterwards: it is added as it is.
-`skip_linear` always computes, 7 % of U-ViT-H/2.
+`attn` and `mlp` of each block are the cacheable sites. Nothing scales their output afterwards: it
+is added as it is. `skip_linear` always computes, 7 % of U-ViT-H/2.
 
-The original guides with two calls of the model, one for each label, and a cache for each call. Here both calls run
-side by side, block by block, as *streams*. A site is asked once and answers for all streams, so its feature is a tuple
-and one cache holds what two would; each stream is computed as in a call of its own, bit for bit.
+The original guides with two calls of the model, one for each label, and a cache for each call. Here
+both calls run side by side, block by block, as *streams*. A site is asked once and answers for all
+streams, so its feature is a tuple and one cache holds what two would; each stream is computed as in
+a call of its own, bit for bit.
 
     B batch   C latent channels   H, W latent size   P patch size   N = (H/P)(W/P) patches   D hidden size
     S streams, one for each label that the model is asked about: 2 with guidance, 1 without
 
-This file does not know caches or routers. A checkpoint of the original (`imagenet256_uvit_huge.pth`) loads strictly.
+This file does not know caches or routers. A checkpoint of the original
+(`imagenet256_uvit_huge.pth`) loads strictly.
 """
 
 from __future__ import annotations
@@ -54,7 +57,8 @@ EXTRAS = 2
 
 
 def each(function: Callable[..., Tensor], *streams: Streams) -> Streams:
-    """Apply `function` to every stream by itself, with the matching parts of further streams, if any.
+    """Apply `function` to every stream by itself, with the matching parts of further streams, if
+    any.
 
     >>> each(torch.sub, (torch.tensor(5), torch.tensor(7)), (torch.tensor(1), torch.tensor(2)))
     (tensor(4), tensor(5))
@@ -76,7 +80,9 @@ class Attention(nn.Module):
         return each(self._attend, h)
 
     def _attend(self, h: Tensor) -> Tensor:
-        q, k, v = self.qkv(h).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, L, D/heads)
+        q, k, v = (
+            self.qkv(h).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        )  # (B, heads, L, D/heads)
         attended = F.scaled_dot_product_attention(q, k, v)
         return self.proj(attended.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
@@ -98,7 +104,9 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm block (the middle line of the module docstring), joined to a long skip first if `skip` is true."""
+    """One pre-norm block (the middle line of the module docstring), joined to a long skip first if
+    `skip` is true.
+    """
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, *, skip: bool = False) -> None:
         super().__init__()
@@ -109,7 +117,9 @@ class Block(nn.Module):
         self.skip_linear = nn.Linear(2 * dim, dim) if skip else None
 
     def forward(self, h: Streams, skip: Streams = ()) -> Streams:
-        """Update tokens h, S × (B, L, D), with those of the long skip, the same shape, in a block that has one."""
+        """Update tokens h, S × (B, L, D), with those of the long skip, the same shape, in a block
+        that has one.
+        """
         if self.skip_linear is not None:
             h = each(self.skip_linear, each(concatenate, h, skip))
         h = each(torch.add, h, self.attn(each(self.norm1, h)))
@@ -122,13 +132,16 @@ def concatenate(h: Tensor, skip: Tensor) -> Tensor:
 
 
 def sinusoids(t: Tensor, dim: int) -> Tensor:
-    """Return cosines, then sines, of timesteps t (B,) at dim/2 rates from 1 down to almost 1e-4: (B, dim) float32.
+    """Return cosines, then sines, of timesteps t (B,) at dim/2 rates from 1 down to almost 1e-4:
+    (B, dim) float32.
 
     >>> sinusoids(torch.zeros(1), 4)
     tensor([[1., 1., 0., 0.]])
     """
     half = dim // 2
-    rates = torch.exp(-math.log(10000.0) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
+    rates = torch.exp(
+        -math.log(10000.0) * torch.arange(half, device=t.device, dtype=torch.float32) / half
+    )
     angles = t[:, None].float() * rates  # (B, dim/2)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
@@ -143,17 +156,21 @@ class UViT(nn.Module):
         hidden_size: D; even, and divisible by num_heads.
         depth: blocks on both sides of the middle one, which is not counted; even.
         num_heads: attention heads.
-        num_classes: real classes; label `num_classes` is the null class. (The original's `num_classes` counts both.)
+        num_classes: real classes; label `num_classes` is the null class. (The original's
+            `num_classes` counts both.)
         mlp_ratio: width of the feed-forward network over D.
-        mlp_time_embed: pass the timestep's sinusoids through two layers; U-ViT-H/2 uses them as they are.
+        mlp_time_embed: pass the timestep's sinusoids through two layers; U-ViT-H/2 uses them as
+            they are.
         conv: end in a 3×3 convolution; U-ViT-H/2 does not.
-        activation_checkpointing: when gradients are on, keep only what enters each block and compute the block again
-            in backward. Less memory, one more forward pass, the same gradients bit for bit.
+        activation_checkpointing: when gradients are on, keep only what enters each block and
+            compute the block again in backward. Less memory, one more forward pass, the same
+            gradients bit for bit.
 
     Raises:
         ValueError: if a size does not divide another, or depth is odd.
 
-    >>> model = UViT(input_size=4, in_channels=1, hidden_size=8, depth=2, num_heads=2, num_classes=3)
+    >>> model = UViT(input_size=4, in_channels=1, hidden_size=8, depth=2, num_heads=2,
+    ...     num_classes=3)
     >>> x, t, y = torch.zeros(5, 1, 4, 4), torch.ones(5), torch.zeros(5, dtype=torch.long)
     >>> [noise.shape for noise in model(x, t, (y, y + 3))]
     [torch.Size([5, 1, 4, 4]), torch.Size([5, 1, 4, 4])]
@@ -198,14 +215,18 @@ class UViT(nn.Module):
         self.out_blocks = nn.ModuleList(Block(*sizes, skip=True) for _ in range(depth // 2))
         self.norm = nn.LayerNorm(hidden_size)
         self.decoder_pred = nn.Linear(hidden_size, patch_size * patch_size * in_channels)
-        smooth = nn.Conv2d(in_channels, in_channels, kernel_size=3, padding=1) if conv else nn.Identity()
+        smooth = (
+            nn.Conv2d(in_channels, in_channels, kernel_size=3, padding=1) if conv else nn.Identity()
+        )
         self.final_layer: nn.Module = smooth
         self._initialise()
 
     def _initialise(self) -> None:
-        """Start linear layers and positions small; the rest keeps torch's own start, as in the original.
+        """Start linear layers and positions small; the rest keeps torch's own start, as in the
+        original.
 
-        The original cuts its normal distribution at ±2, a hundred standard deviations away: the plain one is the same.
+        The original cuts its normal distribution at ±2, a hundred standard deviations away: the
+        plain one is the same.
         """
         nn.init.normal_(self.pos_embed, std=0.02)
         for module in self.modules():
@@ -226,9 +247,13 @@ class UViT(nn.Module):
             S × (B, C, H, W).
         """
         patches = self.patch_embed(x)  # (B, N, D)
-        time = self.time_embed(sinusoids(t, patches.shape[2]).to(patches.dtype))[:, None]  # (B, 1, D)
+        time = self.time_embed(sinusoids(t, patches.shape[2]).to(patches.dtype))[
+            :, None
+        ]  # (B, 1, D)
         named = (self.label_emb(y)[:, None] for y in labels)  # S × (B, 1, D)
-        h: Streams = tuple(torch.cat([label, time, patches], dim=1) + self.pos_embed for label in named)
+        h: Streams = tuple(
+            torch.cat([label, time, patches], dim=1) + self.pos_embed for label in named
+        )
         skips: list[Streams] = []
         for block in self.in_blocks:
             h = self._run(block, h)
@@ -239,28 +264,35 @@ class UViT(nn.Module):
         return each(self._decode, h)
 
     def _run(self, block: nn.Module, *streams: Streams) -> Streams:
-        """Run a block, twice under activation checkpointing: now without keeping anything, and in backward."""
+        """Run a block, twice under activation checkpointing: now without keeping anything, and in
+        backward.
+        """
         if self.activation_checkpointing and torch.is_grad_enabled():
             # Nothing here is random, so there is no random state to put back for the second run.
             return checkpoint(block, *streams, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
         return block(*streams)  # type: ignore[no-any-return]
 
     def _decode(self, h: Tensor) -> Tensor:
-        """Project each patch token to its patch and lay the patches onto the grid: (B, 2 + N, D) -> (B, C, H, W)."""
+        """Project each patch token to its patch and lay the patches onto the grid: (B, 2 + N, D) ->
+        (B, C, H, W).
+        """
         p, grid, channels = self.patch_size, self.input_size // self.patch_size, self.in_channels
         flat = self.decoder_pred(self.norm(h))[:, EXTRAS:]  # (B, N, P·P·C)
-        patches = flat.view(len(h), grid, grid, p, p, channels).permute(0, 5, 1, 3, 2, 4)  # (B, C, H/P, P, W/P, P)
+        patches = flat.view(len(h), grid, grid, p, p, channels).permute(
+            0, 5, 1, 3, 2, 4
+        )  # (B, C, H/P, P, W/P, P)
         return self.final_layer(patches.reshape(len(h), channels, grid * p, grid * p))  # type: ignore[no-any-return]
 
 
 class UViTDenoiser:
     """A frozen U-ViT, its sampler and classifier-free guidance: a `harmonica.denoise.Denoiser`.
 
-    Guidance asks for two streams and mixes all channels, ε = ε_null + g·(ε_cond − ε_null). The original writes the same
-    as ε_cond + s·(ε_cond − ε_null), so g = 1 + s; its s of 0.4 is the default here.
+    Guidance asks for two streams and mixes all channels, ε = ε_null + g·(ε_cond − ε_null). The
+    original writes the same as ε_cond + s·(ε_cond − ε_null), so g = 1 + s; its s of 0.4 is the
+    default here.
 
-    x stays float32 when the weights are narrower: only what enters the model is rounded, so a walk does not collect
-    the rounding of its steps.
+    x stays float32 when the weights are narrower: only what enters the model is rounded, so a walk
+    does not collect the rounding of its steps.
 
     Args:
         model: frozen here, in place: evaluation mode, no weight asks for a gradient.
@@ -272,14 +304,20 @@ class UViTDenoiser:
         ValueError: if guidance is below 1.
     """
 
-    def __init__(self, model: UViT, sampler: Sampler, *, guidance: float = 1.4, name: str = "uvit-h") -> None:
+    def __init__(
+        self, model: UViT, sampler: Sampler, *, guidance: float = 1.4, name: str = "uvit-h"
+    ) -> None:
         if guidance < 1.0:
-            raise ValueError(f"guidance is {guidance}; it must be 1 (off) or more, 1 + the original's scale")
+            raise ValueError(
+                f"guidance is {guidance}; it must be 1 (off) or more, 1 + the original's scale"
+            )
         self.model = model.eval().requires_grad_(False)
         self.sampler, self.guidance, self.name = sampler, guidance, name
         self.steps = len(sampler.timesteps)
         self.sites: Mapping[str, nn.Module] = {
-            name: module for name, module in model.named_modules() if isinstance(module, Attention | Mlp)
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, Attention | Mlp)
         }
 
     @property
@@ -297,15 +335,23 @@ class UViTDenoiser:
             cond: (B,) class labels.
 
         Returns:
-            (B, C, H, W) in the type of x. The loss is taken over it alone: the streams are no batch of 2B.
+            (B, C, H, W) in the type of x. The loss is taken over it alone: the streams are no batch
+            of 2B.
 
         Raises:
             ValueError: if shapes or devices do not fit the model.
         """
-        check_inputs(x, cond, (self.model.in_channels, self.model.input_size, self.model.input_size))
-        # A sampler's timestep is an index into β, from 0; the model was trained with the number of that β, from 1.
+        check_inputs(
+            x, cond, (self.model.in_channels, self.model.input_size, self.model.input_size)
+        )
+        # A sampler's timestep is an index into β, from 0; the model was trained with the number of
+        # that β, from 1.
         t = torch.full((len(x),), self.sampler.timesteps[k] + 1.0, device=x.device)  # (B,)
-        labels = (cond,) if self.guidance == 1.0 else (cond, torch.full_like(cond, self.model.num_classes))
+        labels = (
+            (cond,)
+            if self.guidance == 1.0
+            else (cond, torch.full_like(cond, self.model.num_classes))
+        )
         streams: Streams = self.model(x.to(self.model.pos_embed.dtype), t, labels)
         conditional, *null = (noise.to(x.dtype) for noise in streams)  # (B, C, H, W) each
         return null[0] + self.guidance * (conditional - null[0]) if null else conditional
@@ -315,12 +361,16 @@ class UViTDenoiser:
         return self.sampler.step(x, out, k, memory)
 
     def draw(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Draw pure noise (B, C, H, W), never narrower than float32, and labels (B,) to start walks from.
+        """Draw pure noise (B, C, H, W), never narrower than float32, and labels (B,) to start walks
+        from.
 
-        Drawn on the generator's device, then moved, so that one seed gives one noise on every machine.
+        Drawn on the generator's device, then moved, so that one seed gives one noise on every
+        machine.
         """
         like = self.model.pos_embed
         shape = (batch_size, self.model.in_channels, self.model.input_size, self.model.input_size)
         x = torch.randn(shape, generator=generator, device=generator.device)
-        y = torch.randint(self.model.num_classes, (batch_size,), generator=generator, device=generator.device)
+        y = torch.randint(
+            self.model.num_classes, (batch_size,), generator=generator, device=generator.device
+        )
         return x.to(like.device, torch.promote_types(like.dtype, torch.float32)), y.to(like.device)

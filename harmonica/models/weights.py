@@ -1,7 +1,8 @@
 """Weights: from the hub, a folder of diffusers or a file of the original, into a model.
 
     original file     DiT-XL-2-256x256.pt, imagenet256_uvit_huge.pth    parameters by the original's names
-    diffusers folder  a pipeline (model_index.json) or its transformer  parameters by diffusers' names
+    diffusers folder  a pipeline (model_index.json) or its transformer  parameters by diffusers'
+    names
     "random"          no weights at all, for timing
 
 Reading executes nothing that a file says. This file does not know samplers, caches or routers.
@@ -15,7 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harmonica.files import StrPath, decoding, existing, is_plain, read_json, read_pickle, refused
+from harmonica.storage.files import (
+    StrPath,
+    decoding,
+    existing,
+    is_plain,
+    read_json,
+    read_pickle,
+    refused,
+)
 
 
 def fetch(repository: str, patterns: list[str], *, otherwise: str) -> Path:
@@ -35,7 +44,9 @@ def fetch(repository: str, patterns: list[str], *, otherwise: str) -> Path:
     try:
         return Path(snapshot_download(repository, allow_patterns=patterns))
     except (OSError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        found = f"{repository} is not on this machine and cannot be fetched ({type(error).__name__})"
+        found = (
+            f"{repository} is not on this machine and cannot be fetched ({type(error).__name__})"
+        )
         raise ValueError(f"{found}; connect to the hub once, or {otherwise}") from None
 
 
@@ -57,7 +68,9 @@ def component(folder: StrPath, name: str, *classes: str) -> Path:
             if classes and found not in classes:
                 raise ValueError(f"{place} holds a {found!s:.80}; a {classes[0]} was expected")
             return place
-    raise FileNotFoundError(f"{folder} has no {name}/config.json; expected a folder saved by diffusers")
+    raise FileNotFoundError(
+        f"{folder} has no {name}/config.json; expected a folder saved by diffusers"
+    )
 
 
 def from_diffusers(kind: Any, folder: StrPath, **options: Any) -> Any:
@@ -69,8 +82,8 @@ def from_diffusers(kind: Any, folder: StrPath, **options: Any) -> Any:
         options: of its `from_pretrained`.
 
     Raises:
-        ValueError: naming the folder, if it is damaged, or lacks a parameter (diffusers would draw it and go on), or
-            has one that is not finite.
+        ValueError: naming the folder, if it is damaged, or lacks a parameter (diffusers would draw
+            it and go on), or has one that is not finite.
     """
     with decoding(folder, f"cannot be read as a {kind.__name__} saved by diffusers"):
         model, told = kind.from_pretrained(folder, output_loading_info=True, **options)
@@ -82,7 +95,8 @@ def from_diffusers(kind: Any, folder: StrPath, **options: Any) -> Any:
 
 
 def read_state(path: StrPath) -> dict[str, Tensor]:
-    """Read parameters by name from a .safetensors, .pt or .pth file, executing nothing that the file says.
+    """Read parameters by name from a .safetensors, .pt or .pth file, executing nothing that the
+    file says.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -91,8 +105,12 @@ def read_state(path: StrPath) -> dict[str, Tensor]:
     if existing(path).suffix == ".safetensors":
         return _safetensors(path)
     data = read_pickle(path)
-    data = data.get("ema", data) if isinstance(data, dict) else data  # a training checkpoint keeps an averaged copy
-    if not isinstance(data, dict) or not all(isinstance(key, str) and is_plain(data[key]) for key in data):
+    data = (
+        data.get("ema", data) if isinstance(data, dict) else data
+    )  # a training checkpoint keeps an averaged copy
+    if not isinstance(data, dict) or not all(
+        isinstance(key, str) and is_plain(data[key]) for key in data
+    ):
         raise ValueError(f"{path} does not hold tensors by parameter name")
     return data
 
@@ -125,21 +143,24 @@ def fill(model: nn.Module, state: dict[str, Tensor], path: StrPath) -> None:
 def _must_be_finite(model: nn.Module, path: StrPath) -> None:
     for name, value in model.state_dict().items():
         if not bool(value.isfinite().all()):
-            raise ValueError(f"{path} has a value in {name} that is not finite; the file is damaged")
+            raise ValueError(
+                f"{path} has a value in {name} that is not finite; the file is damaged"
+            )
 
 
 def dit_from_diffusers(state: dict[str, Tensor], positions: Tensor) -> dict[str, Tensor]:
     """Rename the parameters of diffusers' DiT to the original's.
 
-    diffusers splits the original's `qkv` in three and gives every block a copy of the timestep and label embedders;
-    the copies of block 0 are taken, after a look whether the others are the same.
+    diffusers splits the original's `qkv` in three and gives every block a copy of the timestep and
+    label embedders; the copies of block 0 are taken, after a look whether the others are the same.
 
     Args:
         state: of `DiTTransformer2DModel`.
         positions: (1, N, D), which diffusers computes anew.
 
     Raises:
-        ValueError: if the blocks' copies differ, as in a fine-tuned model: the original has one for all of them.
+        ValueError: if the blocks' copies differ, as in a fine-tuned model: the original has one for
+            all of them.
         KeyError: never to the user; a missing parameter is named by `fill`.
     """
     renamed = {"pos_embed": positions}
@@ -161,7 +182,9 @@ def dit_from_diffusers(state: dict[str, Tensor], positions: Tensor) -> dict[str,
             elif inner in embedders:
                 first = renamed.setdefault(f"{embedders[inner]}.{kind}", value)
                 if not torch.equal(first, value):
-                    raise ValueError(f"{key} differs from block 0's; use the pipeline itself, from_pipeline(pipe, …)")
+                    raise ValueError(
+                        f"{key} differs from block 0's; use the pipeline itself, from_pipeline(pipe, …)"
+                    )
             elif inner == "attn1.to_q":
                 parts = [state[f"transformer_blocks.{i}.attn1.to_{part}.{kind}"] for part in "qkv"]
                 renamed[f"blocks.{i}.attn.qkv.{kind}"] = torch.cat(parts)
@@ -169,16 +192,20 @@ def dit_from_diffusers(state: dict[str, Tensor], positions: Tensor) -> dict[str,
 
 
 def dit_to_diffusers(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the parameters of the original's DiT to diffusers', the inverse of `dit_from_diffusers`.
+    """Rename the parameters of the original's DiT to diffusers', the inverse of
+    `dit_from_diffusers`.
 
-    Each block gets a copy of the embedders and a third of `qkv` for each of its three projections; positions are left
-    out, since diffusers computes them.
+    Each block gets a copy of the embedders and a third of `qkv` for each of its three projections;
+    positions are left out, since diffusers computes them.
     """
     names = {"x_embedder.proj": "pos_embed.proj", "final_layer.adaLN_modulation.1": "proj_out_1"}
     names |= {"final_layer.linear": "proj_out_2"}
     inner = {"adaLN_modulation.1": "norm1.linear", "attn.proj": "attn1.to_out.0"}
     inner |= {"mlp.fc1": "ff.net.0.proj", "mlp.fc2": "ff.net.2"}
-    embedders = {"t_embedder.mlp.0": "timestep_embedder.linear_1", "t_embedder.mlp.2": "timestep_embedder.linear_2"}
+    embedders = {
+        "t_embedder.mlp.0": "timestep_embedder.linear_1",
+        "t_embedder.mlp.2": "timestep_embedder.linear_2",
+    }
     embedders |= {"y_embedder.embedding_table": "class_embedder.embedding_table"}
     blocks = sorted({key.split(".")[1] for key in state if key.startswith("blocks.")})
     renamed = {}
@@ -187,7 +214,10 @@ def dit_to_diffusers(state: dict[str, Tensor]) -> dict[str, Tensor]:
         if module in names:
             renamed[f"{names[module]}.{kind}"] = value
         elif module in embedders:
-            renamed |= {f"transformer_blocks.{i}.norm1.emb.{embedders[module]}.{kind}": value for i in blocks}
+            renamed |= {
+                f"transformer_blocks.{i}.norm1.emb.{embedders[module]}.{kind}": value
+                for i in blocks
+            }
         elif module.startswith("blocks."):
             _, i, part = module.split(".", 2)
             if part == "attn.qkv":

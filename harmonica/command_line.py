@@ -1,0 +1,203 @@
+"""What the commands share: the options of a model, errors that take one line, and the exit codes.
+
+    0      done
+    2      bad input, one line on stderr
+    130    Ctrl-C
+    141    nobody reads what is printed any more, as in `| head -1`; nothing on stderr
+
+This file does not know what a command does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import torch
+
+from harmonica.processes import started_as
+
+if TYPE_CHECKING:
+    from harmonica.denoise import Denoiser
+
+DTYPES = ("float32", "bfloat16", "float16")
+"""Of the weights; what a router learns is always float32."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are one line on stderr, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong in one line and exit with code 2."""
+        self.exit(2, f"{self.prog}: {message} (--help shows the options)\n")
+
+
+def add_model_options(p: argparse.ArgumentParser) -> None:
+    """Add the options that `load_model` reads: which model, how it samples, where it runs."""
+    p.add_argument(
+        "--model",
+        default="tiny",
+        help="a name that harmonica.models.load knows (tiny, which is bundled)",
+    )
+    p.add_argument(
+        "--weights",
+        metavar="PATH",
+        help='weights of the model, or "random" (what the model comes with)',
+    )
+    p.add_argument("--sampler", help="ddim, dpm-solver++, iddpm or sa-solver (the model's own)")
+    p.add_argument("--steps", type=whole, default=20, help="T, sampler steps (20)")
+    p.add_argument(
+        "--guidance", type=float, help="classifier-free guidance scale (the model's own)"
+    )
+    p.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="one to a line, for text-to-image (64 of our own)",
+    )
+    p.add_argument(
+        "--device",
+        default="cpu",
+        help="cpu, cuda or cuda:N (cpu); under torchrun cuda is a GPU each",
+    )
+    p.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (float32)")
+
+
+def load_model(
+    args: argparse.Namespace,
+    device: str | torch.device | None = None,
+    *,
+    activation_checkpointing: bool = False,
+) -> Denoiser:
+    """Load the model that `add_model_options` asked for, to `device` or to args.device."""
+    from harmonica.models import load
+
+    return load(
+        args.model,
+        sampler=args.sampler,
+        steps=args.steps,
+        guidance=args.guidance,
+        weights=args.weights,
+        prompts=args.prompts,
+        dtype=getattr(torch, args.dtype),
+        device=args.device if device is None else device,
+        activation_checkpointing=activation_checkpointing,
+    )
+
+
+def whole(text: str) -> int:
+    """Return the whole number that an option says, of a size that can be counted to.
+
+    >>> whole("20")
+    20
+    """
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"invalid int value: {text[:40]!r}") from None
+    if abs(number) >= 2**31:
+        raise argparse.ArgumentTypeError(f"{text[:40]} is too large; at most {2**31 - 1}")
+    return number
+
+
+def seed(text: str) -> int:
+    """Return the seed that an option says; torch takes 64 bits.
+
+    >>> seed("7")
+    7
+    """
+    with suppress(ValueError):
+        if 0 <= int(text) < 2**63:
+            return int(text)
+    raise argparse.ArgumentTypeError(
+        f"invalid seed {text[:40]!r}; expected a whole number, 0 or more, of 63 bits"
+    )
+
+
+def command(
+    p: Parser, run: Callable[[argparse.Namespace], None], arguments: Sequence[str] | None
+) -> int:
+    """Parse and run a command that may be one of several processes, which then says its number;
+    return `exit_code`.
+    """
+    number, world = started_as()
+    if world > 1:
+        p.prog = f"{p.prog} (rank {number} of {world})"
+    return exit_code(p.prog, lambda: run(p.parse_args(arguments)))
+
+
+def exit_code(prog: str, work: Callable[[], None]) -> int:
+    """Do the work of a command, parsing included; return 0 or the code of its end, see above, with
+    one line on stderr.
+
+    What the terminal cannot show, such as × where the locale is ASCII, is printed as an escape.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            work()
+        finally:
+            sys.stdout.flush()
+    except KeyboardInterrupt as stop:
+        return _say(f"{prog}: {str(stop) or 'stopped'}", 130)
+    except BrokenPipeError:
+        return _nobody_reads()
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        return _say(f"{prog}: {_first_line(error)} Take a smaller batch.", 2)
+    except (ValueError, OSError, ArithmeticError) as error:
+        return _say(f"{prog}: {error}", 2)
+    except RuntimeError as error:
+        if not any(
+            name in str(error) for name in ("DefaultCPUAllocator", "bad_alloc")
+        ):  # torch has no class for it
+            raise
+        return _say(
+            f"{prog}: out of memory, {str(error).rpartition('] ')[2]} Take a smaller batch.", 2
+        )
+    return 0
+
+
+def check_device(device: str) -> None:
+    """Raise ValueError, saying why, if torch cannot put a tensor on `device`."""
+    if device.split(":")[0] not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"--device {device}: expected cpu, cuda, cuda:N or mps")
+    try:
+        torch.empty(1, device=device)
+    except (
+        AssertionError,
+        RuntimeError,
+    ) as error:  # what torch raises for a device that is not there
+        raise ValueError(f"--device {device}: {_first_line(error)}") from None
+
+
+def make_writable(folder: Path) -> None:
+    """Make a folder and write to it, so that a command fails before its work and not after it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as probe:
+        probe.write(b"x")
+
+
+def _say(line: str, code: int) -> int:
+    sys.stderr.write(" ".join(line.split("\n")) + "\n")
+    return code
+
+
+def _nobody_reads() -> int:
+    """Return the code of a program that SIGPIPE ended; what is still to be printed goes nowhere,
+    silently.
+    """
+    with suppress(OSError, ValueError):  # a stream of a test or a notebook has no number
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 141
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]

@@ -1,0 +1,1 @@
+"""Evaluation: distances between images, pictures of tables and walks."""

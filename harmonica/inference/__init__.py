@@ -1,0 +1,1 @@
+"""Inference: what a frozen schedule knows before the walk, and the walks that use it."""

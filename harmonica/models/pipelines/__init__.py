@@ -1,0 +1,6 @@
+"""Pipelines: stock diffusers pipelines under a schedule, and as a `Denoiser` to make one for."""
+
+from harmonica.models.pipelines.caching import cached, disable_cache, enable_cache, summary
+from harmonica.models.pipelines.denoiser import from_pipeline
+
+__all__ = ["cached", "disable_cache", "enable_cache", "from_pipeline", "summary"]

@@ -1,0 +1,172 @@
+"""Several processes: one training run on several GPUs or machines, as torchrun starts them.
+
+    torchrun --nproc-per-node 4 -m harmonica.train --model dit-xl --device cuda
+
+    world    number of processes
+    rank     this process's number, 0 … world − 1; rank 0 alone writes files and shows progress
+    share    what one process takes of the joint batch: samples rank, rank + world, rank + 2·world, …
+
+Every rank draws the joint noise from the same generator and keeps its share. Noise is cheap, so no
+rank waits for another's samples, the generator is in the same state everywhere, and a checkpoint
+fits any number of processes. The weights are frozen: what ranks tell each other in training is a
+row's gradient, a loss and λ, a few kilobytes.
+
+Alone, or where torch was built without this, every function here does nothing. This file does not
+know routers, models or losses.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+T = TypeVar("T")
+
+
+def started_as() -> tuple[int, int]:
+    """Return (rank, world) as torchrun's environment has them, (0, 1) without torchrun; nothing
+    need be joined.
+    """
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+@contextmanager
+def processes(device: str = "cpu") -> Iterator[torch.device]:
+    """Join the processes that torchrun started, and leave them at the end; alone there is nothing
+    to join.
+
+    Args:
+        device: "cpu" (gloo) or "cuda" (nccl); alone, anything torch knows.
+
+    Returns:
+        The device of this process, cuda:LOCAL_RANK for "cuda" under torchrun.
+
+    Raises ValueError if the device cannot be shared out, or this machine has fewer GPUs than
+    processes.
+    """
+    if started_as()[1] == 1:
+        yield torch.device(device)
+        return
+    mine = _device_of_this_process(device)
+    if mine.type == "cuda":
+        torch.cuda.set_device(mine)  # nccl talks from the current one
+    dist.init_process_group("nccl" if mine.type == "cuda" else "gloo")
+    ended_well = False
+    try:
+        yield mine
+        ended_well = True
+    finally:
+        if (
+            ended_well or mine.type == "cpu"
+        ):  # nccl's farewell waits for all: a rank that fails alone just goes
+            dist.destroy_process_group()
+
+
+def _device_of_this_process(device: str) -> torch.device:
+    if device not in ("cpu", "cuda"):
+        raise ValueError(
+            f"device is {device!r} for several processes; say 'cuda' (each takes its own GPU) or 'cpu'"
+        )
+    if device == "cpu":
+        return torch.device("cpu")
+    local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if local >= count:
+        raise ValueError(
+            f"process {local} of this machine has no GPU, there are {count}; start at most {count} here"
+        )
+    return torch.device("cuda", local)
+
+
+def _joined() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """Return this process's number; 0 when alone."""
+    return dist.get_rank() if _joined() else 0
+
+
+def world() -> int:
+    """Return the number of processes; 1 when alone."""
+    return dist.get_world_size() if _joined() else 1
+
+
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """Return the mean of a tensor over the processes, the same bits on each; when alone, the tensor
+    itself.
+
+    The mean of equal shares' means is the joint batch's mean, and so are its gradients.
+    """
+    if world() == 1:
+        return value
+    total = value.detach().clone()
+    dist.all_reduce(total)
+    return total / world()
+
+
+def from_rank_0(make: Callable[[], T]) -> T:
+    """Return on every rank what `make` returns on rank 0, which alone calls it; what it raises,
+    every rank raises.
+
+    So a file need be readable by rank 0 only, and no rank waits for one that has failed. Tensors
+    should be on the CPU.
+    """
+    if world() == 1:
+        return make()
+    told: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            told[0] = make()
+        except Exception as error:  # whatever it is, the others must hear of it
+            told[1] = error
+    dist.broadcast_object_list(told)
+    if told[1] is not None:
+        raise told[1]
+    result: T = told[0]
+    return result
+
+
+def share(batch_size: int) -> int:
+    """Return how many samples of a joint batch each process takes.
+
+    Raises ValueError if the processes cannot share it evenly.
+    """
+    if batch_size % world():
+        raise ValueError(
+            f"batch_size is {batch_size} for {world()} processes in all; make it a multiple of {world()}"
+        )
+    return batch_size // world()
+
+
+def own(batch: Any, batch_size: int) -> Any:
+    """Return this process's share of a joint batch, a tree of tensors whose first dimension is
+    batch_size.
+
+    Raises ValueError if a tensor has another first dimension.
+    """
+    if world() == 1:
+        return batch
+
+    def take(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            if value is None or isinstance(value, int | float):
+                return value  # the same for every sample
+            found = f"a {type(value).__name__} in a joint batch of {batch_size}"
+            raise ValueError(
+                f"found {found}; several processes can share out tensors only, by their first dimension"
+            )
+        if value.shape[:1] != (batch_size,):
+            found = f"a tensor of shape {tuple(value.shape)} in a joint batch of {batch_size}"
+            raise ValueError(
+                f"found {found}; several processes share noise and conditions by their first dimension"
+            )
+        return value[rank() :: world()].contiguous()
+
+    return tree_map(take, batch)

@@ -1,0 +1,1 @@
+"""Search: beyond the paper, tables found on whole walks instead of by gradients."""

@@ -1,0 +1,224 @@
+"""Quadratic: what turning over entries of a table does to the image, told by two backward passes
+through one walk.
+
+    e       an entry (k, i) with k ≥ 1                                              E = (T−1)·N of them
+    z       1 = turned over: reuse where the table computes, or the other way       (E,)
+    v_e     ∂image/∂z_e, what turning e over does to the image, sign included       (B, C, H, W)
+    d       image(table) − image without a cache                                    (B, C, H, W)
+
+Near a table, what several entries do adds up as vectors, so entries that cancel each other are
+seen, and so is a refresh that helps the steps after it (λ and a router's gradient know only the
+*size* of what each does by itself):
+
+    error(z) ≈ mean (d + Σ_e z_e·v_e)² = error + 2·z·h + zᵀGz,    h_e = mean d·v_e,    G_ef = mean v_e·v_f
+
+To turn one entry over and walk to the end costs T − k predictions, N·T(T−1)/2 for all of them. A
+gradient costs a few walks, whatever N: let every site give kept + s·(fresh − kept), with s = 1
+where the table computes and 0 where it does not (`kept` is a forecast if the schedule's order says
+so). That is the table's own walk, and the derivative along s is v, up to its sign. Then
+
+    h      is the gradient of ½·mean (image − plain)²: one backward pass, from d
+    G      takes one more, from random signs ξ: E[ξξᵀ] = 1, so (ξ·v_e)(ξ·v_f) is v_e·v_f on average (Hutchinson 1990)
+
+A flip is not a derivative, but close: with the bundled model h correlates to 0.99 with what flips
+do (docs/log.md). It is far from one where reuse has led a walk to another image altogether, so such
+noises are weighed down (`CAP`). This file does not know routers, nor how a table is searched for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import checkpoint
+
+from harmonica.cache import Cache, Compute, Feature, gated
+from harmonica.denoise import Denoiser
+from harmonica.forecast import Seen, continued, seen
+from harmonica.search.budget import Target
+
+WALKS = 7
+"""What `around` costs, in walks: one forward, then one again and a backward pass (worth two) from d
+and from ξ."""
+
+CAP = 4.0
+"""A noise whose error is more than so many times the batch's median counts in proportion less."""
+
+
+@dataclass(frozen=True)
+class Quadratic:
+    """The model of a table's neighbourhood, over its E entries."""
+
+    gradient: Tensor  # h, (E,) float64
+    curvature: Tensor  # G, (E, E) float64
+
+    def __call__(self, z: Tensor) -> float:
+        """Return what turning over z (E,), bool, adds to the error."""
+        on = z.nonzero().flatten()
+        return float(2 * self.gradient[on].sum() + self.curvature[on][:, on].sum())
+
+
+def around(
+    denoiser: Denoiser,
+    table: Tensor,
+    x: Tensor,
+    cond: Any,
+    plain: Tensor,
+    signs: Tensor,
+    *,
+    order: int = 0,
+) -> Quadratic:
+    """Return the quadratic around a table (T, N), mean over the noises of a batch, weighed by CAP.
+
+    Memory is that of one step's gradient and the features at T steps. Guidance's halves are taken
+    to follow one another, as in cat([x, x]); under another order h stays right and G mixes noises.
+
+    Args:
+        denoiser: model, sampler, guidance.
+        table: (T, N) bool.
+        x: (B, C, H, W) pure noise.
+        cond: conditions for the batch.
+        plain: (B, C, H, W) the images without a cache.
+        signs: (B, C, H, W) of ±1, ξ of each noise.
+        order: `Schedule.order`.
+    """
+    batch, pixels = len(x), x[0].numel()
+    wide = torch.promote_types(x.dtype, torch.float32)
+    s = table.to(x.device, wide)[:, :, None].repeat(1, 1, batch).requires_grad_()  # (T, N, B)
+    image = _walk(denoiser, s, x, cond, order)
+    away = (image - plain).detach()
+    scale = (
+        away.square().mean().sqrt().clamp_min(1e-30)
+    )  # half precision would lose small gradients
+    along = [away / scale, signs.to(away)]
+    turned = torch.where(table, -1.0, 1.0)[1:].double()[:, :, None]  # ∂s/∂z, (T−1, N, 1)
+    dots = [
+        (
+            turned
+            * torch.autograd.grad(image, s, to, retain_graph=to is along[0])[0][1:].double().cpu()
+        ).flatten(0, 1)
+        for to in along
+    ]  # d·v and ξ·v, (E, B) each
+    error = away.square().flatten(1).mean(1).double().cpu()  # (B,)
+    most = CAP * error.median()
+    weight = torch.where(error > most, most / error, 1.0) / (batch * pixels)  # (B,)
+    return Quadratic(dots[0] @ weight * float(scale), (dots[1] * weight) @ dots[1].T)
+
+
+def _walk(denoiser: Denoiser, s: Tensor, x: Tensor, cond: Any, order: int = 0) -> Tensor:
+    """Return the image (B, C, H, W), differentiable in s (T, N, B)."""
+    cache: Cache = {}  # site → what was seen of it, blended, and how many differences of it the table itself knows
+    memory: dict[str, Any] = {}
+    computes = (s.detach() > 0.5).all(-1).tolist()
+
+    def step(
+        x: Tensor, k: int, cache: Cache, memory: dict[str, Any]
+    ) -> tuple[Tensor, Cache, dict[str, Any]]:
+        memory, after = memory.copy(), {}
+
+        def gate(site: int, compute: Compute) -> Feature:
+            fresh = compute()
+            if site not in cache:
+                after[site] = (k, [fresh]), 1
+                return fresh
+            before, count = cache[site]
+            now = seen(k, fresh, (before[0], before[1][:count]), order)
+            count = len(now[1]) if computes[k][site] else count
+            after[site] = _blended(before, now, s[k, site], computes[k][site]), count
+            return _between(continued(before, k), fresh, s[k, site])
+
+        with gated(denoiser.sites, gate):
+            out = denoiser.predict(x, k, cond)
+        return denoiser.step(x, out, k, memory), cache | after, memory
+
+    for k in range(denoiser.steps):  # a step's activations live only while it is differentiated
+        x, cache, memory = checkpoint(
+            step, x, k, cache, memory, use_reentrant=False, preserve_rng_state=False
+        )
+    return x
+
+
+def _blended(before: Seen, now: Seen, s: Tensor, computes: bool) -> Seen:
+    """Return the two as one, (1−s)·before + s·now, both seen from the step that counts where s is 0
+    or 1.
+    """
+    since = now[0] if computes else before[0]
+    old, new = (
+        [continued((k, known[i:]), since) for i in range(len(known))] for k, known in (before, now)
+    )
+    old += map(
+        _zero, new[len(old) :]
+    )  # a difference that one of the two does not know is zero there
+    new += map(_zero, old[len(new) :])
+    return since, [_between(kept, fresh, s) for kept, fresh in zip(old, new, strict=True)]
+
+
+def _zero(feature: Feature) -> Feature:
+    return tree_map(
+        lambda leaf: torch.zeros_like(leaf) if isinstance(leaf, Tensor) else leaf, feature
+    )
+
+
+def _between(kept: Feature, fresh: Feature, s: Tensor) -> Feature:
+    """Return kept + s·(fresh − kept) with s (B,) for each noise; bit for bit either of the two at 0
+    and 1.
+    """
+
+    def between(kept: Any, fresh: Any) -> Any:
+        if not isinstance(fresh, Tensor):  # attention may return (output, None)
+            return fresh
+        each = s.repeat(len(fresh) // len(s)).view(
+            -1, *[1] * (fresh.dim() - 1)
+        )  # guidance has B twice
+        return torch.lerp(kept, fresh, each.to(fresh))
+
+    return tree_map(between, kept, fresh)
+
+
+def choose(model: Quadratic, table: Tensor, target: Target, *, most: int) -> Tensor:
+    """Return the table (T, N) that the quadratic likes best: on target, at most `most` flips away;
+    greedy with pairs.
+
+    A table that is too slow is first made fast enough, by the flips that cost least error for what
+    they save. Then the flip, or pair of flips, that lowers the error most is taken until none does.
+    The diagonal of G counts half as much again: the larger a single flip's effect, the less of it
+    is linear.
+    """
+    compute = table[1:].flatten()  # (E,)
+    price = target.cost.sites.expand(table[1:].shape).flatten()  # (E,)
+    delta = torch.where(compute, -price, price)  # what a flip adds to the cost
+    room = target.allowed - target.spent(table)
+    gradient, twice = model.gradient.clone(), model.curvature
+    own = 1.5 * twice.diagonal()
+    z = torch.zeros(len(compute), dtype=torch.bool)
+    never = torch.tensor(torch.inf, dtype=torch.float64)
+    while True:
+        sign = torch.where(z, -1.0, 1.0).double()  # a chosen flip may be taken back
+        adds, gain = sign * delta, sign * (2 * gradient - 2 * z * twice.diagonal()) + own * sign
+        count = int(z.sum()) + torch.where(z, -1, 1)
+        if room < 0:
+            e = int(torch.where(adds < 0, gain / adds.abs(), never).argmin())
+            flips, change = [e], -1.0
+        else:
+            single = torch.where((adds <= room) & (count <= most), gain, never)
+            both = gain[:, None] + gain + 2 * twice * sign[:, None] * sign  # (E, E)
+            few = count[:, None] + count - int(z.sum()) <= most
+            both = torch.where((adds[:, None] + adds <= room) & few, both, never).fill_diagonal_(
+                torch.inf
+            )
+            e, pair = int(single.argmin()), int(both.argmin())
+            alone = float(single[e]) <= float(both.flatten()[pair])
+            flips = [e] if alone else [pair // len(z), pair % len(z)]
+            change = float(single[e]) if alone else float(both.flatten()[pair])
+        if change >= -1e-15:
+            break
+        for e in flips:
+            gradient += twice[e] * float(sign[e])
+            room -= float(adds[e])
+            z[e] = ~z[e]
+    chosen = table.clone()
+    chosen[1:] ^= z.view(len(table) - 1, -1)
+    return chosen

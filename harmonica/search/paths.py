@@ -1,0 +1,169 @@
+"""Search: which entries, or which whole steps, to reuse, judged by walks that fork from one
+another.
+
+    Fork       a walk before some step: x (B, C, H, W), its cache, its sampler's memory
+    entry      one decision of the table: step k, site i
+
+    switches        entries, best first, by what each does to the final image
+    cheapest_path   whole steps, by what reuse from one to the next does to x (`step_costs`)
+
+A change at step k leaves steps 0 … k−1 as they were: it costs T − k predictions, from the fork
+before k on. This file does not know routers, training, or how fast a table is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from fractions import Fraction
+from heapq import heapify, heappop, heappush
+from math import ceil, inf
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harmonica.cache import Cache, reuse
+from harmonica.denoise import Denoiser, denoise
+from harmonica.evaluation.distances import image_mse
+
+Fork = tuple[Tensor, Cache, dict[str, Any]]
+
+
+def onward(denoiser: Denoiser, cond: Any, table: Tensor, fork: Fork, start: int) -> Iterator[Fork]:
+    """Walk on from a fork before step `start` under a table (T, N), yielding a fork after each
+    step.
+
+    The fork that it starts from stays as it is.
+    """
+    x, cache, memory = fork[0], fork[1].copy(), fork[2].copy()
+    rows = table.tolist()
+    for after in denoise(
+        denoiser, x, cond, lambda k: reuse(rows[k], cache), start=start, memory=memory
+    ):
+        yield after, cache.copy(), memory.copy()
+
+
+def turned_over(denoiser: Denoiser, cond: Any, table: Tensor, k: int, i: int, fork: Fork) -> Tensor:
+    """Return the image (B, C, H, W) of a table (T, N) whose entry k, i is turned over, from the
+    fork before step k.
+    """
+    table = table.clone()
+    table[k, i] = ~table[k, i]
+    *_, (image, _, _) = onward(denoiser, cond, table, fork, k)
+    return image
+
+
+def predictions_of_all(denoiser: Denoiser) -> int:
+    """Return the predictions of one walk and of turning over each entry by itself: T +
+    N·T(T−1)/2.
+    """
+    return denoiser.steps + len(denoiser.sites) * denoiser.steps * (denoiser.steps - 1) // 2
+
+
+def whole_steps(denoiser: Denoiser, computed: Collection[int]) -> Tensor:
+    """Return the table (T, N) that computes all sites at these steps and none at others."""
+    return torch.tensor([[k in computed] * len(denoiser.sites) for k in range(denoiser.steps)])
+
+
+def spread(steps: int, interval: Fraction) -> set[int]:
+    """Return the steps ⌈i·interval⌉ below `steps`, i = 0, 1, …: evenly spread, 0 among them.
+
+    >>> sorted(spread(10, Fraction(5, 2)))
+    [0, 3, 5, 8]
+    """
+    return {ceil(i * interval) for i in range(ceil(steps / interval))}
+
+
+def switches(
+    denoiser: Denoiser, x: Tensor, cond: Any, *, prices: Tensor, budget: int
+) -> Iterator[tuple[int, int, int]]:
+    """Yield the entries to reuse, best first: step, site, predictions spent so far.
+
+    The best is the one that adds least to the mean squared error of the final image, for its price.
+    Scores are lazy (Minoux 1978): one is renewed only when it comes first, and the entry is taken
+    if it then still does. When the budget is spent, the other entries follow in the order of the
+    scores that they had.
+
+    Args:
+        denoiser: model, sampler, guidance.
+        x: (B, C, H, W) pure noise, whose images are judged.
+        cond: conditions for the batch.
+        prices: (N,) what computing each site costs, in any unit.
+        budget: predictions; to score every entry once takes T + N·T(T−1)/2, and less is a
+            ValueError.
+    """
+    steps, sites = denoiser.steps, len(denoiser.sites)
+    spent = predictions_of_all(denoiser)
+    if budget < spent:
+        raise ValueError(
+            f"budget is {budget} predictions; scoring each entry once takes {spent}, give at least those"
+        )
+    table = torch.ones(steps, sites, dtype=torch.bool)
+    start: Fork = (x, {}, {})
+    forks = [
+        start,
+        *onward(denoiser, cond, table, start, 0),
+    ]  # T + 1; forks[k] stands before step k
+    plain, error, taken = forks[-1][0], 0.0, 0
+
+    def score(k: int, i: int) -> float:
+        image = turned_over(denoiser, cond, table, k, i, forks[k])
+        return (image_mse(image, plain) - error) / max(
+            float(prices[i]), 1e-30
+        )  # what is free to compute comes last
+
+    queue = [(score(k, i), k, i, taken) for k in range(1, steps) for i in range(sites)]
+    heapify(queue)
+    while queue and spent + steps <= budget:
+        _, k, i, scored = heappop(queue)
+        spent += steps - k
+        if scored < taken:
+            heappush(queue, (score(k, i), k, i, taken))
+            continue
+        table[k, i] = False
+        forks[k + 1 :] = onward(denoiser, cond, table, forks[k], k)
+        error, taken = image_mse(forks[-1][0], plain), taken + 1
+        yield k, i, spent
+    yield from ((k, i, spent) for _, k, i, _ in sorted(queue))
+
+
+def step_costs(denoiser: Denoiser, x: Tensor, cond: Any) -> Tensor:
+    """Return what it costs to compute step j and reuse all of it at steps j + 1 … k: (T, T)
+    float64, [j, k].
+
+    It is the mean squared difference to the plain walk after step k; zero for k ≤ j. The plain walk
+    is forked once after each j: 2T predictions, and T(T−1)/2 in which every site reuses.
+    """
+    steps = denoiser.steps
+    start: Fork = (x, {}, {})
+    everything = torch.ones(steps, len(denoiser.sites), dtype=torch.bool)
+    plain = [after for after, _, _ in onward(denoiser, cond, everything, start, 0)]
+    costs = torch.zeros(steps, steps, dtype=torch.float64)
+    for j, fork in enumerate(onward(denoiser, cond, everything, start, 0)):
+        for k, (after, _, _) in enumerate(
+            onward(denoiser, cond, ~everything, fork, j + 1), start=j + 1
+        ):
+            costs[j, k] = image_mse(after, plain[k])
+    return costs
+
+
+def cheapest_path(costs: Tensor, count: int) -> list[int]:
+    """Return the `count` steps to compute, 0 among them, whose runs of reuse cost least in sum
+    (Bellman 1957).
+
+    best(m, k) = min over j of best(m − 1, j − 1) + costs[j, k], where m runs cover steps 0 … k.
+
+    >>> cheapest_path(torch.tensor([[0.0, 1, 9, 9], [0, 0, 2, 9], [0, 0, 0, 1], [0, 0, 0, 0]]), 2)
+    [0, 2]
+    """
+    table = costs.tolist()
+    best: list[tuple[float, list[int]]] = [(cost, [0]) for cost in table[0]]  # [k], of one run
+    for m in range(1, count):
+        best = [
+            min(
+                ((best[j - 1][0] + table[j][k], [*best[j - 1][1], j]) for j in range(m, k + 1)),
+                default=(inf, []),
+            )
+            for k in range(len(table))
+        ]
+    return best[-1][1]

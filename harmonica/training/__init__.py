@@ -1,0 +1,3 @@
+"""Training: the router's whole training run, and what carries it through hours and over
+processes.
+"""

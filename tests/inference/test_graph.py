@@ -1,0 +1,180 @@
+"""The walk as one graph: keys, copying in, room and reasons on any machine; capturing itself where there is a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import make, start
+from test_blocks import in_double, table
+from test_every_model import loaded, small  # noqa: F401 (small is a fixture: every model on a small configuration)
+
+from harmonica.inference.graph import GraphWalk, key_of
+from harmonica.inference.walk import Walk
+from harmonica.models.blocks import Compiled
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+class Tape:
+    """Captures by keeping the function, and replays by running it into the same output tensor."""
+
+    def __init__(self, fails: Exception | None = None):
+        self.captured, self.replayed, self.fails = 0, 0, fails
+
+    def __call__(self, run):
+        if self.fails:
+            raise self.fails
+        self.captured += 1
+        output = run()
+
+        def replay():
+            self.replayed += 1
+            output.copy_(run())
+
+        return replay, output
+
+
+def test_a_graph_is_captured_once_and_every_batch_is_copied_in():
+    d, tape = make(), Tape()
+    walk = Walk(d, table(d))
+    draw = GraphWalk(walk, capture=tape)
+    images = {}
+    for seed in range(3):
+        x, y = start(d, seed=seed)
+        images[seed] = draw(x, y)
+        assert torch.equal(images[seed], walk(x, y))
+    assert (tape.captured, tape.replayed, draw.graphs, draw.reason) == (1, 3, 1, None)
+    assert torch.equal(images[0], walk(*start(d, seed=0)))  # not overwritten by those that followed
+
+
+def test_the_callers_tensors_are_not_the_graphs():
+    d = make()
+    draw = GraphWalk(Walk(d, table(d)), capture=Tape())
+    x, y = start(d)
+    before = x.clone(), y.clone()
+    first = draw(x, y)
+    x.zero_(), y.zero_()
+    assert torch.equal(draw(*before), first)
+
+
+def test_each_shape_of_noise_and_condition_has_a_graph_and_the_oldest_makes_room():
+    d, tape = make(), Tape()
+    draw = GraphWalk(Walk(d, table(d)), most=2, capture=tape)
+    batches = {size: start(d, batch=size) for size in (1, 2, 3)}
+    for size, captured in ((1, 1), (2, 2), (1, 2), (3, 3), (1, 3), (2, 4)):
+        draw(*batches[size])
+        assert tape.captured == captured, size
+        assert draw.graphs <= 2
+    with pytest.raises(ValueError, match="most is 0; it must be 1 graph or more"):
+        GraphWalk(Walk(d), most=0)
+
+
+def test_a_key_is_shapes_types_and_what_is_no_tensor():
+    x, y = torch.zeros(2, 3), torch.zeros(2)
+    same = key_of(x, {"y": y, "mode": "a"})
+    assert key_of(x + 1, {"y": y + 1, "mode": "a"}) == same
+    others = [key_of(x, {"y": y, "mode": "b"}), key_of(x, {"y": y[:1], "mode": "a"}), key_of(x, y)]
+    assert same not in [*others, key_of(x.double(), {"y": y, "mode": "a"})]
+
+
+def test_without_a_cuda_device_the_walk_runs_and_says_why():
+    d = make()
+    x, y = start(d)
+    walk = Walk(d, table(d))
+    draw = GraphWalk(walk)
+    assert torch.equal(draw(x, y), walk(x, y))
+    assert draw.reason == "x is on cpu; graphs are for CUDA devices"
+    assert draw.graphs == 0
+
+
+@pytest.mark.usefixtures("small")
+def test_a_sampler_that_draws_noise_is_not_captured():
+    for sampler, draws in (
+        ("ddim", False),
+        ("dpm-solver++", False),
+        ("iddpm", True),
+        ("sa-solver", True),
+    ):
+        d = loaded("pixart-alpha-256", sampler)
+        tape = Tape()
+        draw = GraphWalk(Walk(d, table(d)), capture=tape)
+        draw(*d.draw(1, torch.Generator().manual_seed(0)))
+        assert tape.captured == (not draws)
+        assert ("the sampler draws noise at every step" in (draw.reason or "")) == draws
+
+
+def test_a_capture_that_fails_falls_back_and_is_not_tried_again_but_for_memory():
+    d = make()
+    x, y = start(d)
+    walk = Walk(d, table(d))
+    for error, reason in (
+        (
+            RuntimeError("operation not permitted\nmore"),
+            "capturing failed: operation not permitted",
+        ),
+        (torch.OutOfMemoryError("no room"), "capturing failed: no room"),
+    ):
+        tape = Tape(error)
+        draw = GraphWalk(walk, capture=tape)
+        assert torch.equal(draw(x, y), walk(x, y))
+        assert draw.reason == reason
+        tape.fails = None
+        draw(x, y)
+        assert tape.captured == isinstance(error, torch.OutOfMemoryError)
+
+
+# ---------------------------------------------------------------------------------------------- compiled branches
+
+
+def test_a_schedule_compiles_at_most_four_graphs():
+    """Three: the attention's branch, the feed-forward's, the sum. Blocks and steps share them."""
+    from torch._dynamo.utils import counters
+
+    d = in_double(make(6, depth=3))
+    x, y = start(d)
+    torch._dynamo.reset()
+    counters.clear()
+    walk = Walk(d, table(d))
+    walk.math = Compiled(backend="eager")
+    compiled = walk(x, y)
+    graphs = counters["stats"]["unique_graphs"]
+    assert 1 <= graphs <= 4
+    walk(x, y)
+    assert counters["stats"]["unique_graphs"] == graphs
+    plain = Walk(d, table(d))(x, y)
+    assert float((compiled - plain).norm() / plain.norm()) < 1e-11
+
+
+def test_compiled_is_not_exact():
+    with pytest.raises(ValueError, match="exact and compiled are both true"):
+        Walk(make(), exact=True, compiled=True)
+
+
+# ---------------------------------------------------------------------------------------------- with a GPU
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize(
+    "name", ["tiny", "dit-xl", "pixart-alpha-256", "pixart-alpha-1024", "uvit-h"]
+)
+@pytest.mark.parametrize("sampler", ["ddim", "dpm-solver++"])
+@pytest.mark.usefixtures("small")
+def test_a_replayed_graph_is_the_eager_walk_bit_for_bit(name, sampler):
+    d = loaded(name, sampler, device="cuda")
+    walk = Walk(d, table(d))
+    draw = GraphWalk(walk)
+    for seed in range(3):
+        x, cond = d.draw(2, torch.Generator().manual_seed(seed))
+        assert torch.equal(draw(x, cond), walk(x, cond))
+        assert draw.reason is None
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_graph_on_compiled_branches_agrees_to_half_precisions_rounding():
+    d = loaded("tiny", device="cuda", dtype=torch.float16)
+    x, y = d.draw(4, torch.Generator().manual_seed(0))
+    draw, eager = GraphWalk(Walk(d, table(d), compiled=True)), Walk(d, table(d))
+    assert float((draw(x, y) - eager(x, y)).abs().mean()) < 1e-3
+    assert draw.reason is None

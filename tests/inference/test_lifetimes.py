@@ -1,0 +1,93 @@
+"""What a schedule tells before the walk: fewer features alive, the same images."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from conftest import make, seeds, start, tables
+from hypothesis import given
+from hypothesis import strategies as st
+
+from harmonica import Schedule, denoise, reuse
+from harmonica.inference.lifetimes import KEEP, LET_GO, READ, UNREAD, Plan
+
+any_table = st.tuples(st.integers(1, 6), st.integers(1, 2)).flatmap(
+    lambda s: tables(steps=s[0], sites=2 * s[1])
+)
+
+
+@given(any_table, seeds)
+def test_a_plan_gives_the_images_of_reuse_bit_for_bit(schedule, seed):
+    d = make(schedule.steps, depth=len(schedule.sites) // 2)
+    x, y = start(d, seed=seed)
+    plan, kept, all_kept = Plan.of(schedule), {}, {}
+    planned = denoise(d, x, y, lambda k: plan.gate(k, kept))
+    plain = denoise(d, x, y, lambda k: reuse(schedule.compute[k], all_kept))
+    assert all(torch.equal(a, b) for a, b in zip(planned, plain, strict=True))
+    assert kept == {}
+
+
+@given(any_table)
+def test_the_peak_of_live_features_is_what_the_plan_says(schedule):
+    """Counted by weak references, at every site of every step."""
+    plan, cache, alive, peaks = Plan.of(schedule), {}, [], [0]
+
+    class Feature:
+        pass
+
+    def compute():
+        feature = Feature()
+        alive.append(weakref.ref(feature))
+        return feature
+
+    for k in range(plan.steps):
+        gate = plan.gate(k, cache)
+        for site in range(len(schedule.sites)):
+            gate(site, compute)
+            peaks.append(sum(ref() is not None for ref in alive))
+    assert max(peaks) == plan.peak()
+    assert peaks[-1] == 0
+
+
+@given(any_table)
+def test_a_plan_computes_exactly_where_the_schedule_does(schedule):
+    computes = [[what in (UNREAD, KEEP) for what in row] for row in Plan.of(schedule).rows]
+    assert computes == schedule.compute.tolist()
+
+
+def test_every_kept_feature_is_read_and_let_go_once():
+    for schedule in (Schedule([[1], [0], [0], [1], [0]]), Schedule([[1], [1], [1], [1], [1]])):
+        column = [row[0] for row in Plan.of(schedule).rows]
+        assert column in ([KEEP, READ, LET_GO, KEEP, LET_GO], [UNREAD] * 5)
+
+
+def test_nothing_of_a_walk_is_alive_after_it():
+    d = make(4)
+    x, y = start(d)
+    schedule = Schedule([[1] * 4, [0] * 4, [1, 0, 1, 0], [0] * 4])
+    gc.collect()
+    before = sum(type(thing) is torch.Tensor for thing in gc.get_objects())
+    plan, cache = Plan.of(schedule), {}
+    for _ in denoise(d, x, y, lambda k: plan.gate(k, cache)):
+        pass
+    del _
+    gc.collect()
+    assert sum(type(thing) is torch.Tensor for thing in gc.get_objects()) == before
+
+
+def test_a_walk_that_starts_in_the_middle_is_refused():
+    gate = Plan.of(Schedule([[1, 1], [0, 0]])).gate(1, {})
+    with pytest.raises(
+        RuntimeError, match="site 1 of 2 is to be reused but this trajectory has not computed it"
+    ):
+        gate(1, lambda: None)
+    with pytest.raises(RuntimeError, match="site 2 of 2"):
+        gate(2, lambda: None)
+
+
+def test_sizes_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="sizes has 1 entries; the plan has 2 sites"):
+        Plan.of(Schedule([[1, 1]])).peak([3])

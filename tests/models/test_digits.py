@@ -1,0 +1,40 @@
+"""The pipeline that draws digits is the bundled model in diffusers' classes."""
+
+from __future__ import annotations
+
+import torch
+
+from harmonica.models import digits, load
+from harmonica.models.pipelines.caching import from_pipeline, sites
+from harmonica.models.weights import dit_from_diffusers, dit_to_diffusers
+
+
+def test_renaming_to_diffusers_and_back_gives_the_same_parameters():
+    state = load("tiny").model.state_dict()
+    back = dit_from_diffusers(dit_to_diffusers(state), state["pos_embed"])
+    assert set(back) == set(state)
+    assert all(torch.equal(back[name], state[name]) for name in state)
+
+
+def test_the_pipeline_of_digits_predicts_what_the_bundled_model_predicts():
+    ours = load("tiny", steps=5, sampler="dpm-solver++", guidance=1.5)
+    theirs = from_pipeline(digits.pipeline(load("tiny")), steps=5, guidance=1.5)
+    x, labels = ours.draw(4, torch.Generator().manual_seed(0))
+    for k in range(5):
+        found, expected = theirs.predict(x, k, labels), ours.predict(x, k, labels)
+        assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_all_classes_of_the_pipeline_are_digits():
+    pipe = digits.pipeline(load("tiny"))
+    images = [
+        pipe(
+            [label],
+            num_inference_steps=4,
+            generator=torch.Generator().manual_seed(1),
+            output_type="pt",
+        ).images
+        for label in (3, 993)
+    ]
+    assert torch.equal(torch.as_tensor(images[0]), torch.as_tensor(images[1]))
+    assert len(sites(pipe.transformer)) == 16

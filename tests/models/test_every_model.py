@@ -1,0 +1,364 @@
+"""Nine models under four samplers, each on a tiny configuration of its real class: one test for each cell.
+
+`python -m pytest tests/models/test_every_model.py -vv` prints the table.
+"""
+
+from __future__ import annotations
+
+from pipes import dit_transformer, pixart_pipe, pixart_transformer, randomised, vae
+
+import pytest
+import torch
+
+from harmonica import Router, check_denoiser, image_error, sample, sdt, train_sdt
+from harmonica.inference.walk import Walk
+from harmonica.models import DITS, MODELS, PIXART, load, pixart
+from harmonica.models import __dict__ as models
+from harmonica.models.dit import DiT
+from harmonica.models.pixart import Variant
+from harmonica.models.uvit import UViT
+from harmonica.samplers import SAMPLERS
+from harmonica.search.flip_effects import around
+
+SMALL_DIT = {"input_size": 8, "patch_size": 2, "hidden_size": 16, "depth": 2, "num_heads": 2}
+SMALL_PIXART = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2}
+SMALL_PIXART |= {"cross_attention_dim": 24, "caption_channels": 12}
+SMALL_UVIT = {
+    "input_size": 8,
+    "patch_size": 2,
+    "in_channels": 4,
+    "hidden_size": 16,
+    "depth": 2,
+    "num_heads": 2,
+}
+SMALL_UVIT |= {"num_classes": 5}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Shrink every model but the bundled one; class, loading and everything else stay."""
+    for name in DITS:
+        if name != "tiny":
+            monkeypatch.setitem(DITS, name, SMALL_DIT)
+    for name, variant in PIXART.items():
+        small = Variant(8, 6, variant.micro_conditions, variant.transformer, variant.rest)
+        monkeypatch.setitem(PIXART, name, small)
+    monkeypatch.setattr(pixart, "XL", SMALL_PIXART)
+    monkeypatch.setitem(models, "UVIT_H", SMALL_UVIT)
+
+
+def loaded(name: str, sampler: str | None = None, steps: int = 4, **more):
+    d = load(
+        name, sampler=sampler, steps=steps, weights=None if name == "tiny" else "random", **more
+    )
+    if name != "tiny":
+        randomised(d.model)  # DiT starts with gates of zero, under which no site matters
+    return d
+
+
+@pytest.mark.parametrize("sampler", sorted(SAMPLERS))
+@pytest.mark.parametrize("name", MODELS)
+def test_it_walks_is_exact_trains_and_has_a_lambda(name, sampler):
+    d = loaded(name, sampler)
+    check_denoiser(
+        d
+    )  # computing everything is the plain model bit for bit, forks, frozen, neighbours …
+    generator = torch.Generator().manual_seed(0)
+    x, cond = d.draw(2, generator)
+    router = Router(d.steps, d.sites, generator=generator, about=d.about)
+    lam = image_error(d, router(), x, cond)
+    assert lam[0] == 0.0
+    assert bool((lam[1:] > 0).all())
+    before = router.logits
+    updates = list(sdt(d, router, [(x, cond)]))
+    assert [update.k for update in updates] == [1, 2, 3]
+    assert bool((router.logits != before).any(1).all())  # every row moved
+    assert not any(p.grad is not None for p in d.model.parameters())
+    schedule = router.schedule(0.5)
+    image = sample(d, x, cond, schedule)
+    assert image.shape == x.shape
+    plain = sample(d, x, cond)
+    assert not torch.equal(image, plain)
+    model = around(
+        d, schedule.compute, x, cond, plain, torch.ones_like(x)
+    )  # a walk can be differentiated
+    assert bool((model.gradient.view(3, -1) != 0).any(1).all())
+    assert bool(model.gradient.isfinite().all())
+    schedule.check(d.steps, tuple(d.sites), d.about["timesteps"])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_defaults_are_the_models_own(name):
+    d = loaded(name, steps=2)
+    expected = {
+        "t": ("ddim", 1.5),
+        "d": ("ddim", 1.5),
+        "p": ("dpm-solver++", 4.5),
+        "u": ("dpm-solver++", 1.4),
+    }[name[0]]
+    assert (d.about["sampler"], d.about["guidance"]) == expected
+    assert d.about["model"] == {"dit-xl-256": "dit-xl"}.get(name, name)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_activation_checkpointing_gives_the_same_gradients_bit_for_bit(name):
+    routers = []
+    for again in (False, True):
+        d = loaded(name, activation_checkpointing=again)
+        routers.append(train_sdt(d, iterations=3, batch_size=2, lr=0.1, progress=False).logits)
+    assert torch.equal(*routers)
+
+
+@pytest.mark.parametrize("name", ["tiny", "dit-xl", "pixart-alpha-1024", "uvit-h"])
+def test_half_precision_weights_train_a_router_in_full_precision(name):
+    d = loaded(name, dtype=torch.bfloat16)
+    x, cond = d.draw(2, torch.Generator().manual_seed(0))
+    assert x.dtype == torch.float32
+    assert next(d.model.parameters()).dtype == torch.bfloat16
+    assert d.predict(x, 1, cond).dtype == torch.float32
+    router = train_sdt(d, iterations=3, batch_size=2, progress=False)
+    assert router().dtype == torch.float32
+    assert router().isfinite().all()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_guidance_of_one_runs_one_half_and_is_not_guided(name):
+    d = loaded(name, guidance=1.0, steps=2)
+    x, cond = d.draw(2, torch.Generator().manual_seed(0))
+    assert len(d.predict(x, 0, cond)) == 2
+    guided = loaded(name, guidance=1.0 + 1e-6, steps=2)
+    torch.testing.assert_close(
+        guided.predict(x, 0, cond)[:2], d.predict(x, 0, cond), rtol=1e-3, atol=1e-2
+    )
+
+
+@pytest.mark.parametrize("name", ["tiny", "dit-xl", "pixart-alpha-256", "uvit-h"])
+def test_inputs_that_do_not_fit_the_model_are_named_and_leave_no_trace(name):
+    d = loaded(name, steps=2)
+    x, cond = d.draw(2, torch.Generator().manual_seed(0))
+    plain = sample(d, x, cond)
+    wrong = [
+        (x, cond[:1]),
+        (x[:1], cond),
+        (x[:, :-1], cond),
+        (x[0], cond),
+        (x, cond.float()),
+        (x.to("meta"), cond),
+    ]
+    wrong.append((x[:0], cond[:0]))
+    if name != "pixart-alpha-256":  # which takes latents of any size
+        wrong.append((x[..., :-1], cond))
+    for walk in (sample, lambda d, x, cond: Walk(d)(x, cond)):
+        for noise, labels in wrong:
+            with pytest.raises(
+                ValueError, match=r"found noise .*, conditions .*; expected \(B, .* B at least 1"
+            ):
+                walk(d, noise, labels)
+    assert torch.equal(sample(d, x, cond), plain)
+    assert sample(d, x.double(), cond).shape == x.shape  # a wider type is no fault
+
+
+def test_bad_input_is_refused_before_anything_is_read():
+    with pytest.raises(ValueError, match="uvit-h takes no prompts; it draws classes"):
+        load("uvit-h", prompts=["a cat"], weights="random")
+    with pytest.raises(ValueError, match=r"guidance is 0\.5; it must be 1 \(off\) or more"):
+        load("pixart-alpha-256", guidance=0.5)
+    with pytest.raises(ValueError, match="there are no prompts|has no prompt"):
+        load("pixart-alpha-256", prompts=[], weights="random")
+
+
+# ------------------------------------------------------------------------------------------ weights
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """No hub, and nothing of it on this machine."""
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    asked = []
+
+    def nothing(repository, **_):
+        asked.append(repository)
+        raise LocalEntryNotFoundError("offline")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", nothing)
+    return asked
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "tiny"])
+def test_offline_without_weights_is_one_sentence_with_the_ways_out(name, offline):
+    with pytest.raises(ValueError, match='pass weights=.*or weights="random" to time it') as error:
+        load(name)
+    assert "\n" not in str(error.value)
+    assert name == "uvit-h" or f"{offline[0]} is not on this machine and cannot be fetched" in str(
+        error.value
+    )
+
+
+def test_the_hub_is_asked_for_the_parts_that_are_needed(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    pixart_pipe().save_pretrained(tmp_path)
+    asked = []
+
+    def downloaded(repository, allow_patterns):
+        asked.append((repository, allow_patterns))
+        return tmp_path
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", downloaded)
+    d = load("pixart-alpha-256", prompts=["a blue boat"], steps=2)
+    assert asked == [
+        ("PixArt-alpha/PixArt-XL-2-1024-MS", ["tokenizer/*", "text_encoder/*"]),
+        ("PixArt-alpha/PixArt-XL-2-256x256", ["transformer/*"]),
+    ]
+    check_denoiser(d)
+
+
+def test_a_diffusers_folder_of_dit_becomes_the_original(tmp_path):
+    """The whole pipeline's folder or the transformer's alone; parameters are renamed, numerics are the original's."""
+    from diffusers.pipelines.dit.pipeline_dit import DiTPipeline
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
+    from harmonica.models.pipelines.caching import original_numerics
+
+    transformer = dit_transformer()
+    for block in transformer.transformer_blocks[
+        1:
+    ]:  # as in a converted checkpoint, where they are copies
+        block.norm1.emb.load_state_dict(transformer.transformer_blocks[0].norm1.emb.state_dict())
+    DiTPipeline(transformer, vae(), DDIMScheduler()).save_pretrained(tmp_path)
+    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([999, 17]), torch.tensor([3, 1000])
+    for folder in (tmp_path, tmp_path / "transformer"):
+        ours = load("dit-xl", weights=folder, steps=2).model
+        with torch.no_grad(), original_numerics(transformer):
+            torch.testing.assert_close(
+                ours(x, t, y), transformer(x, t, y).sample, rtol=1e-4, atol=1e-3
+            )
+    with pytest.raises(
+        FileNotFoundError, match="has no transformer/config.json; expected a folder saved"
+    ):
+        load("dit-xl", weights=tmp_path / "scheduler")
+
+
+def test_a_diffusers_folder_of_pixart_is_the_stock_pipeline(tmp_path):
+    """T5 encodes the prompts once; the walk is the pipeline's, bit for bit."""
+    pipe = pixart_pipe()
+    pipe.save_pretrained(tmp_path)
+    prompts = ["a blue boat at night", "the cat in the house"]
+    d = load("pixart-alpha-256", weights=tmp_path, prompts=prompts, steps=4)
+    assert d.prompts.texts == tuple(prompts)
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    theirs = pipe(
+        prompts, latents=x, num_inference_steps=4, output_type="latent", use_resolution_binning=False,
+        clean_caption=False, max_sequence_length=6,
+    ).images  # fmt: skip
+    assert torch.equal(sample(d, x, torch.tensor([0, 1])), theirs)
+
+
+def test_the_tokenizer_is_read_as_the_hub_has_it(tmp_path):
+    """The original's folder holds a sentencepiece model and no converted tokenizer."""
+    import json
+    import shutil
+
+    import sentencepiece
+
+    pixart_pipe().save_pretrained(tmp_path)
+    shutil.rmtree(tmp_path / "tokenizer")
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "words.txt").write_text(
+        "a blue boat at night\nthe cat in the house\na river under the tree\n" * 20
+    )
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "words.txt"), model_prefix=str(tmp_path / "tokenizer" / "spiece"), vocab_size=20,
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2, hard_vocab_limit=False,
+    )  # fmt: skip
+    facts = {"tokenizer_class": "T5Tokenizer", "extra_ids": 0, "model_max_length": 120}
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(facts))
+    d = load("pixart-alpha-256", weights=tmp_path, prompts=["a blue boat", "the cat"], steps=2)
+    assert d.prompts.mask.sum(1).min() > 2  # words, not one unknown token
+    assert not torch.equal(d.prompts.embeds[0], d.prompts.embeds[1])
+
+
+def test_what_t5_needs_is_named_if_it_is_missing(tmp_path, monkeypatch):
+    pixart_pipe().save_pretrained(tmp_path)
+    monkeypatch.setattr(pixart, "_installed", lambda name: name != "sentencepiece")
+    with pytest.raises(
+        ValueError, match=r"takes sentencepiece; pip install 'harmonica-dit\[pixart\]'"
+    ):
+        load("pixart-alpha-256", weights=tmp_path, prompts=["a river"])
+
+
+def test_the_text_encoder_is_gone_before_training(tmp_path):
+    import gc
+
+    from transformers import T5EncoderModel
+
+    pixart_pipe().save_pretrained(tmp_path)
+    gc.collect()
+    before = sum(isinstance(thing, T5EncoderModel) for thing in gc.get_objects())
+    load("pixart-alpha-256", weights=tmp_path, prompts=["a river"], steps=2)
+    assert sum(isinstance(thing, T5EncoderModel) for thing in gc.get_objects()) == before
+
+
+def test_a_transformer_of_another_size_is_refused(tmp_path, monkeypatch):
+    pixart_pipe().save_pretrained(tmp_path)
+    pixart_transformer(sample_size=16).save_pretrained(tmp_path / "transformer")
+    with pytest.raises(ValueError, match=r"is for a latent of 16 × 16; pixart-alpha-256 has 8"):
+        load("pixart-alpha-256", weights=tmp_path, prompts=["a river"])
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_an_original_uvit_file_loads_strictly(tmp_path, suffix):
+    from safetensors.torch import save_file
+
+    model = UViT(**SMALL_UVIT)
+    path = tmp_path / f"imagenet256_uvit_huge{suffix}"
+    (torch.save if suffix == ".pth" else save_file)(model.state_dict(), path)
+    d = load("uvit-h", weights=path, steps=2)
+    assert all(
+        torch.equal(a, b) for a, b in zip(d.model.parameters(), model.parameters(), strict=True)
+    )
+    other = DiT(**SMALL_DIT).state_dict()
+    (torch.save if suffix == ".pth" else save_file)({k: v.clone() for k, v in other.items()}, path)
+    with pytest.raises(ValueError, match="does not fit the model"):
+        load("uvit-h", weights=path)
+
+
+def test_prompts_come_from_a_file_or_a_list_or_are_bundled(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("a cat\n\n# not this\na dog\n", encoding="utf-8")
+    assert loaded("pixart-alpha-256", prompts=path).prompts.texts == ("a cat", "a dog")
+    assert loaded("pixart-alpha-256", prompts=["one"]).prompts.texts == ("one",)
+    assert len(loaded("pixart-alpha-256").prompts.texts) == 64
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "message"),
+    [
+        ("pixart-alpha-256", "nowhere", "has no transformer/config.json"),
+        (
+            "pixart-alpha-256",
+            "dit",
+            "holds a DiTTransformer2DModel; a PixArtTransformer2DModel was expected",
+        ),
+        (
+            "pixart-alpha-256",
+            "pixart/transformer",
+            "has no text_encoder/config.json; expected the folder of a whole",
+        ),
+        (
+            "dit-xl",
+            "pixart",
+            "holds a PixArtTransformer2DModel; a DiTTransformer2DModel was expected",
+        ),
+        ("dit-xl", "large", "is for a latent of 16 × 16; this model has 8"),
+        ("uvit-h", "dit", "is a folder; uvit-h takes the original file"),
+    ],
+)
+def test_the_folder_of_another_model_is_refused_by_name(tmp_path, name, folder, message):
+    pixart_pipe().save_pretrained(tmp_path / "pixart")
+    dit_transformer().save_pretrained(tmp_path / "dit" / "transformer")
+    dit_transformer(sample_size=16).save_pretrained(tmp_path / "large" / "transformer")
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load(name, weights=tmp_path / folder, prompts=["a river"] if "pixart" in name else None)

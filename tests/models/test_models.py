@@ -1,0 +1,379 @@
+"""Models, samplers and cost: DiT against diffusers' own, DDIM against its definition, MACs against published counts."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+
+import pytest
+import torch
+from conftest import make, start
+from hypothesis import given
+from hypothesis import strategies as st
+
+from harmonica import Router, Schedule, gated, macs, reuse, sample
+from harmonica.cost import measure
+from harmonica.evaluation.distances import frechet_distance, image_mse, label_agreement
+from harmonica.models import DITS, load
+from harmonica.models.dit import SIZES, DiT, DiTDenoiser, sincos_positions
+from harmonica.models.tiny import TINY, digits
+from harmonica.samplers import DDIM, alphas_cumprod, make_sampler, spaced_timesteps
+
+# ---------------------------------------------------------------------------------------------- DiT
+
+
+def test_dit_is_diffusers_dit_once_its_two_deviations_are_patched():
+    """Its timestep rates are shifted by one and its second norm has an epsilon of 1e-5; the original's are not so."""
+    from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+
+    theirs = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
+        patch_size=2, num_embeds_ada_norm=5, norm_type="ada_norm_zero", activation_fn="gelu-approximate",
+    ).eval()  # fmt: skip
+    ours = DiT(
+        input_size=8, in_channels=4, hidden_size=16, depth=2, num_heads=2, num_classes=5
+    ).eval()
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in ours.named_parameters():
+        if name != "pos_embed":
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
+    state = ours.state_dict()
+    renamed = {
+        f"pos_embed.proj.{kind}": state[f"x_embedder.proj.{kind}"] for kind in ("weight", "bias")
+    }
+    for i in range(2):
+        a, b = f"blocks.{i}", f"transformer_blocks.{i}"
+        for kind in ("weight", "bias"):
+            for name, part in zip("qkv", state[f"{a}.attn.qkv.{kind}"].chunk(3), strict=True):
+                renamed[f"{b}.attn1.to_{name}.{kind}"] = part
+            renamed[f"{b}.attn1.to_out.0.{kind}"] = state[f"{a}.attn.proj.{kind}"]
+            renamed[f"{b}.ff.net.0.proj.{kind}"] = state[f"{a}.mlp.fc1.{kind}"]
+            renamed[f"{b}.ff.net.2.{kind}"] = state[f"{a}.mlp.fc2.{kind}"]
+            renamed[f"{b}.norm1.linear.{kind}"] = state[f"{a}.adaLN_modulation.1.{kind}"]
+            for theirs_, mine in (("linear_1", 0), ("linear_2", 2)):
+                embedder = f"{b}.norm1.emb.timestep_embedder.{theirs_}.{kind}"
+                renamed[embedder] = state[f"t_embedder.mlp.{mine}.{kind}"]
+        renamed[f"{b}.norm1.emb.class_embedder.embedding_table.weight"] = state[
+            "y_embedder.embedding_table.weight"
+        ]
+    for kind in ("weight", "bias"):
+        # diffusers' last modulation is (shift, scale) as well; the names differ only
+        renamed[f"proj_out_1.{kind}"] = state[f"final_layer.adaLN_modulation.1.{kind}"]
+        renamed[f"proj_out_2.{kind}"] = state[f"final_layer.linear.{kind}"]
+    missing, unexpected = theirs.load_state_dict(renamed, strict=False)
+    assert not unexpected
+    assert all("pos_embed" in name for name in missing)
+    for block in theirs.transformer_blocks:
+        block.norm1.emb.time_proj.downscale_freq_shift = 0
+        block.norm3.eps = 1e-6
+    x, t, y = (
+        torch.randn(3, 4, 8, 8, generator=generator),
+        torch.tensor([999, 500, 3]),
+        torch.tensor([0, 5, 2]),
+    )
+    with torch.no_grad():
+        expected = theirs(x, t, y).sample
+        torch.testing.assert_close(ours(x, t, y), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_positions_are_columns_first():
+    table = sincos_positions(8, 2)[0]  # tokens (0,0), (0,1), (1,0), (1,1)
+    assert torch.equal(table[0, :4], table[2, :4])  # same column
+    assert torch.equal(table[0, 4:], table[1, 4:])  # same row
+    assert table[1, 0].item() == pytest.approx(torch.tensor(1.0).sin().item())
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_every_original_size_has_its_original_number_of_parameters(name):
+    millions = {"S": 33, "B": 131, "L": 458, "XL": 675}  # Peebles & Xie, table 4, patch size 2
+    size = SIZES[name]
+    with torch.device("meta"):
+        model = DiT(
+            depth=size.depth,
+            hidden_size=size.hidden_size,
+            num_heads=size.num_heads,
+            patch_size=size.patch_size,
+        )
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+    assert count == pytest.approx(millions[name[4:].split("/")[0]], rel=0.02)
+
+
+def test_guidance_mixes_the_channels_it_is_told_to_and_returns_both_halves():
+    d = make(guidance=3.0)
+    x, y = start(d)
+    out = d.predict(x, 1, y)
+    assert out.shape == (4, 4, 4, 4)  # both halves, two noise and two variance channels
+    plain = make(guidance=1.0)
+    conditional, null = plain.predict(x, 1, y), plain.predict(x, 1, torch.full_like(y, 3))
+    torch.testing.assert_close(out[:2, :1], null[:, :1] + 3.0 * (conditional - null)[:, :1])
+    torch.testing.assert_close(out[:, 1:], torch.cat([conditional, null])[:, 1:])
+
+
+@given(st.integers(1, 12))
+def test_a_model_of_any_number_of_classes_has_its_own_null_class(classes):
+    """The released code has 1000 written into it."""
+    model = DiT(**{**TINY, "num_classes": classes})
+    assert model.y_embedder.embedding_table.num_embeddings == classes + 1
+    asked = []
+    model.y_embedder.register_forward_hook(lambda _, inputs, __: asked.append(inputs[0].tolist()))
+    d = DiTDenoiser(model, DDIM(2), guidance=2.0)
+    x, y = d.draw(3, torch.Generator().manual_seed(0))
+    d.predict(x, 0, y)
+    assert asked == [[*y.tolist(), *[classes] * 3]]
+    assert max(y.tolist()) < classes
+
+
+def test_a_denoiser_freezes_its_model():
+    model = DiT(**TINY).train()
+    DiTDenoiser(model, DDIM(2))
+    assert not model.training
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"patch_size": 3}, "patch_size 3"),
+        ({"num_heads": 3}, "num_heads 3"),
+        ({"hidden_size": 6}, "num_heads 4"),
+    ],
+)
+def test_sizes_that_do_not_divide_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        DiT(**{**TINY, **changes})
+
+
+# ---------------------------------------------------------------------------------------------- load
+
+
+def test_load_names_what_there_is():
+    with pytest.raises(ValueError, match="model is 'dalle'; this version has tiny, dit-xl"):
+        load("dalle")
+    with pytest.raises(ValueError, match="sampler is 'euler'; this version has ddim"):
+        load("tiny", sampler="euler")
+    with pytest.raises(ValueError, match="steps is 0"):
+        load("tiny", steps=0)
+    with pytest.raises(ValueError, match=r"guidance is 0.5"):
+        load("tiny", guidance=0.5)
+
+
+@pytest.fixture
+def small_xl(monkeypatch):
+    """Make 'dit-xl' a small model of the same class, so that its loading code runs."""
+    small = {"input_size": 4, "hidden_size": 8, "depth": 1, "num_heads": 2, "num_classes": 3}
+    monkeypatch.setitem(DITS, "dit-xl", small)
+    return DiT(**small)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda s: s, lambda s: {"model": s, "ema": s, "opt": {}, "args": argparse.Namespace(lr=1e-4)}],
+    ids=["bare", "training checkpoint"],
+)
+def test_an_original_checkpoint_loads_strictly(tmp_path, small_xl, wrap):
+    torch.save(wrap(small_xl.state_dict()), tmp_path / "DiT-XL-2-256x256.pt")
+    d = load("dit-xl", weights=tmp_path / "DiT-XL-2-256x256.pt", steps=2)
+    assert all(
+        torch.equal(a, b) for a, b in zip(d.model.parameters(), small_xl.parameters(), strict=True)
+    )
+    assert d.guided_channels == 3
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path, small_xl):
+    state = small_xl.state_dict()
+    path = tmp_path / "w.pt"
+    for change, message in (
+        (
+            {"pos_embed": torch.zeros(1, 9, 8)},
+            "does not fit the model: size mismatch for pos_embed",
+        ),
+        ({"stranger": torch.zeros(1)}, "does not fit the model: Unexpected key"),
+        ({"pos_embed": torch.full((1, 4, 8), float("nan"))}, "pos_embed that is not finite"),
+        ({"args": "text"}, "does not hold tensors by parameter name"),
+    ):
+        torch.save({**state, **change}, path)
+        with pytest.raises(ValueError, match=message):
+            load("dit-xl", weights=path)
+    for data in (b"", b"not a checkpoint"):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match="is damaged, or holds more than tensors and settings"):
+            load("dit-xl", weights=path)
+
+
+def test_a_hostile_checkpoint_executes_nothing(tmp_path, small_xl):
+    class Hostile:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "executed"), "w"))
+
+    torch.save({"x": Hostile()}, tmp_path / "w.pt")
+    (tmp_path / "raw.pt").write_bytes(pickle.dumps(Hostile()))
+    for name in ("w.pt", "raw.pt"):
+        with pytest.raises(
+            ValueError, match="more than tensors and settings; nothing in it was run"
+        ):
+            load("dit-xl", weights=tmp_path / name)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_what_others_write_in_the_metadata_of_safetensors_is_theirs(tmp_path, small_xl):
+    from safetensors.torch import save_file
+
+    save_file(small_xl.state_dict(), tmp_path / "w.safetensors", metadata={"format": "pt"})
+    assert load("dit-xl", weights=tmp_path / "w.safetensors", steps=2).steps == 2
+    (tmp_path / "w.safetensors").write_bytes(b"junk")
+    with pytest.raises(ValueError, match="is not a safetensors file"):
+        load("dit-xl", weights=tmp_path / "w.safetensors")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_cached_walk_on_cuda_is_the_cpus():
+    x, y = start(load("tiny", steps=5))
+    schedule = Router(5, load("tiny").sites, generator=torch.Generator().manual_seed(0)).schedule(
+        0.5
+    )
+    one = sample(load("tiny", steps=5), x, y, schedule)
+    other = sample(load("tiny", steps=5, device="cuda"), x.cuda(), y.cuda(), schedule)
+    torch.testing.assert_close(one, other.cpu(), rtol=1e-3, atol=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------- samplers
+
+
+@given(st.integers(2, 1000))
+def test_timesteps_run_from_the_first_to_the_last_without_repeats(steps):
+    timesteps = spaced_timesteps(steps)
+    assert len(set(timesteps)) == steps
+    assert (timesteps[0], timesteps[-1]) == (999, 0)
+    assert list(timesteps) == sorted(timesteps, reverse=True)
+
+
+def test_timesteps_on_a_half_round_as_the_originals_sum_does():
+    assert (
+        spaced_timesteps(21)[10] == 499
+    )  # 10 · 49.95 is 499.5; the original's sum falls short of it
+    assert spaced_timesteps(31)[15] == 500
+
+
+def test_one_step_starts_from_pure_noise_and_zero_steps_are_refused():
+    assert spaced_timesteps(1) == (999,)
+    for steps in (0, -1, 1001):
+        with pytest.raises(ValueError, match=f"steps is {steps}"):
+            make_sampler("ddim", steps)
+
+
+def test_alphas_are_those_of_diffusers():
+    from diffusers import DDIMScheduler
+
+    theirs = DDIMScheduler(beta_schedule="linear", beta_start=1e-4, beta_end=0.02).alphas_cumprod
+    torch.testing.assert_close(alphas_cumprod().float(), theirs, rtol=1e-4, atol=1e-7)
+
+
+@given(st.integers(2, 50), st.integers(0, 100))
+def test_ddim_recovers_an_image_from_its_true_noise(steps, seed):
+    """If the model's noise is the true one, every step lands on the true trajectory and the last one on the image."""
+    generator = torch.Generator().manual_seed(seed)
+    image, noise = torch.randn(2, 1, 2, 2, 2, generator=generator, dtype=torch.float64)
+    ddim, alphas = DDIM(steps), alphas_cumprod()
+    at = lambda a: a**0.5 * image + (1 - a) ** 0.5 * noise  # noqa: E731
+    x = at(alphas[ddim.timesteps[0]])
+    for k in range(steps):
+        x = ddim.step(x, noise, k, {})
+        expected = image if k == steps - 1 else at(alphas[ddim.timesteps[k + 1]])
+        torch.testing.assert_close(x, expected, rtol=1e-7, atol=1e-7)
+
+
+# ---------------------------------------------------------------------------------------------- cost
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "attention", "feed_forward"),
+    [("dit-xl-256", 118.65e9, 0.356, 0.641), ("dit-xl-512", 524.6e9, 0.419, 0.580)],
+)
+def test_macs_of_dit_xl_are_the_published_ones(name, total, attention, feed_forward):
+    with torch.device("meta"):
+        model = DiT(**DITS[name])
+    count = macs(DiTDenoiser(model, DDIM(2), guidance=1.0))
+    assert count.total == pytest.approx(total, rel=0.005)
+    assert float(count.sites[0::2].sum()) / count.total == pytest.approx(attention, abs=0.001)
+    assert float(count.sites[1::2].sum()) / count.total == pytest.approx(feed_forward, abs=0.001)
+
+
+def test_macs_by_hand():
+    d = load("tiny", steps=2, guidance=1.0)
+    count, tokens, width = macs(d), 16, 64
+    assert count.sites[0].item() == tokens * 4 * width**2 + 2 * tokens**2 * width
+    assert count.sites[1].item() == tokens * 8 * width**2
+    patches, time = 2 * tokens * 4 * width, 256 * width + width**2
+    assert count.rest == patches + time + 8 * 6 * width**2 + 2 * width**2
+    assert 0.94 < count.covered < 1.0
+    assert macs(load("tiny", steps=2, guidance=2.0)).total == 2 * count.total
+
+
+def test_counting_runs_nothing_and_leaves_nothing(small):
+    before = {name: set(module.__dict__) for name, module in small.model.named_modules()}
+    macs(small)
+    assert {name: set(module.__dict__) for name, module in small.model.named_modules()} == before
+    x, y = start(small)
+    assert sample(small, x, y).isfinite().all()
+
+
+def test_the_clock_warms_up_takes_turns_and_gives_medians(small, monkeypatch):
+    from harmonica import cost
+
+    walked, now = [], iter(range(0, 10_000, 10))
+    durations = iter([99, 99, 5, 1, 50, 2, 6, 30])  # the first turn is thrown away
+    monkeypatch.setattr(cost, "sample", lambda _, __, ___, table: walked.append(table))
+    ticks = []
+
+    def clock():
+        ticks.append(next(now) if len(ticks) % 2 == 0 else ticks[-1] + next(durations))
+        return ticks[-1]
+
+    monkeypatch.setattr(cost.time, "perf_counter", clock)
+    x, y = start(small)
+    schedule = Router(4, small.sites).schedule()
+    timing = measure(small, schedule, x, y, repeats=3)
+    assert walked == [None, schedule] * 4
+    assert (timing.plain, timing.cached) == (6, 2)
+
+
+def test_measured_time_is_of_both_walks(small):
+    x, y = start(small)
+    timing = measure(small, Schedule([[1] * 4, [0] * 4, [0] * 4, [0] * 4]), x, y, repeats=3)
+    assert timing.plain > 0
+    assert timing.speedup == timing.plain / timing.cached
+
+
+# ---------------------------------------------------------------------------------------------- bundled model, metrics
+
+
+def test_the_bundled_model_draws_digits():
+    d = load("tiny")
+    labels = torch.arange(100) % 10
+    x, _ = d.draw(100, torch.Generator().manual_seed(11))
+    images = sample(d, x, labels)
+    assert label_agreement(images, labels, *digits()) >= 0.97
+    assert frechet_distance(images, digits()[0]) < 2.0
+
+
+def test_metrics_by_hand():
+    real, labels = digits()
+    assert real.shape == (1797, 1, 8, 8)
+    assert (real.min().item(), real.max().item()) == (-1.0, 1.0)
+    assert label_agreement(real[:50], labels[:50], real, labels, neighbours=1) == 1.0
+    assert frechet_distance(real, real) == pytest.approx(0.0, abs=1e-6)
+    assert frechet_distance(real + 0.5, real) == pytest.approx(64 * 0.25, rel=1e-5)
+    assert image_mse(real + 0.5, real) == pytest.approx(0.25)
+
+
+def test_a_gate_that_never_computes_needs_no_model(small):
+    """The skipped sites of a walk could be missing altogether: nothing of theirs is called."""
+    x, y = start(small)
+    cache = {}
+    with torch.no_grad(), gated(small.sites, reuse([True] * 4, cache)):
+        kept = small.predict(x, 0, y)
+    for site in small.sites.values():
+        site.forward = lambda *a: pytest.fail("a skipped site was called")
+    with torch.no_grad(), gated(small.sites, reuse([False] * 4, cache)):
+        assert torch.equal(small.predict(x, 0, y), kept)

@@ -1,0 +1,467 @@
+"""U-ViT: names and counts of the original, a forward pass written a second time, and the laws on streams."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import seeds, start, tables
+from hypothesis import given
+from hypothesis import strategies as st
+
+from harmonica import (
+    Router,
+    Schedule,
+    blend,
+    check_denoiser,
+    denoise,
+    gated,
+    image_error,
+    macs,
+    reuse,
+    sample,
+    sdt,
+)
+from harmonica.models.uvit import UVIT_H, UViT, UViTDenoiser, sinusoids
+from harmonica.samplers import DDIM
+
+SMALL = {
+    "input_size": 4,
+    "patch_size": 2,
+    "in_channels": 2,
+    "hidden_size": 8,
+    "num_heads": 2,
+    "num_classes": 3,
+}
+SITES = 6  # of the small one: attn and mlp of three blocks
+
+
+def small_model(*, dtype=torch.float64, depth=2, seed=0, **options):
+    """Return a model whose every weight is random, so that every site and every skip matters."""
+    model = UViT(**SMALL, depth=depth, **options).to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator).to(dtype) * 0.3
+    return model
+
+
+def make(steps=4, *, guidance=1.4, dtype=torch.float64, **options):
+    return UViTDenoiser(
+        small_model(dtype=dtype, **options), DDIM(steps), guidance=guidance, name="small"
+    )
+
+
+@pytest.fixture
+def small():
+    return make()
+
+
+def random_scores(sites, seed=0):
+    return Router(4, sites, generator=torch.Generator().manual_seed(seed))().detach().double()
+
+
+# ---------------------------------------------------------------------------------------------- the original
+
+
+def block_shapes(name, d, *, skip=False):
+    """Names and shapes of one block's parameters."""
+    shapes = {
+        f"{name}.{norm}.{kind}": (d,) for norm in ("norm1", "norm2") for kind in ("weight", "bias")
+    }
+    shapes |= {f"{name}.attn.qkv.weight": (3 * d, d)}  # and no bias
+    layers = [
+        ("attn.proj", d, d),
+        ("mlp.fc1", 4 * d, d),
+        ("mlp.fc2", d, 4 * d),
+        ("skip_linear", d, 2 * d),
+    ]
+    for layer, out, into in layers if skip else layers[:3]:
+        shapes |= {f"{name}.{layer}.weight": (out, into), f"{name}.{layer}.bias": (out,)}
+    return shapes
+
+
+def test_h2_has_the_names_and_shapes_of_the_original_checkpoint():
+    d = 1152
+    expected = {
+        "patch_embed.proj.weight": (d, 4, 2, 2),
+        "patch_embed.proj.bias": (d,),
+        "label_emb.weight": (1001, d),
+        "pos_embed": (1, 258, d),
+        **{"norm.weight": (d,), "norm.bias": (d,)},
+        **{"decoder_pred.weight": (16, d), "decoder_pred.bias": (16,)},
+        **block_shapes("mid_block", d),
+    }
+    for i in range(14):
+        expected |= block_shapes(f"in_blocks.{i}", d) | block_shapes(
+            f"out_blocks.{i}", d, skip=True
+        )
+    with torch.device("meta"):
+        model = UViT(**UVIT_H)
+    assert {name: tuple(value.shape) for name, value in model.state_dict().items()} == expected
+    assert (
+        sum(p.numel() for p in model.parameters()) == 500_832_016
+    )  # Bao et al. 2023, table 1: 501 M
+
+
+def test_the_layers_that_h2_does_without_have_the_originals_names():
+    with torch.device("meta"):
+        bare, full = UViT(**SMALL, depth=2), UViT(**SMALL, depth=2, mlp_time_embed=True, conv=True)
+    more = {
+        name: tuple(value.shape)
+        for name, value in full.state_dict().items()
+        if name not in bare.state_dict()
+    }
+    assert more == {
+        "time_embed.0.weight": (32, 8),
+        "time_embed.0.bias": (32,),
+        "time_embed.2.weight": (8, 32),
+        "time_embed.2.bias": (8,),
+        "final_layer.weight": (2, 2, 3, 3),
+        "final_layer.bias": (2,),
+    }
+
+
+def test_the_sites_are_those_of_every_block_in_the_order_they_run():
+    with torch.device("meta"):
+        model = UViT(**UVIT_H)
+    sites = list(UViTDenoiser(model, DDIM(2)).sites)
+    blocks = (
+        [f"in_blocks.{i}" for i in range(14)]
+        + ["mid_block"]
+        + [f"out_blocks.{i}" for i in range(14)]
+    )
+    assert sites == [f"{block}.{kind}" for block in blocks for kind in ("attn", "mlp")]
+    asked = []
+    d = make(depth=4)
+    x, y = start(d)
+    with gated(d.sites, lambda site, compute: asked.append(site) or compute()):
+        d.predict(x, 0, y)
+    assert asked == list(range(10))
+
+
+def test_macs_of_h2_are_the_published_ones_and_guidance_doubles_them():
+    with torch.device("meta"):
+        model = UViT(**UVIT_H)
+    one, two = (
+        macs(UViTDenoiser(model, DDIM(2), guidance=1.0)),
+        macs(UViTDenoiser(model, DDIM(2), guidance=1.4)),
+    )
+    assert one.total == pytest.approx(133e9, rel=0.005)
+    assert float(one.sites[0::2].sum()) / one.total == pytest.approx(0.332, abs=0.001)
+    assert float(one.sites[1::2].sum()) / one.total == pytest.approx(0.596, abs=0.001)
+    long_skips, tokens = 14 * 258 * 2 * 1152**2, 256 * 16 * 1152
+    assert long_skips / one.total == pytest.approx(0.072, abs=0.001)
+    # The decoder projects the two extra tokens too.
+    assert one.rest == long_skips + tokens + 258 * 16 * 1152
+    assert torch.equal(two.sites, 2 * one.sites)
+    assert two.total == 2 * one.total - tokens  # both streams see the same patches, embedded once
+
+
+def waves(t, dim):
+    """All cosines, then all sines, number by number."""
+    rates = [10000 ** (-2 * i / dim) for i in range(dim // 2)]
+    return torch.tensor(
+        [[f(float(n) * rate) for f in (math.cos, math.sin) for rate in rates] for n in t]
+    )
+
+
+def test_a_timestep_becomes_cosines_then_sines():
+    t = torch.tensor([1000.0, 333.3, 1.0, 0.5])
+    torch.testing.assert_close(
+        sinusoids(t, 1152), waves(t, 1152), rtol=0, atol=2e-4
+    )  # 1000 radians in float32
+
+
+def written_again(w, x, t, y, *, heads=2, patch=2):
+    """U-ViT as one plain function on the parameters w by name, with none of the library's code."""
+
+    def linear(name, h):
+        return h @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0.0)
+
+    def norm(name, h):
+        centred = h - h.mean(-1, keepdim=True)
+        scaled = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        return scaled * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def attention(name, h):
+        mixed, width = [], h.shape[-1] // heads
+        q, k, v = linear(f"{name}.qkv", h).chunk(3, dim=-1)
+        for i in range(heads):
+            mine = slice(i * width, (i + 1) * width)
+            scores = q[..., mine] @ k[..., mine].transpose(1, 2) / math.sqrt(width)
+            mixed.append(scores.softmax(dim=-1) @ v[..., mine])
+        return linear(f"{name}.proj", torch.cat(mixed, dim=-1))
+
+    def feed_forward(name, h):
+        inner = linear(f"{name}.fc1", h)
+        return linear(f"{name}.fc2", inner * 0.5 * (1 + torch.erf(inner / math.sqrt(2))))
+
+    def block(name, h):
+        h = h + attention(f"{name}.attn", norm(f"{name}.norm1", h))
+        return h + feed_forward(f"{name}.mlp", norm(f"{name}.norm2", h))
+
+    dim = w["pos_embed"].shape[-1]
+    time = waves(t, dim).to(x.dtype)
+    if "time_embed.0.weight" in w:
+        inner = linear("time_embed.0", time)
+        time = linear("time_embed.2", inner * inner.sigmoid())
+    grid = x.shape[-1] // patch
+    corners = [(i * patch, j * patch) for i in range(grid) for j in range(grid)]  # row by row
+    cut = torch.stack([x[:, :, i : i + patch, j : j + patch].flatten(1) for i, j in corners], dim=1)
+    patches = cut @ w["patch_embed.proj.weight"].view(dim, -1).T + w["patch_embed.proj.bias"]
+    h = (
+        torch.cat([w["label_emb.weight"][y][:, None], time[:, None], patches], dim=1)
+        + w["pos_embed"]
+    )
+    kept, pairs = (
+        [],
+        sum(name.startswith("in_blocks") and name.endswith("qkv.weight") for name in w),
+    )
+    for i in range(pairs):
+        h = block(f"in_blocks.{i}", h)
+        kept.append(h)
+    h = block("mid_block", h)
+    for i in range(pairs):
+        h = block(
+            f"out_blocks.{i}",
+            linear(f"out_blocks.{i}.skip_linear", torch.cat([h, kept[-1 - i]], dim=-1)),
+        )
+    flat = linear("decoder_pred", norm("norm", h))[:, 2:]  # row, column and channel within a patch
+    noise = torch.empty_like(x)
+    for token, (i, j) in enumerate(corners):
+        noise[:, :, i : i + patch, j : j + patch] = (
+            flat[:, token].view(len(x), patch, patch, -1).permute(0, 3, 1, 2)
+        )
+    if "final_layer.weight" in w:
+        return F.conv2d(noise, w["final_layer.weight"], w["final_layer.bias"], padding=1)
+    return noise
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"depth": 4}, {"mlp_time_embed": True, "conv": True}], ids=str
+)
+def test_the_model_is_the_one_written_again(options):
+    model = small_model(**options)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(3, 2, 4, 4, generator=generator, dtype=torch.float64)
+    t, y = (
+        torch.tensor([0.0, 1.0, 0.5]),
+        torch.tensor([0, 3, 2]),
+    )  # small angles, which float32 holds exactly enough
+    with torch.no_grad():
+        expected = written_again(model.state_dict(), x, t, y)
+        (noise,) = model(x, t, (y,))
+    torch.testing.assert_close(noise, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_model_built_without_memory_is_filled_strictly():
+    model = small_model(mlp_time_embed=True, conv=True)
+    with torch.device("meta"):
+        filled = UViT(**SMALL, depth=2, mlp_time_embed=True, conv=True)
+    filled.load_state_dict(model.state_dict(), strict=True, assign=True)
+    x, t, y = torch.ones(1, 2, 4, 4, dtype=torch.float64), torch.ones(1), torch.tensor([2])
+    assert torch.equal(filled(x, t, (y,))[0], model(x, t, (y,))[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"patch_size": 3}, "input_size is 4; it must be divisible by patch_size 3"),
+        ({"num_heads": 3}, "hidden_size is 8; it must be divisible by num_heads 3"),
+        (
+            {"hidden_size": 7, "num_heads": 7},
+            "hidden_size is 7; it must be divisible by the two halves",
+        ),
+        (
+            {"depth": 3},
+            "depth is 3; it must be divisible by the two sides of the middle block, which is not counted",
+        ),
+    ],
+)
+def test_sizes_that_do_not_divide_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        UViT(**{**SMALL, "depth": 2, **changes})
+
+
+# ---------------------------------------------------------------------------------------------- streams and guidance
+
+
+@given(st.integers(1, 3), st.sampled_from([torch.float64, torch.float32, torch.bfloat16]), seeds)
+def test_two_streams_are_two_calls_bit_for_bit(batch, dtype, seed):
+    model = small_model(dtype=dtype, depth=4)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, 2, 4, 4, generator=generator).to(dtype)
+    t, y = (
+        torch.rand(batch, generator=generator) * 1000,
+        torch.randint(3, (batch,), generator=generator),
+    )
+    with torch.no_grad():
+        together = model(x, t, (y, torch.full_like(y, 3)))
+        apart = [model(x, t, (labels,))[0] for labels in (y, torch.full_like(y, 3))]
+    assert all(torch.equal(one, other) for one, other in zip(together, apart, strict=True))
+
+
+def two_calls(d, gate_of, x, k, y):
+    """Guide as the original does: one call of the model for each label, each with a cache of its own."""
+    t = torch.full((len(x),), d.sampler.timesteps[k] + 1.0)
+    noise = []
+    for cache_of_the_call, labels in enumerate((y, torch.full_like(y, 3))):
+        with torch.no_grad(), gated(d.sites, gate_of(k, cache_of_the_call)):
+            noise.append(d.model(x, t, (labels,))[0])
+    return noise[1] + d.guidance * (noise[0] - noise[1])
+
+
+@given(tables(sites=SITES), st.booleans(), seeds)
+def test_one_cache_of_streams_is_a_cache_for_each_call_of_the_original(schedule, soft, seed):
+    d = make()
+    x, y = start(d, seed=seed)
+    caches = {}, {}, {}
+    r = torch.where(schedule.compute, random_scores(SITES, seed), 0.01)
+    r[0] = 1.0
+
+    def gate_of(k, i):
+        return blend(r[k], caches[i], 0.1) if soft else reuse(schedule.compute[k], caches[i])
+
+    theirs = x
+    for k, ours in enumerate(denoise(d, x, y, lambda k: gate_of(k, 2))):
+        theirs = d.step(theirs, two_calls(d, gate_of, theirs, k, y), k, {})
+        assert torch.equal(ours, theirs)
+    for site, feature in caches[2].items():
+        assert all(torch.equal(mine, caches[i][site][0]) for i, mine in enumerate(feature))
+
+
+def test_guidance_is_the_originals_with_one_added_to_its_scale(small):
+    x, y = start(small)
+    t = torch.full((2,), small.sampler.timesteps[1] + 1.0)
+    with torch.no_grad():
+        conditional, null = small.model(x, t, (y, torch.tensor([3, 3])))
+        out = small.predict(x, 1, y)
+        assert torch.equal(make(guidance=1.0).predict(x, 1, y), conditional)
+    torch.testing.assert_close(out, conditional + 0.4 * (conditional - null))
+    assert out.shape == x.shape
+    assert UViTDenoiser(small.model, small.sampler).guidance == 1.4
+    with pytest.raises(
+        ValueError,
+        match=r"guidance is 0.4; it must be 1 \(off\) or more, 1 \+ the original's scale",
+    ):
+        make(guidance=0.4)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 1.4])
+def test_the_model_counts_timesteps_from_one(guidance):
+    d, seen = make(guidance=guidance), []
+    forward = d.model.forward
+    d.model.forward = lambda x, t, labels: (
+        seen.append((t.tolist(), len(labels))) or forward(x, t, labels)
+    )
+    sample(d, *start(d))
+    streams = 1 if guidance == 1.0 else 2
+    assert seen == [([n, n], streams) for n in (1000.0, 667.0, 334.0, 1.0)]
+    d.sampler.timesteps = (0.25,)
+    d.predict(start(d)[0], 0, start(d)[1])
+    assert seen[-1] == ([1.25, 1.25], streams)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_x_stays_float32_although_the_weights_are_half(dtype):
+    d, entered = make(dtype=dtype), []
+    forward = d.model.forward
+    d.model.forward = lambda x, t, labels: entered.append(x.dtype) or forward(x, t, labels)
+    x, y = start(d)
+    assert x.dtype == torch.float32
+    assert torch.equal(x, start(make(dtype=torch.float32))[0])
+    assert all(x.dtype == torch.float32 for x in denoise(d, x, y))
+    assert set(entered) == {dtype}
+    streams = d.model(x.to(dtype), torch.full((2,), 1000.0), (y, torch.full_like(y, 3)))
+    conditional, null = (
+        noise.float() for noise in streams
+    )  # guidance amplifies, so it is not rounded to half
+    assert torch.equal(d.predict(x, 0, y), null + 1.4 * (conditional - null))
+    assert start(make(dtype=torch.float64))[0].dtype == torch.float64
+    router = Router(4, d.sites, generator=torch.Generator().manual_seed(0))
+    assert len(list(sdt(d, router, [(x, y)]))) == 3
+
+
+# ---------------------------------------------------------------------------------------------- laws
+
+
+@pytest.mark.parametrize("guidance", [1.0, 1.4])
+@pytest.mark.parametrize("activation_checkpointing", [False, True])
+def test_a_denoiser_keeps_the_laws(guidance, activation_checkpointing):
+    check_denoiser(make(guidance=guidance, activation_checkpointing=activation_checkpointing))
+
+
+def test_a_denoiser_freezes_its_model_and_says_what_a_table_belongs_to(small):
+    assert not any(p.requires_grad for p in small.model.parameters())
+    assert not small.model.training
+    about = {"model": "small", "sampler": "ddim", "guidance": 1.4, "timesteps": (999, 666, 333, 0)}
+    assert small.about == about
+    schedule = Router(4, small.sites, about=small.about).schedule(0.5)
+    x, y = start(small)
+    assert sample(small, x, y, schedule).isfinite().all()
+
+
+@given(tables(sites=SITES), seeds)
+def test_an_image_does_not_depend_on_its_neighbours(schedule, seed):
+    d = make()
+    x, y = start(d, batch=3, seed=seed)
+    torch.testing.assert_close(
+        sample(d, x, y, schedule)[:1], sample(d, x[:1], y[:1], schedule), rtol=1e-9, atol=1e-9
+    )
+
+
+def test_the_long_skips_compute_where_every_site_is_reused(small):
+    ran = []
+    for block in small.model.out_blocks:
+        block.skip_linear.register_forward_hook(lambda *_: ran.append(1))
+    x, y = start(small)
+    sample(small, x, y, Schedule([[True] * SITES, *[[False] * SITES] * 3]))
+    assert len(ran) == 4 * 2  # steps × streams, one pair of blocks
+
+
+def trained(d, **options):
+    router = Router(d.steps, d.sites, generator=torch.Generator().manual_seed(3)).double()
+    updates = list(sdt(d, router, [start(d, seed=i) for i in range(2)], beta=1e-3, **options))
+    return router, updates
+
+
+@pytest.mark.parametrize("activation_checkpointing", [False, True])
+def test_training_moves_the_router_and_no_weight_gets_a_gradient(activation_checkpointing):
+    d = make(activation_checkpointing=activation_checkpointing)
+    d.model.requires_grad_(True)
+    weights = {name: value.clone() for name, value in d.model.state_dict().items()}
+    router, updates = trained(d)
+    before = Router(4, d.sites, generator=torch.Generator().manual_seed(3)).double().logits
+    assert bool((router.logits != before).all())
+    assert all(update.mse > 0 for update in updates)
+    assert all(p.grad is None for p in d.model.parameters())
+    assert all(torch.equal(weights[name], value) for name, value in d.model.state_dict().items())
+
+
+def test_the_routers_gradients_are_the_same_under_activation_checkpointing():
+    def run(*, activation_checkpointing):
+        d = make(depth=4, activation_checkpointing=activation_checkpointing)
+        calls, gradients = [], []
+        d.model.mid_block.norm1.register_forward_hook(lambda *_: calls.append(1))
+        router = Router(4, d.sites, generator=torch.Generator().manual_seed(3)).double()
+        for update in sdt(d, router, [start(d)], beta=1e-3, proxy=None):
+            gradients.append(router.rows[update.k - 1].grad.clone())
+        return gradients, router.logits, len(calls)
+
+    kept, logits, once = run(activation_checkpointing=False)
+    again, same, twice = run(activation_checkpointing=True)
+    assert all(torch.equal(one, other) for one, other in zip(kept, again, strict=True))
+    assert torch.equal(logits, same)
+    # Two streams; four students and three teachers, and the three students with gradients run once more.
+    assert (once, twice) == (2 * 7, 2 * 10)
+
+
+@pytest.mark.parametrize("mode", ["leave-one-out", "telescoping"])
+def test_lambda_is_never_negative_and_zero_for_a_saturated_router(small, mode):
+    x, y = start(small)
+    lam = image_error(small, random_scores(SITES), x, y, mode=mode)
+    assert lam[0] == 0
+    assert bool((lam[1:] > 0).all())
+    assert image_error(small, torch.ones(4, SITES).double(), x, y, mode=mode).tolist() == [0.0] * 4

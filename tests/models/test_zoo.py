@@ -1,0 +1,164 @@
+"""The zoo: every transformer that diffusers exports, tiny and random, under the general rule of harmonica.models.sites.
+
+An entry is exact, or it is refused and stands in REFUSED with the reason; none may be wrong.
+"""
+
+from __future__ import annotations
+
+import ast
+import warnings
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+import zoo_a
+import zoo_b
+import zoo_c
+from torch.utils._pytree import tree_all, tree_leaves, tree_map
+
+from harmonica.cache import gated, reuse
+from harmonica.models.sites import Sites, sites
+
+ZOO = zoo_a.ZOO | zoo_b.ZOO | zoo_c.ZOO
+LEFT_OUT = zoo_a.LEFT_OUT | zoo_b.LEFT_OUT | zoo_c.LEFT_OUT
+
+REFUSED: dict[str, str] = {}
+"""Classes in which sites() raises ValueError, and why."""
+
+FLEX = "attention is flex attention, which torch's counter of operations cannot run"
+UNCOUNTED = dict.fromkeys(
+    (
+        "AnyFlowFARTransformer3DModel",
+        "Kandinsky6SRTransformer3DModel",
+        "WanAnimate2Transformer3DModel",
+    ),
+    FLEX,
+)
+"""Classes whose MACs are estimated only."""
+
+
+def leaves(output):
+    """Return copies of the tensors in an output, whatever it is."""
+    return [leaf.clone() for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+
+
+def same(one, other):
+    return len(one) == len(other) and all(map(torch.equal, one, other))
+
+
+def examine(model, inputs, found: Sites):
+    """Return the laws that the sites of a model break: none if it is exact."""
+    asked, cache, broken = [], {}, []
+    ones = reuse([True] * len(found), cache)
+
+    def counting(site, compute):
+        asked.append(site)
+        return ones(site, compute)
+
+    def skipping(site, compute):
+        return reuse([False] * len(found), cache)(
+            site, lambda: broken.append("a skipped site computes")
+        )
+
+    with torch.no_grad():
+        plain = leaves(model(**inputs))
+        with gated(found, counting):
+            computed = leaves(model(**inputs))
+        kept = tree_map(torch.clone, cache)
+        with gated(found, skipping):
+            reused = leaves(model(**inputs))
+    laws = {
+        "the output is finite and not constant": all(
+            x.isfinite().all() and x.std() > 0 for x in plain
+        )
+        and plain,
+        "computing everything is the plain model bit for bit": same(plain, computed),
+        "each site is asked once": sorted(asked) == list(range(len(found))),
+        "reusing everything at equal inputs is the plain model": same(plain, reused),
+        "cached features are left alone": tree_all(bool, tree_map(torch.equal, kept, cache)),
+    }
+    return broken + [law for law, holds in laws.items() if not holds]
+
+
+def found_in(name, model, inputs) -> Sites:
+    """Return the sites of an entry, counted where torch can count."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # widths here are so small that embedders outweigh blocks
+        return sites(model, None if name in UNCOUNTED else inputs)
+
+
+@pytest.fixture
+def arithmetic(monkeypatch):
+    """Count with real tensors: on models of this size that is ten times faster than with fake ones."""
+    module = import_module("harmonica.models.sites")
+    counted = module._count
+    monkeypatch.setattr(
+        module, "_count", lambda *args, fake: None if fake else counted(*args, fake=False)
+    )
+
+
+@pytest.mark.parametrize("name", sorted(ZOO))
+@pytest.mark.filterwarnings("ignore")
+def test_every_entry_is_exact_or_refused_with_a_reason(name, arithmetic):
+    model, inputs = ZOO[name]()
+    with torch.no_grad():
+        before = leaves(model(**inputs))
+    if name in REFUSED:
+        with pytest.raises(ValueError, match=name):
+            sites(model, inputs)
+        return
+    found = found_in(name, model, inputs)
+    static = sites(model)
+    assert set(found) <= set(static), "a forward may only take sites away"
+    with torch.no_grad():
+        assert same(before, leaves(model(**inputs))), "counting left something behind in the model"
+    assert not examine(model, inputs, found)
+
+
+@pytest.mark.parametrize("name", sorted(UNCOUNTED))
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_that_cannot_be_counted_is_said_to_be_and_still_runs(name):
+    model, inputs = ZOO[name]()
+    with pytest.raises(ValueError, match=f"{name}: torch cannot count .* leave `inputs` out"):
+        sites(model, inputs)
+    with torch.no_grad():
+        assert leaves(model(**inputs))
+
+
+def test_every_transformer_that_diffusers_exports_is_in_the_zoo_or_left_out_with_a_reason():
+    package = Path(find_spec("diffusers").origin).parent / "models" / "transformers" / "__init__.py"
+    imports = [
+        node
+        for node in ast.walk(ast.parse(package.read_text()))
+        if isinstance(node, ast.ImportFrom)
+    ]
+    names = {alias.name for node in imports if node.level == 1 for alias in node.names}
+    assert len(names) >= 75
+    assert names - ZOO.keys() - LEFT_OUT.keys() == set()
+    assert all(LEFT_OUT.values())
+    assert not ZOO.keys() & LEFT_OUT.keys()
+
+
+def test_most_of_the_zoo_is_exact():
+    assert len(ZOO.keys() - REFUSED.keys()) >= 54
+
+
+def test_the_zoo_is_loaded_by_submodules_only():
+    """Each file of the zoo imports torch; diffusers comes with the first entry that is built."""
+    for zoo in (zoo_a, zoo_b, zoo_c):
+        tree = ast.parse(Path(zoo.__file__).read_text(encoding="utf-8"))
+        tops = [n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)]
+        assert not any("diffusers" in ast.unparse(n) for n in tops), zoo.__name__
+
+
+def test_a_wrong_rule_is_caught(monkeypatch):
+    """The laws can fail: a block that is taken for a site, one that is called twice, a site whose output is changed."""
+    model, inputs = ZOO["CogView4Transformer2DModel"]()
+    module = import_module("harmonica.models.sites")
+    monkeypatch.setattr(module, "_TWICE", {})
+    with pytest.raises(ValueError, match=r"transformer_blocks.0.ff is called 2 times in a forward"):
+        sites(model, inputs)
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        examine(model, inputs, sites(model))

@@ -1,0 +1,430 @@
+"""Other methods as schedules: what each promises, and the targets that all of them land on."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from conftest import make, seeds, start
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_laws import counted, state_of
+
+from harmonica import Schedule, macs, sample
+from harmonica.evaluation.distances import image_mse
+from harmonica.search.baselines import (
+    delta_dit,
+    drift,
+    dynamic_programming,
+    every,
+    fewer_steps,
+    greedy,
+    learning_to_cache,
+    random_table,
+    smoothcache,
+)
+from harmonica.search.paths import cheapest_path, onward, step_costs, switches
+
+STEPS = 8
+
+
+def real(denoiser, count=6):
+    """Return images and labels; to Learning-to-Cache they are as real as any."""
+    x, labels = start(denoiser, count, seed=3)
+    return x.tanh(), labels
+
+
+def trained(denoiser, speedup, updates=6):
+    return learning_to_cache(
+        denoiser, *real(denoiser), speedup=speedup, updates=updates, batch_size=2
+    )
+
+
+METHODS = {
+    "FORA": lambda d, s: every(d, speedup=s),
+    "SmoothCache": lambda d, s: smoothcache(d, *start(d), speedup=s),
+    "Δ-DiT": lambda d, s: delta_dit(d, speedup=s),
+    "Learning-to-Cache": trained,
+    "dynamic programming": lambda d, s: dynamic_programming(d, *start(d), speedup=s),
+    "greedy": lambda d, s: greedy(d, *start(d), speedup=s, budget=400),
+    "random": lambda d, s: random_table(d, torch.Generator().manual_seed(0), speedup=s),
+}
+GRAINS = {"FORA": 4, "dynamic programming": 4, "SmoothCache": 4, "Δ-DiT": 8}
+"""Entries that a method switches at once, if more than one: a step; a kind in two; a block in every other step."""
+
+every_method = pytest.mark.parametrize("method", METHODS)
+
+
+@pytest.fixture
+def walker():
+    return make(STEPS)
+
+
+def compared(denoiser, schedule, seed=1):
+    """Return the image error on the noises that `start` draws."""
+    x, labels = start(denoiser, seed=seed)
+    return image_mse(sample(denoiser, x, labels, schedule), sample(denoiser, x, labels))
+
+
+# ---------------------------------------------------------------------------------------- all of them
+
+
+@every_method
+@pytest.mark.parametrize("speedup", [1.0, 1.1, 1.25])
+def test_a_table_lands_on_its_target_or_just_above(walker, method, speedup):
+    cost = macs(walker)
+    schedule = METHODS[method](walker, speedup)
+    reached = schedule.speedup(cost)
+    assert schedule.compute[0].all()
+    assert speedup <= reached
+    slower = 1 / (
+        1 / reached + GRAINS.get(method, 1) * float(cost.sites.max()) / cost.total / STEPS
+    )
+    assert slower < speedup + 1e-9, "one grain less would have done"
+    assert (reached == 1.0) == (speedup == 1.0)
+
+
+@every_method
+def test_what_is_out_of_reach_is_refused_with_the_maximum(walker, method):
+    calls = counted(walker)
+    with pytest.raises(
+        ValueError, match=r"speedup is 50; the maximum of this method here is \d\.\d+"
+    ):
+        METHODS[method](walker, 50.0)
+    if method not in ("SmoothCache", "dynamic programming"):  # their measurement is cheap
+        assert len(calls) <= 2, "refused only after the work was done"  # macs, which predicts once
+
+
+@every_method
+def test_the_named_maximum_can_be_met(walker, method):
+    with pytest.raises(ValueError, match="maximum") as refusal:
+        METHODS[method](walker, 50.0)
+    most = float(str(refusal.value).split()[-1])
+    assert METHODS[method](walker, most * 0.999).speedup(macs(walker)) >= most * 0.999
+
+
+@every_method
+@pytest.mark.parametrize("speedup", [0.5, math.nan, -1.0])
+def test_a_speedup_below_one_is_refused(walker, method, speedup):
+    with pytest.raises(ValueError, match="must be 1"):
+        METHODS[method](walker, speedup)
+
+
+@every_method
+def test_the_same_call_gives_the_same_table_and_leaves_model_and_generators_alone(method):
+    one, other = make(STEPS), make(STEPS)
+    weights = [p.clone() for p in one.model.parameters()]
+    before, random_state = state_of(one), torch.get_rng_state()
+    schedule = METHODS[method](one, 1.2)
+    assert torch.equal(random_state, torch.get_rng_state())
+    assert state_of(one) == before
+    assert all(map(torch.equal, weights, one.model.parameters()))
+    assert METHODS[method](other, 1.2) == schedule
+
+
+@every_method
+def test_a_table_says_how_it_was_made_and_runs_after_saving(walker, method, tmp_path):
+    schedule = METHODS[method](walker, 1.2)
+    assert schedule.provenance["method"] == method
+    assert len(schedule.provenance) > 1
+    assert (schedule.model, schedule.sampler, schedule.sites) == (
+        "small",
+        "ddim",
+        tuple(walker.sites),
+    )
+    schedule.save(tmp_path / "table.json")
+    assert Schedule.load(tmp_path / "table.json") == schedule
+    sample(walker, *start(walker), schedule)
+
+
+@pytest.mark.parametrize("call", [every, delta_dit, lambda d, **two: greedy(d, *start(d), **two)])
+def test_neither_or_both_of_a_setting_and_a_target_is_refused(small, call):
+    setting = {every: "n", delta_dit: "blocks"}.get(call, "cur")
+    for given_both in ({}, {setting: 1, "speedup": 1.0}):
+        with pytest.raises(
+            ValueError, match=f"found {setting} .* and speedup .*; give one of the two"
+        ):
+            call(small, **given_both)
+
+
+# ----------------------------------------------------------------------------------------------- FORA
+
+
+@given(st.integers(1, 12), st.integers(1, 14))
+def test_fora_computes_all_sites_at_every_nth_step(steps, n):
+    compute = every(make(steps), n).compute
+    assert compute.tolist() == [[k % n == 0] * 4 for k in range(steps)]
+
+
+def test_a_fractional_interval_computes_at_the_first_steps_after_its_multiples():
+    assert every(make(11), 2.5).compute[:, 0].nonzero().flatten().tolist() == [0, 3, 5, 8, 10]
+
+
+@settings(max_examples=6)
+@given(st.integers(1, 12), st.data())
+def test_a_target_of_fora_spreads_its_steps_evenly(steps, data):
+    count = data.draw(st.integers(1, steps))
+    d = make(steps)
+    fixed = Schedule([[k < count] * 4 for k in range(steps)]).speedup(macs(d))
+    rows = every(d, speedup=fixed).compute[:, 0]
+    assert int(rows.sum()) == count
+    gaps = torch.diff(torch.cat([rows.nonzero().flatten(), torch.tensor([steps])]))
+    assert int(gaps.max() - gaps.min()) <= 1
+
+
+@pytest.mark.parametrize("n", [0, 0.5, -2, math.inf, math.nan])
+def test_an_interval_below_one_is_refused(small, n):
+    with pytest.raises(ValueError, match="n is .*; the interval is a number of steps, 1"):
+        every(small, n)
+
+
+# ---------------------------------------------------------------------------------------- SmoothCache
+
+
+def test_smoothcache_at_alpha_zero_computes_everything_and_at_infinity_every_fourth_step(walker):
+    assert smoothcache(walker, *start(walker), alpha=0.0).cur == 0.0
+    assert smoothcache(walker, *start(walker), alpha=1e9) == smoothcache(
+        walker, *start(walker), alpha=1e9
+    )
+    most = smoothcache(walker, *start(walker), alpha=1e9, gap=3)
+    assert torch.equal(most.compute, every(walker, 4).compute)
+
+
+def test_drift_is_the_relative_change_of_outputs_that_separate_runs_see(walker):
+    x, labels = start(walker)
+    table = torch.ones(STEPS, 4, dtype=torch.bool)
+    features = [cache for _, cache, _ in onward(walker, labels, table, (x, {}, {}), 0)]
+    names = list(walker.sites)
+    drifts = drift(walker, x, labels, 2)
+    assert set(drifts) == {"attn", "mlp"}
+    for kind, k, i in itertools.product(drifts, range(STEPS), (1, 2)):
+        if k < i:
+            assert drifts[kind][k, i - 1] == math.inf
+            continue
+        of_kind = [s for s, name in enumerate(names) if name.endswith(kind)]
+        now, then = ([features[j][s] for s in of_kind] for j in (k, k - i))
+        each = [
+            [(a - b).abs().sum() / a.abs().sum() for a, b in zip(f, g, strict=True)]
+            for f, g in zip(now, then, strict=True)
+        ]
+        assert float(drifts[kind][k, i - 1]) == pytest.approx(
+            float(torch.tensor(each).mean()), rel=1e-6
+        )
+
+
+@given(seeds, st.floats(0.01, 1.0))
+def test_smoothcache_reuses_exactly_what_has_drifted_less_than_alpha(seed, alpha):
+    d = make(STEPS, seed=seed % 100)
+    drifts = drift(d, *start(d))
+    compute = smoothcache(d, *start(d), alpha=alpha).compute
+    for column, site in zip(compute.T.tolist(), d.sites, strict=True):
+        for k in range(1, STEPS):
+            since = k - max(j for j in range(k) if column[j])
+            near = since <= 3 and bool(drifts[site.rpartition(".")[2]][k, since - 1] < alpha)
+            assert column[k] != near
+
+
+# ---------------------------------------------------------------------------------------------- Δ-DiT
+
+
+def test_delta_dit_reuses_the_rear_first_and_the_front_afterwards():
+    compute = delta_dit(make(8, depth=3), blocks=2, n=3).compute
+    rear, front, full = [True] * 2 + [False] * 4, [False] * 4 + [True] * 2, [True] * 6
+    assert compute.tolist() == [full, rear, rear, full, front, front, full, front]
+
+
+@given(st.integers(0, 3), st.integers(1, 9), st.floats(0, 1))
+def test_delta_dit_reuses_as_many_blocks_as_it_says_wherever_the_outline_ends(blocks, n, outline):
+    compute = delta_dit(make(8, depth=3), blocks=blocks, n=n, outline=outline).compute
+    reused = (~compute).sum(1).tolist()
+    assert reused == [0 if k % n == 0 else 2 * blocks for k in range(8)]
+
+
+def test_delta_dit_refuses_more_blocks_than_there_are(small):
+    with pytest.raises(ValueError, match="blocks 3; expected .* from 0 to 2"):
+        delta_dit(small, blocks=3)
+
+
+# ---------------------------------------------------------------------------------- Learning-to-Cache
+
+
+@given(st.integers(2, 7), st.floats(0.0, 0.99))
+def test_learning_to_cache_never_reuses_at_even_steps(steps, tau):
+    d = make(steps)
+    compute = learning_to_cache(d, *real(d), tau=tau, updates=2, batch_size=1).compute
+    assert compute[::2].all()
+
+
+def test_learning_to_cache_looks_at_pairs_and_takes_no_walk(walker):
+    walker.step = lambda *_: pytest.fail("a walk")
+    calls = counted(walker)
+    learning_to_cache(walker, *real(walker), updates=5, batch_size=2)
+    for before, target, student in zip(*[iter(calls)] * 3, strict=True):
+        assert before[0] % 2 == 0
+        assert (target[0], student[0]) == (before[0] + 1,) * 2
+        assert (before[1:], target[1:], student[1:]) == (
+            (True, False),
+            (False, False),
+            (True, True),
+        )
+
+
+def test_learning_to_cache_noises_a_pair_to_its_timesteps_with_one_noise(walker):
+    seen, predict = [], walker.predict
+    walker.predict = lambda x, k, cond: seen.append((k, x)) or predict(x, k, cond)
+    images, labels = torch.zeros(1, 2, 4, 4, dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
+    alphas = torch.linspace(0.9, 0.1, 1000, dtype=torch.float64)
+    learning_to_cache(walker, images, labels, updates=3, batch_size=1, alphas=alphas)
+    for (k, x), _, (after, y) in zip(*[iter(seen)] * 3, strict=True):
+        at, then = (1 - alphas[walker.about["timesteps"][step]] for step in (k, after))
+        assert torch.allclose(x / at.sqrt(), y / then.sqrt())
+
+
+def test_learning_to_cache_trains_towards_reuse_when_computing_has_a_price_and_away_from_it_when_it_has_none(
+    walker,
+):
+    rest = {"updates": 150, "batch_size": 1, "lr": 0.3}
+    dear = learning_to_cache(walker, *real(walker), beta=10.0, **rest)
+    assert not dear.compute[1::2].any()
+    assert learning_to_cache(walker, *real(walker), beta=0.0, **rest).cur < 0.2
+
+
+def test_learning_to_cache_needs_two_steps_and_their_timesteps(small):
+    with pytest.raises(ValueError, match="found 1 steps, 1 timesteps"):
+        learning_to_cache(make(1), *real(small))
+    small.sampler.timesteps = ()
+    with pytest.raises(ValueError, match="found 4 steps, 0 timesteps"):
+        learning_to_cache(small, *real(small))
+
+
+# -------------------------------------------------------------------------------- dynamic programming
+
+
+def summed(costs, path):
+    """Return what a path costs: each run from a computed step to the last before the next."""
+    return sum(float(costs[j, after - 1]) for j, after in itertools.pairwise([*path, len(costs)]))
+
+
+@given(st.integers(1, 7), seeds, st.data())
+def test_no_other_path_is_cheaper(steps, seed, data):
+    count = data.draw(st.integers(1, steps))
+    costs = torch.rand(steps, steps, generator=torch.Generator().manual_seed(seed)).double().triu(1)
+    path = cheapest_path(costs, count)
+    others = [[0, *rest] for rest in itertools.combinations(range(1, steps), count - 1)]
+    assert path in others
+    assert summed(costs, path) == pytest.approx(min(summed(costs, other) for other in others))
+
+
+@pytest.mark.parametrize("remembers", [False, True])
+def test_a_step_costs_what_a_walk_of_its_own_says(remembers):
+    d = make(5, remembers=remembers)
+    x, labels = start(d)
+    plain, costs = [], step_costs(d, x, labels)
+    full, (k, j) = torch.ones(5, 4, dtype=torch.bool), (3, 1)
+    for after, _, _ in onward(d, labels, full, (x, {}, {}), 0):
+        plain.append(after)
+    table = full.clone()
+    table[j + 1 :] = False
+    walk = [after for after, _, _ in onward(d, labels, table, (x, {}, {}), 0)]
+    assert float(costs[j, k]) == pytest.approx(image_mse(walk[k], plain[k]), rel=1e-9)
+    assert float(costs[j, k]) > 0
+    assert torch.equal(costs.tril(), torch.zeros_like(costs))
+
+
+@settings(max_examples=4)
+@given(seeds, st.sampled_from([1.1, 1.25]))
+def test_dynamic_programming_is_never_dearer_than_fora_at_as_many_steps(seed, speedup):
+    d = make(STEPS, seed=seed % 100)
+    costs = step_costs(d, *start(d))
+    path, spread = (
+        s.compute[:, 0].nonzero().flatten().tolist()
+        for s in (dynamic_programming(d, *start(d), speedup=speedup), every(d, speedup=speedup))
+    )
+    assert len(path) == len(spread)
+    assert summed(costs, path) <= summed(costs, spread)
+
+
+# --------------------------------------------------------------------------------------------- greedy
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_greedy_is_no_worse_than_fora_at_the_same_cur_on_its_own_noises(walker, n):
+    fora = every(walker, n)
+    found = greedy(walker, *start(walker), cur=fora.cur, budget=5000)
+    assert found.cur == fora.cur
+    assert compared(walker, found) <= compared(walker, fora)
+
+
+def test_the_first_switch_is_the_best_of_all(walker):
+    x, labels = start(walker)
+    prices = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    k, i, _ = next(switches(walker, x, labels, prices=prices, budget=1000))
+    plain = sample(walker, x, labels)
+
+    def rate(k, i):
+        compute = torch.ones(STEPS, 4, dtype=torch.bool)
+        compute[k, i] = False
+        return image_mse(sample(walker, x, labels, Schedule(compute)), plain) / float(prices[i])
+
+    rates = {(k, i): rate(k, i) for k in range(1, STEPS) for i in range(4)}
+    assert (k, i) == min(rates, key=rates.get)
+
+
+@pytest.mark.parametrize("budget", [120, 150, 1000])
+def test_switches_spend_no_more_than_they_say_and_give_every_entry_once(walker, budget):
+    calls = counted(walker)
+    entries = []
+    for k, i, spent in switches(walker, *start(walker), prices=torch.ones(4), budget=budget):
+        assert len(calls) == spent <= budget
+        entries.append((k, i))
+    assert sorted(entries) == list(itertools.product(range(1, STEPS), range(4)))
+
+
+def test_more_predictions_find_a_better_table():
+    walker = make(STEPS, seed=2)
+    least, most = (greedy(walker, *start(walker), cur=0.4, budget=budget) for budget in (120, 5000))
+    assert compared(walker, most) < compared(walker, least)
+
+
+def test_a_budget_that_cannot_score_every_entry_is_refused(walker):
+    with pytest.raises(
+        ValueError, match="budget is 119 predictions; scoring each entry once takes 120"
+    ):
+        greedy(walker, *start(walker), cur=0.5, budget=119)
+
+
+@settings(max_examples=6)
+@given(st.integers(0, 28))
+def test_greedy_reuses_as_many_entries_as_a_cur_takes(reused):
+    d = make(STEPS)
+    assert greedy(d, *start(d), cur=reused / 32, budget=120).cur == reused / 32
+
+
+@pytest.mark.parametrize("cur", [1.0, -0.1, math.nan])
+def test_a_cur_that_is_no_share_is_refused(small, cur):
+    with pytest.raises(ValueError, match="cur is .*; it is the share of the table to reuse"):
+        greedy(small, *start(small), cur=cur)
+
+
+# ------------------------------------------------------------------------------- chance, fewer steps
+
+
+def test_random_tables_differ_by_their_generator_only(walker):
+    one, same, other = (
+        random_table(walker, torch.Generator().manual_seed(s), speedup=1.2) for s in (0, 0, 1)
+    )
+    assert one == same
+    assert one != other
+
+
+@given(st.integers(1, 100), st.floats(1, 10))
+def test_fewer_steps_are_the_most_that_are_fast_enough(steps, speedup):
+    if speedup > steps:
+        with pytest.raises(ValueError, match="speedup is"):
+            fewer_steps(steps, speedup)
+        return
+    fewer = fewer_steps(steps, speedup)
+    assert steps / fewer >= speedup
+    assert fewer == steps or steps / (fewer + 1) < speedup

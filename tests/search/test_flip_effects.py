@@ -1,0 +1,190 @@
+"""The quadratic around a table: its walk is the table's, its numbers are derivatives, what it chooses is on target."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import make, seeds, start, tables
+from hypothesis import given
+from hypothesis import strategies as st
+
+from harmonica import Macs, Router, Schedule, blend, sample
+from harmonica.denoise import denoise, final_image
+from harmonica.models import load
+from harmonica.samplers import SAMPLERS
+from harmonica.search import flip_effects as quadratic
+from harmonica.search.budget import Target
+from harmonica.search.flip_effects import Quadratic, _walk, around, choose
+
+TABLE = torch.tensor(
+    [[True] * 4, [True, False, True, True], [False, True, True, False], [True, False] * 2]
+)
+ENTRIES = [(1 + e // 4, e % 4) for e in range(12)]
+
+
+def along(d, x, cond, k, i, by=1e-5, order=0):
+    """Return v of one entry, (B, …), by a difference of two walks whose entry is a little off, either way."""
+    ends = []
+    for sign in (-1, 1):
+        s = TABLE.double()[:, :, None].repeat(1, 1, len(x))
+        s[k, i] += sign * by
+        ends.append(_walk(d, s, x, cond, order))
+    return (ends[1] - ends[0]) / (2 * by) * (-1 if TABLE[k, i] else 1)
+
+
+@given(table=tables(), remembers=st.booleans(), order=st.integers(0, 2), seed=seeds)
+def test_the_walk_that_is_differentiated_is_the_tables_own_bit_for_bit(
+    table, remembers, order, seed
+):
+    d = make(remembers=remembers)
+    x, cond = start(d, 3, seed)
+    s = table.compute.double()[:, :, None].repeat(1, 1, 3)
+    assert torch.equal(_walk(d, s, x, cond, order), sample(d, x, cond, replace(table, order=order)))
+    assert torch.equal(_walk(d, torch.ones_like(s), x, cond, order), sample(d, x, cond))
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_between_0_and_1_a_row_is_what_the_router_blends(k):
+    """Where the blended feature is kept, which is where r > τ, the two walks are one."""
+    d = make()
+    x, cond = start(d, 2)
+    r = torch.ones(4, 4, dtype=torch.float64)
+    r[k] = torch.tensor([0.9, 0.6, 0.3, 0.2])
+    cache = {}
+    blended = final_image(denoise(d, x, cond, lambda k: blend(r[k], cache, 0.1)))
+    assert torch.allclose(
+        _walk(d, r[:, :, None].repeat(1, 1, 2), x, cond), blended, rtol=1e-12, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize(("remembers", "order"), [(False, 0), (True, 0), (False, 1), (True, 2)])
+def test_h_and_g_are_derivatives_of_the_image(remembers, order, monkeypatch):
+    monkeypatch.setattr(quadratic, "CAP", 1e9)
+    d = make(remembers=remembers)
+    x, cond = start(d, 3)
+    plain = sample(d, x, cond)
+    v = torch.stack([along(d, x, cond, k, i, order=order) for k, i in ENTRIES])  # (E, B, C, H, W)
+    away = _walk(d, TABLE.double()[:, :, None].repeat(1, 1, 3), x, cond, order) - plain
+    pixels = x[0].numel()
+    found = []
+    for p in range(pixels):  # unit vectors for signs, all of them: then G is exact
+        unit = torch.zeros(3, pixels).index_fill_(1, torch.tensor([p]), 1.0).view_as(x)
+        found.append(around(d, TABLE, x, cond, plain, unit, order=order))
+    g = sum(each.curvature for each in found)
+    flat = v.flatten(1)
+    assert torch.allclose(
+        found[0].gradient, flat @ away.flatten() / away.numel(), rtol=1e-6, atol=1e-12
+    )
+    assert torch.allclose(g, flat @ flat.T / away.numel(), rtol=1e-6, atol=1e-8 * float(g.max()))
+
+
+def test_random_signs_give_g_on_average(monkeypatch):
+    monkeypatch.setattr(quadratic, "CAP", 1e9)
+    d = make()
+    x, cond = start(d, 4000)
+    plain, generator = sample(d, x, cond), torch.Generator().manual_seed(0)
+    v = torch.stack([along(d, x, cond, k, i) for k, i in ENTRIES]).flatten(1)
+    signs = torch.randint(2, x.shape, generator=generator) * 2 - 1
+    g = around(d, TABLE, x, cond, plain, signs).curvature
+    assert float((g - v @ v.T / x.numel()).norm() / g.norm()) < 0.1
+
+
+def test_a_noise_that_went_elsewhere_counts_no_more_than_cap_times_the_median():
+    """Its plain image is put far away: h grows with the distance d, and w·d with w ~ 1/d² falls."""
+    d = make()
+    x, cond = start(d, 3)
+    image = sample(d, x, cond, Schedule(TABLE))
+    plain, hs = image - 0.1, []
+    for away in (0.2, 100.0):
+        plain[0] = image[0] - away
+        hs.append(around(d, TABLE, x, cond, plain, torch.ones_like(x)).gradient)
+    rest = around(d, TABLE, x[1:], cond[1:], plain[1:], torch.ones_like(x[1:])).gradient * 2 / 3
+    assert float((hs[0] - rest).norm()) > 1e-3 * float(rest.norm())
+    first = around(d, TABLE, x[:1], cond[:1], plain[:1], torch.ones_like(x[:1])).gradient / 3
+    assert torch.allclose(
+        hs[1], rest + first * quadratic.CAP * 0.1**2 / 100.0**2, rtol=1e-6, atol=1e-9
+    )
+
+
+def test_where_nothing_is_reused_yet_the_curvature_is_known():
+    d = make()
+    x, cond = start(d, 2)
+    model = around(
+        d, torch.ones(4, 4, dtype=torch.bool), x, cond, sample(d, x, cond), torch.ones_like(x)
+    )
+    assert float(model.gradient.abs().max()) == 0.0
+    assert bool((model.curvature.diagonal() > 0).all())
+
+
+@pytest.mark.parametrize("sampler", sorted(SAMPLERS))
+def test_every_sampler_passes_gradients_on(sampler):
+    d = load("tiny", steps=4, sampler=sampler)
+    table = torch.ones(4, 16, dtype=torch.bool)
+    table[1:3] = False
+    x, cond = d.draw(2, torch.Generator().manual_seed(0))
+    model = around(d, table, x, cond, sample(d, x, cond), torch.ones_like(x))
+    assert bool((model.curvature.diagonal() > 0).all())
+    assert bool((model.gradient != 0).all())
+
+
+def test_batches_in_half_precision_keep_small_gradients():
+    d = make(dtype=torch.bfloat16)
+    x, cond = start(d, 2)
+    x = x.bfloat16()
+    near = sample(d, x, cond) * (1 - 2**-6)
+    gradient = around(
+        d, torch.ones(4, 4, dtype=torch.bool), x, cond, near, torch.ones_like(x)
+    ).gradient
+    assert bool((gradient[:8] != 0).any())
+    assert bool(gradient.isfinite().all())
+
+
+def test_weights_get_no_gradient_and_the_model_is_left_as_it_was():
+    d = make()
+    x, cond = start(d, 2)
+    before = {name: vars(site).get("forward") for name, site in d.sites.items()}
+    around(d, TABLE, x, cond, sample(d, x, cond), torch.ones_like(x))
+    assert all(p.grad is None for p in d.model.parameters())
+    assert before == {name: vars(site).get("forward") for name, site in d.sites.items()}
+
+
+@given(seed=seeds)
+def test_what_the_quadratic_adds_is_its_formula(seed):
+    generator = torch.Generator().manual_seed(seed)
+    v = torch.randn(6, 5, generator=generator, dtype=torch.float64)
+    model = Quadratic(torch.randn(6, generator=generator, dtype=torch.float64), v @ v.T)
+    z = torch.rand(6, generator=generator) > 0.5
+    assert model(z) == pytest.approx(
+        float(2 * z.double() @ model.gradient + (z.double() @ v).square().sum()), abs=1e-9
+    )
+
+
+def test_flips_that_cancel_are_found_together():
+    table = torch.ones(2, 4, dtype=torch.bool)
+    v = torch.tensor([[1.0, 0.0], [-1.0, 0.01], [0.0, 0.5], [0.3, 0.3]], dtype=torch.float64)
+    model = Quadratic(torch.zeros(4, dtype=torch.float64), v @ v.T)
+    flat = Macs(torch.ones(4, dtype=torch.float64), 0.0)
+    chosen = choose(model, table, Target(8 / 6, flat, 2), most=4)  # two entries must go
+    assert int((~chosen).sum()) == 2
+    pair = choose(
+        Quadratic(-0.9 * (v @ v.T).sum(1), v @ v.T),
+        ~table | (torch.arange(2) < 1)[:, None],
+        Target(1, flat, 2),
+        most=4,
+    )
+    assert bool(pair[0].all())
+
+
+@given(seed=seeds, speedup=st.floats(1.0, 2.4), most=st.integers(1, 12))
+def test_what_is_chosen_is_on_target_and_no_further_away_than_allowed(seed, speedup, most):
+    generator = torch.Generator().manual_seed(seed)
+    v = torch.randn(12, 20, generator=generator, dtype=torch.float64)
+    model = Quadratic(torch.randn(12, generator=generator, dtype=torch.float64), v @ v.T)
+    target = Target(speedup, Macs(torch.tensor([1.0, 2.0, 1.0, 2.0], dtype=torch.float64), 0.5), 4)
+    landed = target.land(Router(4, 4, generator=generator)().detach(), TABLE)
+    chosen = choose(model, landed, target, most=most)
+    assert target.spent(chosen) <= target.allowed
+    assert int((chosen != landed).sum()) <= most
+    assert bool(chosen[0].all())

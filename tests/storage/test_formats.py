@@ -1,0 +1,560 @@
+"""Files of other people, export, resampling and the Hub's folder: what is read, and what is refused."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+import subprocess
+import sys
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import seeds, tables
+from hypothesis import given
+from hypothesis import strategies as st
+
+from harmonica import Router, Schedule
+
+DATA = os.environ.get("HARMONICA_FOREIGN_DATA")
+DIT = tuple(f"blocks.{i}.{kind}" for i in range(28) for kind in ("attn", "mlp"))
+L2C = argparse.Namespace(
+    data_path="/images", l1=1e-6, ste_threshold=None, model="DiT-XL/2", num_sampling_steps=4
+)
+AUTHORS = argparse.Namespace(
+    lambda_c=500, cfg_scale=1.5, l1=7e-8, ste_threshold=0.1, model="DiT-XL/2"
+)
+
+
+def logits(steps, sites, seed=0, trained=slice(None)):
+    """Draw (T, N) logits in a file's order: N(0, 1) before training, ±5 where it has been."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(steps, sites, generator=generator).clamp(-4, 4)
+    drawn[trained] = 10.0 * (torch.rand(drawn[trained].shape, generator=generator) > 0.5) - 5.0
+    return drawn
+
+
+def write_rows(path, rows, args=None):
+    """Write (T, N) logits as a router file: with settings around them, or bare."""
+    routers = {f"{k}.prob": row.clone() for k, row in enumerate(rows)}
+    torch.save(
+        routers if args is None else {"routers": routers, "opt": {"state": {}}, "args": args}, path
+    )
+    return path
+
+
+# ------------------------------------------------------------------------------------------ router files
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 6, 7])
+@pytest.mark.parametrize("sites", [3, 56])
+def test_learning_to_cache_reuses_on_its_even_rows_only_and_runs_the_last_row_first(
+    tmp_path, steps, sites
+):
+    rows = logits(steps, sites)
+    schedule = Schedule.load(write_rows(tmp_path / "r.pt", rows, L2C))
+    wanted = rows.sigmoid() > 0.1
+    wanted[1::2] = True
+    wanted[-1] = True
+    assert torch.equal(
+        schedule.compute, wanted.flip(0)
+    )  # an odd number of steps is as good as an even one
+    assert schedule.sites == (DIT if sites == 56 else ("site0", "site1", "site2"))
+    assert schedule.model == "DiT-XL/2"
+    assert schedule.threshold == 0.1
+    assert {
+        "format": "Learning-to-Cache router file",
+        "file": "r.pt",
+        "tau": 0.1,
+    }.items() <= schedule.provenance.items()
+    assert ("first_step" in schedule.provenance) == (steps % 2 == 1)
+
+
+@given(st.integers(2, 7), st.floats(0.01, 0.99), seeds)
+def test_the_authors_routers_may_reuse_in_any_row(tmp_path_factory, steps, tau, seed):
+    rows = logits(steps, 4, seed, trained=slice(0, 1))
+    schedule = Schedule.load(write_rows(tmp_path_factory.mktemp("r") / "r.pt", rows, AUTHORS), tau)
+    wanted = (rows.sigmoid() > tau).flip(0)
+    assert torch.equal(schedule.compute[1:], wanted[1:])
+    assert ("first_step" in schedule.provenance) != bool(wanted[0].all())
+    assert schedule.provenance["format"] == "HarmoniCa router file"
+
+
+def test_a_bare_file_shows_by_its_untrained_rows_whose_it_is(tmp_path):
+    theirs = logits(6, 56, trained=slice(0, None, 2))
+    assert bool((theirs[1::2].sigmoid() <= 0.1).any())  # untrained rows would reuse here and there
+    schedule = Schedule.load(write_rows(tmp_path / "r.pth", theirs))
+    assert bool(schedule.compute.flip(0)[1::2].all())
+    everywhere = Schedule.load(write_rows(tmp_path / "r.pth", logits(6, 56)))
+    assert not bool(everywhere.compute.flip(0)[1::2].all())
+
+
+@pytest.mark.parametrize("steps", [6, 7, 20])
+def test_a_u_vit_router_reuses_at_the_second_solver_step_and_every_other_prediction(
+    tmp_path, steps
+):
+    rows = logits(steps, 58, trained=slice(1, steps // 2))
+    schedule = Schedule.load(write_rows(tmp_path / "dpm.pth", rows), 0.9)
+    wanted = torch.ones(steps, 58, dtype=torch.bool)
+    for row in range(1, steps // 2):
+        wanted[2 * row] = rows[row].sigmoid() > 0.9
+    assert torch.equal(schedule.compute, wanted)
+    assert schedule.provenance["format"] == "Learning-to-Cache U-ViT router file"
+
+
+def test_58_columns_are_u_vits_blocks(tmp_path):
+    sites = Schedule.load(write_rows(tmp_path / "r.pt", logits(3, 58), AUTHORS)).sites
+    assert len(sites) == 58
+    assert sites[:2] == ("in_blocks.0.attn", "in_blocks.0.mlp")
+    assert sites[27:31] == (
+        "in_blocks.13.mlp",
+        "mid_block.attn",
+        "mid_block.mlp",
+        "out_blocks.0.attn",
+    )
+    assert sites[-1] == "out_blocks.13.mlp"
+
+
+def test_a_router_saved_on_a_gpu_is_read_without_one(tmp_path):
+    """The location tag in the pickle is rewritten to cuda:0, as torch writes it for a tensor on a GPU."""
+    plain = write_rows(tmp_path / "cpu.pt", logits(4, 3), L2C)
+    with zipfile.ZipFile(plain) as old, zipfile.ZipFile(tmp_path / "gpu.pt", "w") as new:
+        for name in old.namelist():
+            data = old.read(name)
+            if name.endswith("data.pkl"):
+                assert b"X\x03\x00\x00\x00cpu" in data
+                data = data.replace(b"X\x03\x00\x00\x00cpu", b"X\x06\x00\x00\x00cuda:0")
+            new.writestr(name, data)
+    assert torch.equal(Schedule.load(tmp_path / "gpu.pt").compute, Schedule.load(plain).compute)
+
+
+class Hostile:
+    def __init__(self, trace):
+        self.trace = str(trace)
+
+    def __reduce__(self):
+        return os.mkdir, (self.trace,)
+
+
+@pytest.mark.parametrize(
+    "save", [torch.save, lambda data, path: path.write_bytes(pickle.dumps(data, 2))]
+)
+def test_a_hostile_file_executes_nothing(tmp_path, save):
+    save(
+        {"routers": {"0.prob": torch.ones(2)}, "args": Hostile(tmp_path / "executed")},
+        tmp_path / "bad.pt",
+    )
+    with pytest.raises(
+        ValueError, match=r"bad.pt is damaged, or holds more .*nothing in it was run"
+    ) as caught:
+        Schedule.load(tmp_path / "bad.pt")
+    assert "weights_only" not in str(caught.value)  # torch's advice is to run it
+    assert not (tmp_path / "executed").exists()
+
+
+def test_settings_in_a_pickle_are_allowed_for_that_one_call(tmp_path):
+    path = write_rows(tmp_path / "r.pt", logits(4, 3), L2C)
+    before = set(torch.serialization.get_safe_globals())
+    Schedule.load(path)
+    assert set(torch.serialization.get_safe_globals()) == before
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (
+            {"0.prob": torch.ones(2), "2.prob": torch.ones(2)},
+            "not whole: of rows 0 to 2, row 1 is missing$",
+        ),
+        ({"3.prob": torch.ones(2)}, "of rows 0 to 3, row 0 is missing, and 2 more"),
+        ({"routers": {}}, "not a router file"),
+        ({"routers": 7}, "not a router file"),
+        ({"0.weight": torch.ones(2)}, 'not a router file: "0.prob", .* expected, found 0.weight'),
+        ([torch.ones(2)], "not a router file"),
+        (torch.ones(2), "not a router file"),
+        ({"0.prob": torch.ones(2), "1.prob": torch.ones(3)}, "row 1 that is not finite numbers"),
+        ({"0.prob": torch.ones(2, 2)}, "row 0 that is not finite numbers"),
+        (
+            {"0.prob": torch.ones(2), "1.prob": torch.full((2,), float("nan"))},
+            "row 1 that is not finite numbers",
+        ),
+        ({"0.prob": "1111"}, "row 0 that is not finite numbers"),
+    ],
+)
+def test_a_router_file_that_lacks_something_is_named_with_it(tmp_path, data, message):
+    torch.save(data, tmp_path / "r.pt")
+    with pytest.raises(ValueError, match=rf"r\.pt.*{message}"):
+        Schedule.load(tmp_path / "r.pt")
+
+
+@given(st.integers(0, 2000), st.binary(min_size=1, max_size=3))
+def test_a_damaged_router_file_loads_or_is_refused(tmp_path_factory, at, junk):
+    path = write_rows(tmp_path_factory.mktemp("r") / "r.pt", logits(3, 2), L2C)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:at] + junk + whole[at + len(junk) :])
+    try:
+        assert str(Schedule.load(path))
+    except ValueError as error:
+        assert "r.pt" in str(error)  # noqa: PT017 (either outcome is right)
+
+
+def test_a_router_of_ours_is_frozen_where_it_is_read(tmp_path):
+    router = Router(5, ["a", "b"], about={"model": "small", "timesteps": (4, 3, 2, 1, 0)})
+    router.save(tmp_path / "r.safetensors")
+    for tau in (0.1, 0.5):
+        assert Schedule.load(tmp_path / "r.safetensors", tau) == router.schedule(tau)
+
+
+@pytest.mark.parametrize("tau", [-0.1, 1.0, float("nan")])
+def test_tau_is_checked_for_every_router(tmp_path, tau):
+    Router(3, 2).save(tmp_path / "ours")  # its first byte is that of a pickle
+    for path in (tmp_path / "ours", write_rows(tmp_path / "theirs", logits(3, 2), L2C)):
+        with pytest.raises(ValueError, match="tau is"):
+            Schedule.load(path, tau)
+
+
+# ------------------------------------------------------------------------------------------ SmoothCache
+
+
+def write(path, data):
+    path.write_text(json.dumps(data))
+    return path
+
+
+def test_smoothcache_per_block_is_interleaved_attention_first(tmp_path):
+    data = {"mlp-1": [1, 0], "attn-1": [1, 1], "mlp-0": [True, False], "attn-0": [True, True]}
+    schedule = Schedule.load(write(tmp_path / "s.json", data))
+    assert schedule.sites == ("blocks.0.attn", "blocks.0.mlp", "blocks.1.attn", "blocks.1.mlp")
+    assert schedule.compute.tolist() == [[True] * 4, [True, False, True, False]]
+    assert schedule.provenance == {"format": "SmoothCache, per block", "file": "s.json"}
+
+
+def test_smoothcache_sorts_blocks_by_number(tmp_path):
+    data = {f"attn-{i}": [1] for i in (10, 9, 2)}
+    assert Schedule.load(write(tmp_path / "s.json", data)).sites == (
+        "blocks.2.attn",
+        "blocks.9.attn",
+        "blocks.10.attn",
+    )
+
+
+def test_smoothcache_per_kind_has_the_kinds_as_sites(tmp_path):
+    schedule = Schedule.load(write(tmp_path / "s.json", {"mlp": [1, 0, 1], "attn": [1, 1, 0]}))
+    assert schedule.sites == ("attn", "mlp")
+    assert schedule.compute.tolist() == [[True, True], [True, False], [False, True]]
+
+
+def test_a_first_step_that_would_reuse_computes_and_says_so(tmp_path):
+    schedule = Schedule.load(write(tmp_path / "s.json", {"attn": [0, 0], "mlp": [1, 0]}))
+    assert schedule.compute.tolist() == [[True, True], [False, False]]
+    assert (
+        schedule.provenance["first_step"]
+        == "computes, although the file lets 1 of its 2 sites reuse"
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"attn": [1, 0], "mlp": [1]}, "lists of different lengths.*attn 2, mlp 1"),
+        ({"attn": [1, 0], "mlp-0": [1, 0]}, "mixes sites of one block"),
+        ({"attn": [1, 2]}, "attn with entries other than 0 and 1"),
+        ({"attn": [1, "0"]}, "attn with entries other than 0 and 1"),
+        ({"attn": [1, [0]]}, "attn with entries other than 0 and 1"),
+        ({"attn": []}, "not a valid schedule"),
+        ({"attn-0": [1], "attn-00": [1]}, "not a valid schedule"),
+        ({}, "is not a schedule"),
+        ({"attn": "10"}, "is not a schedule"),
+    ],
+)
+def test_a_smoothcache_file_that_says_something_impossible_is_refused(tmp_path, data, message):
+    with pytest.raises(ValueError, match=rf"s\.json.*{message}"):
+        Schedule.load(write(tmp_path / "s.json", data))
+
+
+@pytest.mark.parametrize(
+    ("names", "keys"),
+    [
+        (
+            ("blocks.0.attn", "blocks.0.mlp", "blocks.1.attn", "blocks.1.mlp"),
+            ["attn-0", "mlp-0", "attn-1", "mlp-1"],
+        ),
+        (
+            tuple(f"transformer_blocks.{site}" for site in ("3.attn1", "3.attn2", "3.ff", "12.ff")),
+            ["attn-3", "attn2-3", "mlp-3", "mlp-12"],
+        ),
+    ],
+)
+@given(tables())
+def test_an_exported_table_reads_back_the_same(tmp_path_factory, names, keys, schedule):
+    path = tmp_path_factory.mktemp("export") / "s.json"
+    replace(schedule, sites=names).export_smoothcache(path)
+    data = json.loads(path.read_text())
+    assert list(data) == keys
+    assert data[keys[0]] == schedule.compute[:, 0].int().tolist()
+    assert torch.equal(Schedule.load(path).compute, schedule.compute)
+
+
+def test_a_site_that_smoothcache_has_no_name_for_is_named(tmp_path):
+    for sites in (
+        ("blocks.0.attn", "mid_block.mlp"),
+        ("blocks.0.attn", "transformer_blocks.0.attn1"),
+    ):
+        with pytest.raises(ValueError, match=rf"1 sites cannot be exported: {sites[1]}; "):
+            Schedule([[1, 1]], sites).export_smoothcache(tmp_path / "s.json")
+        assert not (tmp_path / "s.json").exists()
+
+
+# ------------------------------------------------------------------------------------------ the authors' files
+
+
+@pytest.mark.skipif(
+    DATA is None, reason="HARMONICA_FOREIGN_DATA names no folder with the published files"
+)
+def test_the_published_files_give_the_published_tables():
+    folder = Path(str(DATA))
+    router = Schedule.load(folder / "l2c" / "DDIM50_router.pt")
+    table = Schedule.load(folder / "smoothcache" / "50-N-2-l2c.json")
+    assert router.sites == table.sites == DIT
+    assert torch.equal(router.compute, table.compute)
+    assert 100 * router.cur == pytest.approx(23.71, abs=0.005)
+    assert 100 * Schedule.load(folder / "l2c" / "DDIM20_router.pt").cur == pytest.approx(
+        22.14, abs=0.005
+    )
+    for steps in (
+        20,
+        50,
+    ):  # the share of what the solver's second step may reuse, as the authors' sampler counts it
+        schedule = Schedule.load(folder / "l2c" / f"dpm{steps}_router.pth", 0.9)
+        assert bool(schedule.compute[1::2].all())
+        assert schedule.cur > 0.28
+    for path in (folder / "smoothcache").glob("*[0-9].json"):
+        assert Schedule.load(path).sites == ("attn", "mlp")
+
+
+# ------------------------------------------------------------------------------------------ another number of steps
+
+
+@given(tables(steps=6), st.integers(1, 13))
+def test_a_resampled_row_comes_from_the_same_relative_place(schedule, steps):
+    schedule = replace(schedule, timesteps=(5, 4, 3, 2, 1, 0), provenance={"seed": 1})
+    if steps == 6:
+        assert schedule.resample(steps) == schedule
+        return
+    with pytest.warns(
+        UserWarning, match=f"for 6 steps was stretched to {steps}, not trained there"
+    ):
+        other = schedule.resample(steps)
+    assert other.steps == steps
+    assert bool(other.compute[0].all())
+    assert (other.timesteps, other.sites) == ((), schedule.sites)
+    assert other.provenance == {"seed": 1, "resampled_from": 6}
+    for k in range(1, steps):
+        assert torch.equal(other.compute[k], schedule.compute[round(k * 5 / (steps - 1))])
+
+
+def test_resampling_to_its_own_length_does_not_warn(recwarn):
+    Router(4, 2).schedule().resample(4)
+    assert not recwarn.list
+    with pytest.raises(ValueError, match="steps is 0"):
+        Router(4, 2).schedule().resample(0)
+
+
+# ------------------------------------------------------------------------------------------ size and the Hub
+
+
+@pytest.mark.parametrize("list_name", ["blocks", "transformer_blocks"])
+@pytest.mark.parametrize(("steps", "blocks", "kinds"), [(20, 28, 2), (100, 28, 3), (50, 29, 2)])
+def test_a_schedule_file_is_under_3_kb_per_thousand_entries(
+    tmp_path, steps, blocks, kinds, list_name
+):
+    sites = [
+        f"{list_name}.{i}.{kind}"
+        for i in range(blocks)
+        for kind in ("attn", "cross", "mlp")[3 - kinds :]
+    ]
+    sites = [site.replace("cross", "attn") if kinds == 2 else site for site in sites]
+    settings = {
+        "method": "HarmoniCa",
+        "iterations": 20000,
+        "batch_size": 8,
+        "tau": 0.1,
+        "beta": 7e-8,
+        "lr": 0.01,
+    }
+    about = {
+        "model": "dit-xl-256",
+        "sampler": "DDIM",
+        "timesteps": tuple(range(999, 999 - steps, -1)),
+        "guidance": 1.5,
+    }
+    Router(steps, sites, about={**about, "provenance": settings}).schedule().save(
+        tmp_path / "s.json"
+    )
+    assert (tmp_path / "s.json").stat().st_size < 3 * steps * len(sites)
+
+
+ABOUT = {
+    "model": "small",
+    "sampler": "ddim",
+    "timesteps": (9, 5, 0),
+    "guidance": 1.5,
+    "provenance": {"seed": 1},
+}
+
+
+def pair():
+    router = Router(3, ["blocks.0.attn", "blocks.0.mlp"], about=ABOUT)
+    return router, router.schedule(0.3)
+
+
+def test_a_folder_holds_the_same_table_and_what_it_is_for(tmp_path):
+    router, schedule = pair()
+    router.save_pretrained(tmp_path / "router")
+    schedule.save_pretrained(tmp_path / "schedule")
+    again = Router.from_pretrained(tmp_path / "router")
+    assert torch.equal(router(), again())
+    assert (again.sites, again.about) == (router.sites, router.about)
+    assert Schedule.from_pretrained(tmp_path / "schedule") == schedule
+    assert Schedule.load(tmp_path / "schedule" / "config.json") == schedule
+    assert torch.equal(Router.load(tmp_path / "router" / "model.safetensors")(), router())
+    assert sorted(p.name for p in (tmp_path / "router").iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
+    assert sorted(os.listdir(tmp_path / "schedule")) == ["README.md", "config.json"]  # noqa: PTH208
+    for name, kind in (("router", "Router"), ("schedule", "Schedule")):
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        assert (config["library"], config["steps"], config["model"]) == ("harmonica", 3, "small")
+        card = (tmp_path / name / "README.md").read_text()
+        assert card.startswith("---\nlibrary_name: harmonica\n")
+        assert f'{kind}.from_pretrained("{name}")' in card
+
+
+def test_each_folder_is_read_as_what_it_is(tmp_path):
+    router, schedule = pair()
+    router.save_pretrained(tmp_path / "router")
+    schedule.save_pretrained(tmp_path / "schedule")
+    with pytest.raises(
+        ValueError, match=r"is not a schedule but a router; use Router.from_pretrained"
+    ):
+        Schedule.from_pretrained(tmp_path / "router")
+    with pytest.raises(ValueError, match=r"is not a router: .*is it a schedule"):
+        Router.from_pretrained(tmp_path / "schedule")
+    (tmp_path / "router" / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors: no such file"):
+        Router.from_pretrained(tmp_path / "router")
+    Router(4, 2).save(tmp_path / "router" / "model.safetensors")
+    with pytest.raises(ValueError, match="not a valid router"):
+        Router.from_pretrained(tmp_path / "router")
+
+
+def test_a_folder_that_could_not_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    old, _ = pair()
+    old.save_pretrained(tmp_path / "router")
+
+    def full(self, path):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Router, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        Router(5, 7).save_pretrained(tmp_path / "router")
+    assert torch.equal(Router.from_pretrained(tmp_path / "router")(), old())
+    assert os.listdir(tmp_path) == ["router"]  # noqa: PTH208
+
+
+def test_a_place_where_no_folder_can_be_is_named(tmp_path):
+    router, _ = pair()
+    with pytest.raises(FileNotFoundError, match="no such folder; make it before writing there"):
+        router.save_pretrained(tmp_path / "not" / "there")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError, match="file is a file; save_pretrained writes a folder"):
+        router.save_pretrained(tmp_path / "file")
+
+
+class Hub:
+    """Stands in for the Hub's client: a dict of repositories."""
+
+    def __init__(self, folder):
+        self.folder, self.calls = folder, []
+
+    def __call__(self, token):
+        self.calls.append(("token", token))
+        return self
+
+    def create_repo(self, repo_id, *, private, exist_ok):
+        self.calls.append(("create", repo_id, private, exist_ok))
+        return SimpleNamespace(repo_id=f"me/{repo_id}")
+
+    def create_branch(self, repo_id, *, branch, exist_ok):
+        self.calls.append(("branch", repo_id, branch))
+
+    def upload_folder(self, *, repo_id, folder_path, commit_message, revision):
+        self.calls.append(("upload", repo_id, commit_message, revision))
+        for file in Path(folder_path).iterdir():
+            (self.folder / file.name).write_bytes(file.read_bytes())
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_what_is_pushed_is_what_is_fetched(tmp_path, monkeypatch, which):
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    table, hub = pair()[which], Hub(tmp_path)
+    asked = {}
+    monkeypatch.setattr(huggingface_hub, "HfApi", hub)
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        lambda name, **how: asked.update(how, name=name) or tmp_path,
+    )
+    table.push_to_hub("table", private=True, token="t", commit_message="first", revision="v1")
+    assert hub.calls == [
+        ("token", "t"),
+        ("create", "table", True, True),
+        ("branch", "me/table", "v1"),
+        ("upload", "me/table", "first", "v1"),
+    ]
+    assert 'from_pretrained("me/table")' in (tmp_path / "README.md").read_text()
+    again = type(table).from_pretrained(
+        "me/table", revision="v1", token="t", cache_dir="c", local_files_only=True
+    )
+    wanted = {
+        "name": "me/table",
+        "revision": "v1",
+        "token": "t",
+        "cache_dir": Path("c"),
+        "local_files_only": True,
+    }
+    assert wanted.items() <= asked.items()
+    assert torch.equal(again(), table()) if which == 0 else again == table
+
+
+def test_a_repository_that_is_not_cached_is_one_clear_sentence_offline(tmp_path):
+    pytest.importorskip("huggingface_hub")
+    for kind in (Router, Schedule):
+        message = r"^me/table: no such folder here, and the repository is neither cached nor in reach; [^\n]*$"
+        with pytest.raises(FileNotFoundError, match=message):
+            kind.from_pretrained("me/table", cache_dir=tmp_path, local_files_only=True)
+        with pytest.raises(
+            ValueError, match=r"^\./a/b/c: no such folder here, and not the name of a repository"
+        ):
+            kind.from_pretrained("./a/b/c", local_files_only=True)
+
+
+def test_the_hubs_client_is_not_imported_until_it_is_needed(tmp_path):
+    script = (
+        "import sys; from harmonica import Router; r = Router(2, 2); r.save_pretrained('r'); "
+        "Router.from_pretrained('r').schedule(); print('huggingface_hub' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "False\n"

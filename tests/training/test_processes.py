@@ -1,0 +1,278 @@
+"""Several processes: the same router as one with the joint batch, whoever is killed on the way.
+
+Each launch below is a real torchrun of two processes (gloo, CPU). The script says what they do; what each finds out
+comes back as a file of tensors.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make
+
+from harmonica import Router, train_sdt
+from harmonica.processes import (
+    from_rank_0,
+    mean_over_ranks,
+    own,
+    processes,
+    rank,
+    share,
+    started_as,
+    world,
+)
+from harmonica.storage.files import read_tensors
+
+TESTS = Path(__file__).parents[1]
+QUICK = {"batch_size": 4, "beta": 1e-4, "lr": 0.05, "refresh_every": 2, "progress": False}
+UPDATES = 60
+PROXIES = {"sdt": None, "iepo": "leave-one-out"}
+
+LAWS = """
+from harmonica.processes import from_rank_0, mean_over_ranks, own, rank, share, world
+
+import harmonica.training.checkpoint
+if rank() == 1:  # whoever is not rank 0 cannot even touch the file
+    harmonica.training.checkpoint.write_router = harmonica.training.checkpoint.read_router = None
+
+def said(work):
+    try:
+        return str(work())
+    except (ValueError, FloatingPointError, FileExistsError) as error:
+        return f"{type(error).__name__}: {error}"
+
+def broken():
+    d = small()
+    if rank() == 1:
+        d.model.final_layer.linear.weight.data.fill_(float("nan"))
+    return train_sdt(d, iterations=3, **{**QUICK, "proxy": None})
+
+trees = {"y": torch.arange(4), "pair": (torch.arange(8).view(4, 2), None)}
+facts["broken"] = said(broken)
+facts["uneven"] = said(lambda: train_sdt(small(), iterations=3, **{**QUICK, "batch_size": 3}))
+facts["joint"] = said(lambda: own((torch.zeros(4), torch.zeros(1, 4)), 4))
+facts["told"] = said(lambda: from_rank_0(lambda: 1 / rank() if rank() else int("no number")))
+facts["heard"] = said(lambda: from_rank_0(lambda: f"from {rank()}"))
+tensors["mean"] = mean_over_ranks(torch.tensor([1.0, 2.0]) + rank())
+tensors["share"] = torch.tensor(share(4))
+tensors["labels"], tensors["pairs"] = own(trees, 4)["y"], own(trees, 4)["pair"][0]
+for name, proxy in PROXIES.items():
+    router = train_sdt(small(), iterations=UPDATES, checkpoint=folder / name, **{**QUICK, "proxy": proxy})
+    tensors[name] = router.logits
+# generators seeded by rank are a common mistake: rank 0's is taken by all
+seeded = torch.Generator().manual_seed(rank())
+tensors["seeded"] = train_sdt(small(), iterations=6, generator=seeded, **QUICK).logits
+"""
+
+KILLED = """
+import os, signal
+from harmonica.training.checkpoint import Run
+count = Run.count
+
+def counting(self, trajectory):
+    count(self, trajectory)
+    if (self.updates, rank()) == (40, {victim}):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Run.count = counting
+train_sdt(small(), iterations=UPDATES, checkpoint=folder / "{name}", checkpoint_every=15, **QUICK)
+"""
+
+RESUMED = """
+for name in ("killed0", "killed1"):
+    tensors[name] = train_sdt(small(), iterations=UPDATES, checkpoint=folder / name, resume=True, **QUICK).logits
+"""
+
+FRAME = """
+import sys
+from pathlib import Path
+sys.path[:0] = [{tests!r}, {tests!r} + "/training", {root!r}]
+import torch
+from conftest import make
+from test_processes import PROXIES, QUICK, UPDATES
+from harmonica import train_sdt
+from harmonica.processes import processes, rank
+from harmonica.storage.files import write_tensors
+
+small = lambda: make(dtype=torch.float32)
+folder, tensors, facts = Path({folder!r}), {{}}, {{}}
+with processes("cpu"):
+{work}
+    write_tensors(folder / f"{name}.{{rank()}}", tensors, facts)
+"""
+
+
+def environment() -> dict[str, str]:
+    clean = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    }
+    return {**clean, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)}
+
+
+def torchrun(*command):
+    """Run two processes on a free port and wait for them, three minutes at most (gloo itself would wait thirty)."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return subprocess.run(
+        [*launch, *map(str, command)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=180,
+        env=environment(),
+    )
+
+
+def together(folder, name, work):
+    """Run `work` in two processes; return torchrun's end."""
+    indented = "\n".join(f"    {line}" for line in work.splitlines())
+    frame = FRAME.format(
+        tests=str(TESTS), root=str(TESTS.parent), folder=str(folder), name=name, work=indented
+    )
+    (folder / f"{name}.py").write_text(frame, encoding="utf-8")
+    return torchrun(folder / f"{name}.py")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("two processes")
+
+
+@pytest.fixture(scope="module")
+def killed(folder):
+    """How runs ended in which rank 0, or rank 1, was killed, and a copy of what the second left."""
+    ends = [
+        together(folder, f"killed{v}", KILLED.format(victim=v, name=f"killed{v}")) for v in (0, 1)
+    ]
+    (folder / "left").write_bytes((folder / "killed1").read_bytes())
+    return ends
+
+
+@pytest.fixture(scope="module")
+def both(folder, killed):
+    """What each of the two ranks found out: [(tensors, facts), (tensors, facts)]."""
+    done = together(folder, "laws", LAWS + RESUMED)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [read_tensors(folder / f"laws.{number}") for number in (0, 1)]
+
+
+@pytest.mark.parametrize("name", PROXIES)
+def test_two_processes_train_the_router_of_one_with_the_joint_batch(both, name):
+    alone = train_sdt(
+        make(dtype=torch.float32), iterations=UPDATES, **{**QUICK, "proxy": PROXIES[name]}
+    )
+    for tensors, _ in both:
+        torch.testing.assert_close(tensors[name], alone.logits, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            tensors[name].sigmoid(), alone.logits.sigmoid(), rtol=1e-4, atol=0
+        )
+    untrained = Router(4, 4, generator=torch.Generator().manual_seed(0)).logits
+    assert (
+        alone.logits - untrained
+    ).abs().min() > 0.1  # every score went somewhere, so the comparison says something
+
+
+def test_all_ranks_hold_the_same_router_bit_for_bit(both):
+    (zero, _), (one, _) = both
+    for name in (*PROXIES, "seeded"):
+        assert torch.equal(zero[name], one[name])
+
+
+def test_rank_0_alone_writes_the_checkpoint(both, folder):
+    for name in PROXIES:
+        assert torch.equal(Router.load(folder / name).logits, both[0][0][name])
+    assert not list(folder.glob("*.part"))
+
+
+def test_each_rank_takes_its_own_samples_and_conditions(both):
+    for number, (tensors, _) in enumerate(both):
+        assert tensors["labels"].tolist() == [number, number + 2]
+        assert tensors["pairs"].tolist() == [[2 * n, 2 * n + 1] for n in (number, number + 2)]
+        assert tensors["share"] == 2
+
+
+def test_a_condition_that_cannot_be_shared_out_is_refused(monkeypatch):
+    from harmonica import processes as distributed
+
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    assert own((torch.arange(4), None, 0.5), 4)[1:] == (None, 0.5)
+    with pytest.raises(ValueError, match="found a str in a joint batch of 4"):
+        own((torch.arange(4), ["a", "b", "c", "d"]), 4)
+
+
+def test_the_mean_is_over_ranks(both):
+    assert [tensors["mean"].tolist() for tensors, _ in both] == [[1.5, 2.5]] * 2
+
+
+def test_a_batch_that_cannot_be_shared_evenly_is_refused(both):
+    for _, facts in both:
+        assert (
+            facts["uneven"]
+            == "ValueError: batch_size is 3 for 2 processes in all; make it a multiple of 2"
+        )
+        assert "a tensor of shape (1, 4) in a joint batch of 4" in facts["joint"]
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all(both):
+    for _, facts in both:
+        assert facts["broken"].startswith("FloatingPointError: the loss of step 1 is nan")
+
+
+def test_what_rank_0_finds_or_fails_at_all_ranks_hear(both):
+    for _, facts in both:
+        assert facts["heard"] == "from 0"
+        assert facts["told"].startswith("ValueError: invalid literal for int")
+
+
+def test_a_killed_rank_ends_the_run_and_leaves_a_whole_checkpoint(killed, folder):
+    for end in killed:
+        assert end.returncode != 0
+        assert "exitcode  : -9" in end.stderr
+    assert 0 < read_tensors(folder / "left")[1]["updates"] < 40
+
+
+def test_a_run_whose_rank_was_killed_is_resumed_to_the_same_router_bit_for_bit(both):
+    for tensors, _ in both:
+        assert torch.equal(tensors["killed0"], tensors["iepo"])
+        assert torch.equal(tensors["killed1"], tensors["iepo"])
+
+
+def test_a_run_is_resumed_with_another_number_of_processes(both, folder):
+    d = make(dtype=torch.float32)
+    alone = train_sdt(d, iterations=UPDATES, checkpoint=folder / "left", resume=True, **QUICK)
+    torch.testing.assert_close(alone.logits, both[0][0]["iepo"], rtol=1e-3, atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------- one process
+
+
+def test_alone_nothing_is_asked_of_anyone(monkeypatch):
+    value, batch = torch.ones(2), (torch.ones(3), None)
+    for available in (True, False):  # and where torch was built without it
+        monkeypatch.setattr(torch.distributed, "is_available", lambda: available)
+        assert (rank(), world(), share(3)) == (0, 1, 3)
+        assert mean_over_ranks(value) is value
+        assert own(batch, 3) is batch
+        assert from_rank_0(lambda: value) is value
+    with processes("cpu") as device:
+        assert device.type == "cpu"
+        assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [("cuda:1", "device is 'cuda:1' for several"), ("cuda", "no GPU"), ("mps", "is 'mps'")],
+)
+def test_a_device_that_cannot_be_shared_out_is_refused_before_joining(device, message, monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "200", "LOCAL_RANK": "199"}.items():
+        monkeypatch.setenv(name, value)
+    assert started_as() == (0, 200)
+    with pytest.raises(ValueError, match=message), processes(device):
+        pass

@@ -1,0 +1,255 @@
+"""train_sdt: progress, checkpoints, resuming, stopping."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make, press_ctrl_c
+
+from harmonica import Router, sdt, train_sdt
+from harmonica.models import load
+from harmonica.storage.files import read_tensors, write_tensors
+from harmonica.training.checkpoint import Run
+
+QUICK = {"batch_size": 2, "beta": 1e-4, "lr": 0.05, "refresh_every": 2, "progress": False}
+
+
+def router_of(d, iterations, **more):
+    return train_sdt(d, iterations=iterations, **{**QUICK, **more})
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4, 6, 7, 11])
+def test_a_resumed_router_is_the_uninterrupted_one_bit_for_bit(tmp_path, stop):
+    whole = router_of(make(dtype=torch.float32), 12)
+    path = tmp_path / "checkpoint"
+    router_of(make(dtype=torch.float32), stop, checkpoint=path)
+    resumed = router_of(make(dtype=torch.float32), 12, checkpoint=path, resume=True)
+    assert torch.equal(resumed.logits, whole.logits)
+    assert torch.equal(Router.load(path).logits, whole.logits)
+
+
+def test_iterations_are_updates_and_stop_everything():
+    d = make(dtype=torch.float32)
+    moved = router_of(d, 2, proxy=None)  # in the middle of the first trajectory of three updates
+    fresh = Router(4, d.sites, generator=torch.Generator().manual_seed(0))
+    assert [torch.equal(a, b) for a, b in zip(moved.logits, fresh.logits, strict=True)] == [
+        False,
+        False,
+        True,
+    ]
+
+
+def test_training_repeats_itself_and_follows_its_generator():
+    d = make(dtype=torch.float32)
+    one, two = router_of(d, 6), router_of(d, 6)
+    other = router_of(d, 6, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(one.logits, two.logits)
+    assert not torch.equal(one.logits, other.logits)
+
+
+def test_training_draws_nothing_from_torchs_own_generator():
+    d, before = make(dtype=torch.float32), torch.get_rng_state()
+    router_of(d, 6)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("proxy", ["leave-one-out", "telescoping"])
+def test_no_batch_repeats_whatever_lambda_does(proxy):
+    d, drawn = make(dtype=torch.float32), []
+    draw = d.draw
+
+    def record(batch_size, generator):
+        x, y = draw(batch_size, generator)
+        if batch_size == 2:
+            drawn.append(x)
+        return x, y
+
+    d.draw = record
+    router_of(d, 24, proxy=proxy)
+    flat = torch.stack(drawn).flatten(1)
+    assert len(torch.unique(flat, dim=0)) == len(flat) == 8
+
+
+def test_a_checkpoint_is_written_every_so_often(tmp_path, monkeypatch):
+    saves, save = [], Run.save
+    monkeypatch.setattr(
+        Run, "save", lambda self, **how: (saves.append(self.updates), save(self, **how))
+    )
+    router_of(make(dtype=torch.float32), 12, checkpoint=tmp_path / "c", checkpoint_every=5)
+    assert saves == [6, 12]  # at the first start of a trajectory after 5, and at the end
+
+
+def test_an_existing_checkpoint_is_not_overwritten(tmp_path):
+    path = tmp_path / "c"
+    router_of(make(dtype=torch.float32), 3, checkpoint=path)
+    with pytest.raises(FileExistsError, match="resume=True continues it"):
+        router_of(make(dtype=torch.float32), 3, checkpoint=path)
+
+
+def test_resuming_refuses_what_it_cannot_continue(tmp_path):
+    d, path = make(dtype=torch.float32), tmp_path / "c"
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        router_of(d, 3, checkpoint=path, resume=True)
+    with pytest.raises(FileNotFoundError, match="the checkpoint to resume"):
+        router_of(d, 3, resume=True)
+    router_of(d, 3, checkpoint=path)
+    with pytest.raises(ValueError, match=r"other settings \(beta 0.0001 -> 0.1\)"):
+        router_of(d, 6, checkpoint=path, resume=True, beta=0.1)
+    with pytest.raises(ValueError, match=r"guidance 1.5 -> 4.0"):
+        router_of(make(guidance=4.0, dtype=torch.float32), 6, checkpoint=path, resume=True)
+    with pytest.raises(ValueError, match="steps 4 -> 5"):
+        router_of(make(5, dtype=torch.float32), 6, checkpoint=path, resume=True)
+    tensors, facts = read_tensors(path)
+    for broken in (
+        ({**tensors, "state.lam": torch.ones(9)}, facts),
+        (tensors, {**facts, "updates": None}),
+    ):
+        write_tensors(path, *broken)
+        with pytest.raises(ValueError, match="is a damaged checkpoint"):
+            router_of(d, 6, checkpoint=path, resume=True)
+    Router(4, d.sites).save(path)
+    with pytest.raises(ValueError, match="without the state of its training"):
+        router_of(d, 6, checkpoint=path, resume=True)
+
+
+@pytest.mark.parametrize("option", ["iterations", "batch_size", "checkpoint_every"])
+def test_numbers_below_one_are_refused(option):
+    with pytest.raises(ValueError, match=f"{option} 0"):
+        train_sdt(make(), **{"iterations": 3, **QUICK, option: 0})
+
+
+def test_what_is_not_a_denoiser_is_refused():
+    with pytest.raises(TypeError, match=r"Linear lacks a member of harmonica.Denoiser"):
+        train_sdt(torch.nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="1 step, which always computes"):
+        train_sdt(make(1))
+
+
+def test_the_router_says_what_it_was_trained_on():
+    d = make(dtype=torch.float32)
+    schedule = router_of(d, 3).schedule(0.2)
+    assert (schedule.model, schedule.sampler, schedule.guidance) == ("small", "ddim", 1.5)
+    assert schedule.timesteps == d.sampler.timesteps
+    assert schedule.threshold == 0.2
+    assert schedule.provenance["beta"] == 1e-4
+
+
+@pytest.mark.parametrize("proxy", [None, "leave-one-out"])
+def test_half_precision_weights_train_a_float32_router(proxy):
+    d, updates, gradients = make(dtype=torch.bfloat16), [], []
+    router = Router(d.steps, d.sites, generator=torch.Generator().manual_seed(0))
+    before, lam = router.logits, torch.ones(d.steps)
+    noise = [d.draw(2, torch.Generator().manual_seed(seed)) for seed in range(4)]
+    for update in sdt(d, router, noise, beta=1e-4, lr=0.05, refresh_every=2, proxy=proxy, lam=lam):
+        updates.append(update)
+        gradients.append(router.rows[update.k - 1].grad)
+    assert {p.dtype for p in d.model.parameters()} == {torch.bfloat16}
+    assert {lam.dtype, router.logits.dtype, *(g.dtype for g in gradients)} == {torch.float32}
+    assert all(bool(g.isfinite().all()) and float(g.abs().max()) > 0 for g in gradients)
+    assert all(math.isfinite(u.loss) and u.mse > 0 for u in updates)
+    assert float((router.logits - before).abs().min()) > 0.01
+    # and what it learns from is the error that float32 weights have, to bfloat16's rounding
+    wide = make(dtype=torch.float32)
+    wide.model.load_state_dict(d.model.state_dict())
+    twin = Router(d.steps, d.sites, generator=torch.Generator().manual_seed(0))
+    first = [(x.float(), y) for x, y in noise[:1]]
+    u = next(sdt(wide, twin, first, beta=1e-4, lr=0.05, proxy=None))
+    assert u.mse == pytest.approx(updates[0].mse, rel=0.1)
+
+
+SCRIPT = """
+import signal, sys; sys.path.insert(0, {tests!r})
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell hands its children a deaf ear
+from conftest import make
+from harmonica import train_sdt
+import torch
+try:
+    train_sdt(make(20, dtype=torch.float32), iterations=10**6, batch_size=2, checkpoint={path!r}, checkpoint_every=50)
+except KeyboardInterrupt as stop:
+    print(stop)
+"""
+
+
+def running(path):
+    script = SCRIPT.format(tests=str(Path(__file__).parents[1]), path=str(path))
+    child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return child
+
+
+def test_ctrl_c_writes_the_checkpoint_and_says_so_in_one_line(tmp_path):
+    path = tmp_path / "c"
+    child = running(path)
+    said, _ = press_ctrl_c(child)
+    assert child.returncode == 0
+    assert said.startswith("stopped after ")
+    assert said.endswith(
+        f"updates; {path} continues with resume=True\n".replace("continues", "continues it")
+    )
+    done = read_tensors(path)[1]["updates"]
+    assert done >= 50
+    again = train_sdt(
+        make(20, dtype=torch.float32), iterations=done, batch_size=2, checkpoint=path, resume=True
+    )
+    assert torch.equal(again.logits, Router.load(path).logits)  # nothing left to do, nothing lost
+
+
+def test_a_killed_run_leaves_a_whole_checkpoint(tmp_path):
+    path = tmp_path / "c"
+    child = running(path)
+    time.sleep(0.5)
+    child.kill()
+    child.communicate()
+    assert Router.load(path).steps == 20
+    assert read_tensors(path)[1]["updates"] >= 50
+
+
+@pytest.mark.parametrize("lam", [1.0, 1e-3, 1e-6])
+def test_half_precision_does_not_lose_the_gradient_of_the_image_error(lam):
+    """λ·2Δ/numel is below what float16 can say; unscaled, β alone would train the table."""
+    gradients = {}
+    for dtype in (torch.float32, torch.float16):
+        d = load("tiny", steps=4, dtype=dtype)
+        router = Router(4, d.sites, generator=torch.Generator().manual_seed(0))
+        noise = [d.draw(4, torch.Generator().manual_seed(1))]
+        updates = sdt(d, router, noise, beta=0.0, proxy=None, lam=torch.full((4,), lam))
+        next(updates)
+        gradients[dtype] = router.rows[0].grad
+    full, half = (gradient.double() / lam for gradient in gradients.values())
+    assert float(full @ half / full.norm() / half.norm()) > 0.95
+    assert float(half.norm() / full.norm()) == pytest.approx(1.0, abs=0.2)
+
+
+def test_a_missing_folder_is_noticed_before_training(tmp_path, small):
+    with pytest.raises(FileNotFoundError, match="no such folder; make it before training"):
+        train_sdt(small, iterations=3, batch_size=1, checkpoint=tmp_path / "no" / "r.safetensors")
+
+
+def test_provenance_counts_the_updates_that_were_made(tmp_path, small):
+    path = tmp_path / "r.safetensors"
+    train_sdt(small, iterations=6, batch_size=1, checkpoint=path, progress=False)
+    assert Router.load(path).about["provenance"]["iterations"] == 6
+    with pytest.raises(ValueError, match="has 6 updates already and 3 were asked for"):
+        train_sdt(small, iterations=3, batch_size=1, checkpoint=path, resume=True, progress=False)
+    router = train_sdt(
+        small, iterations=6, batch_size=1, checkpoint=path, resume=True, progress=False
+    )
+    assert router.about["provenance"]["iterations"] == 6
+    assert torch.equal(Router.load(path).logits, router.logits)
+
+
+def test_other_weights_are_not_resumed(tmp_path):
+    path = tmp_path / "r.safetensors"
+    train_sdt(make(seed=0), iterations=3, batch_size=1, checkpoint=path, progress=False)
+    with pytest.raises(ValueError, match="trained with other settings \\(weights"):
+        train_sdt(
+            make(seed=1), iterations=6, batch_size=1, checkpoint=path, resume=True, progress=False
+        )
