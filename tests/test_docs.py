@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 def names_of_tests() -> set[str]:
     """Return the names of all tests."""
     trees = [
-        ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "tests").glob("test_*.py")
+        ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "tests").rglob("test_*.py")
     ]
     return {
         n.name
