@@ -6,7 +6,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 OUT ?= out/demo
 
-.PHONY: help demo test check format notebooks bench weights golden clean
+.PHONY: help demo test check format docs notebooks bench weights golden clean
 
 help:            ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -34,24 +34,17 @@ format: $(READY)     ## let ruff rewrite what it can
 golden: $(READY)     ## a line for each number recorded from the authors' code
 	$(BIN)/python tests/golden.py tests/data/golden_a.safetensors
 
+docs: $(READY)       ## the documentation site in out/site; a dead link is an error
+	$(BIN)/mkdocs build --strict
+
 NOTEBOOKS := $(patsubst %.py,%.ipynb,$(wildcard tutorials/[0-9]*.py))
 notebooks: $(NOTEBOOKS)  ## build and run the tutorials' notebooks from the scripts beside them
 tutorials/%.ipynb: tutorials/%.py tutorials/build.py | $(READY)
 	$(BIN)/python tutorials/build.py $<
 
-bench: $(READY)      ## the figures in benchmarks/results (an hour; each script says what it measures)
-	$(BIN)/python benchmarks/gate.py
-	$(BIN)/python benchmarks/update.py
-	$(BIN)/python benchmarks/tiny_model.py
-	$(BIN)/python benchmarks/sensitivity.py
-	$(BIN)/python benchmarks/ablation.py
-	$(BIN)/python benchmarks/zoo.py
-	$(BIN)/python benchmarks/two_processes.py
-	$(BIN)/python benchmarks/full_size.py
-	$(BIN)/python benchmarks/others.py
-	$(BIN)/python benchmarks/speed.py
-	$(BIN)/python benchmarks/targets.py
-	$(BIN)/python benchmarks/quality.py
+BENCHES := gate update tiny_model sensitivity ablation zoo two_processes full_size others speed targets predicted fuzz quality
+bench: $(READY)      ## every figure in benchmarks/results (hours; gpu.py needs a GPU, imports.py other people's files)
+	for name in $(BENCHES); do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 weights: $(READY)    ## train the bundled model again (an hour)
 	$(BIN)/python -m harmonica.models.tiny --out harmonica/models/tiny.safetensors

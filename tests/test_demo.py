@@ -1,8 +1,7 @@
-"""The demo, plots and README: what a user meets first."""
+"""The demo and its plots: what a user meets first."""
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from harmonica import Router, Schedule, demo, train
+from harmonica import Router, Schedule, demo
 from harmonica.evaluation import pictures as plots
 
 ROOT = Path(__file__).parent.parent
@@ -272,78 +271,3 @@ def test_every_plot_has_labelled_axes_and_says_the_cur(tmp_path):
         ax = figures[name].axes[0]
         assert ax.get_xlabel() == "executed step k"
         assert ax.get_ylabel()
-
-
-# ---------------------------------------------------------------------------------------------- README
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(
-        rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL
-    )
-
-
-def test_every_command_of_the_readme_runs_or_exists(tmp_path, monkeypatch, small_models, unpainted):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(demo, "HELD_OUT", 20)
-    monkeypatch.setattr(demo, "TIMED", 2)
-    lines = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines()]
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert len(lines) > 4
-    for line in filter(None, lines):
-        if line.startswith("make"):
-            assert line.split()[1] in targets, line
-        elif match := re.search(
-            r"harmonica\.(demo|train)(.*)", line
-        ):  # really run; later lines read what they wrote
-            quick = ["--steps", "3"] if "random" in line else ["--steps", "5", "--iterations", "20"]
-            assert {"demo": demo, "train": train}[match[1]].main(
-                [*match[2].split(), *quick]
-            ) == 0, line
-        elif match := re.search(r"python (\S+\.py)", line):
-            assert (ROOT / match[1]).is_file(), line
-        elif match := re.search(r"-m (harmonica\S*)", line):
-            assert (ROOT / (match[1].replace(".", "/") + ".py")).is_file(), line
-        else:
-            known = (
-                "python3 -m venv .venv",
-                ".venv/bin/pip install -c constraints.txt",
-                ".venv/bin/python -m pytest",
-            )
-            assert line.startswith(known), line
-
-
-def readme_pipe():
-    """A small pipeline in the place of the real one."""
-    from pipes import pixart_pipe, pixart_transformer
-
-    pipe = pixart_pipe()
-    pipe.transformer = pixart_transformer(sample_size=32)
-    return pipe
-
-
-def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    scope = {"pipe": readme_pipe()}
-    for block in blocks("python"):
-        quick = re.sub(
-            r"iterations=[0-9_]+, batch_size=[0-9]+", "iterations=20, batch_size=1, refine=0", block
-        )
-        exec(quick, scope)  # fewer updates, the same lines
-    assert scope["schedule"].steps == 20
-
-
-def test_every_link_of_the_readme_leads_somewhere():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for target in re.findall(r"\]\((?!http)([^)#]+)", text):
-        assert (ROOT / target).exists(), target
-
-
-def test_every_result_file_says_machine_and_command():
-    files = list((ROOT / "benchmarks" / "results").glob("*.json"))
-    assert files
-    for path in files:
-        result = json.loads(path.read_text())
-        assert result["command"].startswith("python benchmarks/")
-        assert {"cpu", "cores", "torch"} <= set(result["machine"])
-        assert (ROOT / result["command"].split()[1]).is_file()
