@@ -118,7 +118,7 @@ def _panels(
             aspect="auto",
             interpolation="none",
         )
-        ax.set(xlabel="executed step k", title=_TITLES.get(kind, kind))
+        ax.set(xlabel="executed step k", title=_TITLES.get(kind, kind), facecolor="lightgrey")
         ax.set_xticks([i - 0.5 for i in range(1, len(values))], minor=True)
         ax.set_yticks([i - 0.5 for i in range(1, len(columns))], minor=True)
         ax.grid(which="minor", color="white", linewidth=0.6)
