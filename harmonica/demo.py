@@ -33,10 +33,11 @@ from harmonica.command_line import (
 from harmonica.cost import measure
 from harmonica.forecast import gates_of
 from harmonica.inference.walk import Walk
+from harmonica.search.budget import check_target
 from harmonica.search.paths import whole_steps
 from harmonica.site_names import fit
 from harmonica.storage.files import alone
-from harmonica.train import AUTHORS, ORDER, QUICK, TARGET, check_target
+from harmonica.train import AUTHORS, ORDER, QUICK, TARGET
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

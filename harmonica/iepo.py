@@ -1,14 +1,12 @@
 """IEPO, the image-error-proxy-guided objective (paper, L_IEPO): λ, and the loss that it weighs.
 
-What matters is the final image, but a step's loss sees only that step's output. The proxy λ⁽ᵏ⁾ says
-what reuse at step k does to the image at the end:
+The loss of a step sees only the output of that step. λ⁽ᵏ⁾ says what reuse there does to the image:
 
-    x₀        image made under the router r                                      (B, C, H, W)
-    x₀⁽ᵏ⁾     image made under r with row k all ones: no reuse at k alone        (B, C, H, W)
-    λ⁽ᵏ⁾      ‖x₀ − x₀⁽ᵏ⁾‖² / elements                                           (T,)
+    x₀        image made under the router r                                     (B, C, H, W)
+    x₀⁽ᵏ⁾     image made under r with row k all ones: no reuse at k alone       (B, C, H, W)
+    λ⁽ᵏ⁾      mean (x₀ − x₀⁽ᵏ⁾)²                                                (T,)
 
-The paper writes the squared Frobenius norm, the released code the mean; they differ by a constant
-that β absorbs.
+The paper has the squared norm, the released code the mean: a constant apart, which β absorbs.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ Proxy = Literal["leave-one-out", "telescoping"]
 """The paper's λ, and the released code's."""
 
 
-def image_error(
+def image_error(  # noqa: D417 (some arguments are described together)
     denoiser: Denoiser,
     r: Tensor,
     x: Tensor,
@@ -36,77 +34,71 @@ def image_error(
     tau: float = 0.1,
     mode: Proxy = "leave-one-out",
 ) -> Tensor:
-    """Return λ, what reuse at each step does to the final image (paper, "image error proxy").
+    """Return λ (T,), what reuse at each step does to the final image (paper, "image error proxy").
 
-    leave-one-out   λ⁽ᵏ⁾ = mean (x₀ − x₀⁽ᵏ⁾)²: the image under r against the one with reuse disabled at k alone.
-    telescoping     λ⁽ᵏ⁾ = mean (y⁽ᵏ⁾ − y⁽ᵏ⁻¹⁾)²: y⁽ᵏ⁾ has rows 0 … k of r and computes afterwards (released code).
+    leave-one-out   mean (x₀ − x₀⁽ᵏ⁾)²: the image under r against the one without reuse at k alone.
+    telescoping     mean (y⁽ᵏ⁾ − y⁽ᵏ⁻¹⁾)²: y⁽ᵏ⁾ follows r up to step k and then computes everything.
 
-    Walks that differ only from step k on share their first k steps: the walk under r is forked
-    before each k ≥ 1. That costs T + (T−1) + … + 1 = T(T+1)/2 predictions, where separate walks
-    cost T², for the same numbers.
+    Walks that differ only from step k on share their first k steps, so the walk under r is forked
+    before each k ≥ 1. That costs T + (T−1) + … + 1 = T(T+1)/2 predictions; separate walks cost T².
 
     Args:
         denoiser: model, sampler, guidance.
-        r: (T, N) scores, row 0 all ones; no gradient is taken.
-        x: (B, C, H, W) pure noise.
-        cond: conditions for the batch.
-        tau: τ of the blend.
-        mode: which definition.
+        r: (T, N) scores on the device of x, row 0 all ones; no gradient is taken.
+        x, cond: (B, C, H, W) pure noise, and conditions for the batch.
+        tau, mode: τ of the blend, and which of the two definitions.
 
-    Returns:
-        (T,) non-negative, in squared units of x; zero for a step that reuses nothing, hence for k =
-        0.
+    λ is in squared units of x, and zero for a step that reuses nothing, hence for k = 0.
     """
     if mode not in ("leave-one-out", "telescoping"):
-        raise ValueError(
-            f"mode is {mode!r}; it must be 'leave-one-out' (the paper) or 'telescoping' (released code)"
-        )
+        raise ValueError(f"mode is {mode!r}; expected 'leave-one-out' or 'telescoping'")
     if len(r) != denoiser.steps:
         raise ValueError(
-            f"r has {len(r)} rows and the denoiser {denoiser.steps} steps; there is one row for each step"
+            f"r has {len(r)} rows and the denoiser {denoiser.steps} steps; one row is for one step"
         )
     r = r.detach()
     cache: Cache = {}
     memory: dict[str, Any] = {}
-
-    def under(table: Tensor, cache: Cache) -> Callable[[int], Gate]:
-        return lambda k: blend(table[k], cache, tau)
-
-    forks: list[Tensor] = []  # forks[k−1]: the image of the walk that left the trunk before step k
-    for k, x in enumerate(denoise(denoiser, x, cond, under(r, cache), memory=memory), start=1):  # noqa: B020
+    forks: list[Tensor] = []  # forks[k−1]: image of the walk that leaves the main one before step k
+    main = denoise(denoiser, x, cond, blends(r, cache, tau), memory=memory)
+    for k, x in enumerate(main, start=1):
         if k < denoiser.steps:
             table = r.clone()
             table[k : k + 1 if mode == "leave-one-out" else None] = 1.0
-            fork = denoise(
-                denoiser, x, cond, under(table, cache.copy()), start=k, memory=memory.copy()
-            )
-            forks.append(final_image(fork))
+            gate, copy = blends(table, cache.copy(), tau), memory.copy()
+            forks.append(final_image(denoise(denoiser, x, cond, gate, start=k, memory=copy)))
     ends = [x] * len(forks) if mode == "leave-one-out" else [*forks, x][1:]
-    errors = [F.mse_loss(_wide(end), _wide(fork)) for end, fork in zip(ends, forks, strict=True)]
-    return torch.stack([_wide(x).new_zeros(()), *errors])
+    errors = [mse(end, fork) for end, fork in zip(ends, forks, strict=True)]
+    return torch.stack([torch.zeros((), device=x.device), *errors])
 
 
-def objective(
-    out: Tensor, target: Tensor, r: Tensor, lam: Tensor | float, beta: float | Tensor
+def blends(r: Tensor, cache: Cache, tau: float) -> Callable[[int], Gate]:
+    """Return k -> the gate of step k under scores r (T, N), for `denoise`."""
+    return lambda k: blend(r[k], cache, tau)
+
+
+def mse(out: Tensor, target: Tensor) -> Tensor:
+    """Return the mean squared difference, (), in float32 or wider: half precision loses 1e-12."""
+    return F.mse_loss(_at_least_float32(out), _at_least_float32(target))
+
+
+def objective(  # noqa: D417
+    out: Tensor, target: Tensor, r: Tensor, lam: Tensor | float, beta: Tensor | float
 ) -> Tensor:
-    """Return λ·MSE(out, target) + β·Σᵢ rᵢ, the loss of one step (paper, L_IEPO; λ = 1 is plain
-    SDT).
+    """Return λ·MSE(out, target) + β·Σᵢ rᵢ, the loss of one step (paper, L_IEPO; λ = 1 is SDT alone).
 
     Args:
-        out: prediction with reuse, any shape.
-        target: prediction without, the same shape; no gradient.
-        r: (N,) the step's scores.
+        out, target: predictions with and without reuse, of one shape; target has no gradient.
+        r: (N,) scores of the step.
         lam: λ⁽ᵏ⁾ of the step.
-        beta: β, price of computing one site, or of each, (N,).
+        beta: β, the price of computing one site, or of each site, (N,).
 
-    >>> float(objective(torch.ones(2), torch.zeros(2), torch.tensor([0.5, 0.25]), lam=2.0,
-    ...     beta=4.0))
+    >>> out, target, r = torch.ones(2), torch.zeros(2), torch.tensor([0.5, 0.25])
+    >>> float(objective(out, target, r, lam=2.0, beta=4.0))
     5.0
     """
-    return lam * F.mse_loss(_wide(out), _wide(target)) + (beta * r).sum()
+    return lam * mse(out, target) + (beta * r).sum()
 
 
-def _wide(x: Tensor) -> Tensor:
-    return (
-        x.float() if x.element_size() < 4 else x
-    )  # λ·MSE reaches 1e-12, which half precision rounds to zero
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.float() if x.element_size() < 4 else x

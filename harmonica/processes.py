@@ -4,15 +4,13 @@
 
     world    number of processes
     rank     this process's number, 0 … world − 1; rank 0 alone writes files and shows progress
-    share    what one process takes of the joint batch: samples rank, rank + world, rank + 2·world, …
+    part     samples rank, rank + world, rank + 2·world, … of the joint batch, those of one process
 
-Every rank draws the joint noise from the same generator and keeps its share. Noise is cheap, so no
+Every rank draws the joint noise from the same generator and keeps its part. Noise is cheap, so no
 rank waits for another's samples, the generator is in the same state everywhere, and a checkpoint
-fits any number of processes. The weights are frozen: what ranks tell each other in training is a
-row's gradient, a loss and λ, a few kilobytes.
+fits any number of processes. Ranks exchange a row's gradient, a loss and λ, a few kilobytes.
 
-Alone, or where torch was built without this, every function here does nothing. This file does not
-know routers, models or losses.
+Alone, or where torch was built without torch.distributed, every function here does nothing.
 """
 
 from __future__ import annotations
@@ -99,16 +97,17 @@ def world() -> int:
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:
-    """Return the mean of a tensor over the processes, the same bits on each; when alone, the tensor
-    itself.
+    """Return the mean of a tensor over the processes, the same bits on each, on its own device.
 
-    The mean of equal shares' means is the joint batch's mean, and so are its gradients.
+    Processes that take equal parts of a batch have the batch's mean and gradients as the means of
+    theirs. Alone, this returns the tensor itself.
     """
     if world() == 1:
         return value
-    total = value.detach().clone()
+    on_gpu = dist.get_backend() == "nccl"  # which refuses tensors of the CPU
+    total = value.detach().to("cuda" if on_gpu else value.device, copy=True)
     dist.all_reduce(total)
-    return total / world()
+    return (total / world()).to(value.device)
 
 
 def from_rank_0(make: Callable[[], T]) -> T:
@@ -133,7 +132,7 @@ def from_rank_0(make: Callable[[], T]) -> T:
     return result
 
 
-def share(batch_size: int) -> int:
+def batch_per_rank(batch_size: int) -> int:
     """Return how many samples of a joint batch each process takes.
 
     Raises ValueError if the processes cannot share it evenly.
@@ -145,7 +144,7 @@ def share(batch_size: int) -> int:
     return batch_size // world()
 
 
-def own(batch: Any, batch_size: int) -> Any:
+def local_part(batch: Any, batch_size: int) -> Any:
     """Return this process's share of a joint batch, a tree of tensors whose first dimension is
     batch_size.
 

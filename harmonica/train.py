@@ -31,7 +31,8 @@ from harmonica.command_line import (
 )
 from harmonica.iepo import Proxy
 from harmonica.models.prompts import read_prompts
-from harmonica.processes import processes, rank, share, started_as
+from harmonica.processes import batch_per_rank, processes, rank, started_as
+from harmonica.search.budget import check_target
 from harmonica.storage.files import alone
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ def run(args: argparse.Namespace) -> None:
     if first:
         _check_out(checkpoint, args.resume)
     with alone(args.out) if first else nullcontext(), processes(args.device) as device:
-        share(args.batch_size)
+        batch_per_rank(args.batch_size)
         denoiser = load_model(args, device, activation_checkpointing=args.activation_checkpointing)
         router = _train(denoiser, args, checkpoint)
         if rank() == 0:
@@ -177,22 +178,6 @@ def _fill_in_and_check(args: argparse.Namespace) -> None:
     if started_as()[1] == 1:
         check_device(args.device)
     args.prompts = None if args.prompts is None else read_prompts(args.prompts)
-
-
-def check_target(target: float | None, beta: float | None, order: int) -> None:
-    """Raise ValueError for a target that no model could meet, or that comes with a beta, or an
-    order without one.
-    """
-    if target is not None and not 1.0 <= target < math.inf:
-        raise ValueError(f"--target is {target}; a speedup is 1 (compute all) or more")
-    if target is not None and beta is not None:
-        raise ValueError(
-            f"--target {target} and --beta {beta}: with a target beta is steered, leave it out"
-        )
-    if not 0 <= order <= (0 if target is None else 9):
-        raise ValueError(
-            f"--order is {order} and --target {target}; expected 0 to 9, and a target above 0"
-        )
 
 
 def _check_out(checkpoint: Path, resume: bool) -> None:

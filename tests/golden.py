@@ -83,11 +83,13 @@ class Recording:
 
         d.step = record  # type: ignore[method-assign]
         noise = [(self.noise, self.labels)]
-        for update in sdt(d, router, noise, tau=c["threshold"], beta=c["beta"], lr=0.0, proxy=None):
-            row = router.rows[update.k - 1]
-            mse.append(torch.tensor(update.mse))
-            l1.append(torch.sigmoid(row.detach()).sum())
-            grad.append(row.grad.clone())
+        updates = sdt(d, router, noise, tau=c["threshold"], beta=c["beta"], lr=0.0, proxy=None)
+        for k in range(1, d.steps):
+            # as the loss of this update sees it: clamped by earlier updates, not yet by its own
+            l1.append(router.row(k).detach().sum())
+            mse.append(torch.tensor(next(updates).mse))
+            grad.append(router.rows[k - 1].grad.clone())
+        list(updates)  # the last sampler step
         d.step = step  # type: ignore[method-assign]
         found = {"mse": mse, "l1": l1, "grad": grad, "x": xs}
         return {f"sdt.{key}": torch.stack(value) for key, value in found.items()}

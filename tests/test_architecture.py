@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "harmonica"
 CORE = ("router", "cache", "denoise", "iepo", "sdt")
 
 LAYERS = (
-    {"override", "samplers", "site_names", "processes", "storage"},
+    {"override", "samplers", "site_names", "processes", "memory", "storage"},
     {"cache"},
     {"denoise", "forecast"},
     {"router", "iepo", "sdt", "cost", "check"},

@@ -31,9 +31,9 @@ from torch import Tensor
 
 from harmonica.denoise import Denoiser, sample
 from harmonica.evaluation.distances import image_mse
-from harmonica.processes import mean_over_ranks, own, rank, world
+from harmonica.processes import local_part, mean_over_ranks, rank, world
 from harmonica.router import Router, Schedule
-from harmonica.search.budget import Target, level
+from harmonica.search.budget import Target, logit
 from harmonica.search.flip_effects import WALKS, Quadratic, around, choose
 from harmonica.search.paths import cheapest_path, spread, step_costs, whole_steps
 
@@ -149,13 +149,13 @@ def reach(
     if not 0.0 < tau < 1.0:
         raise ValueError(f"tau is {tau}; a target needs 0 < tau < 1, since nothing is reused at 0")
     r = router().detach().cpu()  # (T, N)
-    best, spent, error = target.land(r, r > tau), 0, float("nan")
+    best, spent, error = target.fit_budget(r, r > tau), 0, float("nan")
     count, generator = -(-NOISES // batch_size), torch.Generator().manual_seed(SEED)
     one = ROUNDS * ROUND * denoiser.steps  # what a search on one batch may take
     budget = count * one if budget is None else budget
     count = max(count, budget // one)
     if budget > 0:
-        noise = (own(denoiser.draw(batch_size, generator), batch_size) for _ in repeat(None))
+        noise = (local_part(denoiser.draw(batch_size, generator), batch_size) for _ in repeat(None))
         quiet = None if progress and rank() == 0 else True
         with tqdm(total=budget, unit="prediction", desc="refine", disable=quiet) as bar:
             for found in refine(
@@ -176,7 +176,7 @@ def _adopt(router: Router, table: Tensor, tau: float) -> None:
     """Set the scores whose decision at τ is not the table's just beyond τ."""
     for row, wanted in zip(router.rows, table[1:].to(router.rows[0].device), strict=True):
         wrong = (torch.sigmoid(row) > tau) != wanted
-        row[wrong] = torch.where(wanted, level(tau) + MARGIN, level(tau) - MARGIN).to(row)[wrong]
+        row[wrong] = torch.where(wanted, logit(tau) + MARGIN, logit(tau) - MARGIN).to(row)[wrong]
 
 
 class _Judge:
@@ -278,7 +278,9 @@ class _Judge:
         for x, cond in islice(self.noise, len(self.batches)):
             plain = sample(self.denoiser, x, cond)
             joint = (len(x) * world(), *x.shape[1:])
-            signs = own(torch.randint(2, joint, generator=self._signs) * 2 - 1, len(x) * world())
+            signs = local_part(
+                torch.randint(2, joint, generator=self._signs) * 2 - 1, len(x) * world()
+            )
             found.append(around(self.denoiser, table, x, cond, plain, signs, order=self.order))
         self.spent += (1 + WALKS) * self.walk
         gradient = torch.stack([each.gradient for each in found]).mean(0)

@@ -1,300 +1,208 @@
-"""Checkpoint: what one training run carries from a trajectory to the next, and its file.
+"""Checkpoint: what a training run carries from one trajectory to the next, and its file.
 
-Between two trajectories nothing is alive but the logits, the optimizer's moments, λ, a steered β
-and the random generator. Noting that state at each start makes a checkpoint a few kilobytes,
-wherever the run is stopped: resuming repeats the trajectory that was cut short, with the same
-noise, and so ends in the same router, bit for bit.
+    TrainingState    router, optimizer, λ, β, random generator and two counters; nothing else is
+                     alive between two trajectories
+    Checkpoint       the file: the router, the state at the start of a trajectory, and what the run
+                     was (settings, model), which must be the same on resuming
 
-Of several processes (harmonica.processes) rank 0 alone touches the file. All of them start from its
-state and draw the same joint noise, so a run may be resumed with another number of processes, to
-the same router to rounding.
+A run that is stopped in the middle of a trajectory repeats it on resuming, with the same noise, and
+so ends in the same router, bit for bit. Of several processes rank 0 alone touches the file. All
+start from its state, so a run may be resumed with another number of processes, to rounding.
 """
 
 from __future__ import annotations
 
-import re
 import zlib
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import AdamW
 
-from harmonica.cost import macs
 from harmonica.denoise import Denoiser
-from harmonica.processes import from_rank_0, own, rank, share
+from harmonica.memory import is_out_of_memory
+from harmonica.processes import from_rank_0, rank
 from harmonica.router import Router
+from harmonica.sdt import Update
 from harmonica.storage.files import StrPath, refused
 from harmonica.storage.formats import read_router, write_router
+from harmonica.training.beta import BetaController
 
-if TYPE_CHECKING:
-    from harmonica.sdt import Update
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+"""What AdamW keeps of a row."""
+
+Captured = tuple[dict[str, Tensor], dict[str, int]]
 
 
-class Run:
-    """A training run and, if it has a path, its checkpoint.
+@dataclass
+class TrainingState:
+    """What is alive between two trajectories."""
+
+    router: Router
+    optimizer: AdamW
+    lam: Tensor  # λ, (T,)
+    controller: BetaController | None  # None where β is fixed
+    generator: torch.Generator  # of the noises and conditions
+    updates: int = 0
+    trajectory: int = 0  # that the next update belongs to
+
+    def count(self, update: Update) -> None:
+        """Count one update."""
+        self.updates += 1
+        self.trajectory = update.trajectory + (update.k == self.router.steps - 1)
+        self.router.about["provenance"]["iterations"] = self.updates
+
+    def capture(self) -> Captured:
+        """Return copies of everything, as tensors by name and two numbers."""
+        tensors = {"state.logits": self.router.logits, "state.lam": self.lam.clone()}
+        tensors["state.generator"] = self.generator.get_state()
+        if self.controller is not None:
+            tensors["state.beta"] = self.controller.state.clone()
+        for k, row in enumerate(self.router.rows):
+            for name, value in self.optimizer.state.get(row, {}).items():
+                tensors[f"state.optimizer.{k}.{name}"] = value.clone()
+        return tensors, {"updates": self.updates, "trajectory": self.trajectory}
+
+    @torch.no_grad()
+    def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """Set everything to what was captured; raise ValueError or KeyError if it does not fit."""
+        for name in ("updates", "trajectory"):
+            if not isinstance(facts[name], int) or not 0 <= facts[name] <= 10**12:
+                raise ValueError(f"{name} is {facts[name]!r:.40}")
+        self.updates, self.trajectory = facts["updates"], facts["trajectory"]
+        self.router.about["provenance"]["iterations"] = self.updates
+        logits = _tensor(tensors, "state.logits", self.router.logits)
+        for k, row in enumerate(self.router.rows):
+            row.copy_(logits[k])
+            names = {name: f"state.optimizer.{k}.{name}" for name in MOMENTS}
+            if any(name in tensors for name in names.values()):
+                like = {
+                    "step": torch.zeros(())
+                }  # AdamW keeps it on the CPU, the others on the device
+                self.optimizer.state[row] = {
+                    name: _tensor(tensors, key, like.get(name, row)) for name, key in names.items()
+                }
+        self.lam.copy_(_tensor(tensors, "state.lam", self.lam))
+        if self.controller is not None:
+            self.controller.restore(_tensor(tensors, "state.beta", self.controller.state))
+        self.generator.set_state(tensors["state.generator"].cpu())
+
+
+def _tensor(tensors: dict[str, Tensor], name: str, like: Tensor) -> Tensor:
+    value = tensors[name]
+    if (value.shape, value.dtype) != (like.shape, like.dtype) or not bool(value.isfinite().all()):
+        raise ValueError(
+            f"{name} is {tuple(value.shape)} {value.dtype}; expected {tuple(like.shape)} "
+            f"{like.dtype}, and finite"
+        )
+    return value.to(like.device, copy=True)
+
+
+class Checkpoint:
+    """The file of a training run; as a context it saves the run on Ctrl-C and on lack of memory.
 
     Args:
-        denoiser: what a router is trained for.
-        settings: batch_size (of all processes together), lr and whatever else must be the same on
-            resuming.
-        iterations: updates in all; those that were made are noted in the router's provenance.
-        generator: draws the router, the noise and the conditions; seed 0 if None. Rank 0's is
-            everyone's.
-        path: of the checkpoint, or None for a run that leaves none.
+        path: of the file; None for a run that leaves none.
         every: updates from one write to the next.
-        resume: continue from the checkpoint.
-
-    Raises:
-        TypeError: if denoiser is not one.
-        FileExistsError: if path exists and resume is false.
-        FileNotFoundError: if resume is true and path does not exist.
-        ValueError: if a setting is out of range, or the file is not a checkpoint or made with other
-            settings.
+        facts: what must be the same on resuming, `settings` and `weights`.
     """
 
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        settings: dict[str, Any],
-        iterations: int,
-        generator: torch.Generator | None,
-        path: StrPath | None,
-        every: int,
-        resume: bool,
-    ) -> None:
-        if not isinstance(denoiser, Denoiser):
-            raise TypeError(
-                f"{type(denoiser).__name__} lacks a member of harmonica.Denoiser; see its docstring"
-            )
-        if denoiser.steps < 2:
-            raise ValueError(
-                "the denoiser has 1 step, which always computes; there is nothing to train"
-            )
-        if min(iterations, settings["batch_size"], every) < 1:
-            found = f"iterations {iterations}, batch_size {settings['batch_size']}, checkpoint_every {every}"
-            raise ValueError(f"found {found}; each must be 1 or more")
-        share(settings["batch_size"])
-        self.iterations, self.weights = iterations, _fingerprint(denoiser)
-        self.denoiser, self.settings, self.path, self.every = denoiser, settings, path, every
-        self.generator = torch.Generator().manual_seed(0) if generator is None else generator
-        about = {
-            **denoiser.about,
-            "provenance": {"method": "HarmoniCa", "iterations": 0, **settings},
-        }
-        self.router = Router(denoiser.steps, denoiser.sites, generator=self.generator, about=about)
-        self._must_freeze()
-        self.router.to(denoiser.draw(1, torch.Generator())[0].device)
-        self.optimizer = AdamW(self.router.parameters(), lr=settings["lr"], weight_decay=0.0)
-        self.lam = torch.ones(denoiser.steps)  # (T,)
-        self.steering = torch.zeros(
-            3, dtype=torch.float64
-        )  # of harmonica.search.budget.Steering, changed in place like λ
-        self.updates = self.trajectory = self.written = 0
-        self._set(*from_rank_0(lambda: self._begin(resume)))
-        self.written = self.updates
-        self._note()
+    def __init__(self, path: StrPath | None, every: int, facts: dict[str, Any]) -> None:
+        self.path, self.every, self.facts = path, every, facts
 
-    def _must_freeze(self) -> None:
-        """Raise ValueError, before hours of work and not after, if the denoiser's `about` is not a
-        schedule's.
+    def begin(self, state: TrainingState, iterations: int, *, resume: bool) -> None:
+        """Set the state that the run starts from, on all processes.
+
+        Raises FileExistsError, FileNotFoundError or ValueError if file and request disagree.
         """
-        try:
-            self.router.schedule()
-        except (TypeError, ValueError) as error:
-            raise refused("denoiser.about", "does not describe a schedule", error) from None
 
-    def _begin(self, resume: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return the state to start from: the checkpoint's, or that of a run which has done
-        nothing.
-        """
-        if resume:
-            self._restore("the checkpoint to resume" if self.path is None else self.path)
-        elif self.path is not None and Path(self.path).exists():
-            raise FileExistsError(
-                f"{self.path} exists; resume=True continues it, or choose another name"
-            )
-        elif self.path is not None and not Path(self.path).absolute().parent.is_dir():
-            raise FileNotFoundError(
-                f"{Path(self.path).parent}: no such folder; make it before training"
-            )
-        self._note()
-        tensors, facts = self._noted
-        return {key: value.cpu() for key, value in tensors.items()}, facts
+        def first() -> Captured:
+            if resume:
+                self._restore(state, iterations)
+            elif self.path is not None and Path(self.path).exists():
+                raise FileExistsError(
+                    f"{self.path} exists; resume=True continues it, or choose another name"
+                )
+            elif self.path is not None and not Path(self.path).absolute().parent.is_dir():
+                raise FileNotFoundError(
+                    f"{Path(self.path).parent}: no such folder; make it before training"
+                )
+            tensors, facts = state.capture()
+            return {name: value.cpu() for name, value in tensors.items()}, facts
 
-    def noise(self) -> Iterator[tuple[Tensor, Any]]:
-        """Draw this process's noise and conditions, a trajectory at a time, noting the state before
-        each.
-        """
-        while True:
-            self._note()
-            if self.updates - self.written >= self.every:
-                self.save()
-            joint = self.settings["batch_size"]
-            yield own(self.denoiser.draw(joint, self.generator), joint)
+        state.restore(*from_rank_0(first))
+        self.router, self.captured, self.written = state.router, state.capture(), state.updates
 
-    def __enter__(self) -> Run:
+    def note(self, state: TrainingState) -> None:
+        """Note the state between two trajectories, and write it if a write is due."""
+        self.captured = state.capture()
+        if state.updates - self.written >= self.every:
+            self.write()
+
+    def write(self, *, router: Router | None = None) -> None:
+        """Write the state noted last, and the router, which may be further."""
+        self.written = self.captured[1]["updates"]
+        if self.path is not None and rank() == 0:
+            tensors, counts = self.captured
+            write_router(router or self.router, self.path, tensors, {**counts, **self.facts})
+
+    def __enter__(self) -> Checkpoint:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
-        """Save at the end and on Ctrl-C, which then says where; not after an error, which may be in
-        the numbers.
-        """
-        if kind is KeyboardInterrupt:
-            self.save(interrupted=True)
-            kept = (
-                f"{self.path} continues it with resume=True" if self.path else "nothing was saved"
-            )
-            raise KeyboardInterrupt(f"stopped after {self.updates} updates; {kept}") from None
-        if kind is None:
-            self.save()
-
-    def count(self, trajectory: int) -> None:
-        """Count one update; `trajectory` is the one that the next update belongs to."""
-        self.updates, self.trajectory = self.updates + 1, trajectory
-        self.router.about["provenance"]["iterations"] = self.updates
-
-    def follow(self, updates: Iterable[Update], progress: bool) -> Iterator[Update]:
-        """Hand on updates and count them until there are enough.
-
-        A progress bar shows loss, CUR and theoretical speedup, on rank 0 and where stderr is a
-        terminal.
-        """
-        from tqdm.auto import tqdm
-
-        quiet = (
-            None if progress and rank() == 0 else True
-        )  # None: silent where stderr is not a terminal
-        with tqdm(total=self.iterations, initial=self.updates, unit="update", disable=quiet) as bar:
-            cost = None if bar.disable else macs(self.denoiser)
-            for update in islice(updates, max(0, self.iterations - self.updates)):
-                ends = update.k == self.denoiser.steps - 1
-                self.count(update.trajectory + ends)
-                if cost is not None:
-                    faster = f"{self.router.schedule(self.settings['tau']).speedup(cost):.2f}x"
-                    bar.set_postfix(
-                        loss=f"{update.loss:.2e}",
-                        CUR=f"{update.cur:.1%}",
-                        speedup=faster,
-                        refresh=False,
-                    )
-                bar.update()
-                yield update
-
-    def _note(self) -> None:
-        """Note the state between two trajectories, all of it or, if interrupted, nothing."""
-        state = {"state.logits": self.router.logits, "state.lam": self.lam.clone()}
-        state["state.steering"] = self.steering.clone()
-        for k, row in enumerate(self.router.rows):
-            for name, value in self.optimizer.state.get(row, {}).items():
-                state[f"state.optimizer.{k}.{name}"] = value.clone()
-        state["state.generator"] = self.generator.get_state()
-        facts = {"settings": self.settings, "weights": self.weights}
-        self._noted = state, {"updates": self.updates, "trajectory": self.trajectory, **facts}
-
-    def save(self, *, interrupted: bool = False) -> None:
-        """Write the router and the state noted last; of an interrupted trajectory the router at its
-        start.
-        """
-        self.written = self.updates
-        if self.path is None or rank() > 0:
+        if not isinstance(error, KeyboardInterrupt) and not is_out_of_memory(error):
             return
-        router, (state, facts) = self.router, self._noted
-        if interrupted:
-            about = {
-                **router.about,
-                "provenance": {**router.about["provenance"], "iterations": facts["updates"]},
-            }
-            router = Router(router.steps, router.sites, logits=state["state.logits"], about=about)
-        write_router(router, self.path, state, facts)
+        tensors, counts = self.captured
+        about = dict(self.router.about)
+        about["provenance"] = {**about["provenance"], "iterations": counts["updates"]}
+        self.write(
+            router=Router(
+                self.router.steps, self.router.sites, logits=tensors["state.logits"], about=about
+            )
+        )
+        kept = f"{self.path} continues it with resume=True" if self.path else "nothing was saved"
+        if isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt(f"stopped after {counts['updates']} updates; {kept}") from None
 
-    def _restore(self, path: StrPath) -> None:
+    def _restore(self, state: TrainingState, iterations: int) -> None:
+        path = "the checkpoint to resume" if self.path is None else self.path
         router, tensors, facts = read_router(path)
         if not isinstance(facts.get("settings"), dict) or "state.logits" not in tensors:
             raise ValueError(
                 f"{path} is a router without the state of its training; it cannot be resumed"
             )
-        now = {**_belongs_to(self.router), **self.settings, "weights": self.weights}
-        then = {**_belongs_to(router), **facts["settings"], "weights": facts.get("weights")}
+        now = {**_identity(state.router), **_flat(self.facts)}
+        then = {**_identity(router), **_flat(facts)}
         changed = [
-            f"{key} {then.get(key)!s:.80} -> {now[key]!s:.80}"
-            for key in now
-            if now[key] != then.get(key)
+            f"{key} {then.get(key)!s:.80} -> {value!s:.80}"
+            for key, value in now.items()
+            if then.get(key) != value
         ]
         if changed:
-            listed = "; ".join(changed)
             raise ValueError(
-                f"{path} was trained with other settings ({listed:.400}); resume with the same"
+                f"{path} was trained with other settings ({'; '.join(changed):.400}); resume with "
+                "the same"
             )
         try:
             done = int(router.about.get("provenance", {}).get("iterations", 0))
-            self._must_fit(tensors, facts)
-            self._set(tensors, facts)
+            state.restore(tensors, facts)
         except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
             raise refused(
                 path, "is a damaged checkpoint", f"{type(error).__name__}: {error}"
             ) from None
-        if self.iterations < done:
+        if iterations < done:
             raise ValueError(
-                f"{path} has {done} updates already and {self.iterations} were asked for; ask for more"
+                f"{path} has {done} updates already and {iterations} were asked for; ask for more"
             )
 
-    def _must_fit(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        """Raise ValueError unless each tensor of a checkpoint is of the shape that it is copied to,
-        and finite.
-        """
-        for name, value in {"updates": facts["updates"], "trajectory": facts["trajectory"]}.items():
-            if not isinstance(value, int) or not 0 <= value <= 10**12:
-                raise ValueError(f"{name} is {value!r:.40}")
-        wanted = {"state.logits": self.router.logits.shape, "state.lam": self.lam.shape}
-        wanted["state.steering"] = self.steering.shape
-        row, state = r"state\.optimizer\.[0-9]+\.(exp_avg|exp_avg_sq|step)", {"step": torch.Size()}
-        for name in filter(lambda name: name.startswith("state.optimizer."), tensors):
-            kind = re.fullmatch(row, name)
-            if kind is None:
-                raise ValueError(f"{name:.80} is no state of the optimizer")
-            wanted[name] = state.get(kind[1], self.router.rows[0].shape)
-        for name, shape in wanted.items():
-            value = tensors[name]
-            if (
-                value.shape != shape
-                or not value.is_floating_point()
-                or not bool(value.isfinite().all())
-            ):
-                raise ValueError(
-                    f"{name} is {tuple(value.shape)} {value.dtype}; {tuple(shape)} and finite expected"
-                )
 
-    @torch.no_grad()
-    def _set(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        self.updates, self.trajectory = int(facts["updates"]), int(facts["trajectory"])
-        self.router.about["provenance"]["iterations"] = self.updates
-        for k, row in enumerate(self.router.rows):
-            row.copy_(tensors["state.logits"][k])
-            prefix = f"state.optimizer.{k}."
-            moments = {
-                key.removeprefix(prefix): v for key, v in tensors.items() if key.startswith(prefix)
-            }
-            if (
-                moments
-            ):  # they live beside their row; the step count stays on the CPU, where AdamW keeps it
-                self.optimizer.state[row] = {
-                    key: v if key == "step" else v.to(row) for key, v in moments.items()
-                }
-        self.lam.copy_(tensors["state.lam"])
-        self.steering.copy_(tensors["state.steering"])
-        self.generator.set_state(tensors["state.generator"])
-
-
-def _fingerprint(denoiser: Denoiser) -> str:
-    """Return a few numbers of the first and the last site in short: other weights would make
-    another router.
-    """
+def fingerprint(denoiser: Denoiser) -> str:
+    """Return a checksum of a few weights: with other weights, training would end elsewhere."""
     sites = list(denoiser.sites.values())
     few = [
         parameter.detach().flatten()[:64].float().cpu()
@@ -304,11 +212,15 @@ def _fingerprint(denoiser: Denoiser) -> str:
     return f"{zlib.crc32(torch.cat(few).numpy().tobytes()) if few else 0:08x}"
 
 
-def _belongs_to(router: Router) -> dict[str, Any]:
-    """Return what a router was made for, in a form that survives JSON."""
+def _identity(router: Router) -> dict[str, Any]:
+    """Return what a router is for, in a form that survives JSON."""
     about = {
-        key: list(v) if isinstance(v, tuple) else v
-        for key, v in router.about.items()
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in router.about.items()
         if key != "provenance"
     }
     return {"steps": router.steps, "sites": list(router.sites), **about}
+
+
+def _flat(facts: dict[str, Any]) -> dict[str, Any]:
+    return {**facts["settings"], "weights": facts.get("weights")}

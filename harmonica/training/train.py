@@ -2,20 +2,51 @@
 
 from __future__ import annotations
 
-from contextlib import closing
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.optim import AdamW
 
-from harmonica.cost import Macs
+from harmonica.cost import Macs, macs
 from harmonica.denoise import Denoiser
 from harmonica.iepo import Proxy
+from harmonica.memory import is_out_of_memory
+from harmonica.processes import batch_per_rank, local_part, rank, world
 from harmonica.router import Router
-from harmonica.sdt import BETA, sdt
-from harmonica.search.budget import Steering, target_of
+from harmonica.sdt import BETA, Update, sdt
+from harmonica.search.budget import Target, target_of
 from harmonica.search.refine import reach
-from harmonica.storage.files import StrPath
-from harmonica.training.checkpoint import Run
+from harmonica.storage.files import StrPath, refused
+from harmonica.training.beta import BetaController
+from harmonica.training.checkpoint import Checkpoint, TrainingState, fingerprint
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What must be the same on resuming a run."""
+
+    batch_size: int
+    tau: float
+    beta: float
+    lr: float
+    refresh_every: int
+    proxy: Proxy | None
+    target: Target | None
+
+    def facts(self) -> dict[str, float | str]:
+        """Return the settings as strings and numbers, for a file."""
+        facts: dict[str, float | str] = {"batch_size": self.batch_size, "tau": self.tau}
+        facts |= {"lr": self.lr, "refresh_every": self.refresh_every, "proxy": self.proxy or "none"}
+        if self.target is None:
+            return {**facts, "beta": self.beta}
+        target = {"target_speedup": self.target.speedup, "target_cost": self.target.cost.total}
+        return {**facts, **target}
 
 
 def train_sdt(  # noqa: D417 (some arguments are described together)
@@ -39,69 +70,150 @@ def train_sdt(  # noqa: D417 (some arguments are described together)
     resume: bool = False,
     progress: bool = True,
 ) -> Router:
-    """Train a router for `denoiser` from noise alone, with the authors' settings for DiT-XL/2
-    unless told otherwise.
+    """Train a router from noise alone; the defaults are the authors' settings for DiT-XL/2.
 
-    Without a target this is the paper. With one, β is steered and the table refined, to land on it
-    or just above.
+    Without a target this is the paper. With one, β is chosen while training and a search refines
+    the table afterwards (`harmonica.search.refine`); it ends on the target or just above.
 
     Args:
         denoiser: what `harmonica.models.load` returns, or any `Denoiser`.
-        iterations: updates; training stops there, in the middle of a trajectory if need be.
-        batch_size: noises in a trajectory, of all processes (the authors' 64 count guidance's
-            halves).
-        tau, beta, lr, refresh_every, proxy: as in `sdt`; a target steers β, and takes none but the
-            default.
-        target_speedup, target_cur: theoretical speedup, or share of the table that is reused, to
-            land on.
+        iterations: updates, in all.
+        batch_size: noises in a trajectory, of all processes together.
+        tau, beta, lr, refresh_every, proxy: as in `sdt`; leave beta out with a target.
+        target_speedup, target_cur: theoretical speedup, or share of the table that is reused.
         cost: what the speedup is counted in, `macs(denoiser)` if None.
-        refine: predictions of batch_size noises to spend on the hard table
-            (`harmonica.search.refine`); None is 12 rounds.
-        order: how the refined table fills skipped sites, `Schedule.order`; above 0 it needs a
-            target.
+        refine, order: as in `refine_router`: its budget and how the refined table fills skipped
+            sites; both need a target.
         generator: draws the router, the noise and the conditions; seed 0 if None.
-        checkpoint: a file to resume from; written every `checkpoint_every` updates, at the end, and
-            on Ctrl-C.
-        resume: continue from `checkpoint`, to the same router, bit for bit, as one run without
-            interruption.
+        checkpoint, checkpoint_every, resume: a file to resume from, bit for bit. It is written
+            every so many updates, before the search, at the end, on Ctrl-C and out of memory.
         progress: show a bar.
 
-    Raises TypeError if denoiser is none, ValueError if a setting is out of range or the
-    checkpoint's is another, FileExistsError or FileNotFoundError if `resume` and the checkpoint
-    disagree, KeyboardInterrupt after Ctrl-C.
+    Raises TypeError if denoiser is none, ValueError if a setting is out of range or differs from
+    the checkpoint's, FileExistsError or FileNotFoundError if `resume` and the checkpoint disagree.
     """
-    target = target_of(denoiser, target_speedup, target_cur, cost, None if beta == BETA else beta)
-    if order and target is None:
-        raise ValueError(
-            f"order is {order} without a target; the paper's table is trained for reuse, order 0"
-        )
-    settings: dict[str, Any] = {
-        "batch_size": batch_size,
-        "tau": tau,
-        "lr": lr,
-        "refresh_every": refresh_every,
-    }
-    settings |= {"proxy": proxy or "none"} | ({"beta": beta} if target is None else target.settings)
-    run = Run(denoiser, settings, iterations, generator, checkpoint, checkpoint_every, resume)
-    price = settings["beta"] if target is None else Steering(target, tau, run.steering)
-    carried: dict[str, Any] = {
-        "optimizer": run.optimizer,
-        "lam": run.lam,
-        "trajectory": run.trajectory,
-    }
-    how: dict[str, Any] = {
-        "tau": tau,
-        "beta": price,
-        "refresh_every": refresh_every,
-        "proxy": proxy,
-        **carried,
-    }
-    updates = sdt(denoiser, run.router, run.noise(), **how)
-    with run, closing(updates):
-        for update in run.follow(updates, progress):
-            if isinstance(price, Steering):
-                price.after(run.router, update)
+    given = None if beta == BETA else beta
+    target = target_of(denoiser, target_speedup, target_cur, cost, given, order)
+    settings = Settings(batch_size, tau, beta, lr, refresh_every, proxy, target)
+    _check(denoiser, iterations, batch_size, checkpoint_every)
+    state = _start(denoiser, settings, generator)
+    facts = {"settings": settings.facts(), "weights": fingerprint(denoiser)}
+    with Checkpoint(checkpoint, checkpoint_every, facts) as saved:
+        saved.begin(state, iterations, resume=resume)
+        _train(denoiser, settings, state, saved, iterations, progress)
+        saved.write()
         if target is not None:
-            how = {"batch_size": batch_size, "budget": refine, "order": order, "progress": progress}
-            reach(denoiser, run.router, target, tau=tau, **how)
-    return run.router
+            _refine(denoiser, state.router, target, settings, refine, order, progress)
+            saved.write()
+    return state.router
+
+
+def _train(
+    denoiser: Denoiser,
+    settings: Settings,
+    state: TrainingState,
+    saved: Checkpoint,
+    iterations: int,
+    progress: bool,
+) -> None:
+    """Draw, update, steer, show, save, a trajectory at a time."""
+    bar = _bar(progress, total=iterations, initial=state.updates, unit="update")
+    cost = None if bar.disable else macs(denoiser)
+    while state.updates < iterations:
+        joint = denoiser.draw(settings.batch_size, state.generator)
+        noise = local_part(joint, settings.batch_size)
+        for update in islice(
+            _trajectory(denoiser, settings, state, noise), iterations - state.updates
+        ):
+            state.count(update)
+            if state.controller is not None:
+                state.controller.after(state.router, update)
+            bar.update()
+        if cost is not None:
+            faster = state.router.schedule(settings.tau).speedup(cost)
+            bar.set_postfix_str(f"loss {update.loss:.1e}, CUR {update.cur:.0%}, {faster:.2f}x")
+        if update.k == denoiser.steps - 1:
+            saved.note(state)
+
+
+def _trajectory(
+    denoiser: Denoiser, settings: Settings, state: TrainingState, noise: tuple[Tensor, Any]
+) -> Iterator[Update]:
+    return sdt(
+        denoiser,
+        state.router,
+        [noise],
+        tau=settings.tau,
+        beta=settings.beta if state.controller is None else state.controller.beta,
+        refresh_every=settings.refresh_every,
+        proxy=settings.proxy,
+        optimizer=state.optimizer,
+        lam=state.lam,
+        trajectory=state.trajectory,
+    )
+
+
+def _refine(
+    denoiser: Denoiser,
+    router: Router,
+    target: Target,
+    settings: Settings,
+    budget: int | None,
+    order: int,
+    progress: bool,
+) -> None:
+    """Put the router on target and refine it; without enough memory for that, only put it there."""
+    how = partial(reach, denoiser, router, target, tau=settings.tau, order=order)
+    try:
+        how(batch_size=settings.batch_size, budget=budget, progress=progress)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error) or world() > 1:
+            raise
+        how(budget=0)
+        warnings.warn(
+            "the search ran out of memory; the router is on its target without it. To search, "
+            "resume with activation checkpointing or on a device with more free memory",
+            stacklevel=3,
+        )
+
+
+def _check(denoiser: Denoiser, iterations: int, batch_size: int, checkpoint_every: int) -> None:
+    if not isinstance(denoiser, Denoiser):
+        raise TypeError(
+            f"{type(denoiser).__name__} lacks a member of harmonica.Denoiser; see its docstring"
+        )
+    if denoiser.steps < 2:
+        raise ValueError("the denoiser has 1 step, which always computes; nothing can be trained")
+    if min(iterations, batch_size, checkpoint_every) < 1:
+        found = (
+            f"iterations {iterations}, batch_size {batch_size}, checkpoint_every {checkpoint_every}"
+        )
+        raise ValueError(f"found {found}; each must be 1 or more")
+    batch_per_rank(batch_size)
+
+
+def _bar(shown: bool, **how: Any) -> Any:
+    """Return a progress bar, of rank 0 and where stderr is a terminal."""
+    from tqdm.auto import tqdm
+
+    return tqdm(disable=None if shown and rank() == 0 else True, **how)
+
+
+def _start(
+    denoiser: Denoiser, settings: Settings, generator: torch.Generator | None
+) -> TrainingState:
+    """Return the state of a run that has done nothing yet."""
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    provenance = {"method": "HarmoniCa", "iterations": 0, **settings.facts()}
+    about = {**denoiser.about, "provenance": provenance}
+    router = Router(denoiser.steps, denoiser.sites, generator=generator, about=about)
+    try:
+        router.schedule()  # before hours of work, not after
+    except (TypeError, ValueError) as error:
+        raise refused("denoiser.about", "does not describe a schedule", error) from None
+    device = denoiser.draw(1, torch.Generator())[0].device
+    router.to(device)
+    optimizer = AdamW(router.parameters(), lr=settings.lr, weight_decay=0.0)
+    target = settings.target
+    controller = None if target is None else BetaController(target, settings.tau, device)
+    return TrainingState(router, optimizer, torch.ones(denoiser.steps), controller, generator)

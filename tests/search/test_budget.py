@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from harmonica import Macs, Router, Schedule, macs, sample, train_sdt
 from harmonica.evaluation.distances import image_mse
 from harmonica.models import load
-from harmonica.sdt import Update
-from harmonica.search.budget import Steering, Target, target_of
+from harmonica.search.budget import Target, target_of
 from harmonica.search.flip_effects import around
 from harmonica.search.refine import PAIRS, ROUND, ROUNDS, _Judge, reach, refine
 
@@ -73,7 +72,7 @@ def test_requests_that_contradict_are_refused(asked):
 
 def test_without_a_target_beta_stays_as_it_is_given():
     d = make(dtype=torch.float32)
-    assert target_of(d, None, None, None, 1e-4) is None
+    assert target_of(d, None, None, None, 1e-4, 0) is None
     assert router_of(d, 3, beta=0.0).about["provenance"]["beta"] == 0.0
 
 
@@ -81,7 +80,7 @@ def test_without_a_target_beta_stays_as_it_is_given():
 def test_landing_turns_as_few_as_it_must_in_the_order_of_scores(table, seed, speedup):
     target = Target(speedup, COST, 4)
     r = torch.rand(4, 4, generator=torch.Generator().manual_seed(seed))
-    landed = target.land(r, table.compute)
+    landed = target.fit_budget(r, table.compute)
     assert bool(landed[0].all())
     assert target.speed(landed) >= speedup * (1 - 1e-9)
     idle = [
@@ -89,19 +88,6 @@ def test_landing_turns_as_few_as_it_must_in_the_order_of_scores(table, seed, spe
     ]
     spent = float((landed * COST.sites).sum())
     assert not idle or spent + min(idle) > target.allowed
-
-
-@pytest.mark.parametrize(("spends_more", "sign"), [(True, 1), (False, -1)])
-def test_beta_rises_while_too_much_is_spent_and_falls_while_too_little(spends_more, sign):
-    steering = Steering(Target(1.5, COST, 4), 0.1, torch.zeros(3, dtype=torch.float64))
-    router = Router(4, 4, logits=torch.full((3, 4), 4.0 if spends_more else -5.0))
-    assert bool((steering() == 0).all())
-    for trajectory in range(2):
-        before = steering().sum()
-        for k in range(1, 4):
-            steering.after(router, Update(trajectory, k, 1.0, 1e-3, 1.0, 0.5))
-    assert sign * float(steering().sum() - before) > 0
-    assert torch.allclose(steering() / steering()[0], torch.tensor([1.0, 2.0, 1.0, 2.0]))
 
 
 @pytest.mark.parametrize("stop", [4, 9])
@@ -124,7 +110,7 @@ def test_another_target_is_not_resumed(tmp_path):
 def test_refining_never_ends_worse_than_the_best_start_and_never_off_target(seed, speedup):
     d = make(seed=seed % 7)
     target, batch = Target(speedup, macs(d), d.steps), start(d, 2, seed)
-    landed = target.land(
+    landed = target.fit_budget(
         torch.rand(4, 4, generator=torch.Generator().manual_seed(seed)), torch.ones(4, 4).bool()
     )
     found = list(refine(d, [landed], repeat(batch), target, batches=1, budget=1000))
@@ -237,8 +223,8 @@ def test_the_commands_land_on_a_target_and_refuse_one_with_a_beta(tmp_path, caps
         )
         assert "leave it out" in capsys.readouterr().err
         assert command([*size, "--target", "0.5", "--out", str(tmp_path / "n")]) == 2
-        assert "--target is 0.5" in capsys.readouterr().err
+        assert "the target speedup is 0.5" in capsys.readouterr().err
         assert command([*size, "--order", "1", "--out", str(tmp_path / "n")]) == 2
-        assert "--order is 1 and --target None" in capsys.readouterr().err
+        assert "order is 1 and the target speedup None" in capsys.readouterr().err
     assert train.main([*size, "--target", "9", "--out", str(tmp_path / "n")]) == 2
     assert "maximum here is" in capsys.readouterr().err

@@ -183,7 +183,7 @@ def test_what_is_chosen_is_on_target_and_no_further_away_than_allowed(seed, spee
     v = torch.randn(12, 20, generator=generator, dtype=torch.float64)
     model = Quadratic(torch.randn(12, generator=generator, dtype=torch.float64), v @ v.T)
     target = Target(speedup, Macs(torch.tensor([1.0, 2.0, 1.0, 2.0], dtype=torch.float64), 0.5), 4)
-    landed = target.land(Router(4, 4, generator=generator)().detach(), TABLE)
+    landed = target.fit_budget(Router(4, 4, generator=generator)().detach(), TABLE)
     chosen = choose(model, landed, target, most=most)
     assert target.spent(chosen) <= target.allowed
     assert int((chosen != landed).sum()) <= most

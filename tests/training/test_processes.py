@@ -17,12 +17,12 @@ from conftest import make
 
 from harmonica import Router, train_sdt
 from harmonica.processes import (
+    batch_per_rank,
     from_rank_0,
+    local_part,
     mean_over_ranks,
-    own,
     processes,
     rank,
-    share,
     started_as,
     world,
 )
@@ -34,7 +34,7 @@ UPDATES = 60
 PROXIES = {"sdt": None, "iepo": "leave-one-out"}
 
 LAWS = """
-from harmonica.processes import from_rank_0, mean_over_ranks, own, rank, share, world
+from harmonica.processes import batch_per_rank, from_rank_0, local_part, mean_over_ranks, rank, world
 
 import harmonica.training.checkpoint
 if rank() == 1:  # whoever is not rank 0 cannot even touch the file
@@ -55,12 +55,12 @@ def broken():
 trees = {"y": torch.arange(4), "pair": (torch.arange(8).view(4, 2), None)}
 facts["broken"] = said(broken)
 facts["uneven"] = said(lambda: train_sdt(small(), iterations=3, **{**QUICK, "batch_size": 3}))
-facts["joint"] = said(lambda: own((torch.zeros(4), torch.zeros(1, 4)), 4))
+facts["joint"] = said(lambda: local_part((torch.zeros(4), torch.zeros(1, 4)), 4))
 facts["told"] = said(lambda: from_rank_0(lambda: 1 / rank() if rank() else int("no number")))
 facts["heard"] = said(lambda: from_rank_0(lambda: f"from {rank()}"))
 tensors["mean"] = mean_over_ranks(torch.tensor([1.0, 2.0]) + rank())
-tensors["share"] = torch.tensor(share(4))
-tensors["labels"], tensors["pairs"] = own(trees, 4)["y"], own(trees, 4)["pair"][0]
+tensors["share"] = torch.tensor(batch_per_rank(4))
+tensors["labels"], tensors["pairs"] = local_part(trees, 4)["y"], local_part(trees, 4)["pair"][0]
 for name, proxy in PROXIES.items():
     router = train_sdt(small(), iterations=UPDATES, checkpoint=folder / name, **{**QUICK, "proxy": proxy})
     tensors[name] = router.logits
@@ -71,15 +71,15 @@ tensors["seeded"] = train_sdt(small(), iterations=6, generator=seeded, **QUICK).
 
 KILLED = """
 import os, signal
-from harmonica.training.checkpoint import Run
-count = Run.count
+from harmonica.training.checkpoint import TrainingState
+count = TrainingState.count
 
-def counting(self, trajectory):
-    count(self, trajectory)
+def counting(self, update):
+    count(self, update)
     if (self.updates, rank()) == (40, {victim}):
         os.kill(os.getpid(), signal.SIGKILL)
 
-Run.count = counting
+TrainingState.count = counting
 train_sdt(small(), iterations=UPDATES, checkpoint=folder / "{name}", checkpoint_every=15, **QUICK)
 """
 
@@ -202,9 +202,9 @@ def test_a_condition_that_cannot_be_shared_out_is_refused(monkeypatch):
 
     monkeypatch.setattr(distributed, "world", lambda: 2)
     monkeypatch.setattr(distributed, "rank", lambda: 1)
-    assert own((torch.arange(4), None, 0.5), 4)[1:] == (None, 0.5)
+    assert local_part((torch.arange(4), None, 0.5), 4)[1:] == (None, 0.5)
     with pytest.raises(ValueError, match="found a str in a joint batch of 4"):
-        own((torch.arange(4), ["a", "b", "c", "d"]), 4)
+        local_part((torch.arange(4), ["a", "b", "c", "d"]), 4)
 
 
 def test_the_mean_is_over_ranks(both):
@@ -257,9 +257,9 @@ def test_alone_nothing_is_asked_of_anyone(monkeypatch):
     value, batch = torch.ones(2), (torch.ones(3), None)
     for available in (True, False):  # and where torch was built without it
         monkeypatch.setattr(torch.distributed, "is_available", lambda: available)
-        assert (rank(), world(), share(3)) == (0, 1, 3)
+        assert (rank(), world(), batch_per_rank(3)) == (0, 1, 3)
         assert mean_over_ranks(value) is value
-        assert own(batch, 3) is batch
+        assert local_part(batch, 3) is batch
         assert from_rank_0(lambda: value) is value
     with processes("cpu") as device:
         assert device.type == "cpu"

@@ -15,7 +15,7 @@ from conftest import make, press_ctrl_c
 from harmonica import Router, sdt, train_sdt
 from harmonica.models import load
 from harmonica.storage.files import read_tensors, write_tensors
-from harmonica.training.checkpoint import Run
+from harmonica.training.checkpoint import Checkpoint
 
 QUICK = {"batch_size": 2, "beta": 1e-4, "lr": 0.05, "refresh_every": 2, "progress": False}
 
@@ -77,12 +77,15 @@ def test_no_batch_repeats_whatever_lambda_does(proxy):
 
 
 def test_a_checkpoint_is_written_every_so_often(tmp_path, monkeypatch):
-    saves, save = [], Run.save
-    monkeypatch.setattr(
-        Run, "save", lambda self, **how: (saves.append(self.updates), save(self, **how))
-    )
+    writes, write = [], Checkpoint.write
+
+    def watched(self, **how):
+        write(self, **how)
+        writes.append(read_tensors(self.path)[1]["updates"])
+
+    monkeypatch.setattr(Checkpoint, "write", watched)
     router_of(make(dtype=torch.float32), 12, checkpoint=tmp_path / "c", checkpoint_every=5)
-    assert saves == [6, 12]  # at the first start of a trajectory after 5, and at the end
+    assert writes == [6, 12, 12]  # at the first start of a trajectory after 5, and at the end
 
 
 def test_an_existing_checkpoint_is_not_overwritten(tmp_path):
