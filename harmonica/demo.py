@@ -35,8 +35,7 @@ from harmonica.forecast import gates_of
 from harmonica.inference.walk import Walk
 from harmonica.search.budget import check_target
 from harmonica.search.paths import whole_steps
-from harmonica.site_names import fit
-from harmonica.storage.files import alone
+from harmonica.storage.files import exclusive_lock
 from harmonica.train import AUTHORS, ORDER, QUICK, TARGET
 
 if TYPE_CHECKING:
@@ -103,11 +102,11 @@ def run(args: argparse.Namespace) -> None:
     schedule = Schedule.load(args.schedule, args.tau) if args.schedule else None
     denoiser = load_model(args)
     if schedule is not None:
-        schedule = fit(schedule, tuple(denoiser.sites))
+        schedule = schedule.fit(tuple(denoiser.sites))
         schedule.check(denoiser.steps, tuple(denoiser.sites), denoiser.about["timesteps"])
     decode = decoder(args.model, args.weights, vae=args.vae, device=args.device)
     make_writable(args.out)
-    with alone(args.out):
+    with exclusive_lock(args.out):
         router = None
         if schedule is None and args.weights == "random" and args.iterations is None:
             schedule = _every_other_step(denoiser)

@@ -43,10 +43,9 @@ from harmonica.denoise import Denoiser
 from harmonica.inference.walk import Walk
 from harmonica.processes import from_rank_0, mean_over_ranks, processes, rank, started_as, world
 from harmonica.router import Schedule
-from harmonica.site_names import fit
 from harmonica.storage.files import (
     StrPath,
-    alone,
+    exclusive_lock,
     read_json,
     read_tensors,
     write_json,
@@ -266,7 +265,7 @@ def _begin(parts: Path, settings: dict[str, Any], held: ExitStack) -> None:
     """
     note = parts / "settings.json"
     parts.mkdir(parents=True, exist_ok=True)
-    held.enter_context(alone(parts))
+    held.enter_context(exclusive_lock(parts))
     if not note.is_file():
         write_json(note, settings)
     begun = read_json(note)
@@ -456,7 +455,7 @@ def run(args: argparse.Namespace) -> None:
         denoiser = load_model(args, device)
         decode = decoder(args.model, args.weights, vae=args.vae, device=device)
         if schedule is not None:
-            schedule = fit(schedule, tuple(denoiser.sites))
+            schedule = schedule.fit(tuple(denoiser.sites))
             schedule.check(denoiser.steps, tuple(denoiser.sites), denoiser.about["timesteps"])
         write_samples(
             denoiser,

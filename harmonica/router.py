@@ -6,24 +6,25 @@
     CUR        cache utilisation ratio, the share of the T×N entries that are reused
 
 Row k is the k-th *executed* step. Row 0 is not trained: a trajectory has nothing to reuse at its
-first step. This file does not know models, caches or losses; what the table looks like on disk and
-on the Hub is in storage/hub.py.
+first step. This file does not know models, caches or losses. What a table looks like in a file is in
+harmonica/storage/formats.py, in a folder and on the Hub in harmonica/storage/hub.py.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from harmonica.storage.hub import RouterFiles, ScheduleFiles
+from harmonica.site_names import columns_for
 
 if TYPE_CHECKING:
     from harmonica.cost import Macs
+    from harmonica.storage.files import StrPath
 
 
 def _names(sites: int) -> tuple[str, ...]:
@@ -31,7 +32,7 @@ def _names(sites: int) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, eq=False)
-class Schedule(ScheduleFiles):
+class Schedule:
     """A frozen table of decisions, and what it was made for.
 
     Attributes:
@@ -116,14 +117,10 @@ class Schedule(ScheduleFiles):
         `rest` included.
         """
         if len(macs.sites) != len(self.sites):
-            raise ValueError(
-                f"macs counts {len(macs.sites)} sites and the schedule has {len(self.sites)}"
-            )
-        return (
-            self.steps
-            * macs.total
-            / (float((self.compute * macs.sites).sum()) + self.steps * macs.rest)
-        )
+            counts = f"macs counts {len(macs.sites)} sites"
+            raise ValueError(f"{counts} and the schedule has {len(self.sites)}")
+        cached = float((self.compute * macs.sites).sum()) + self.steps * macs.rest
+        return self.steps * macs.total / cached
 
     def resample(self, steps: int) -> Schedule:
         """Return a guess for another number of steps, each row from the same relative place of the
@@ -137,14 +134,23 @@ class Schedule(ScheduleFiles):
             f"a schedule for {self.steps} steps was stretched to {steps}, not trained there",
             stacklevel=2,
         )
-        rows = [
-            round(k * (self.steps - 1) / max(steps - 1, 1)) for k in range(steps)
-        ]  # row 0 stays row 0
+        rows = [round(k * (self.steps - 1) / max(steps - 1, 1)) for k in range(steps)]
         note = {
             "resampled_from": self.steps,
             **self.provenance,
-        }  # of a second resampling, the first origin stays
+        }  # a second one keeps the first origin
         return replace(self, compute=self.compute[rows], timesteps=(), provenance=note)
+
+    def fit(self, sites: Sequence[str]) -> Schedule:
+        """Return the schedule in the names and the order of a model's sites, as
+        `harmonica.site_names.columns_for` matches them, or unchanged if it is for other sites.
+        """
+        columns = columns_for(self.sites, sites)
+        if columns is None or self.sites == tuple(sites):
+            return self
+        always = torch.ones(self.steps, 1, dtype=torch.bool)  # column −1
+        compute = torch.cat([self.compute, always], dim=1)[:, columns]
+        return replace(self, compute=compute, sites=tuple(sites))
 
     def check(self, steps: int, sites: tuple[str, ...], timesteps: tuple[float, ...] = ()) -> None:
         """Raise ValueError unless the schedule fits a run of `steps` steps over `sites` at
@@ -177,8 +183,57 @@ class Schedule(ScheduleFiles):
         ]
         return "\n".join([f"{head} (# computes, . reuses; steps run left to right)", *lines])
 
+    def save(self, path: StrPath) -> None:
+        """Write readable JSON: for each site one string of T digits, 1 = compute."""
+        from harmonica.storage.formats import write_schedule
 
-class Router(RouterFiles, nn.Module):
+        write_schedule(path, vars(self))
+
+    @classmethod
+    def load(cls, path: StrPath, tau: float = 0.1) -> Schedule:
+        """Read a schedule, a router, or another library's table; a router is frozen at `tau`.
+
+        The file's content tells its format, see `harmonica.storage.formats.read_schedule`. Raises
+        FileNotFoundError, or ValueError if the file is no table or damaged. Code is never run.
+        """
+        from harmonica.storage.formats import build, is_router, read_schedule
+
+        if is_router(path):
+            return Router.load(path).schedule(tau)
+        return build(cls, path, read_schedule(path, tau))
+
+    def export_smoothcache(self, path: StrPath) -> None:
+        """Write SmoothCache's JSON, see `harmonica.storage.foreign.write_smoothcache`."""
+        from harmonica.storage.foreign import write_smoothcache
+
+        if self.order:
+            order = f"the schedule's order is {self.order}"
+            raise ValueError(f"{order}; SmoothCache's format knows reuse only, order 0")
+        write_smoothcache(path, self.sites, self.compute)
+
+    def save_pretrained(self, folder: StrPath) -> None:
+        """Write a folder for the Hub, see `harmonica.storage.hub.write_folder`."""
+        from harmonica.storage.hub import Card, write_folder
+
+        write_folder(folder, self.save, Card("Schedule", self.model, str(self)))
+
+    @classmethod
+    def from_pretrained(
+        cls, source: StrPath, *, revision: str | None = None, token: str | None = None
+    ) -> Schedule:
+        """Read a folder here or on the Hub, see `harmonica.storage.hub.table_file`."""
+        from harmonica.storage.hub import table_file
+
+        return cls.load(table_file(source, "Schedule", revision, token))
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+        """Publish the folder and return its address, see `harmonica.storage.hub.push`."""
+        from harmonica.storage.hub import Card, push
+
+        return push(repo_id, self.save, Card("Schedule", self.model, str(self)), private, token)
+
+
+class Router(nn.Module):
     """The table while it is learned: `router()` is r, (T, N) in (0, 1), row 0 the constant one
     (paper, "Router").
 
@@ -215,25 +270,21 @@ class Router(RouterFiles, nn.Module):
             )
         shape = (steps - 1, len(self.sites))
         if logits is None:
-            logits = torch.randn(
-                shape, generator=generator, device=generator.device if generator else None
-            )
+            device = generator.device if generator else None
+            logits = torch.randn(shape, generator=generator, device=device)
         if logits.shape != shape or not bool(logits.isfinite().all()):
             raise ValueError(
                 f"logits of shape {tuple(logits.shape)} must be (steps − 1, sites) {shape}, and finite"
             )
-        self.rows = nn.ParameterList(
-            nn.Parameter(row.clone()) for row in logits.detach()
-        )  # (T−1) × (N,)
+        rows = (nn.Parameter(row.clone()) for row in logits.detach())
+        self.rows = nn.ParameterList(rows)  # (T−1) × (N,)
+        self.schedule()  # raises if `about` does not describe a schedule
 
     @property
     def logits(self) -> Tensor:
         """(T−1, N) copy of what is trained, rows in execution order from k = 1."""
-        return (
-            torch.stack([row.detach() for row in self.rows])
-            if self.rows
-            else torch.empty(0, len(self.sites))
-        )
+        rows = [row.detach() for row in self.rows]
+        return torch.stack(rows) if rows else torch.empty(0, len(self.sites))
 
     def row(self, k: int) -> Tensor:
         """Return r at step k, (N,): σ(logits of step k), or the constant one at k = 0."""
@@ -255,3 +306,41 @@ class Router(RouterFiles, nn.Module):
         if bool(r.isnan().any()):
             raise ValueError("the router has scores that are not numbers; its training diverged")
         return Schedule(r > tau, sites=self.sites, threshold=tau, **self.about)
+
+    def save(self, path: StrPath) -> None:
+        """Write logits, site names and `about` as safetensors."""
+        from harmonica.storage.formats import write_router
+
+        write_router(path, self.logits, self.sites, self.about)
+
+    @classmethod
+    def load(cls, path: StrPath) -> Router:
+        """Read a router, or the one in a checkpoint; raise FileNotFoundError, or ValueError if the
+        file is not one.
+        """
+        from harmonica.storage.formats import build, read_router
+
+        return build(cls, path, read_router(path)[0])
+
+    def save_pretrained(self, folder: StrPath) -> None:
+        """Write a folder for the Hub, see `harmonica.storage.hub.write_folder`."""
+        from harmonica.storage.hub import Card, write_folder
+
+        model = str(self.about.get("model", ""))
+        write_folder(folder, self.save, Card("Router", model, str(self.schedule())))
+
+    @classmethod
+    def from_pretrained(
+        cls, source: StrPath, *, revision: str | None = None, token: str | None = None
+    ) -> Router:
+        """Read a folder here or on the Hub, see `harmonica.storage.hub.table_file`."""
+        from harmonica.storage.hub import table_file
+
+        return cls.load(table_file(source, "Router", revision, token))
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+        """Publish the folder and return its address, see `harmonica.storage.hub.push`."""
+        from harmonica.storage.hub import Card, push
+
+        model = str(self.about.get("model", ""))
+        return push(repo_id, self.save, Card("Router", model, str(self.schedule())), private, token)

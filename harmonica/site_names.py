@@ -1,72 +1,65 @@
-"""Names: one site, called differently by different code.
+"""Site names: one site is called differently by different code.
 
     the original DiT, this library    blocks.3.attn                 blocks.3.mlp
     diffusers                         transformer_blocks.3.attn1    transformer_blocks.3.ff
+    SmoothCache                       attn-3                        mlp-3
     a table for kinds of site         attn                          mlp
 
-`fit` gives a schedule the names of the model it is about to run on, if the two mean the same sites.
-It never guesses: a schedule that does not fit comes back as it is, and `schedule.check` says what
-is wrong.
+Here stand the only functions that read such a name. This file does not know schedules or models.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 
-import torch
-
-from harmonica.router import Schedule
-
-_KINDS = {
-    "attn": "attn",
-    "attn1": "attn",
-    "attention": "attn",
-    "self_attn": "attn",
-    "attn2": "attn2",
-}
-_KINDS |= {"cross_attn": "attn2", "mlp": "mlp", "ff": "mlp", "ffn": "mlp", "feed_forward": "mlp"}
-_BLOCK = re.compile(r"(?:transformer_)?blocks\.(\d+)\.(\w+)")
+_ORIGINAL = {"attn1": "attn", "attention": "attn", "self_attn": "attn", "cross_attn": "attn2"}
+_ORIGINAL |= {"ff": "mlp", "ffn": "mlp", "feed_forward": "mlp"}
+_KINDS = ("attn", "attn2", "mlp")
+_NUMBERED = re.compile(r"(?:transformer_)?blocks\.([0-9]{1,6})\.(\w+)|(.+)-([0-9]{1,6})")
 
 
-def fit(schedule: Schedule, sites: Sequence[str]) -> Schedule:
-    """Return the schedule in the names and the order of `sites`, or as it is if it is for other
-    sites.
+def word_of(name: str) -> str:
+    """Return the last part of a site's name, in the original's word if it has one.
 
-    A table without names fits by the number of its columns. A table for kinds of site ("attn",
-    "mlp") gives each site the column of its kind; cross-attention follows "attn" if it has none of
-    its own, and a kind that the table does not name computes.
-
-    >>> fit(Schedule([[1, 1], [0, 1]], sites=("attn", "mlp")), ["b.0.attn", "b.0.mlp", "b.1.mlp"]).sites
-    ('b.0.attn', 'b.0.mlp', 'b.1.mlp')
+    >>> word_of("transformer_blocks.3.attn1"), word_of("ff"), word_of("x.conv")
+    ('attn', 'mlp', 'conv')
     """
-    mine, theirs = schedule.sites, tuple(sites)
-    if mine == theirs:
-        return schedule
-    if mine == tuple(f"site{i}" for i in range(len(theirs))):
-        return replace(schedule, sites=theirs)
-    columns = {_canonical(name): i for i, name in enumerate(mine)}
-    if len(columns) == len(mine) == len(theirs) and set(columns) == {
-        _canonical(name) for name in theirs
-    }:
-        return replace(
-            schedule,
-            compute=schedule.compute[:, [columns[_canonical(n)] for n in theirs]],
-            sites=theirs,
-        )
-    if set(mine) <= set(_KINDS):
-        kinds = {_KINDS[name]: schedule.compute[:, i] for i, name in enumerate(mine)}
-        if {"attn", "attention"} & set(mine):
-            kinds.setdefault("attn2", kinds["attn"])
-        always = torch.ones(schedule.steps, dtype=torch.bool)
-        wanted = [kinds.get(_KINDS.get(name.rsplit(".", 1)[-1], ""), always) for name in theirs]
-        if any(column is not always for column in wanted):
-            return replace(schedule, compute=torch.stack(wanted, dim=1), sites=theirs)
-    return schedule
+    word = name.rpartition(".")[2]
+    return _ORIGINAL.get(word, word)
 
 
-def _canonical(name: str) -> str:
-    """Return the name in the original's words, if it is one of a numbered block."""
-    match = _BLOCK.fullmatch(name)
-    return f"blocks.{match[1]}.{_KINDS.get(match[2], match[2])}" if match else name
+def block_and_word(name: str) -> tuple[int, str] | None:
+    """Return the number of the block and the word of a site in the one list of blocks, else None.
+
+    >>> block_and_word("transformer_blocks.3.ff"), block_and_word("attn-3")
+    ((3, 'mlp'), (3, 'attn'))
+    """
+    match = _NUMBERED.fullmatch(name)
+    return match and (int(match[1] or match[4]), word_of(match[2] or match[3]))
+
+
+def columns_for(names: Sequence[str], sites: Sequence[str]) -> list[int] | None:
+    """Return which column of a table of sites `names` each of a model's `sites` follows, −1 for one
+    that always computes, or None if the table is for other sites.
+
+    A table without names ("site0", …) fits by the number of its columns. In a table for kinds of
+    site ("attn", "mlp") each site follows its kind; cross-attention follows "attn" if it has no
+    column of its own, and a kind that the table does not name computes.
+
+    >>> columns_for(["attn", "mlp"], ["b.0.attn1", "b.0.conv", "b.0.ff"])
+    [0, -1, 1]
+    """
+    if list(names) in (list(sites), [f"site{i}" for i in range(len(sites))]):
+        return list(range(len(sites)))
+    mine = {block_and_word(name) or name: i for i, name in enumerate(names)}
+    theirs = [block_and_word(name) or name for name in sites]
+    if len(mine) == len(names) == len(sites) and mine.keys() == set(theirs):
+        return [mine[key] for key in theirs]
+    if not set(names) <= {*_ORIGINAL, *_KINDS}:
+        return None
+    words = {word_of(name): i for i, name in enumerate(names)}
+    if {"attn", "attention"} & set(names):
+        words.setdefault("attn2", words["attn"])
+    columns = [words.get(word_of(site), -1) for site in sites]
+    return columns if max(columns) >= 0 else None

@@ -33,7 +33,7 @@ from harmonica.iepo import Proxy
 from harmonica.models.prompts import read_prompts
 from harmonica.processes import batch_per_rank, processes, rank, started_as
 from harmonica.search.budget import check_target
-from harmonica.storage.files import alone
+from harmonica.storage.files import exclusive_lock
 
 if TYPE_CHECKING:
     from harmonica.denoise import Denoiser
@@ -138,7 +138,7 @@ def run(args: argparse.Namespace) -> None:
     first = started_as()[0] == 0
     if first:
         _check_out(checkpoint, args.resume)
-    with alone(args.out) if first else nullcontext(), processes(args.device) as device:
+    with exclusive_lock(args.out) if first else nullcontext(), processes(args.device) as device:
         batch_per_rank(args.batch_size)
         denoiser = load_model(args, device, activation_checkpointing=args.activation_checkpointing)
         router = _train(denoiser, args, checkpoint)

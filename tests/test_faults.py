@@ -22,7 +22,7 @@ from harmonica import Router, Schedule, demo, train, train_sdt
 from harmonica import image_sets as samples
 from harmonica.evaluation import pictures as plots
 from harmonica.models import tiny
-from harmonica.storage.files import alone
+from harmonica.storage.files import exclusive_lock
 
 ROOT = Path(__file__).parent.parent
 SHORT = ["--steps", "4", "--iterations", "4"]
@@ -119,7 +119,7 @@ def test_a_second_run_to_one_folder_is_refused_and_the_first_is_not_disturbed(
 ):
     out = where(name, tmp_path)
     out.mkdir()
-    with alone(out):
+    with exclusive_lock(out):
         code, _, err = said(name, out, capsys)
         assert (code, len(err.splitlines())) == (2, 1)
         assert f"{out} is being written to by another run" in err
@@ -131,7 +131,7 @@ def test_a_second_run_to_one_file_of_samples_is_refused(tmp_path, capsys):
     out = tmp_path / "images.npz"
     parts = samples.parts_of(out)
     parts.mkdir()
-    with alone(parts):
+    with exclusive_lock(parts):
         code, _, err = said("samples", out, capsys)
     assert code == 2
     assert "is being written to by another run" in err
@@ -140,18 +140,18 @@ def test_a_second_run_to_one_file_of_samples_is_refused(tmp_path, capsys):
 
 def test_a_lock_of_a_killed_run_holds_nobody(tmp_path):
     script = (
-        "import sys, time; from harmonica.storage.files import alone\n"
-        "with alone(sys.argv[1]): print('held', flush=True); time.sleep(60)"
+        "import sys, time; from harmonica.storage.files import exclusive_lock\n"
+        "with exclusive_lock(sys.argv[1]): print('held', flush=True); time.sleep(60)"
     )
     child = subprocess.Popen(
         [sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True
     )
     assert child.stdout.readline() == "held\n"
-    with pytest.raises(BlockingIOError, match="another run"), alone(tmp_path):
+    with pytest.raises(BlockingIOError, match="another run"), exclusive_lock(tmp_path):
         pass
     child.kill()
     child.communicate()
-    with alone(tmp_path):
+    with exclusive_lock(tmp_path):
         assert not list(tmp_path.iterdir())
 
 

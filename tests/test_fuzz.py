@@ -24,7 +24,7 @@ from harmonica import Router, Schedule
 from harmonica.evaluation.scores import read_images
 from harmonica.models.prompts import read_prompts
 from harmonica.models.weights import read_state
-from harmonica.storage.files import read_json
+from harmonica.storage.files import read_json, write_tensors
 
 kinds = pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
 
@@ -169,14 +169,10 @@ def test_an_oversized_text_is_refused_unread(read, tmp_path):
 
 def test_a_header_with_a_number_of_sites_for_their_names_is_refused_at_once(tmp_path):
     """A number would be as many names, drawn up in memory."""
-    router = Router(2, 2)
-    router.save_pretrained(tmp_path / "r")
-    config = json.loads((tmp_path / "r/config.json").read_text())
-    (tmp_path / "r/config.json").write_text(json.dumps({**config, "sites": 10**12}))
-    with pytest.raises(
-        ValueError, match=r"config\.json is not a valid router: .*sites must be a list of names"
-    ):
-        Router.from_pretrained(tmp_path / "r")
+    facts = {"sites": 10**12, "about": {}}
+    write_tensors(tmp_path / "r.safetensors", {"logits": torch.zeros(1, 2)}, facts)
+    with pytest.raises(ValueError, match=r"r\.safetensors is not a valid router: sites must be"):
+        Router.load(tmp_path / "r.safetensors")
 
 
 def test_a_folder_or_a_device_is_said_to_be_one(tmp_path):

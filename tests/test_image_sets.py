@@ -18,7 +18,6 @@ from harmonica import Schedule, models, sample
 from harmonica import image_sets as samples
 from harmonica.evaluation.scores import clip_score, fid_inception, inception_score, read_images
 from harmonica.image_sets import draw_images, generator_of, pieces_of, to_uint8, write_samples
-from harmonica.site_names import fit
 
 COUNT = 11
 HALF = Schedule([[1] * 4, [0] * 4, [1, 0, 1, 0], [0] * 4])
@@ -474,7 +473,7 @@ def test_the_command_is_the_library(tmp_path, capsys):
     ]
     code, out, _ = said([*options, "--out", tmp_path / "a b.npz"], capsys)
     assert (code, out) == (0, f"5 images of seed 9 are in {tmp_path / 'a b.npz'}\n")
-    fitted = fit(schedule, tuple(d.sites))
+    fitted = schedule.fit(tuple(d.sites))
     write_samples(
         d, fitted, lambda x: x, count=5, seed=9, out=tmp_path / "library.npz", progress=False
     )

@@ -33,16 +33,10 @@ from harmonica.models.pixart import PIXART, PixArtDenoiser
 from harmonica.models.prompts import prompts_from
 from harmonica.models.tiny import TINY
 from harmonica.models.uvit import UVIT_H, UViT, UViTDenoiser
-from harmonica.models.weights import (
-    component,
-    dit_from_diffusers,
-    fetch,
-    fill,
-    from_diffusers,
-    read_state,
-)
+from harmonica.models.weights import component, dit_from_diffusers, fill, from_diffusers, read_state
 from harmonica.samplers import Sampler, make_sampler
 from harmonica.storage.files import StrPath
+from harmonica.storage.hub import download
 
 _XL = {"depth": 28, "hidden_size": 1152, "num_heads": 16, "patch_size": 2}
 DITS: dict[str, dict[str, Any]] = {
@@ -174,7 +168,7 @@ def _dit_from_hub(name: str) -> Path:
     pixels = name.removeprefix("dit-xl").removeprefix("-") or "256"
     file = f"DiT-XL-2-{pixels}x{pixels}.pt"
     ways = f'pass weights=PATH of the original {file} or of a diffusers folder, or weights="random" to time it'
-    return fetch(f"facebook/DiT-XL-2-{pixels}", ["transformer/*"], otherwise=ways)
+    return download(f"facebook/DiT-XL-2-{pixels}", ["transformer/*"], otherwise=ways)
 
 
 def _diffusers_dit(folder: StrPath, model: DiT) -> dict[str, torch.Tensor]:
@@ -226,7 +220,7 @@ def _pixart_folder(repository: str, patterns: list[str], weights: StrPath | None
     if weights is not None:
         return Path(weights)
     ways = 'pass weights=FOLDER of a diffusers pipeline, or weights="random" to time it'
-    return fetch(repository, patterns, otherwise=ways)
+    return download(repository, patterns, otherwise=ways)
 
 
 def _uvit(

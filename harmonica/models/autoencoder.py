@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from harmonica.models.pixart import PIXART
-from harmonica.models.weights import component, fetch, from_diffusers
+from harmonica.models.weights import component, from_diffusers
 from harmonica.storage.files import StrPath
+from harmonica.storage.hub import download
 
 Decoder = Callable[[Tensor], Tensor]
 
@@ -40,7 +41,7 @@ def decoder(
         device: where it runs.
 
     Raises:
-        ValueError: if it is not on this machine and cannot be fetched.
+        FileNotFoundError: if it is not on this machine and cannot be fetched.
         FileNotFoundError: if a folder has no autoencoder.
     """
     if name == "tiny":
@@ -69,7 +70,9 @@ def _read(name: str, weights: StrPath | None, vae: StrPath | None) -> Any:
     else:
         ways = "pass the folder of an autoencoder saved by diffusers (--vae)"
         if name in PIXART:
-            folder = fetch(PIXART[name].rest, ["vae/*"], otherwise=ways) / "vae"
+            folder = download(PIXART[name].rest, ["vae/*"], otherwise=ways) / "vae"
         else:
-            folder = fetch("stabilityai/sd-vae-ft-ema", ["*.json", "*.safetensors"], otherwise=ways)
+            folder = download(
+                "stabilityai/sd-vae-ft-ema", ["*.json", "*.safetensors"], otherwise=ways
+            )
     return from_diffusers(AutoencoderKL, folder)

@@ -27,29 +27,6 @@ from harmonica.storage.files import (
 )
 
 
-def fetch(repository: str, patterns: list[str], *, otherwise: str) -> Path:
-    """Return the local copy of a hub repository, downloaded if need be.
-
-    Args:
-        repository: such as facebook/DiT-XL-2-256.
-        patterns: files wanted, such as transformer/*.
-        otherwise: what else the user can do, for the error.
-
-    Raises:
-        ValueError: if it can neither be downloaded nor is there already.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(repository, allow_patterns=patterns))
-    except (OSError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        found = (
-            f"{repository} is not on this machine and cannot be fetched ({type(error).__name__})"
-        )
-        raise ValueError(f"{found}; connect to the hub once, or {otherwise}") from None
-
-
 def component(folder: StrPath, name: str, *classes: str) -> Path:
     """Return the folder of one part of a pipeline, or the folder itself if it is that part.
 

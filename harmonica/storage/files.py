@@ -1,11 +1,11 @@
-"""Files: safetensors and JSON, whole or not at all.
+"""Files: JSON, text, tensors and torch's pickles, written whole and read without running them.
 
-A file is written beside its name and then renamed, so a reader sees the old one or the new one and
-a full disk or a killed process leaves the old one in place. Nothing is pickled: reading a file
-executes nothing. Whatever bytes a file holds, reading it gives an object or an error that names the
-file (docs/faults.md lists what was tried).
+A file is written under another name beside its own and then renamed. So a reader sees the old file
+or the new one, and a full disk or a killed process leaves the old one in place. Whatever bytes a
+file holds, reading it gives a value or an error that names the file; docs/faults.md lists what was
+tried.
 
-This file does not know what the tensors and the JSON mean.
+This file does not know what the JSON and the tensors mean.
 """
 
 from __future__ import annotations
@@ -28,40 +28,35 @@ LARGEST_TEXT = 2**26
 """Bytes of JSON or prompts; a table of 1000 steps and 10 000 sites takes a sixth of it."""
 
 
-def existing(path: StrPath) -> Path:
-    """Return path as a Path.
+# ------------------------------------------------------------------------------------------ errors
 
-    Raises:
-        FileNotFoundError: if there is no such file.
-    """
-    if not Path(path).is_file():
-        found = (
-            "is a folder or a device; a file was expected"
-            if Path(path).exists()
-            else "no such file"
+
+def existing(path: StrPath) -> Path:
+    """Return path as a Path; raise FileNotFoundError if there is no such file."""
+    path = Path(path)
+    if not path.is_file():
+        problem = (
+            "is a folder or a device; a file was expected" if path.exists() else "no such file"
         )
-        raise FileNotFoundError(f"{path}: {found}")
-    return Path(path)
+        raise FileNotFoundError(f"{path}: {problem}")
+    return path
 
 
 def refused(path: StrPath, verdict: str, error: BaseException | str) -> ValueError:
-    """Return the error that a file is refused with: its name, the verdict, and in short what was
-    found.
+    """Return the error that refuses a file: its name, the verdict, and the reason in short.
 
     >>> refused("s.json", "is not a schedule", KeyError("compute"))
-    ValueError("s.json is not a schedule: 'compute'")
+    ValueError("s.json is not a schedule: it has no 'compute'")
     """
-    found = " ".join(str(error).split()) or type(error).__name__
-    return ValueError(f"{path} {verdict}: {found if len(found) <= 300 else found[:299] + '…'}")
+    reason = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+    reason = reason or type(error).__name__
+    return ValueError(f"{path} {verdict}: {reason if len(reason) <= 300 else reason[:299] + '…'}")
 
 
 @contextmanager
 def decoding(path: StrPath, verdict: str) -> Iterator[None]:
-    """Turn whatever another library raises on made-up bytes into one ValueError that names the
-    file.
-
-    Only for calls of decoders that are not ours: what they raise is not to be foreseen, and ours
-    is.
+    """Turn whatever made-up bytes raise, in our code or another's, into one ValueError that names
+    the file.
     """
     try:
         yield
@@ -71,11 +66,14 @@ def decoding(path: StrPath, verdict: str) -> Iterator[None]:
         raise refused(path, verdict, error) from None
 
 
+# ------------------------------------------------------------------------------------------ writing
+
+
 def write_whole(path: StrPath, write: Callable[[Path], Any]) -> None:
     """Let `write` fill a file beside `path`, then rename it to `path`.
 
-    The name beside is nobody else's: two runs that write one file, on two machines too, do not
-    tread on each other's half, and the last one stays.
+    The other name is a new one each time: two runs that write one file, on two machines too, do not
+    disturb each other, and the last one stays.
 
     Raises:
         FileNotFoundError: if the folder does not exist.
@@ -99,13 +97,11 @@ def write_whole(path: StrPath, write: Callable[[Path], Any]) -> None:
 
 
 @contextmanager
-def alone(folder: StrPath) -> Iterator[None]:
-    """Hold a folder for one run: another that asks for it is refused until this one has ended,
-    however it ends.
+def exclusive_lock(folder: StrPath) -> Iterator[None]:
+    """Hold a folder for one run: another run that wants it is refused until this one has ended.
 
-    The lock is the system's and dies with the process, so none is ever stale, and nothing is left
-    in the folder. Where there are no such locks (Windows, some network disks) nobody is refused;
-    files are whole even so.
+    The lock is the system's and ends with the process, so none is ever left over, and no file is
+    made. Where there are no such locks (Windows, some network disks) nobody is refused.
 
     Raises:
         BlockingIOError: if another run holds it.
@@ -117,40 +113,53 @@ def alone(folder: StrPath) -> Iterator[None]:
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        _lock(fcntl, handle, folder)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            busy = f"{folder} is being written to by another run"
+            raise BlockingIOError(f"{busy}; wait for it, or choose another") from None
+        except OSError:  # a disk that knows no locks
+            pass
         yield
     finally:
         os.close(handle)
 
 
-def _lock(fcntl: Any, handle: int, folder: StrPath) -> None:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise BlockingIOError(
-            f"{folder} is being written to by another run; wait for it, or choose another"
-        ) from None
-    except OSError:  # a disk that knows no locks
-        return
-
-
 def write_json(path: StrPath, data: Mapping[str, Any]) -> None:
-    """Write JSON a person can read: a line for each key, and for each key of the mappings
-    inside.
-    """
+    """Write JSON a person can read: one line for each key, and for each key of inner mappings."""
 
-    def one_line(value: Any) -> str:
-        return json.dumps(value, ensure_ascii=True)
+    def lines(mapping: Mapping[str, Any], indent: str) -> str:
+        inner = (f"{indent}{json.dumps(key)}: {value}" for key, value in mapping.items())
+        return "{\n" + ",\n".join(inner) + f"\n{indent[1:]}}}"
 
-    entries = []
-    for key, value in data.items():
-        if isinstance(value, Mapping) and value:
-            inner = ",\n".join(f"  {one_line(k)}: {one_line(v)}" for k, v in value.items())
-            entries.append(f" {one_line(key)}: {{\n{inner}\n }}")
-        else:
-            entries.append(f" {one_line(key)}: {one_line(value)}")
-    text = "{\n" + ",\n".join(entries) + "\n}\n"
+    entries = {
+        key: lines({k: json.dumps(v) for k, v in value.items()}, "  ")
+        if isinstance(value, Mapping) and value
+        else json.dumps(value)
+        for key, value in data.items()
+    }
+    text = lines(entries, " ") + "\n"
     write_whole(path, lambda beside: beside.write_text(text, encoding="ascii"))
+
+
+def write_tensors(path: StrPath, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Write tensors as safetensors, and facts (anything JSON can say) in its metadata."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    dense = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    metadata = {key: json.dumps(value) for key, value in facts.items()}
+
+    def write(beside: Path) -> None:
+        try:
+            save_file(dense, beside, metadata)
+        except SafetensorError as error:  # a full disk, which is no fault of the tensors
+            raise OSError(f"{path} could not be written: {error}") from None
+
+    write_whole(path, write)
+
+
+# ------------------------------------------------------------------------------------------ reading
 
 
 def read_text(path: StrPath) -> str:
@@ -158,71 +167,61 @@ def read_text(path: StrPath) -> str:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is not such text, or larger than any that is meant to be read.
+        ValueError: if it is not UTF-8, or larger than LARGEST_TEXT.
     """
     size = existing(path).stat().st_size
     if size > LARGEST_TEXT:
-        raise ValueError(
-            f"{path} is {size >> 20} MB; text of at most {LARGEST_TEXT >> 20} MB was expected"
-        )
-    try:
+        most = f"text of at most {LARGEST_TEXT >> 20} MB was expected"
+        raise ValueError(f"{path} is {size >> 20} MB; {most}")
+    with decoding(path, "is not text in UTF-8"):
         return Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not text in UTF-8: {error.reason} at byte {error.start}"
-        ) from None
 
 
 def read_json(path: StrPath) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is not a JSON object.
-    """
+    """Read a JSON object; raise FileNotFoundError, or ValueError if the file is not one."""
     text = read_text(path)
-    try:
+    with decoding(path, "is not JSON"):
         data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise refused(path, "is not JSON", error) from None
     if not isinstance(data, dict):
         raise ValueError(f"{path} holds a JSON {type(data).__name__}; an object was expected")
     return data
 
 
+def read_tensors(path: StrPath) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `write_tensors` wrote; raise FileNotFoundError, or ValueError for another file."""
+    from safetensors import safe_open
+
+    with (
+        decoding(path, "is not a safetensors file of ours"),
+        safe_open(existing(path), framework="pt") as file,
+    ):
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no dict)
+        facts = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+    return tensors, facts
+
+
 def read_pickle(path: StrPath) -> Any:
-    """Unpickle tensors, containers and argparse.Namespace, a plain bag of values; anything else is
-    refused unread.
+    """Unpickle tensors, containers and argparse.Namespace, a plain bag of values.
 
     Raises:
-        ValueError: if there is anything else in it, or it is damaged. torch's own message would
-            advise to run the file.
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged or holds anything else, which is never run. torch's own message
+            would advise to run the file.
     """
-    _refuse_a_bomb(existing(path))
+    if is_archive(existing(path)):
+        with decoding(path, "is a damaged archive"), zipfile.ZipFile(path) as archive:
+            unpacked = sum(member.file_size for member in archive.infolist())
+        if unpacked > Path(path).stat().st_size:  # torch stores its tensors as they are
+            size = f"{unpacked >> 20} MB, more than it is"
+            raise ValueError(f"{path} would unpack to {size}; files of torch are not packed")
     try:
-        with torch.serialization.safe_globals(
-            [argparse.Namespace]
-        ):  # for this call; nobody else's loads change
+        with torch.serialization.safe_globals([argparse.Namespace]):  # for this call alone
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (FileNotFoundError, PermissionError):
+    except PermissionError:
         raise
-    except Exception:  # bytes that someone made up can raise anything here
-        found = "is damaged, or holds more than tensors and settings"
-        raise ValueError(f"{path} {found}; nothing in it was run") from None
-
-
-def _refuse_a_bomb(path: Path) -> None:
-    """Raise ValueError if an archive says it unpacks to more than it is: torch stores its tensors
-    as they are.
-    """
-    if not is_archive(path):
-        return
-    with decoding(path, "is a damaged archive"), zipfile.ZipFile(path) as archive:
-        inside = sum(member.file_size for member in archive.infolist())
-    if inside > path.stat().st_size:
-        raise ValueError(
-            f"{path} would unpack to {inside >> 20} MB, more than it is; files of torch are not packed"
-        )
+    except Exception:  # made-up bytes can raise anything here
+        problem = "is damaged, or holds more than tensors and settings"
+        raise ValueError(f"{path} {problem}; nothing in it was run") from None
 
 
 def is_archive(path: StrPath) -> bool:
@@ -238,47 +237,8 @@ def is_plain(tensor: Any) -> bool:
 
     A few bytes may claim to be a tensor of any size, each row of it the same memory.
     """
-    if (
-        not isinstance(tensor, Tensor)
-        or tensor.layout != torch.strided
-        or tensor.is_quantized
-        or tensor.is_meta
-    ):
+    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+        return False
+    if tensor.is_quantized or tensor.is_meta:
         return False
     return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
-
-
-def write_tensors(path: StrPath, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """Write tensors as safetensors, facts (anything JSON can say) in its metadata."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    whole = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    metadata = {key: json.dumps(value) for key, value in facts.items()}
-
-    def write(beside: Path) -> None:
-        try:
-            save_file(whole, beside, metadata)
-        except SafetensorError as error:  # a full disk, which is no fault of the tensors
-            raise OSError(f"{path} could not be written: {error}") from None
-
-    write_whole(path, write)
-
-
-def read_tensors(path: StrPath) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `write_tensors` wrote.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is not safetensors, or its facts are not JSON.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(existing(path), framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (a handle, not a dict)
-            return tensors, {
-                key: json.loads(value) for key, value in (file.metadata() or {}).items()
-            }
-    except (SafetensorError, ValueError, RecursionError) as error:
-        raise refused(path, "is not a safetensors file of ours", error) from None

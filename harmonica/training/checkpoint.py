@@ -28,7 +28,7 @@ from harmonica.processes import from_rank_0, rank
 from harmonica.router import Router
 from harmonica.sdt import Update
 from harmonica.storage.files import StrPath, refused
-from harmonica.storage.formats import read_router, write_router
+from harmonica.storage.formats import build, read_router, write_router
 from harmonica.training.beta import BetaController
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -147,7 +147,8 @@ class Checkpoint:
         self.written = self.captured[1]["updates"]
         if self.path is not None and rank() == 0:
             tensors, counts = self.captured
-            write_router(router or self.router, self.path, tensors, {**counts, **self.facts})
+            table, facts = router or self.router, {**counts, **self.facts}
+            write_router(self.path, table.logits, table.sites, table.about, tensors, facts)
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -171,7 +172,8 @@ class Checkpoint:
 
     def _restore(self, state: TrainingState, iterations: int) -> None:
         path = "the checkpoint to resume" if self.path is None else self.path
-        router, tensors, facts = read_router(path)
+        fields, tensors, facts = read_router(path)
+        router = build(Router, path, fields)
         if not isinstance(facts.get("settings"), dict) or "state.logits" not in tensors:
             raise ValueError(
                 f"{path} is a router without the state of its training; it cannot be resumed"

@@ -523,24 +523,22 @@ def test_a_schedule_in_the_originals_names_without_names_or_for_kinds_runs():
 
 
 def test_columns_in_another_order_are_put_in_order():
-    from harmonica.site_names import fit
-
     rows = torch.tensor([[1, 1, 1], [0, 1, 0]])
     schedule = Schedule(rows, ("blocks.0.mlp", "blocks.0.attn", "skip"))
-    fitted = fit(schedule, ("transformer_blocks.0.attn1", "transformer_blocks.0.ff", "skip"))
+    fitted = schedule.fit(("transformer_blocks.0.attn1", "transformer_blocks.0.ff", "skip"))
     assert fitted.compute.int().tolist() == [[1, 1, 1], [1, 0, 0]]
     sites = ("b.0.attn1", "b.0.attn2", "b.0.ff", "b.0.conv")
-    kinds = fit(Schedule([[1, 1], [0, 1]], ("attn", "mlp")), sites)
+    kinds = Schedule([[1, 1], [0, 1]], ("attn", "mlp")).fit(sites)
     assert kinds.compute.int().tolist() == [
         [1, 1, 1, 1],
         [0, 0, 1, 1],
     ]  # what the table does not name computes
-    only = fit(Schedule([[1], [0]], ("attn1",)), sites)
+    only = Schedule([[1], [0]], ("attn1",)).fit(sites)
     assert only.compute.int().tolist() == [[1, 1, 1, 1], [0, 1, 1, 1]]
     strange = Schedule([[1, 1], [0, 1]], ("attn", "mlp"))
-    assert fit(strange, ("b.0.conv", "b.0.norm")) is strange
+    assert strange.fit(("b.0.conv", "b.0.norm")) is strange
     one = Schedule([[1], [0]], ("blocks.0.mlp",))
-    assert fit(one, ("blocks.0.mlp", "blocks.0.ff")) is one
+    assert one.fit(("blocks.0.mlp", "blocks.0.ff")) is one
 
 
 def test_other_sites_are_refused_and_named():

@@ -28,7 +28,6 @@ from harmonica.inference.lifetimes import Plan
 from harmonica.models.precompute import Clock
 from harmonica.models.sites import count_calls
 from harmonica.router import Schedule
-from harmonica.site_names import fit
 
 MOST_CALLS = 16
 """Calls of the transformer before the scheduler's first step, each with features of its own, that
@@ -52,7 +51,7 @@ class Session:
         self.pipe = weakref.ref(pipe)  # enable_cache must not keep a pipeline alive
         self.transformer, self.scheduler = pipe.transformer, pipe.scheduler
         self.modules = modules
-        self.schedule = fit(schedule, tuple(modules))
+        self.schedule = schedule.fit(tuple(modules))
         self.schedule.check(self.schedule.steps, tuple(modules))
         self.clock = Clock(rows=not exact, trusted=False)
         self.walks = self.skipped = self.asked = 0
