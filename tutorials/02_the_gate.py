@@ -5,10 +5,10 @@
 #
 # - write a gate, and say what a cache is (a dict) and who owns it;
 # - write a schedule by hand, read one, save and load one;
-# - compute CUR and theoretical speedup on paper and check them against the library and the clock;
-# - say why a walk in which everything computes is the plain model, bit for bit.
+# - compute CUR and theoretical speedup on paper, and check them against the library and the clock;
+# - say why a walk in which everything computes gives the plain model's image, bit for bit.
 #
-# It is about two files of the library, `harmonica/cache.py` and the first half of `harmonica/router.py`.
+# Two files of the library belong to this tutorial: `harmonica/cache.py` and the `Schedule` in `harmonica/router.py`.
 
 # %%
 # %matplotlib inline
@@ -33,40 +33,40 @@ plain = sample(denoiser, x, labels)
 # %% [markdown]
 # ## A gate answers for a site
 #
-# A site is an attention or a feed-forward. While the model is `gated`, a site does not run when it is called. It asks
-# the gate: *here is my number, and here is a function that would compute my output; what is my output?* This gate
-# only keeps a list of who asked.
+# A site is an attention or a feed-forward. Inside `with gated(…)` a site does not run when the model calls it. It calls
+# the gate with two arguments: its number, and a function that would compute its output. What the gate returns is used
+# as the site's output. The gate below computes always, and keeps a list of the numbers.
 
 # %%
-asked = []
+called = []
 
 
 def gate(site, compute):
-    asked.append(site)
+    called.append(site)
     return compute()
 
 
 with gated(denoiser.sites, gate):
     denoiser.predict(x, 0, labels)
-print("asked, in this order:", asked)
+print("called for the sites", called)
 
 # %% [markdown]
-# After the `with`, the model is as it was: the gate overridden the `forward` of 16 module objects and has been taken
-# off again. Nothing was registered, and no class was changed.
+# After the `with`, the model is as it was. `gated` had overridden the `forward` of 16 module objects, and has removed the
+# overrides again. No hook was registered, and no class was changed. So the next prediction does not call our gate:
 
 # %%
 denoiser.predict(x, 0, labels)
 print(
-    len(asked),
-    "asked in all; forward still overridden:",
+    len(called),
+    "calls in all; a forward is still overridden:",
     any("forward" in vars(m) for m in denoiser.sites.values()),
 )
 
 # %% [markdown]
 # ## A cache is a dict
 #
-# `reuse(row, cache)` is the gate of inference. Where the row is true the site computes and its feature is kept under
-# its number; where it is false the feature that was kept is returned, and `compute` is never called.
+# `reuse(row, cache)` returns the gate of inference. Where the row is true, the site computes, and the cache keeps its feature
+# under the site's number. Where the row is false, the kept feature is returned, and `compute` is never called.
 
 # %%
 N = len(denoiser.sites)
@@ -82,15 +82,15 @@ with torch.no_grad(), gated(denoiser.sites, reuse([False] * N, cache)):
 print("the same output from kept features:", torch.equal(first, second))
 
 # %% [markdown]
-# Same x, same step, same output: at the step at which they were made, kept features are the right ones. At the *next*
-# step they are a step old, which is the whole gamble. Who owns the dict? The walk. A second walk brings a second
-# dict, so there is nothing to reset and nothing to mix up.
+# The x and the step were the same, so the output is the same: at the step at which they were computed, kept features are
+# exact. At the *next* step they are one step old, and reusing them causes an error. Who owns the dict? The walk. A second
+# walk has a second dict, so nothing must be reset and nothing can be mixed up.
 #
 # ## A schedule is a table of rows
 #
-# One row for each executed step, one column for each site; true computes. The first row must be true, because there
-# is nothing to reuse yet. Here is one by hand: odd steps reuse the feed-forwards, and from step 10 on they reuse the
-# attentions of blocks 4 to 7 too. **What does the table look like?**
+# A schedule has one row for each step and one column for each site; true means compute. The first row must be true
+# everywhere, because nothing has been kept yet. Here is a schedule made by hand: odd steps reuse the feed-forwards, and
+# odd steps after step 10 also reuse the attentions of blocks 4 to 7. **What does the table look like?**
 
 # %%
 T = denoiser.steps
@@ -101,7 +101,7 @@ mine = Schedule(compute, sites=tuple(denoiser.sites), **denoiser.about)
 plots.router_heatmap(mine, title="by hand")
 
 # %% [markdown]
-# The same in text, for terminals. A schedule also carries what it was made for, so that it can be refused elsewhere.
+# The same table as text. A schedule also carries what it was made for, so that another model or sampler can refuse it.
 
 # %%
 print(mine)
@@ -110,8 +110,8 @@ print(mine.model, mine.sampler, mine.guidance, mine.timesteps[:4], "…")
 # %% [markdown]
 # ## When everything computes
 #
-# A library that touches a model owes you this: with a table of ones, the images are those of the plain model. Not
-# nearly. Bit for bit, at every step.
+# A library that changes how a model runs must keep one promise: with a table of ones, the images are those of the plain
+# model. They are not nearly equal; they are equal bit for bit, at every step.
 
 # %%
 everything = [True] * N
@@ -120,7 +120,7 @@ gated_walk = denoise(denoiser, x, labels, lambda k: reuse(everything, cache))
 print(all(torch.equal(a, b) for a, b in zip(gated_walk, denoise(denoiser, x, labels), strict=True)))
 
 # %% [markdown]
-# It holds because a gate that computes returns the very tensor which the site made. `tests/test_laws.py` holds it for
+# This holds because a gate that computes returns the very tensor that the site computed. `tests/test_laws.py` tests it for
 # random models and samplers.
 #
 # ## CUR and theoretical speedup
@@ -132,8 +132,8 @@ print(all(torch.equal(a, b) for a, b in zip(gated_walk, denoise(denoiser, x, lab
 print((10 * 8 + 5 * 4) / (T * N), mine.cur)
 
 # %% [markdown]
-# CUR counts entries, but entries do not cost the same. What does each site cost? `macs` counts the
-# multiply-accumulates of one guided prediction for one image.
+# CUR counts entries, but not all entries cost the same. `macs` counts what each site costs: the multiply-accumulates
+# (MACs) of one guided prediction for one image.
 
 # %%
 cost = macs(denoiser)
@@ -145,8 +145,8 @@ for what, macs_of in {
     print(f"{what:13}{float(macs_of) / 1e6:5.2f} million")
 
 # %% [markdown]
-# A feed-forward costs 1.8 times an attention; the rest (embeddings, modulations, the last layer, all blocks together)
-# always runs. The theoretical speedup is all MACs of the walk over those that still run:
+# A feed-forward costs 1.8 times as much as an attention. The rest (embeddings, modulations of all blocks, the last layer)
+# always runs. The theoretical speedup is the number of all MACs of the walk divided by the number that still run:
 
 # %%
 attention, feed_forward = cost.sites[0], cost.sites[1]
@@ -155,7 +155,8 @@ saved = 10 * 8 * feed_forward + 5 * 4 * attention
 print(f"by hand {full / (full - saved):.4f}, by the library {mine.speedup(cost):.4f}")
 
 # %% [markdown]
-# **Two tables of one CUR need not be equally fast, nor equally good.** Each of these reuses a quarter of the table.
+# **Are two tables with the same CUR equally fast and equally good?** Each of the following tables reuses a quarter of the
+# entries.
 
 
 # %%
@@ -181,12 +182,12 @@ for name, schedule in quarters.items():
     )
 
 # %% [markdown]
-# Feed-forwards save twice what attentions save, for the same damage. And the first half of the walk can be had nearly
-# for nothing: the same quarter costs fourteen times less there than in the second half.
+# They are not. Feed-forwards save almost twice as much work as attentions, with about the same error. And reuse is cheap in
+# the first half of the walk: the same quarter of the table causes a fourteenth of the error that it causes in the second half.
 #
 # ## The first saving
 #
-# Put both together: reuse everything at odd steps before 10, and feed-forwards at odd steps up to 17. **Can you see
+# Now combine both: reuse everything at odd steps before 10, and the feed-forwards at the odd steps 11 to 17. **Can you see
 # the difference?**
 
 # %%
@@ -197,7 +198,7 @@ plots.comparison(
 )
 
 # %% [markdown]
-# It is faster than the quarter that reused feed-forwards at all odd steps, and better too:
+# It is faster than the table that reuses the feed-forwards at all odd steps, and its error is smaller:
 
 # %%
 for name, schedule in {
@@ -212,9 +213,9 @@ for name, schedule in {
 # %% [markdown]
 # ## Theory and the clock
 #
-# A theoretical speedup assumes that time is MACs. `measure` walks with and without the schedule by turns and takes
-# medians. The numbers below depend on the machine and on what else it is doing. Look at how they rise with the batch,
-# and from `sample` to a `Walk`, which knows the whole table before it starts.
+# A theoretical speedup assumes that only MACs take time. `measure` runs walks with and without the schedule in turns, and
+# takes medians. The numbers below depend on the machine and on what else it is doing. Look at how they rise with the batch,
+# and from `sample` to `Walk`. A `Walk` uses the fact that the whole table is known before the walk starts.
 
 # %%
 some, some_labels = denoiser.draw(32, torch.Generator().manual_seed(1))
@@ -227,15 +228,15 @@ for batch in (1, 8, 32):
     )
 
 # %% [markdown]
-# In a model this small, much of a step is not products: norms, modulations, calls, Python. Under `sample` all of that
-# still runs around a skipped site. A `Walk` skips the norms and modulations as well, and computes what depends on the
-# timestep alone before it sets out; for DiT-XL/2 and PixArt its clock meets the theory
-# (`benchmarks/results/speed.json`).
+# In a model as small as this, much of a step's time goes into other things than products: norms, modulations and Python
+# calls. Under `sample` all of this still runs around a skipped site. A `Walk` skips the norms and modulations too, and
+# computes in advance whatever depends on the timestep alone. For DiT-XL/2 and PixArt its measured speedup reaches the
+# theoretical one (`benchmarks/results/speed.json`).
 #
 # ## A schedule is a file
 #
-# A kilobyte of readable JSON, and the same table again when it is loaded. `Schedule.load` also reads the tables of
-# other people's methods (tutorial 5).
+# A schedule is saved as about one kilobyte of readable JSON, and loading it gives an equal schedule. `Schedule.load` also
+# reads the tables of other projects (`docs/files.md`).
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
@@ -246,12 +247,12 @@ with tempfile.TemporaryDirectory() as folder:
 # %% [markdown]
 # ## Exercises
 #
-# 1. Write a gate that behaves like `reuse` and also counts how many sites were skipped. Walk under `better` and check
-#    the count against CUR.
-# 2. Which CUR and speedup has the table that reuses the feed-forwards of blocks 2 to 5 at every step but the first?
-#    Work it out on paper first.
-# 3. What happens if the first row has a false in it? If `sample` is given a table for 10 steps? If `reuse` is given
-#    the scores of a router instead of decisions? Try all three and read the messages.
+# 1. Write a gate that behaves like `reuse` and also counts how many sites were skipped. Walk under `better` and compare
+#    the count with CUR.
+# 2. Which CUR and which speedup does the table have that reuses the feed-forwards of blocks 2 to 5 at every step except
+#    the first? Work it out on paper first.
+# 3. What happens if the first row contains a false? If `sample` gets a table for 10 steps? If `reuse` gets the scores of
+#    a router instead of decisions? Try all three and read the messages.
 
 # %% [markdown]
 # <details><summary>Answers</summary>
@@ -282,7 +283,7 @@ with tempfile.TemporaryDirectory() as folder:
 # 112 112.0
 # ```
 #
-# **2.** 19 · 4 of 320 entries are 23.75 %. What runs: all, less 76 feed-forwards.
+# **2.** 19 · 4 of the 320 entries are 23.75 %. Everything runs except 76 feed-forwards.
 #
 # ```python
 # middle = table((slice(1, None), [5, 7, 9, 11]))
@@ -293,7 +294,7 @@ with tempfile.TemporaryDirectory() as folder:
 # 0.2375 1.416 1.416
 # ```
 #
-# **3.** Each message says what was found, what was expected and what to do.
+# **3.** Each message says which value is wrong, what was expected and what to do.
 #
 # ```python
 # wrong = {
