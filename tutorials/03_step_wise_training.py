@@ -4,17 +4,18 @@
 # After this tutorial you can
 #
 # - say what a router learns, and from what;
-# - show that errors accumulate along a walk, and that training which draws steps at random does not see it;
+# - show that errors accumulate along a walk, and that training on single random steps does not see this;
 # - follow the paper's Algorithm 1 line by line in `harmonica/sdt.py`, and run one update of it by hand;
-# - train a router, watch it, freeze it, and judge it against other methods at equal speed.
+# - train a router, watch it, freeze it, and compare it with other methods at the same speed.
 #
-# T is 10 here, so that a training takes seconds. All tables are judged on noises that no router was trained on.
+# T is 10 here, so that a training takes seconds. All tables are judged on noises that no training has used.
 
 # %%
 # %matplotlib inline
 import inspect
 
 import torch
+from matplotlib.figure import Figure
 from torch.optim import AdamW
 
 from harmonica import Router, blend, denoise, gated, macs, objective, reuse, sample, sdt
@@ -33,13 +34,13 @@ plain = list(denoise(denoiser, held_out, held_out_labels))  # T × (100, 1, 8, 8
 # %% [markdown]
 # ## Errors accumulate
 #
-# A cached walk goes wrong in two ways. At each step a stale feature makes the output a little wrong: that is the
-# step's own error. But the step also *starts* from an x which earlier reuse has already moved. Learning-to-Cache, the
-# method before this one, draws steps at random: it adds noise to a real image, computes the features of one step,
-# reuses them at the next, and looks at that. It sees the first kind of error and never the second.
+# A cached walk has two kinds of error. At each step a reused feature makes the output a little wrong: that is the step's
+# own error. But the step also *starts* from an x that earlier reuse has already changed. Learning-to-Cache, an earlier
+# method, draws steps at random: it adds noise to a real image, computes the features of one step, reuses them at the
+# next, and compares the outputs. It sees the first kind of error and never the second.
 #
-# We can take both views of one table. `as_a_single_step` lets the plain walk arrive at step k, with features that the
-# plain model made on the way, and takes only this one step under the table.
+# We can look at one table in both ways. In `as_a_single_step` the plain walk arrives at step k, with features that the
+# plain model has computed on the way, and only this one step runs under the table.
 
 # %%
 third = baselines.every(denoiser, 3)  # steps 0, 3, 6, 9 compute
@@ -62,8 +63,8 @@ def along_its_own_walk(schedule):
 
 
 # %% [markdown]
-# **How far is x from the uncached x, after each step, in the two views?** (The paper has a figure like it for
-# DiT-XL/2.)
+# **How far is x from the x of the plain walk after each step, seen in both ways?** (The paper has a figure like this one
+# for DiT-XL/2.)
 
 # %%
 seen, real = list(as_a_single_step(third)), list(along_its_own_walk(third))
@@ -79,15 +80,15 @@ print(
 )
 
 # %% [markdown]
-# Whoever looks at single steps sees the error go back to zero whenever a step computes. It does not: a step that
-# computes everything from a wrong x is exact about the wrong thing. The last step computes everything, so as a single
-# step it is perfect, and the image has all the error there is.
+# Seen as single steps, the error returns to zero whenever a step computes everything. On the real walk it does not: such a
+# step gives the exact output for a wrong x. The last step computes everything. As a single step it has no error at all,
+# but the image at the end of the real walk has kept the error of all steps before.
 #
 # ## The router
 #
-# What is learned is a table r of scores in (0, 1), one for each step and site. In training a site returns the mixture
-# r·fresh + (1 − r)·cached, so that the loss has a gradient in r. Row 0 is fixed at one. `router()` is (T, N). **What
-# does it look like before training?**
+# Training learns a table r of scores in (0, 1), one for each step and site. During training a site returns the mixture
+# r·fresh + (1 − r)·cached, so that the loss has a gradient with respect to r. Row 0 is always one. `router()` has the
+# shape (T, N). **What does it look like before training?**
 
 # %%
 x, labels = denoiser.draw(4, torch.Generator().manual_seed(0))
@@ -97,10 +98,10 @@ plots.router_heatmap(router(), tuple(denoiser.sites), title="Untrained")
 # %% [markdown]
 # ## Algorithm 1, by hand
 #
-# One trajectory of step-wise denoising training (SDT). It starts from pure noise; no image is needed. Two dicts hold
-# all its state.
+# Here is one walk of step-wise denoising training (SDT). It starts from pure noise and needs no image. Two dicts hold its
+# whole state: the cache, and the memory of the sampler. The *student* is the model under the router's gate.
 #
-# **Step 0.** There is nothing to reuse. The student computes everything, and `blend` keeps the features.
+# **Step 0.** Nothing has been kept yet. The student computes everything, and `blend` keeps the features.
 
 # %%
 tau, beta, lr = 0.1, 3e-4, 0.2
@@ -112,15 +113,16 @@ x1 = denoiser.step(x, out, 0, memory)
 print(len(cache), "features kept")
 
 # %% [markdown]
-# **Step 1, the teacher.** The same model, at the *student's* x, without any gate: what the output should be.
+# **Step 1, the teacher.** The teacher is the same model without a gate. It predicts from the *student's* x. Its output is the
+# target.
 
 # %%
 with torch.no_grad():
     target = denoiser.predict(x1, 1, labels)
 
 # %% [markdown]
-# **Step 1, the student.** The same x, under `blend`. All sites compute, and mix with what was kept. Where r > τ the
-# mixture replaces the kept feature.
+# **Step 1, the student.** The student predicts from the same x, under `blend`. Every site computes and mixes its output
+# with the kept one. Where r > τ, the mixture replaces the kept feature.
 
 # %%
 r = router.row(1)  # (N,), σ(logits), with a gradient
@@ -128,9 +130,8 @@ with gated(denoiser.sites, blend(r, cache, tau)):
     out = denoiser.predict(x1, 1, labels)
 
 # %% [markdown]
-# **Step 1, the loss.** How wrong the output is, weighed by λ (here 1; tutorial 4 is about λ), plus β for every site
-# that computes. The first term pushes scores up, the second pulls them down; a site reuses where computing is not
-# worth β.
+# **Step 1, the loss.** The loss is λ·MSE + β·Σr. The MSE says how wrong the output is. λ is 1 here (tutorial 4 is about λ).
+# β is the price of computing one site. The first term pushes scores up, the second pulls them down.
 
 # %%
 loss = objective(out, target, r, 1.0, beta)
@@ -139,8 +140,13 @@ print(
 )
 
 # %% [markdown]
-# **Step 1, the update.** Into row 1 of the router, and nowhere else: the weights are frozen, and kept features are
-# detached, so no gradient reaches an earlier step.
+# The second term is about 130 times the first. Still it does not decide everything, because a score follows the *slopes* of
+# the two terms and not their sizes. The slope of β·Σr is β for every score at every step. The slope of the MSE is large
+# where computing would make the output much better. At step 1 it would hardly do so, and the scores will fall. At later
+# steps the MSE is hundreds to thousands of times larger (tutorial 4 plots it), and many scores will rise.
+#
+# **Step 1, the update.** The gradient reaches row 1 of the router and nothing else: the weights are frozen, and kept
+# features are detached, so no gradient reaches an earlier step.
 
 # %%
 optimizer.zero_grad(set_to_none=True)
@@ -152,25 +158,24 @@ print(
 )
 
 # %% [markdown]
-# **Step 1, onwards.** The *student's* output takes the sampler step. This is the line that makes training and
-# inference the same walk: at step 2 both student and teacher stand where the student's errors have led.
+# **On to step 2.** The sampler steps with the *student's* output. This line makes training and inference the same walk: at
+# step 2 student and teacher both start from an x that contains the student's errors.
 
 # %%
 x2 = denoiser.step(x1, out.detach(), 1, memory)
 print(
-    f"the teacher would have gone elsewhere: {image_mse(x2, denoiser.step(x1, target, 1, {})):.1e}"
+    f"the teacher's output would have led to another x, mean squared difference {image_mse(x2, denoiser.step(x1, target, 1, {})):.1e}"
 )
 
 # %% [markdown]
-# And so on to step T − 1; then the next noise. Here is the loop of the library. Find each of the lines above. What is
-# added: λ, an average over processes, and a power of two which keeps small gradients alive in half precision.
+# This continues to step T − 1, and then with the next noise. Here is the loop of the library. Find each of the lines above.
 
 # %%
 source = inspect.getsource(sdt)
-print(source[source.index("    for n, (x, cond)") :])
+print(source[source.index("    for ") :])
 
 # %% [markdown]
-# Is it really the same? One update of `sdt` from the same start must give the same router, bit for bit.
+# Is it really the same? From the same start, one update of `sdt` must give the same router, bit for bit.
 
 # %%
 twin = Router(T, denoiser.sites, generator=torch.Generator().manual_seed(0))
@@ -181,23 +186,33 @@ print("the same router:", torch.equal(twin.logits, router.logits))
 # %% [markdown]
 # ## Train
 #
-# `sdt` is a generator: it yields after every update, and the caller decides when to stop. `train_sdt` wraps it with a
-# progress bar, checkpoints and resuming. 25 trajectories of 9 updates, 4 noises each. **Does the table settle?** The
-# learning rate is twenty times the authors', because the run is a hundredth of theirs.
+# `sdt` is a generator: it yields after every update, and the caller decides when to stop. `train_sdt` adds a progress
+# bar, checkpoints and resuming. Below: 25 walks of 9 updates each, with 4 noises in a batch. The learning rate is twenty
+# times the authors', because the run is a hundredth of theirs. **Does the table settle?**
+
 
 # %%
-router = Router(T, denoiser.sites, generator=torch.Generator().manual_seed(0), about=denoiser.about)
-generator = torch.Generator().manual_seed(1)
-noise = (denoiser.draw(4, generator) for _ in range(25))
-history = list(sdt(denoiser, router, noise, tau=tau, beta=beta, lr=lr, proxy=None))
-ends = [update for update in history if update.k == T - 1]  # the last update of each trajectory
-plots.per_step(
-    {"CUR": [u.cur for u in ends]}, xlabel="trajectory", ylabel="share of the table reused"
-)
+def train(denoiser, beta, seed=0, watch=None):
+    """Train a router on 25 walks, call `watch` with each update, and return the router."""
+    router = Router(
+        T, denoiser.sites, generator=torch.Generator().manual_seed(seed), about=denoiser.about
+    )
+    generator = torch.Generator().manual_seed(seed + 1)
+    noise = (denoiser.draw(4, generator) for _ in range(25))
+    for update in sdt(denoiser, router, noise, tau=tau, beta=beta, lr=lr, proxy=None):
+        if watch:
+            watch(update)
+    return router
+
+
+history = []
+router = train(denoiser, beta, watch=history.append)
+ends = [update for update in history if update.k == T - 1]  # the last update of each walk
+plots.per_step({"CUR": [u.cur for u in ends]}, xlabel="walk", ylabel="share of the table reused")
 
 # %% [markdown]
-# At first hardly anything is reused: scores start around a half and have to travel below τ = 0.1. After twenty
-# trajectories little moves. **What has it learned?** First the scores, then the decisions.
+# At first hardly anything is reused: the scores start around a half and have to fall below τ = 0.1. After twenty walks
+# little changes. **What has it learned?** First the scores, then the decisions.
 
 # %%
 plots.router_heatmap(router(), tuple(denoiser.sites), title="Scores after training")
@@ -206,58 +221,81 @@ plots.router_heatmap(router(), tuple(denoiser.sites), title="Scores after traini
 schedule = router.schedule(tau)
 plots.router_heatmap(schedule, title=f"Decisions, {schedule.speedup(cost):.2f}x in theory")
 
+# %%
+scores = router()[1:]
+between = ((scores > 0.05) & (scores < 0.95)).float().mean()
+print(f"{between:.0%} of the scores lie between 0.05 and 0.95")
+
 # %% [markdown]
-# It reuses early, where tutorial 1 found reuse to be cheap. Nearly all scores stand close to 0 or 1: the mixture of
-# training has become a decision by itself.
+# It reuses mostly the first steps, where tutorial 1 has shown that reuse is cheap. Many scores are still far from 0 and from 1. For these
+# entries training has judged a mixture, but inference will compute or reuse. The paper leaves this gap open.
 #
 # ## Judge
 #
-# At this speed, how good is it? Against it: FORA, which computes every n-th step and trains nothing, and
-# Learning-to-Cache, which trains on real digits at random steps. `baselines` has both, each as a function that
-# returns a schedule; they take the speedup to reach. **Which walk stays closest to the uncached one?**
+# How good is the table at this speed? We compare it with FORA, which computes every n-th step and trains nothing, and
+# with Learning-to-Cache, which trains on real digits at random steps. `baselines` has both, each as a function that
+# returns a schedule of at least the given speedup. A training depends on its seed, so we train three times.
+# **Whose image is closest to the one without a cache?** A dot is one table, a bar is the mean.
 
 # %%
 speedup = schedule.speedup(cost)
 images, image_labels = digits()
-rivals = {
-    "SDT": schedule,
-    "Learning-to-Cache": baselines.learning_to_cache(
-        denoiser, images, image_labels, speedup=speedup, updates=150, batch_size=4, beta=1e-3, lr=lr
-    ),
-    "every n-th step": baselines.every(denoiser, speedup=speedup),
-}
-plots.error_along_walk(
-    plain, {name: list(along_its_own_walk(table)) for name, table in rivals.items()}
-)
+tables = {
+    "SDT": [schedule, *(train(denoiser, beta, seed).schedule(tau) for seed in (1, 2))],
+    "Learning-to-Cache": [
+        baselines.learning_to_cache(
+            denoiser, images, image_labels, speedup=speedup, updates=150, batch_size=4, beta=1e-3, lr=lr,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        for seed in range(3)
+    ],
+    "every n-th step": [baselines.every(denoiser, speedup=speedup)],
+}  # fmt: skip
+
+
+def judge(table):
+    """Return the image error of a table on the held-out noises."""
+    return image_mse(sample(denoiser, held_out, held_out_labels, table), plain[-1])
+
+
+errors = {name: [judge(table) for table in some] for name, some in tables.items()}
+figure = Figure(figsize=(5, 2.6), layout="constrained")
+ax = figure.subplots()
+ax.bar(list(errors), [sum(values) / len(values) for values in errors.values()], color="0.8")
+for name, values in errors.items():
+    ax.scatter([name] * len(values), values, color="black", zorder=2)
+ax.set_ylabel("image error")
+figure
 
 # %%
-for name, table in rivals.items():
-    error = image_mse(sample(denoiser, held_out, held_out_labels, table), plain[-1])
-    print(f"{name:18} {table.speedup(cost):.2f}x  CUR {table.cur:.1%}  image error {error:.1e}")
+for name, some in tables.items():
+    for table, error in zip(some, errors[name], strict=True):
+        print(f"{name:18} {table.speedup(cost):.2f}x  CUR {table.cur:.1%}  image error {error:.1e}")
 
 # %% [markdown]
-# About equal, and that is worth a pause. The view of single steps is wrong, as you have seen, and still the table
-# which was trained on it is no worse here. Differences of this size are luck: with 40 trajectories instead of 25, the
-# same seed ends at 3.2e-3. With the full recipe at T = 20 the learned table *loses* to simple methods on this model;
-# the numbers are in `docs/log.md`, with the reason as far as it is known. Look at its decisions again: it reuses the
-# first steps in one long run. The gradient of row k knows the output of step k alone, so nothing tells it that
-# computing once in between would refresh the features for *all later* steps. The other two compute every now and then
-# by construction. On DiT-XL/2 the paper finds step-wise training ahead of Learning-to-Cache; a model of 0.63 million
-# weights neither confirms nor refutes that. What does see a refresh's effect on later steps is a search on whole walks,
-# from the trained table on: `harmonica/search/refine.py`, used in tutorial 5.
+# By this measure step-wise training is not ahead. The single-step view is wrong, as you have seen, and still the tables
+# that were trained with it are at least as good here. What is the reason? Look at the decisions again: SDT reuses the first
+# steps in one long run. The gradient of row k knows the output of step k alone. It cannot know that computing once in
+# between would refresh the features for *all later* steps. The other two methods compute every now and then by construction.
+# A search on whole walks does see this effect; `harmonica/search/refine.py` has one (tutorial 6 uses it).
+#
+# Two cautions. On DiT-XL/2 the paper finds step-wise training ahead of Learning-to-Cache, and a model of 0.63 million weights
+# cannot refute that. And the distance to the image without a cache is only one of three measures: by the distance of a
+# whole set of images to real ones, which is the kind of measure that the paper uses, the learned tables do much better
+# (`docs/results.md`).
 #
 # ## Exercises
 #
-# 1. A router has scores, a schedule has decisions, and τ stands between. How does CUR depend on τ for the trained
-#    router? And for an untrained one?
-# 2. Let the *teacher's* output take the step, all else equal. What becomes of the schedule and its image error? (A
-#    denoiser that wraps another will do: `predict` is called by the teacher first.)
-# 3. How do β and CUR hang together? Train for β = 1e-3 too.
+# 1. A router has scores, a schedule has decisions, and τ turns the first into the second. How does CUR depend on τ for the
+#    trained router? And for an untrained one?
+# 2. Let the sampler step with the *teacher's* output, and change nothing else. What happens to the schedule and its image
+#    error? (Hint: write a denoiser that wraps another one. At each step the teacher calls `predict` first.)
+# 3. How does CUR depend on β? Train with β = 1e-3 too.
 
 # %% [markdown]
 # <details><summary>Answers</summary>
 #
-# **1.** Little, once trained, since the scores have gone to the ends; before, τ decides everything.
+# **1.** After training it depends little on τ. Before training τ decides everything.
 #
 # ```python
 # untrained = Router(T, denoiser.sites, generator=torch.Generator().manual_seed(0))
@@ -272,9 +310,9 @@ for name, table in rivals.items():
 # 0.50  trained 33.8%  untrained 44.4%
 # ```
 #
-# **2.** Next to nothing, on this model: a few entries differ, and the error is the same. At these scores the
-# student's walk is never far from the teacher's. The argument for the student's walk is sound; how much it matters is
-# a measurement.
+# **2.** Almost nothing on this model: a few entries differ, and the error is about the same. At these scores the
+# student's walk is never far from the teacher's. The argument for the student's walk is right; how much it matters has
+# to be measured.
 #
 # ```python
 # class TeacherWalks:
@@ -294,34 +332,24 @@ for name, table in rivals.items():
 #         return self.inner.step(x, self.first, k, memory)
 #
 #
-# def train(denoiser, beta):
-#     router = Router(T, denoiser.sites, generator=torch.Generator().manual_seed(0))
-#     generator = torch.Generator().manual_seed(1)
-#     noise = (denoiser.draw(4, generator) for _ in range(25))
-#     for _ in sdt(denoiser, router, noise, tau=tau, beta=beta, lr=lr, proxy=None):
-#         pass
-#     return router.schedule(tau)
+# def say(table):
+#     return f"{table.speedup(cost):.2f}x  CUR {table.cur:.1%}  image error {judge(table):.1e}"
 #
 #
-# def judge(table):
-#     error = image_mse(sample(denoiser, held_out, held_out_labels, table), plain[-1])
-#     return f"{table.speedup(cost):.2f}x  CUR {table.cur:.1%}  image error {error:.1e}"
-#
-#
-# taught = train(TeacherWalks(denoiser), beta)
-# print("student walks", judge(schedule))
-# print("teacher walks", judge(taught), "entries that differ", int((taught.compute != schedule.compute).sum()))
+# taught = train(TeacherWalks(denoiser), beta).schedule(tau)
+# print("student's steps", say(schedule))
+# print("teacher's steps", say(taught), "entries that differ", int((taught.compute != schedule.compute).sum()))
 # ```
 #
 # ```text
-# student walks 1.38x  CUR 30.6%  image error 2.2e-03
-# teacher walks 1.36x  CUR 28.7%  image error 2.2e-03 entries that differ 3
+# student's steps 1.38x  CUR 30.6%  image error 2.2e-03
+# teacher's steps 1.36x  CUR 28.7%  image error 2.2e-03 entries that differ 3
 # ```
 #
-# **3.** A dearer site computes less.
+# **3.** If computing costs more, more is reused.
 #
 # ```python
-# print(judge(train(denoiser, 1e-3)))
+# print(say(train(denoiser, 1e-3).schedule(tau)))
 # ```
 #
 # ```text
