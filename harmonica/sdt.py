@@ -43,7 +43,7 @@ class Update:
     cur: float  # share of the table that is reused at τ, after the update
 
 
-def sdt(  # noqa: D417 (three arguments are described together)
+def sdt(  # noqa: D417 (some arguments share a line)
     denoiser: Denoiser,
     router: Router,
     noise: Iterable[tuple[Tensor, Any]],
@@ -57,11 +57,10 @@ def sdt(  # noqa: D417 (three arguments are described together)
     lam: Tensor | None = None,
     trajectory: int = 0,
 ) -> Generator[Update, None, None]:
-    """Train `router` in place and yield after each update (paper, Algorithm 1).
+    """Train `router` in place, and yield what each update did (paper, Algorithm 1).
 
     Args:
-        denoiser: frozen model, sampler, guidance.
-        router: on the device of the noise; nothing else is changed.
+        denoiser, router: frozen model; the table, on the device of the noise.
         noise: (x_T, cond) of one trajectory each, as many as the caller likes.
         tau: τ; a blended feature replaces the cached one where its score exceeds τ.
         beta: β, the price of computing a site, or of each, (N,); may be changed in place meanwhile.
@@ -70,12 +69,10 @@ def sdt(  # noqa: D417 (three arguments are described together)
         proxy: which λ (`image_error`); None is λ = 1, SDT without IEPO.
         optimizer, lam, trajectory: to continue an earlier call; λ (T,) is changed in place.
 
-    Raises ValueError if the router does not fit the denoiser or a setting is out of range,
-    FloatingPointError if a loss is not finite.
+    Raises ValueError if a setting does not fit, FloatingPointError if a loss is not finite.
     """
     _check(denoiser, router, tau, refresh_every)
-    if optimizer is None:
-        optimizer = AdamW(router.parameters(), lr=lr, weight_decay=0.0)
+    optimizer = optimizer or AdamW(router.parameters(), lr=lr, weight_decay=0.0)
     lam = torch.ones(router.steps) if lam is None else lam
     for n, (x, cond) in enumerate(noise, start=trajectory):
         if proxy is not None and n % refresh_every == 0:
@@ -93,11 +90,9 @@ def sdt(  # noqa: D417 (three arguments are described together)
                 out = denoiser.predict(x, k, cond)  # the student
                 loss = objective(out, target, r, weight, beta)
                 losses = _means(loss, mse(out.detach(), target), k)
-                # still gated: under activation checkpointing, backward runs the blocks again
                 _update_row(router, k, optimizer, loss, out.numel() / weight if weight > 0 else 1)
             yield Update(n, k, *losses, weight, float((router() <= tau).float().mean()))
-            with torch.no_grad():
-                x = denoiser.step(x, out.detach(), k, memory)
+            x = denoiser.step(x, out.detach(), k, memory)
 
 
 def _check(denoiser: Denoiser, router: Router, tau: float, refresh_every: int) -> None:
@@ -121,6 +116,7 @@ def _means(loss: Tensor, error: Tensor, k: int) -> tuple[float, float]:
 def _update_row(router: Router, k: int, optimizer: Optimizer, loss: Tensor, size: float) -> None:
     """Move row k; the others have no gradient and keep still, momentum included. Clamp all rows.
 
+    The model must still be gated: under activation checkpointing, backward runs its blocks again.
     The loss is scaled by a power of two near `size`, which is exact in float32: in half precision
     the gradient λ·2Δ / elements would be rounded to zero.
     """

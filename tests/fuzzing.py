@@ -37,6 +37,8 @@ from harmonica.models.dit import DiT
 from harmonica.models.prompts import read_prompts
 from harmonica.models.weights import component, fill, read_state
 from harmonica.storage.files import read_json, write_tensors
+from harmonica.training.checkpoint import Checkpoint
+from harmonica.training.state import Settings, fingerprint, start
 
 SITES = tuple(f"blocks.{i}.{kind}" for i in range(2) for kind in ("attn", "mlp"))
 ABOUT = {
@@ -145,9 +147,16 @@ _SETTINGS: dict[str, Any] = {
 
 
 def _resume(path: Path) -> None:
-    how = {**_SETTINGS, "iterations": 3, "checkpoint": path, "resume": True, "progress": False}
-    router = train_sdt(make(dtype=torch.float32), **how)
-    assert bool(router().isfinite().all())
+    d, settings = (
+        make(dtype=torch.float32),
+        Settings(**_SETTINGS, proxy="leave-one-out", target=None),
+    )
+    state, facts = start(d, settings), {"settings": settings.facts(), "weights": fingerprint(d)}
+    Checkpoint(path, 100, facts).begin(state, 6, resume=True)
+    assert 0 <= state.updates <= 6
+    assert bool(state.router().isfinite().all())
+    state.router.rows[0].grad = torch.ones(4)
+    state.optimizer.step()
 
 
 def _part(path: Path) -> None:

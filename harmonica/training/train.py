@@ -4,49 +4,25 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import AdamW
 
 from harmonica.cost import Macs, macs
 from harmonica.denoise import Denoiser
 from harmonica.iepo import Proxy
 from harmonica.memory import is_out_of_memory
-from harmonica.processes import batch_per_rank, local_part, rank, world
+from harmonica.processes import local_part, rank, world
 from harmonica.router import Router
 from harmonica.sdt import BETA, Update, sdt
 from harmonica.search.budget import Target, target_of
 from harmonica.search.refine import reach
-from harmonica.storage.files import StrPath, refused
-from harmonica.training.beta import BetaController
-from harmonica.training.checkpoint import Checkpoint, TrainingState, fingerprint
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What must be the same on resuming a run."""
-
-    batch_size: int
-    tau: float
-    beta: float
-    lr: float
-    refresh_every: int
-    proxy: Proxy | None
-    target: Target | None
-
-    def facts(self) -> dict[str, float | str]:
-        """Return the settings as strings and numbers, for a file."""
-        facts: dict[str, float | str] = {"batch_size": self.batch_size, "tau": self.tau}
-        facts |= {"lr": self.lr, "refresh_every": self.refresh_every, "proxy": self.proxy or "none"}
-        if self.target is None:
-            return {**facts, "beta": self.beta}
-        target = {"target_speedup": self.target.speedup, "target_cost": self.target.cost.total}
-        return {**facts, **target}
+from harmonica.storage.files import StrPath
+from harmonica.training.checkpoint import Checkpoint
+from harmonica.training.state import Settings, TrainingState, fingerprint, start
 
 
 def train_sdt(  # noqa: D417 (some arguments are described together)
@@ -72,21 +48,18 @@ def train_sdt(  # noqa: D417 (some arguments are described together)
 ) -> Router:
     """Train a router from noise alone; the defaults are the authors' settings for DiT-XL/2.
 
-    Without a target this is the paper. With one, β is chosen while training and a search refines
-    the table afterwards (`harmonica.search.refine`); it ends on the target or just above.
+    Without a target this is the paper. With one, β is chosen while training, and a search refines
+    the table afterwards; it ends on the target or just above.
 
     Args:
-        denoiser: what `harmonica.models.load` returns, or any `Denoiser`.
-        iterations: updates, in all.
-        batch_size: noises in a trajectory, of all processes together.
+        iterations, batch_size: updates in all; noises in a trajectory, of all processes together.
         tau, beta, lr, refresh_every, proxy: as in `sdt`; leave beta out with a target.
         target_speedup, target_cur: theoretical speedup, or share of the table that is reused.
         cost: what the speedup is counted in, `macs(denoiser)` if None.
-        refine, order: as in `refine_router`: its budget and how the refined table fills skipped
-            sites; both need a target.
+        refine, order: budget and order of the search (`reach`); an order above 0 needs a target.
         generator: draws the router, the noise and the conditions; seed 0 if None.
-        checkpoint, checkpoint_every, resume: a file to resume from, bit for bit. It is written
-            every so many updates, before the search, at the end, on Ctrl-C and out of memory.
+        checkpoint, checkpoint_every, resume: a file to resume from, bit for bit; written every so
+            many updates, before and after the search, on Ctrl-C and when memory runs out.
         progress: show a bar.
 
     Raises TypeError if denoiser is none, ValueError if a setting is out of range or differs from
@@ -94,14 +67,17 @@ def train_sdt(  # noqa: D417 (some arguments are described together)
     """
     given = None if beta == BETA else beta
     target = target_of(denoiser, target_speedup, target_cur, cost, given, order)
+    if min(iterations, batch_size, checkpoint_every) < 1:
+        found = (
+            f"iterations {iterations}, batch_size {batch_size}, checkpoint_every {checkpoint_every}"
+        )
+        raise ValueError(f"found {found}; each must be 1 or more")
     settings = Settings(batch_size, tau, beta, lr, refresh_every, proxy, target)
-    _check(denoiser, iterations, batch_size, checkpoint_every)
-    state = _start(denoiser, settings, generator)
+    state = start(denoiser, settings, generator)
     facts = {"settings": settings.facts(), "weights": fingerprint(denoiser)}
     with Checkpoint(checkpoint, checkpoint_every, facts) as saved:
         saved.begin(state, iterations, resume=resume)
         _train(denoiser, settings, state, saved, iterations, progress)
-        saved.write()
         if target is not None:
             _refine(denoiser, state.router, target, settings, refine, order, progress)
             saved.write()
@@ -134,6 +110,7 @@ def _train(
             bar.set_postfix_str(f"loss {update.loss:.1e}, CUR {update.cur:.0%}, {faster:.2f}x")
         if update.k == denoiser.steps - 1:
             saved.note(state)
+    saved.write()
 
 
 def _trajectory(
@@ -177,43 +154,8 @@ def _refine(
         )
 
 
-def _check(denoiser: Denoiser, iterations: int, batch_size: int, checkpoint_every: int) -> None:
-    if not isinstance(denoiser, Denoiser):
-        raise TypeError(
-            f"{type(denoiser).__name__} lacks a member of harmonica.Denoiser; see its docstring"
-        )
-    if denoiser.steps < 2:
-        raise ValueError("the denoiser has 1 step, which always computes; nothing can be trained")
-    if min(iterations, batch_size, checkpoint_every) < 1:
-        found = (
-            f"iterations {iterations}, batch_size {batch_size}, checkpoint_every {checkpoint_every}"
-        )
-        raise ValueError(f"found {found}; each must be 1 or more")
-    batch_per_rank(batch_size)
-
-
 def _bar(shown: bool, **how: Any) -> Any:
     """Return a progress bar, of rank 0 and where stderr is a terminal."""
     from tqdm.auto import tqdm
 
     return tqdm(disable=None if shown and rank() == 0 else True, **how)
-
-
-def _start(
-    denoiser: Denoiser, settings: Settings, generator: torch.Generator | None
-) -> TrainingState:
-    """Return the state of a run that has done nothing yet."""
-    generator = torch.Generator().manual_seed(0) if generator is None else generator
-    provenance = {"method": "HarmoniCa", "iterations": 0, **settings.facts()}
-    about = {**denoiser.about, "provenance": provenance}
-    router = Router(denoiser.steps, denoiser.sites, generator=generator, about=about)
-    try:
-        router.schedule()  # before hours of work, not after
-    except (TypeError, ValueError) as error:
-        raise refused("denoiser.about", "does not describe a schedule", error) from None
-    device = denoiser.draw(1, torch.Generator())[0].device
-    router.to(device)
-    optimizer = AdamW(router.parameters(), lr=settings.lr, weight_decay=0.0)
-    target = settings.target
-    controller = None if target is None else BetaController(target, settings.tau, device)
-    return TrainingState(router, optimizer, torch.ones(denoiser.steps), controller, generator)

@@ -71,7 +71,7 @@ tensors["seeded"] = train_sdt(small(), iterations=6, generator=seeded, **QUICK).
 
 KILLED = """
 import os, signal
-from harmonica.training.checkpoint import TrainingState
+from harmonica.training.state import TrainingState
 count = TrainingState.count
 
 def counting(self, update):

@@ -1,0 +1,150 @@
+"""What a training run is: its settings, and the state that it carries between two trajectories."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW
+
+from harmonica.denoise import Denoiser
+from harmonica.iepo import Proxy
+from harmonica.processes import batch_per_rank
+from harmonica.router import Router
+from harmonica.sdt import Update
+from harmonica.search.budget import Target
+from harmonica.storage.files import refused
+from harmonica.training.beta import BetaController
+
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+"""What AdamW keeps of a row."""
+
+Captured = tuple[dict[str, Tensor], dict[str, Any]]
+"""A state as tensors and numbers by name."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What must be the same on resuming a run; each as in `train_sdt`."""
+
+    batch_size: int
+    tau: float
+    beta: float
+    lr: float
+    refresh_every: int
+    proxy: Proxy | None
+    target: Target | None
+
+    def facts(self) -> dict[str, float | str]:
+        """Return the settings as strings and numbers, for a file."""
+        facts: dict[str, float | str] = {"batch_size": self.batch_size, "tau": self.tau}
+        facts |= {"lr": self.lr, "refresh_every": self.refresh_every, "proxy": self.proxy or "none"}
+        if self.target is None:
+            return {**facts, "beta": self.beta}
+        target = {"target_speedup": self.target.speedup, "target_cost": self.target.cost.total}
+        return {**facts, **target}
+
+
+@dataclass
+class TrainingState:
+    """What is alive between two trajectories; nothing else is."""
+
+    router: Router
+    optimizer: AdamW
+    lam: Tensor  # λ, (T,)
+    controller: BetaController | None  # None where β is fixed
+    generator: torch.Generator  # of the noises and conditions
+    updates: int = 0
+    trajectory: int = 0  # that the next update belongs to
+
+    def count(self, update: Update) -> None:
+        """Count one update."""
+        self.updates += 1
+        self.trajectory = update.trajectory + (update.k == self.router.steps - 1)
+        self.router.about["provenance"]["iterations"] = self.updates
+
+    def capture(self) -> Captured:
+        """Return copies of everything."""
+        tensors = {"state.logits": self.router.logits, "state.lam": self.lam.clone()}
+        tensors["state.generator"] = self.generator.get_state()
+        if self.controller is not None:
+            tensors["state.beta"] = self.controller.state.clone()
+        for k, row in enumerate(self.router.rows):
+            for name, value in self.optimizer.state.get(row, {}).items():
+                tensors[f"state.optimizer.{k}.{name}"] = value.clone()
+        return tensors, {"updates": self.updates, "trajectory": self.trajectory}
+
+    @torch.no_grad()
+    def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """Set everything to what was captured; raise ValueError or KeyError if it does not fit."""
+        for name in ("updates", "trajectory"):
+            if not isinstance(facts[name], int) or not 0 <= facts[name] <= 10**12:
+                raise ValueError(f"{name} is {facts[name]!r:.40}")
+        self.updates, self.trajectory = facts["updates"], facts["trajectory"]
+        self.router.about["provenance"]["iterations"] = self.updates
+        logits = _tensor(tensors, "state.logits", self.router.logits)
+        for k, row in enumerate(self.router.rows):
+            row.copy_(logits[k])
+            names = {name: f"state.optimizer.{k}.{name}" for name in MOMENTS}
+            if any(name in tensors for name in names.values()):
+                likes = (torch.zeros(()), row, row)  # AdamW keeps the step on the CPU
+                self.optimizer.state[row] = {
+                    name: _tensor(tensors, names[name], like)
+                    for name, like in zip(MOMENTS, likes, strict=True)
+                }
+        self.lam.copy_(_tensor(tensors, "state.lam", self.lam))
+        if self.controller is not None:
+            self.controller.restore(_tensor(tensors, "state.beta", self.controller.state))
+        self.generator.set_state(tensors["state.generator"].cpu())
+
+
+def _tensor(tensors: dict[str, Tensor], name: str, like: Tensor) -> Tensor:
+    value = tensors[name]
+    if (value.shape, value.dtype) != (like.shape, like.dtype) or not bool(value.isfinite().all()):
+        raise ValueError(
+            f"{name} is {tuple(value.shape)} {value.dtype}; expected {tuple(like.shape)} "
+            f"{like.dtype}, and finite"
+        )
+    return value.to(like.device, copy=True)
+
+
+def start(
+    denoiser: Denoiser, settings: Settings, generator: torch.Generator | None = None
+) -> TrainingState:
+    """Return the state of a run that has done nothing yet; seed 0 without a generator.
+
+    Raises TypeError or ValueError if no router can be trained for the denoiser.
+    """
+    if not isinstance(denoiser, Denoiser):
+        name = type(denoiser).__name__
+        raise TypeError(f"{name} lacks a member of harmonica.Denoiser; see its docstring")
+    if denoiser.steps < 2:
+        raise ValueError("the denoiser has 1 step, which always computes; nothing can be trained")
+    batch_per_rank(settings.batch_size)
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    provenance = {"method": "HarmoniCa", "iterations": 0, **settings.facts()}
+    about = {**denoiser.about, "provenance": provenance}
+    router = Router(denoiser.steps, denoiser.sites, generator=generator, about=about)
+    try:
+        router.schedule()  # before hours of work, not after
+    except (TypeError, ValueError) as error:
+        raise refused("denoiser.about", "does not describe a schedule", error) from None
+    device = denoiser.draw(1, torch.Generator())[0].device
+    optimizer = AdamW(router.to(device).parameters(), lr=settings.lr, weight_decay=0.0)
+    target = settings.target
+    controller = None if target is None else BetaController(target, settings.tau, device)
+    return TrainingState(router, optimizer, torch.ones(denoiser.steps), controller, generator)
+
+
+def fingerprint(denoiser: Denoiser) -> str:
+    """Return a checksum of a few weights: with other weights, training would end elsewhere."""
+    sites = list(denoiser.sites.values())
+    few = [
+        parameter.detach().flatten()[:64].float().cpu()
+        for site in (sites[0], sites[-1])
+        for parameter in site.parameters()
+    ]
+    return f"{zlib.crc32(torch.cat(few).numpy().tobytes()) if few else 0:08x}"
