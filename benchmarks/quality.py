@@ -244,7 +244,7 @@ def _draw(rows: list[dict[str, Any]], steps: int, sampler: str, folder: Path) ->
         for method in reversed(METHODS)
         if method not in ("uncached", "random", "HarmoniCa, lambda = 1")
     }
-    figure = tradeoff(points)
+    figure = tradeoff({name: points[name] for name in list(points)[:6]})
     figure.axes[0].set_title(f"tiny, {sampler}, T = {steps}")
     save(figure, folder / f"quality-{steps}-{sampler.replace('+', 'p')}.png")
 

@@ -18,8 +18,7 @@ import pytest
 import torch
 from conftest import make, press_ctrl_c
 
-from harmonica import Router, Schedule, demo, train, train_sdt
-from harmonica import image_sets as samples
+from harmonica import Router, Schedule, demo, image_sets, train, train_sdt
 from harmonica.evaluation import pictures as plots
 from harmonica.models import tiny
 from harmonica.storage.files import exclusive_lock
@@ -29,7 +28,7 @@ SHORT = ["--steps", "4", "--iterations", "4"]
 COMMANDS = {
     "demo": (demo, [*SHORT, "--images", "2"]),
     "train": (train, [*SHORT, "--batch-size", "2"]),
-    "samples": (samples, ["--steps", "2", "--count", "4"]),
+    "image sets": (image_sets, ["--steps", "2", "--count", "4"]),
     "tiny": (tiny, ["--updates", "3"]),
 }
 
@@ -43,7 +42,7 @@ def said(name, out, capsys, *more):
 
 def where(name, folder):
     """Return the --out of a command: a folder, or a file in it."""
-    return folder / {"samples": "images.npz", "tiny": "w.safetensors"}.get(name, "run")
+    return folder / {"image sets": "images.npz", "tiny": "w.safetensors"}.get(name, "run")
 
 
 # ------------------------------------------------------------ a full disk
@@ -129,10 +128,10 @@ def test_a_second_run_to_one_folder_is_refused_and_the_first_is_not_disturbed(
 
 def test_a_second_run_to_one_file_of_samples_is_refused(tmp_path, capsys):
     out = tmp_path / "images.npz"
-    parts = samples.parts_of(out)
+    parts = out.with_name("images.npz.parts")
     parts.mkdir()
     with exclusive_lock(parts):
-        code, _, err = said("samples", out, capsys)
+        code, _, err = said("image sets", out, capsys)
     assert code == 2
     assert "is being written to by another run" in err
     assert not out.exists()
@@ -165,7 +164,7 @@ def test_ctrl_c_while_a_command_works_is_130_and_one_line(name, tmp_path, capsys
 
     where_it_works = {
         "demo": (demo, "train_sdt"),
-        "samples": (samples, "_write_batch"),
+        "image sets": (image_sets, "_write_batch"),
         "tiny": (tiny, "train"),
     }
     monkeypatch.setattr(*where_it_works[name], interrupted)

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_processes import torchrun
 
-from harmonica import Schedule, models, sample
-from harmonica import image_sets as samples
+from harmonica import Schedule, image_sets, models, sample
+from harmonica.evaluation import image_files
+from harmonica.evaluation.image_files import pieces_of, to_uint8
 from harmonica.evaluation.scores import clip_score, fid_inception, inception_score, read_images
-from harmonica.image_sets import draw_images, generator_of, pieces_of, to_uint8, write_samples
+from harmonica.image_sets import draw_images, generator_of, write_images
 
 COUNT = 11
 HALF = Schedule([[1] * 4, [0] * 4, [1, 0, 1, 0], [0] * 4])
@@ -30,7 +31,7 @@ def decode(x):
 def written(out, *, batch=4, count=COUNT, seed=5, schedule=HALF, decode=decode, denoiser=None):
     """Write samples of a small model; return images and labels as they are on disk."""
     d = denoiser or make()
-    path = write_samples(
+    path = write_images(
         d, schedule, decode, count=count, batch_size=batch, seed=seed, out=out, progress=False
     )
     assert path == Path(out)
@@ -67,7 +68,7 @@ def test_an_image_does_not_depend_on_how_many_there_are(whole, tmp_path):
 
 @pytest.mark.parametrize(("batch", "processes"), [(4, 2), (1, 3), (3, 5)])
 def test_an_image_does_not_depend_on_the_processes(batch, processes, whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(samples, "world", lambda: processes)
+    monkeypatch.setattr(image_sets, "world", lambda: processes)
     calls = []
 
     def counting(x):
@@ -79,7 +80,7 @@ def test_an_image_does_not_depend_on_the_processes(batch, processes, whole, tmp_
         for n in range(processes)
     ]
     for number in reversed(range(processes)):
-        monkeypatch.setattr(samples, "rank", lambda number=number: number)
+        monkeypatch.setattr(image_sets, "rank", lambda number=number: number)
         if number > 0:  # alone, a process has only its share
             with pytest.raises(
                 FileNotFoundError, match="lacks image 0; all processes must see one folder"
@@ -95,7 +96,7 @@ def test_torchrun_writes_what_one_process_does(tmp_path):
     done = torchrun("-m", "harmonica.image_sets", *options, "--out", tmp_path / "two")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("7 images of seed 3") == 1
-    assert samples.main([*options, "--out", str(tmp_path / "one.npz")]) == 0
+    assert image_sets.main([*options, "--out", str(tmp_path / "one.npz")]) == 0
     images, labels = arrays(tmp_path / "one.npz")
     assert np.array_equal(torch.cat(list(read_images(tmp_path / "two"))).numpy(), images)
     assert (tmp_path / "two.labels.txt").read_text().split() == [str(label) for label in labels]
@@ -181,9 +182,9 @@ def test_an_interruption_while_the_whole_is_written_costs_no_image(whole, tmp_pa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(samples, "_write_labels", stop)
+        patch.setattr(image_files, "write_labels", stop)
         with pytest.raises(KeyboardInterrupt, match="run the same again"):
-            write_samples(
+            write_images(
                 make(),
                 HALF,
                 decode,
@@ -195,7 +196,7 @@ def test_an_interruption_while_the_whole_is_written_costs_no_image(whole, tmp_pa
             )
     assert len(list((tmp_path / "x").glob("*.png"))) == COUNT
     nobody = stopping(0)[0]
-    write_samples(
+    write_images(
         make(), HALF, nobody, count=COUNT, batch_size=4, seed=5, out=tmp_path / "x", progress=False
     )
     assert np.array_equal(torch.cat(list(read_images(tmp_path / "x"))).numpy(), whole[0])
@@ -257,7 +258,7 @@ def test_an_npz_is_what_the_adm_evaluator_reads(whole):
 
 def test_a_folder_holds_the_same_images_and_nothing_that_is_no_image(whole, tmp_path):
     out = tmp_path / "deep/er"
-    write_samples(make(), HALF, decode, count=COUNT, batch_size=3, seed=5, out=out, progress=False)
+    write_images(make(), HALF, decode, count=COUNT, batch_size=3, seed=5, out=out, progress=False)
     assert sorted(p.name for p in out.iterdir()) == [f"{i:06}.png" for i in range(COUNT)]
     with Image.open(out / "000004.png") as picture:
         assert picture.mode == "RGB"
@@ -448,7 +449,7 @@ def test_the_clip_score_pairs_each_image_with_its_prompt(monkeypatch, tmp_path):
 def said(arguments, capsys):
     """Return the exit code, stdout and stderr of the command."""
     try:
-        code = samples.main([str(argument) for argument in arguments])
+        code = image_sets.main([str(argument) for argument in arguments])
     except SystemExit as exit:  # argparse's way
         code = exit.code
     out = capsys.readouterr()
@@ -474,7 +475,7 @@ def test_the_command_is_the_library(tmp_path, capsys):
     code, out, _ = said([*options, "--out", tmp_path / "a b.npz"], capsys)
     assert (code, out) == (0, f"5 images of seed 9 are in {tmp_path / 'a b.npz'}\n")
     fitted = schedule.fit(tuple(d.sites))
-    write_samples(
+    write_images(
         d, fitted, lambda x: x, count=5, seed=9, out=tmp_path / "library.npz", progress=False
     )
     assert same(arrays(tmp_path / "a b.npz"), arrays(tmp_path / "library.npz"))
@@ -534,9 +535,9 @@ def test_a_schedule_of_other_steps_is_refused_before_anything_is_written(tmp_pat
 def test_its_own_parser_takes_the_commands_it_documents():
     lines = [
         line.split("harmonica.image_sets")[1]
-        for line in samples.__doc__.splitlines()
+        for line in image_sets.__doc__.splitlines()
         if "-m harmonica.image_sets" in line
     ]
     assert len(lines) == 2
     for line in lines:
-        assert samples.parser().parse_args(line.split()).count in (1000, 50000)
+        assert image_sets.parser().parse_args(line.split()).count in (1000, 50000)

@@ -1,0 +1,169 @@
+"""Image files: a set of images on disk, and the finished batches that it is put together from.
+
+    X.npz      arr_0 images (N, H, W, 3) uint8, arr_1 conditions (N,) int64: what the ADM evaluator
+               reads
+    X/         000000.png, 000001.png, …; conditions one to a line in X.labels.txt beside it
+    X.parts/   A-B.safetensors holds images A … B − 1 and their conditions, until all are there
+
+Files of finished batches overlap where a run went on with another batch size. This file does not
+know models, schedules or processes.
+"""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from harmonica.storage.files import read_tensors, write_tensors, write_whole
+
+
+class Piece(NamedTuple):
+    """What one file of finished images gives to the set."""
+
+    path: Path
+    first: int  # number of its first image that is wanted
+    skip: int  # images of the file before that one
+    images: int  # wanted from there on
+
+
+def parts_of(out: Path) -> Path:
+    """Return the folder of finished batches."""
+    return out.with_name(f"{out.name}.parts")
+
+
+def labels_of(out: Path) -> Path:
+    """Return the file of conditions beside a folder of images, where no tool takes it for one."""
+    return out.with_name(f"{out.name}.labels.txt")
+
+
+def check_out(out: Path) -> None:
+    """Raise ValueError if `out` has no name, FileExistsError if it is there and not half done."""
+    if not out.name:
+        raise ValueError(f"out is {str(out)!r}; expected NAME.npz, or a folder that is to be made")
+    there = out.is_file() or (out.is_dir() and any(out.iterdir())) or labels_of(out).exists()
+    if there and not parts_of(out).is_dir():
+        raise FileExistsError(f"{out} exists; choose another name, or remove it")
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Return images (B, 1 or 3, H, W) in [−1, 1] as (B, H, W, 3) uint8: to the nearest level, grey
+    as three equals.
+
+    Raises ValueError if they have other channels, or a value is not finite.
+
+    >>> to_uint8(torch.tensor([-1.0, 0.0, 1.0, 7.0]).view(1, 1, 1, 4))[0, 0, :, 0].tolist()
+    [0, 128, 255, 255]
+    """
+    if images.dim() != 4 or images.shape[1] not in (1, 3):
+        expected = "expected (B, 1 or 3, H, W), grey or RGB"
+        raise ValueError(f"decode made {tuple(images.shape)}; {expected}")
+    if not bool(images.isfinite().all()):
+        todo = "look for NaN in the weights, or take a wider dtype"
+        raise ValueError(f"decode made values that are not finite; {todo}")
+    levels = (images.float() * 127.5 + 128.0).floor().clamp(0, 255)  # half up, as DiT's own script
+    return levels.to(torch.uint8).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous()
+
+
+def write_part(parts: Path, numbers: range, images: Tensor, labels: Tensor) -> None:
+    """Write a finished batch: images (B, H, W, 3) uint8 of these numbers, conditions (B,)."""
+    name = f"{numbers.start:08}-{numbers.stop:08}.safetensors"
+    write_tensors(parts / name, {"images": images, "labels": labels.long()}, {})
+
+
+def finished(parts: Path) -> list[tuple[range, Path]]:
+    """Return the numbers of the images in each file of a finished batch, in order."""
+    batches = []
+    for path in parts.glob("*.safetensors"):
+        match = re.fullmatch(r"([0-9]{1,18})-([0-9]{1,18})", path.stem)
+        if match:
+            batches.append((range(int(match[1]), int(match[2])), path))
+    return sorted(batches, key=lambda batch: (batch[0].start, batch[0].stop))
+
+
+def pieces_of(parts: Path, count: int) -> list[Piece]:
+    """Return which images to take from which file, each of 0 … count − 1 once and in order.
+
+    Raises FileNotFoundError if an image is in none.
+    """
+    pieces, position = [], 0
+    for numbers, path in finished(parts):
+        stop = min(numbers.stop, count)
+        if numbers.start <= position < stop:
+            pieces.append(Piece(path, position, position - numbers.start, stop - position))
+            position = stop
+    if position < count:
+        todo = "all processes must see one folder; run it again"
+        raise FileNotFoundError(f"{parts} lacks image {position}; {todo}")
+    return pieces
+
+
+def read_piece(piece: Piece) -> tuple[Tensor, Tensor]:
+    """Return images (B, H, W, 3) uint8 and labels (B,) int64 of a piece; raise ValueError if its
+    file has others.
+    """
+    tensors, _ = read_tensors(piece.path)
+    start, stop = map(int, piece.path.stem.split("-"))
+    found = {name: (value.dtype, *value.shape) for name, value in tensors.items()}
+    size = found.get("images", ())[2:4]
+    expected = {
+        "images": (torch.uint8, stop - start, *size, 3),
+        "labels": (torch.int64, stop - start),
+    }
+    if len(size) != 2 or found != expected:
+        todo = f"{stop - start} images and their labels were expected; remove the file and run it again"
+        raise ValueError(f"{piece.path} has {found or 'nothing'!s:.200}; {todo}")
+    wanted = slice(piece.skip, piece.skip + piece.images)
+    return tensors["images"][wanted], tensors["labels"][wanted]
+
+
+def write_npz(path: Path, pieces: Sequence[Piece]) -> None:
+    """Write arr_0 and arr_1 piece by piece: 50 000 images of 256 pixels are 10 GB, which need not
+    be in memory.
+    """
+    from numpy.lib import format as npy
+
+    count = sum(piece.images for piece in pieces)
+    size = read_piece(pieces[0])[0].shape[1:]  # (H, W, 3)
+
+    def write(beside: Path) -> None:
+        labels = []
+        with zipfile.ZipFile(beside, "w") as archive:  # stored, not packed, as numpy.savez does
+            with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+                header = {"descr": "|u1", "fortran_order": False, "shape": (count, *size)}
+                npy.write_array_header_1_0(file, header)
+                for piece in pieces:
+                    images, some = read_piece(piece)
+                    if images.shape[1:] != size:
+                        raise ValueError(
+                            f"images differ in size: {tuple(images.shape[1:])} in {piece.path}, "
+                            f"{tuple(size)} in {pieces[0].path}; remove the folder and run it again"
+                        )
+                    file.write(images.numpy().tobytes())
+                    labels.append(some)
+            with archive.open("arr_1.npy", "w") as file:
+                npy.write_array(file, torch.cat(labels).numpy(), allow_pickle=False)
+
+    write_whole(path, write)
+
+
+def write_pngs(folder: Path, pieces: Sequence[Piece]) -> None:
+    """Write each image as a PNG file named by its number."""
+    from PIL import Image  # matplotlib brings Pillow along
+
+    for piece in pieces:
+        for i, image in enumerate(read_piece(piece)[0], start=piece.first):
+            save = partial(Image.fromarray(image.numpy()).save, format="PNG")
+            write_whole(folder / f"{i:06}.png", save)
+
+
+def write_labels(path: Path, pieces: Sequence[Piece]) -> None:
+    """Write the conditions of all images, one to a line."""
+    lines = [f"{label}\n" for piece in pieces for label in read_piece(piece)[1].tolist()]
+    write_whole(path, lambda beside: beside.write_text("".join(lines), encoding="ascii"))
