@@ -42,12 +42,12 @@ notebooks: $(NOTEBOOKS)  ## build and run the tutorials' notebooks from the scri
 tutorials/%.ipynb: tutorials/%.py tutorials/build.py | $(READY)
 	$(BIN)/python tutorials/build.py $<
 
-BENCHES := gate update tiny_model sensitivity ablation zoo two_processes full_size others speed targets predicted fuzz quality
+BENCHES := gate update bundled_models sensitivity ablation zoo two_processes full_size others speed targets predicted fuzz quality
 bench: $(READY)      ## every figure in benchmarks/results (hours; gpu.py needs a GPU, imports.py other people's files)
 	for name in $(BENCHES); do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
-weights: $(READY)    ## train the bundled model again (an hour)
-	$(BIN)/python -m harmonica.models.tiny --out harmonica/models/tiny.safetensors
+weights: $(READY)    ## train the bundled models and the judge again (three hours)
+	$(BIN)/python benchmarks/bundled_models.py train
 
 clean:           ## remove what was built
 	rm -rf .venv out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -24,14 +24,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bootstrap import bootstrap
 from record import RESULTS, ended, record
 
 from harmonica import Denoiser, Router, Schedule, macs, sample, train_sdt
-from harmonica.evaluation.distances import bootstrap, frechet_distance, image_mse
+from harmonica.evaluation.distances import frechet_distance, image_mse
+from harmonica.evaluation.judge import digits
 from harmonica.evaluation.pictures import save, tradeoff
 from harmonica.inference.walk import Walk
 from harmonica.models import load
-from harmonica.models.tiny import digits
 from harmonica.search import baselines
 from harmonica.search.budget import Target
 from harmonica.search.refine import reach

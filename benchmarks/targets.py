@@ -17,8 +17,8 @@ import torch
 from record import RESULTS, ended, record
 
 from harmonica import macs, train_sdt
+from harmonica.evaluation.judge import digits
 from harmonica.models import load
-from harmonica.models.tiny import digits
 from harmonica.search import baselines
 
 TARGETS = (1.2, 1.5, 2.0, 2.5, 3.0)

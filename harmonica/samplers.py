@@ -31,10 +31,16 @@ import torch
 from torch import Tensor
 
 Memory = dict[str, Any]
-"""What a sampler remembers along one walk; made by whoever owns the walk, empty at k = 0."""
+"""What a sampler remembers along one walk; created by whoever owns the walk, empty at k = 0."""
 
 TRAIN_TIMESTEPS = 1000
-"""Length of the diffusion that DiT, PixArt and the bundled model were trained with."""
+"""Length of the diffusion that all models here were trained with."""
+
+Betas = Literal["linear", "scaled-linear"]
+"""Noise schedules: DiT and PixArt were trained with the first, Stable Diffusion and U-ViT with the
+second."""
+
+_ENDS = {"linear": (1e-4, 0.02), "scaled-linear": (0.00085, 0.012)}
 
 
 class Sampler(Protocol):
@@ -53,17 +59,12 @@ class Sampler(Protocol):
     timesteps: tuple[float, ...]
 
     def step(self, x: Tensor, out: Tensor, k: int, memory: Memory) -> Tensor:
-        """Take x (B, C, H, W) from step k to step k + 1 with the model output (B, C or 2C, H,
-        W).
-        """
+        """Take x (B, C, H, W) to step k + 1 with the model's output (B, C or 2C, H, W)."""
         ...
 
-
-Betas = Literal["linear", "scaled-linear"]
-"""Noise schedules: DiT and PixArt were trained with the first, Stable Diffusion and U-ViT with the
-second."""
-
-_ENDS = {"linear": (1e-4, 0.02), "scaled-linear": (0.00085, 0.012)}
+    def with_steps(self, steps: int) -> Sampler:
+        """Return the same rule with another number of steps."""
+        ...
 
 
 def alphas_cumprod(betas: Betas = "linear", train_timesteps: int = TRAIN_TIMESTEPS) -> Tensor:
@@ -75,17 +76,14 @@ def alphas_cumprod(betas: Betas = "linear", train_timesteps: int = TRAIN_TIMESTE
     >>> round(float(alphas_cumprod()[-1]), 7)
     4.04e-05
     """
-    low, high = _ENDS[betas]
-    if betas == "linear":
-        beta = torch.linspace(low, high, train_timesteps, dtype=torch.float64)
-    else:
-        beta = torch.linspace(low**0.5, high**0.5, train_timesteps, dtype=torch.float64) ** 2
+    power = 1.0 if betas == "linear" else 2.0
+    low, high = (end ** (1 / power) for end in _ENDS[betas])
+    beta = torch.linspace(low, high, train_timesteps, dtype=torch.float64) ** power
     return torch.cumprod(1.0 - beta, dim=0)
 
 
 def spaced_timesteps(steps: int, train_timesteps: int = TRAIN_TIMESTEPS) -> tuple[int, ...]:
-    """Return T timesteps evenly spaced from 999 down to 0, both ends included, as the original DiT
-    does.
+    """Return T timesteps evenly spaced from 999 down to 0, both included, as the original DiT does.
 
     A single step starts, like every walk, from pure noise: (999,).
 
@@ -97,8 +95,8 @@ def spaced_timesteps(steps: int, train_timesteps: int = TRAIN_TIMESTEPS) -> tupl
     """
     if not 1 <= steps <= train_timesteps:
         raise ValueError(
-            f"steps is {steps}; a sampler takes between 1 and {train_timesteps} steps, "
-            "one for each timestep that the model was trained on at most"
+            f"steps is {steps}; it must be between 1 and {train_timesteps}, the number of timesteps "
+            "that the model was trained on"
         )
     if steps == 1:
         return (train_timesteps - 1,)
@@ -118,11 +116,8 @@ class DDIM:
     which is not the next timestep that it runs (see docs/fidelity.md).
 
     Args:
-        steps: T, the number of model evaluations.
+        steps: T, 1 … 1000.
         betas: the noise schedule that the model was trained with.
-
-    Raises:
-        ValueError: if steps is not between 1 and 1000.
 
     >>> DDIM(20).timesteps[:3]
     (999, 946, 894)
@@ -135,20 +130,21 @@ class DDIM:
     def __init__(self, steps: int, betas: Betas = "linear") -> None:
         spaced = spaced_timesteps(steps)
         self.timesteps: tuple[float, ...] = spaced
-        alphas = alphas_cumprod(betas)[list(spaced)].tolist()
-        # Python floats: a step reads two numbers, moves nothing to the device and waits for
-        # nothing.
-        self._alphas: list[float] = [*alphas, 1.0]  # (T + 1,)
+        self.betas = betas
+        # Python floats: a step moves nothing to the device and waits for nothing.
+        self._alphas: list[float] = [*alphas_cumprod(betas)[list(spaced)].tolist(), 1.0]  # (T + 1,)
 
     def step(self, x: Tensor, out: Tensor, k: int, memory: Memory) -> Tensor:
-        """Take x from step k to k + 1. Learned-variance channels of `out`, if any, are not used by
-        DDIM.
-        """
+        """Take x from step k to k + 1; variance channels of `out`, if any, are ignored."""
         now, after = self._alphas[k], self._alphas[k + 1]
         eps = out[:, : x.shape[1]]  # (B, C, H, W)
         x0 = (x - (1.0 - now) ** 0.5 * eps) / now**0.5  # (B, C, H, W)
         moved: Tensor = after**0.5 * x0 + (1.0 - after) ** 0.5 * eps
         return moved
+
+    def with_steps(self, steps: int) -> DDIM:
+        """Return the same rule with another number of steps."""
+        return type(self)(steps, self.betas)
 
 
 class Scheduled:
@@ -160,8 +156,8 @@ class Scheduled:
 
     Noise, where the rule wants some, comes from a generator seeded by (seed of the sample, k), so
     that any step can be run again. The seeds are `memory["seeds"]`, one integer for each of the B
-    samples. If the walk does not bring any, they are read off its x_T: other noise at the start,
-    other noise on the way, and a sample does not depend on its neighbours in the batch.
+    samples. If the walk does not bring any, they are computed from its x_T: other noise at the
+    start, other noise on the way, and a sample does not depend on its neighbours in the batch.
 
     Args:
         scheduler: of diffusers, its timesteps set; copied.
@@ -172,30 +168,25 @@ class Scheduled:
     """
 
     def __init__(self, scheduler: Any, name: str) -> None:
-        if scheduler.num_inference_steps is None and not getattr(
-            scheduler, "custom_timesteps", False
-        ):
+        custom = getattr(scheduler, "custom_timesteps", False)
+        if scheduler.num_inference_steps is None and not custom:
             raise ValueError(
                 f"{type(scheduler).__name__} has no timesteps yet; call its set_timesteps(steps) first"
             )
         self.name = name
         self._scheduler = copy.copy(scheduler)
-        self._times = (
-            scheduler.timesteps.cpu()
-        )  # (T,); a timestep on the device would be waited for at every step
+        self._times = scheduler.timesteps.cpu()  # (T,); on a GPU, every step would wait for it
         vars(self._scheduler)["timesteps"] = self._times
         self.timesteps: tuple[float, ...] = tuple(self._times.tolist())
         if callable(getattr(scheduler, "set_begin_index", None)):
-            self._scheduler.set_begin_index(
-                0
-            )  # else a timestep that occurs twice, as Heun's do, is looked up wrongly
+            # else a timestep that occurs twice, as Heun's do, is looked up wrongly
+            self._scheduler.set_begin_index(0)
         self._start = _state(self._scheduler)
         self.learns_variance = scheduler.config.get("variance_type") in ("learned", "learned_range")
         self.draws_noise = _draws_noise(scheduler)
 
     def step(self, x: Tensor, out: Tensor, k: int, memory: Memory) -> Tensor:
-        """Take x (B, C, H, W) to step k + 1; variance channels of `out` are used if the scheduler
-        learns them.
+        """Take x (B, C, H, W) to step k + 1; variance channels of `out` are used if learned.
 
         Raises RuntimeError for a walk that starts after step 0 without the memory of the steps
         before.
@@ -204,27 +195,32 @@ class Scheduled:
             raise RuntimeError(
                 f"step {k} of {self.name} needs what the steps before it left in `memory`; pass a copy"
             )
-        if self.draws_noise and "seeds" not in memory:
-            memory["seeds"] = tuple(map(_seed, x))
-        scheduler = copy.copy(self._scheduler)
+        scheduler, noise = copy.copy(self._scheduler), {}
         vars(scheduler).update(_state(memory.get("scheduler", self._start)))
-        noise = (
-            {"generator": [noise_generator(seed, k) for seed in memory["seeds"]]}
-            if self.draws_noise
-            else {}
-        )
+        if self.draws_noise:
+            if "seeds" not in memory:
+                memory["seeds"] = tuple(map(_seed, x))
+            noise = {"generator": [noise_generator(seed, k) for seed in memory["seeds"]]}
         out = out if self.learns_variance else out[:, : x.shape[1]]  # (B, C or 2C, H, W)
         moved: Tensor = scheduler.step(out, self._times[k], x, return_dict=False, **noise)[0]
         memory["scheduler"] = _state(scheduler)
         return moved.to(x.dtype)
 
+    def with_steps(self, steps: int) -> Scheduled:
+        """Return the same rule with another number of steps."""
+        return scheduled(copy.copy(self._scheduler), steps, self.name)
+
+
+def scheduled(scheduler: Any, steps: int, name: str) -> Scheduled:
+    """Return a scheduler of diffusers, changed to `steps` steps, as a sampler."""
+    spaced_timesteps(steps)  # refuses a number that is out of range
+    scheduler.set_timesteps(steps)
+    return Scheduled(scheduler, name)
+
 
 def _draws_noise(scheduler: Any) -> bool:
-    """Tell whether a diffusers scheduler draws noise. Two that take a generator do not use it as
-    they are run here.
-
-    Not asking them saves more than the drawing: a sample's seed is read off its x_T, which a GPU
-    would be waited for.
+    """Tell whether a scheduler draws noise. Two that take a generator do not use it as run here;
+    not drawing saves reading seeds off x_T, which a GPU would be waited for.
     """
     if type(scheduler).__name__ == "DDIMScheduler":  # its η is 0
         return False
@@ -237,8 +233,7 @@ class IDDPM:
     """Ancestral sampling with learned variance (Nichol & Dhariwal 2021), as the original DiT and
     PixArt run it.
 
-    A model without variance channels is sampled with the posterior's variance instead (Ho et al.
-    2020).
+    A model without variance channels is sampled with the posterior's variance (Ho et al. 2020).
     """
 
     name = "iddpm"
@@ -246,26 +241,29 @@ class IDDPM:
     draws_noise = True
 
     def __init__(self, steps: int, betas: Betas = "linear") -> None:
+        self.timesteps: tuple[float, ...] = spaced_timesteps(steps)
+        self.betas = betas
+        self._learned, self._fixed = self._ddpm("learned_range"), self._ddpm("fixed_small")
+
+    def _ddpm(self, variance: str) -> Scheduled:
         from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
-        def made(variance: str) -> Scheduled:
-            # clip_sample defaults to true in diffusers, for images in [−1, 1]; these are latents
-            scheduler = DDPMScheduler(
-                **_trained_with(betas), variance_type=variance, clip_sample=False
-            )
-            scheduler.set_timesteps(timesteps=list(self.timesteps))
-            return Scheduled(scheduler, self.name)
-
-        self.timesteps: tuple[float, ...] = spaced_timesteps(steps)
-        self._learned, self._fixed = made("learned_range"), made("fixed_small")
+        # clip_sample defaults to true in diffusers, for images in [−1, 1]; these are latents
+        settings = {**_trained_with(self.betas), "variance_type": variance, "clip_sample": False}
+        scheduler = DDPMScheduler(**settings)
+        scheduler.set_timesteps(timesteps=list(self.timesteps))
+        return Scheduled(scheduler, self.name)
 
     def step(self, x: Tensor, out: Tensor, k: int, memory: Memory) -> Tensor:
-        """Take x (B, C, H, W) to step k + 1 with out (B, 2C, H, W), or (B, C, H, W) if no variance
-        is learned.
+        """Take x (B, C, H, W) to step k + 1 with out (B, 2C, H, W), or (B, C, H, W) without learned
+        variance.
         """
-        return (self._learned if out.shape[1] == 2 * x.shape[1] else self._fixed).step(
-            x, out, k, memory
-        )
+        rule = self._learned if out.shape[1] == 2 * x.shape[1] else self._fixed
+        return rule.step(x, out, k, memory)
+
+    def with_steps(self, steps: int) -> IDDPM:
+        """Return the same rule with another number of steps."""
+        return IDDPM(steps, self.betas)
 
 
 def dpm_solver(steps: int, betas: Betas = "linear") -> Scheduled:
@@ -274,7 +272,7 @@ def dpm_solver(steps: int, betas: Betas = "linear") -> Scheduled:
     """
     from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 
-    return _scheduled(DPMSolverMultistepScheduler(**_trained_with(betas)), steps, "dpm-solver++")
+    return scheduled(DPMSolverMultistepScheduler(**_trained_with(betas)), steps, "dpm-solver++")
 
 
 def sa_solver(steps: int, betas: Betas = "linear") -> Scheduled:
@@ -284,13 +282,7 @@ def sa_solver(steps: int, betas: Betas = "linear") -> Scheduled:
     from diffusers.schedulers.scheduling_sasolver import SASolverScheduler
 
     orders = {"predictor_order": 2, "corrector_order": 2, "algorithm_type": "data_prediction"}
-    return _scheduled(SASolverScheduler(**_trained_with(betas), **orders), steps, "sa-solver")
-
-
-def _scheduled(scheduler: Any, steps: int, name: str) -> Scheduled:
-    spaced_timesteps(steps)  # refuses a number that is out of range
-    scheduler.set_timesteps(steps)
-    return Scheduled(scheduler, name)
+    return scheduled(SASolverScheduler(**_trained_with(betas), **orders), steps, "sa-solver")
 
 
 def _trained_with(betas: Betas) -> dict[str, Any]:
@@ -307,11 +299,10 @@ def _state(scheduler: Any) -> dict[str, Any]:
 
 
 def _copy(value: Any) -> Any:
+    """Copy lists and tensors; a deep copy would fail under autograd."""
     if isinstance(value, list):
         return [_copy(item) for item in value]
-    return (
-        value.clone() if isinstance(value, Tensor) else value
-    )  # not deepcopy, which fails under autograd
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _seed(sample: Tensor) -> int:
@@ -337,8 +328,7 @@ SAMPLERS: dict[str, Callable[[int, Betas], Sampler]] = {
 
 
 def make_sampler(name: str, steps: int, betas: Betas = "linear") -> Sampler:
-    """Return the sampler called `name` with `steps` steps, for a model trained with the noise
-    schedule `betas`.
+    """Return the sampler called `name` with T = `steps`, for a model trained with `betas`.
 
     Raises:
         ValueError: if the name is not one of SAMPLERS, or steps is out of range.

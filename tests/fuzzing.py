@@ -29,10 +29,10 @@ import numpy as np
 import torch
 from conftest import make
 from PIL import Image
+from scores import read_images
 
 from harmonica import Router, Schedule, train_sdt
 from harmonica.evaluation.image_files import Piece, read_piece
-from harmonica.evaluation.scores import read_images
 from harmonica.models.dit import DiT
 from harmonica.models.prompts import read_prompts
 from harmonica.models.weights import component, fill, read_state

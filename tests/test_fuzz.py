@@ -19,9 +19,9 @@ import torch
 from fuzzing import TARGETS, any_json, outcome, put, ways, whole
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scores import read_images
 
 from harmonica import Router, Schedule
-from harmonica.evaluation.scores import read_images
 from harmonica.models.prompts import read_prompts
 from harmonica.models.weights import read_state
 from harmonica.storage.files import read_json, write_tensors

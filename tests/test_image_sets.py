@@ -12,12 +12,12 @@ from conftest import make
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from scores import clip_score, fid_inception, inception_score, read_images
 from test_processes import torchrun
 
 from harmonica import Schedule, image_sets, models, sample
 from harmonica.evaluation import image_files
 from harmonica.evaluation.image_files import pieces_of, to_uint8
-from harmonica.evaluation.scores import clip_score, fid_inception, inception_score, read_images
 from harmonica.image_sets import draw_images, generator_of, write_images
 
 COUNT = 11

@@ -21,8 +21,8 @@ from torch.optim import AdamW
 from harmonica import Router, blend, denoise, gated, macs, objective, reuse, sample, sdt
 from harmonica.evaluation import pictures as plots
 from harmonica.evaluation.distances import image_mse
+from harmonica.evaluation.judge import digits
 from harmonica.models import load
-from harmonica.models.tiny import digits
 from harmonica.search import baselines
 
 torch.set_num_threads(1)

@@ -1,11 +1,9 @@
-"""Metrics: distances between images, and between sets of images.
+"""Distances between images, and between sets of images.
 
     image error        mean squared difference to the image made without a cache, pixel by pixel
     PSNR               the same on a logarithmic scale, in decibels; more is better
-    label agreement    share of images that a classifier of real images gives their own label
     Fréchet distance   between Gaussians fitted to two sets (FID where the features are Inception's)
     precision          share of images that lie among the reference's; recall: share of the reference among the images
-    interval           what a metric would be on other images of the same making, by the bootstrap
 
 A set metric compares vectors: the pixels of an image, or what `features` makes of a batch, (B, C,
 H, W) -> (B, …). This file does not know how the images were made.
@@ -15,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,25 +62,6 @@ def psnr(images: Tensor, reference: Tensor, *, span: float = 2.0) -> float:
     return math.inf if error == 0 else 10 * math.log10(span**2 / error)
 
 
-def label_agreement(
-    images: Tensor, labels: Tensor, real: Tensor, real_labels: Tensor, *, neighbours: int = 3
-) -> float:
-    """Return the share, 0 … 1, of images that a nearest-neighbour vote among real images gives
-    their own label.
-
-    Args:
-        images: (B, C, H, W).
-        labels: (B,) what each image was asked to show.
-        real: (M, C, H, W) with labels `real_labels` (M,).
-        real_labels: (M,).
-        neighbours: voters.
-    """
-    from sklearn.neighbors import KNeighborsClassifier
-
-    judge = KNeighborsClassifier(neighbours).fit(real.flatten(1).numpy(), real_labels.numpy())
-    return float((judge.predict(images.flatten(1).cpu().numpy()) == labels.cpu().numpy()).mean())
-
-
 def frechet_distance(
     images: Tensor, reference: Tensor, *, features: Features | None = None
 ) -> float:
@@ -101,15 +79,32 @@ def frechet_distance(
     Raises ValueError if the vectors differ in length or a set has fewer than two.
     """
     a, b = _vectors(images, reference, features, at_least=2)  # (B, D), (M, D)
-    cov_a, cov_b = (
-        torch.cov(a.T).view(a.shape[1], -1),
-        torch.cov(b.T).view(b.shape[1], -1),
-    )  # (D, D)
-    values, vectors = torch.linalg.eigh(cov_a)
+    return frechet_of_moments(moments(a), moments(b))
+
+
+Moments = tuple[Tensor, Tensor]
+"""Mean (D,) and covariance (D, D) of vectors, float64."""
+
+
+def moments(vectors: Tensor) -> Moments:
+    """Return the mean and the covariance of vectors (B, …), B at least 2.
+
+    Raises ValueError if there are fewer.
+    """
+    if len(vectors) < 2:
+        raise ValueError(f"there are {len(vectors)} vectors; a covariance takes at least 2")
+    rows = vectors.detach().flatten(1).double()  # (B, D)
+    return rows.mean(0), torch.cov(rows.T).view(rows.shape[1], -1)
+
+
+def frechet_of_moments(first: Moments, second: Moments) -> float:
+    """Return the Fréchet distance of two Gaussians, each given by its mean and covariance."""
+    (mean, cov), (mean2, cov2) = first, second
+    values, vectors = torch.linalg.eigh(cov)
     root = vectors * values.clamp_min(0).sqrt() @ vectors.T  # Σ₁^½
     # tr (Σ₁Σ₂)^½ = tr (Σ₁^½ Σ₂ Σ₁^½)^½, and this one is symmetric
-    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp_min(0).sqrt().sum()
-    return float((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
+    cross = torch.linalg.eigvalsh(root @ cov2 @ root).clamp_min(0).sqrt().sum()
+    return float((mean - mean2).square().sum() + cov.trace() + cov2.trace() - 2 * cross)
 
 
 def precision_recall(
@@ -181,74 +176,3 @@ def _vectors(
             f"found {found}, vectors of {a.shape[1]} and {b.shape[1]}; sets of one kind are compared"
         )
     return a, b
-
-
-class Interval(NamedTuple):
-    """A metric of a set, and where it would lie on other sets of the same size and making."""
-
-    value: float
-    low: float
-    high: float
-
-
-def bootstrap(
-    metric: Callable[..., float],
-    images: Tensor,
-    *paired: Tensor,
-    resamples: int = 200,
-    level: float = 0.95,
-    generator: torch.Generator,
-) -> Interval:
-    """Return a metric with its bootstrap interval: what it becomes on images drawn again from
-    these, with replacement.
-
-        bootstrap(lambda images: frechet_distance(images, real), images, generator=g)
-        bootstrap(image_mse, cached, plain, generator=g)
-
-    The quantiles of the resamples' metrics are moved so that their median stands on the value. A
-    mean is not biased, so nothing moves. A Fréchet distance is: a resample repeats images, its
-    covariance is narrower, and every resample is farther from the reference than the set is. The
-    shift takes that out; a low end below 0 means "as near as none".
-
-    Args:
-        metric: called as metric(images, *paired) on the set and then on each resample.
-        images: (B, …). An expensive feature extractor is best applied before, once.
-        paired: more tensors with B rows, resampled together with the images: references, labels.
-        resamples: how many.
-        level: share of resamples inside, 0 < level < 1.
-        generator: draws the resamples.
-
-    Returns:
-        (value, low, high), low ≤ value ≤ high.
-
-    Raises ValueError if resamples or level is out of range, the rows do not pair up, or the metric
-    is not finite.
-
-    >>> bootstrap(lambda x: float(x.mean()), torch.ones(5), generator=torch.Generator())
-    Interval(value=1.0, low=1.0, high=1.0)
-    """
-    sets = (images, *paired)
-    if resamples < 1 or not 0.0 < level < 1.0:
-        raise ValueError(
-            f"found resamples {resamples}, level {level}; expected resamples ≥ 1 and 0 < level < 1"
-        )
-    if len({len(rows) for rows in sets}) > 1 or len(images) == 0:
-        found = ", ".join(str(len(rows)) for rows in sets)
-        raise ValueError(
-            f"the tensors have {found} rows; they are resampled together and need the same number, not 0"
-        )
-    value = metric(*sets)
-    again: list[float] = []
-    for _ in range(resamples):
-        drawn = torch.randint(
-            len(images), (len(images),), generator=generator, device=generator.device
-        )
-        again.append(metric(*(rows[drawn.to(rows.device)] for rows in sets)))
-    spread = torch.tensor(again, dtype=torch.float64)
-    if not math.isfinite(value) or not bool(spread.isfinite().all()):
-        raise ValueError(
-            f"the metric is {value}, and not finite on all resamples; an interval needs finite numbers"
-        )
-    ends = torch.tensor([(1 - level) / 2, 0.5, (1 + level) / 2], dtype=torch.float64)
-    low, median, high = spread.quantile(ends).tolist()
-    return Interval(value, value - (median - low), value + (high - median))

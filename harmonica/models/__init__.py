@@ -1,15 +1,15 @@
 """Models: load(name) gives a `Denoiser`, a frozen model with its sampler and guidance.
 
-    name                  model              on what                           default sampler
-    tiny                  DiT, bundled       8×8 digits, no autoencoder        ddim, T = 20, guidance 1.5
-    dit-xl, dit-xl-256    DiT-XL/2           32×32 latent of 256×256 images    ddim, T = 20, guidance 1.5
-    dit-xl-512            DiT-XL/2           64×64 latent                      ddim, T = 20, guidance 1.5
-    pixart-alpha-256      PixArt-α           32×32 latent and a prompt         dpm-solver++, T = 20, guidance 4.5
-    pixart-alpha-512      PixArt-α           64×64 latent                      dpm-solver++, T = 20, guidance 4.5
-    pixart-alpha-1024     PixArt-α           128×128 latent, micro-conditions  dpm-solver++, T = 20, guidance 4.5
-    pixart-sigma-1024     PixArt-Σ           128×128 latent, 300 tokens        dpm-solver++, T = 20, guidance 4.5
-    pixart-sigma-2k       PixArt-Σ           256×256 latent, 300 tokens        dpm-solver++, T = 20, guidance 4.5
-    uvit-h                U-ViT-H/2          32×32 latent of 256×256 images    dpm-solver++, T = 20, guidance 1.4
+    name                  model              on what                            default sampler
+    tiny                  DiT, bundled       8×8 digits, no autoencoder         ddim, T = 20, guidance 1.5
+    dit-xl, dit-xl-256    DiT-XL/2           32×32 latent of 256×256 images     ddim, T = 20, guidance 1.5
+    dit-xl-512            DiT-XL/2           64×64 latent                       ddim, T = 20, guidance 1.5
+    pixart-alpha-256      PixArt-α           32×32 latent and a prompt          dpm-solver++, T = 20, guidance 4.5
+    pixart-alpha-512      PixArt-α           64×64 latent                       dpm-solver++, T = 20, guidance 4.5
+    pixart-alpha-1024     PixArt-α           128×128 latent, micro-conditions   dpm-solver++, T = 20, guidance 4.5
+    pixart-sigma-1024     PixArt-Σ           128×128 latent, 300 tokens         dpm-solver++, T = 20, guidance 4.5
+    pixart-sigma-2k       PixArt-Σ           256×256 latent, 300 tokens         dpm-solver++, T = 20, guidance 4.5
+    uvit-h                U-ViT-H/2          32×32 latent of 256×256 images     dpm-solver++, T = 20, guidance 1.4
 
 Each takes each of the four samplers. Weights come from the hub, a folder, a file of the original,
 or are "random". A stock diffusers pipeline that is already in memory becomes a denoiser with
@@ -18,34 +18,36 @@ or are "random". A stock diffusers pipeline that is already in memory becomes a 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from harmonica.denoise import Denoiser
 from harmonica.models import pixart
 from harmonica.models.dit import SIZES, DiT, DiTDenoiser, sincos_positions
+from harmonica.models.guided import Guided, check_guidance
 from harmonica.models.pixart import PIXART, PixArtDenoiser
 from harmonica.models.prompts import prompts_from
-from harmonica.models.tiny import TINY
 from harmonica.models.uvit import UVIT_H, UViT, UViTDenoiser
 from harmonica.models.weights import component, dit_from_diffusers, fill, from_diffusers, read_state
-from harmonica.samplers import Sampler, make_sampler
+from harmonica.samplers import Betas, Sampler, make_sampler
 from harmonica.storage.files import StrPath
 from harmonica.storage.hub import download
 
+_BUNDLED = {"in_channels": 1, "num_classes": 10, "num_heads": 4, "depth": 8, "learn_sigma": False}
 _XL = {"depth": 28, "hidden_size": 1152, "num_heads": 16, "patch_size": 2}
 DITS: dict[str, dict[str, Any]] = {
-    "tiny": TINY,
+    "tiny": {**_BUNDLED, "input_size": 8, "patch_size": 2, "hidden_size": 64},
     "dit-xl": {**_XL, "input_size": 32},
     "dit-xl-256": {**_XL, "input_size": 32},
     "dit-xl-512": {**_XL, "input_size": 64},
 }
 """Arguments of `DiT` by model name."""
+
+BUNDLED = {name: Path(__file__).with_name(f"{name}.safetensors") for name in ("tiny",)}
+"""Files of the weights that come with the package, by model name; they draw pixels, no latents."""
 
 MODELS = (*DITS, *PIXART, "uvit-h")
 """The names that `load` knows."""
@@ -54,6 +56,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Of the weights."""
 
 __all__ = [
+    "BUNDLED",
     "DITS",
     "MODELS",
     "PIXART",
@@ -77,7 +80,7 @@ def load(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     activation_checkpointing: bool = False,
-) -> Denoiser:
+) -> Guided:
     """Return a frozen model with its sampler and guidance, ready to walk, to train a router for, or
     to count.
 
@@ -87,7 +90,7 @@ def load(
             above).
         steps: T, predictions in one walk.
         guidance: classifier-free guidance scale; 1 switches it off; None for the model's own.
-        weights: None for the model's repository on the hub (`tiny` has its weights in the package);
+        weights: None for the model's repository on the hub (bundled models have theirs in the package);
             a folder saved by diffusers; a .pt, .pth or .safetensors file in the original parameter
             names; "random" for timing.
         prompts: for PixArt, what images to train on: a file with one prompt a line, or the prompts;
@@ -107,39 +110,31 @@ def load(
     """
     if name not in MODELS:
         raise ValueError(f"model is {name!r}; this version has {', '.join(MODELS)}")
-    own = "ddim" if name in DITS else "dpm-solver++"
-    drawn = make_sampler(sampler or own, steps, "scaled-linear" if name == "uvit-h" else "linear")
+    own_sampler, own_guidance, build = _FAMILIES[name.split("-")[0]]
+    betas: Betas = "scaled-linear" if name == "uvit-h" else "linear"
+    walk = make_sampler(sampler or own_sampler, steps, betas)
     if prompts is not None and name not in PIXART:
         raise ValueError(f"{name} takes no prompts; it draws classes")
-    if guidance is not None and not 1.0 <= guidance < math.inf:
-        raise ValueError(f"guidance is {guidance}; it must be 1 (off) or more")
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype}; weights can be {', '.join(map(str, DTYPES))}")
-    place = _Place(dtype, device, activation_checkpointing)
-    if name in DITS:
-        return _dit(name, drawn, 1.5 if guidance is None else guidance, weights, place)
-    if name in PIXART:
-        return _pixart(
-            name,
-            drawn,
-            4.5 if guidance is None else guidance,
-            weights,
-            prompts_from(prompts),
-            place,
-        )
-    return _uvit(drawn, 1.4 if guidance is None else guidance, weights, place)
+    scale = own_guidance if guidance is None else guidance
+    check_guidance(scale)
+    return build(
+        name, walk, scale, weights, _Place(dtype, device, activation_checkpointing, prompts)
+    )
 
 
 @dataclass(frozen=True)
 class _Place:
-    """How and where a model lives."""
+    """How and where a model lives, and what it is asked to draw."""
 
     dtype: torch.dtype
     device: str | torch.device
     activation_checkpointing: bool
+    prompts: StrPath | Sequence[str] | None
 
 
-def _where(weights: StrPath | None) -> Any:
+def _empty(weights: StrPath | None) -> Any:
     """Return torch's device context: nothing is initialised that a file will replace."""
     return torch.device("cpu" if weights == "random" else "meta")
 
@@ -148,16 +143,14 @@ def _dit(
     name: str, sampler: Sampler, guidance: float, weights: StrPath | None, place: _Place
 ) -> DiTDenoiser:
     if weights is None:
-        weights = (
-            Path(__file__).with_name("tiny.safetensors") if name == "tiny" else _dit_from_hub(name)
-        )
-    with _where(weights):
+        weights = BUNDLED[name] if name in BUNDLED else _dit_from_hub(name)
+    with _empty(weights):
         model = DiT(**DITS[name])
     if weights != "random":
         state = _diffusers_dit(weights, model) if Path(weights).is_dir() else read_state(weights)
         fill(model, state, weights)
     model.activation_checkpointing = place.activation_checkpointing
-    guided = 3 if name != "tiny" else None  # the original guides 3 of its 4 latent channels
+    guided = None if name in BUNDLED else 3  # the original guides 3 of its 4 latent channels
     model.to(device=place.device, dtype=place.dtype)
     return DiTDenoiser(
         model, sampler, guidance=guidance, guided_channels=guided, name=name.removesuffix("-256")
@@ -176,10 +169,8 @@ def _diffusers_dit(folder: StrPath, model: DiT) -> dict[str, torch.Tensor]:
 
     place = component(folder, "transformer", "DiTTransformer2DModel", "Transformer2DModel")
     theirs = from_diffusers(DiTTransformer2DModel, place)
-    if (
-        theirs.config.sample_size != model.input_size
-    ):  # positions are made anew, so the shapes alone would fit
-        size = theirs.config.sample_size
+    size = theirs.config.sample_size
+    if size != model.input_size:  # positions are made anew, so the shapes alone would fit
         raise ValueError(
             f"{folder} is for a latent of {size} × {size}; this model has {model.input_size}"
         )
@@ -188,20 +179,14 @@ def _diffusers_dit(folder: StrPath, model: DiT) -> dict[str, torch.Tensor]:
 
 
 def _pixart(
-    name: str,
-    sampler: Sampler,
-    guidance: float,
-    weights: StrPath | None,
-    texts: Sequence[str],
-    place: _Place,
+    name: str, sampler: Sampler, guidance: float, weights: StrPath | None, place: _Place
 ) -> PixArtDenoiser:
-    variant = PIXART[name]
+    variant, texts = PIXART[name], prompts_from(place.prompts)
     if weights == "random":
         encoded = pixart.random_prompts(texts, variant.text_tokens, pixart.XL["caption_channels"])
         transformer = pixart.transformer_of(variant)
-        torch.nn.Module.to(
-            transformer, place.dtype
-        )  # diffusers' own `to` warns of modules that it does not have
+        # diffusers' own `to` warns of modules that it does not have
+        torch.nn.Module.to(transformer, place.dtype)
     else:
         text_folder = _pixart_folder(variant.rest, ["tokenizer/*", "text_encoder/*"], weights)
         folder = _pixart_folder(variant.transformer, ["transformer/*"], weights)
@@ -224,22 +209,31 @@ def _pixart_folder(repository: str, patterns: list[str], weights: StrPath | None
 
 
 def _uvit(
-    sampler: Sampler, guidance: float, weights: StrPath | None, place: _Place
+    name: str, sampler: Sampler, guidance: float, weights: StrPath | None, place: _Place
 ) -> UViTDenoiser:
     if weights is None:
         raise ValueError(
-            "the weights of uvit-h are on no hub that we know; pass weights=PATH of the original "
+            f"the weights of {name} are on no hub that we know; pass weights=PATH of the original "
             'imagenet256_uvit_huge.pth (or the same in .safetensors), or weights="random" to time it'
         )
     if Path(weights).is_dir():
         raise ValueError(
-            f"{weights} is a folder; uvit-h takes the original file, imagenet256_uvit_huge.pth"
+            f"{weights} is a folder; {name} takes the original file, imagenet256_uvit_huge.pth"
         )
-    with _where(weights):
+    with _empty(weights):
         model = UViT(**UVIT_H)  # type: ignore[arg-type]
     if weights != "random":
         fill(model, read_state(weights), weights)
     model.activation_checkpointing = place.activation_checkpointing
-    return UViTDenoiser(
-        model.to(device=place.device, dtype=place.dtype), sampler, guidance=guidance
-    )
+    model.to(device=place.device, dtype=place.dtype)
+    return UViTDenoiser(model, sampler, guidance=guidance)
+
+
+_Build = Callable[[str, Sampler, float, "StrPath | None", _Place], Guided]
+_FAMILIES: dict[str, tuple[str, float, _Build]] = {
+    "tiny": ("ddim", 1.5, _dit),
+    "dit": ("ddim", 1.5, _dit),
+    "pixart": ("dpm-solver++", 4.5, _pixart),
+    "uvit": ("dpm-solver++", 1.4, _uvit),
+}
+"""Default sampler, default guidance and builder, by the first word of a model's name."""

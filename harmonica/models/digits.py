@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from harmonica.models import DITS
 from harmonica.models.dit import DiTDenoiser
-from harmonica.models.tiny import TINY
 from harmonica.models.weights import dit_to_diffusers
 
 CLASSES = 1000
@@ -52,10 +52,11 @@ def pipeline(denoiser: DiTDenoiser) -> Any:
     from diffusers.pipelines.dit.pipeline_dit import DiTPipeline
     from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 
+    tiny = DITS["tiny"]
     transformer = DiTTransformer2DModel(
-        num_attention_heads=TINY["num_heads"], attention_head_dim=TINY["hidden_size"] // TINY["num_heads"],
-        in_channels=1, out_channels=1, num_layers=TINY["depth"], sample_size=TINY["input_size"],
-        patch_size=TINY["patch_size"], num_embeds_ada_norm=CLASSES, norm_type="ada_norm_zero",
+        num_attention_heads=tiny["num_heads"], attention_head_dim=tiny["hidden_size"] // tiny["num_heads"],
+        in_channels=1, out_channels=1, num_layers=tiny["depth"], sample_size=tiny["input_size"],
+        patch_size=tiny["patch_size"], num_embeds_ada_norm=CLASSES, norm_type="ada_norm_zero",
         activation_fn="gelu-approximate",
     )  # fmt: skip
     state = dict(denoiser.model.state_dict())
@@ -66,8 +67,8 @@ def pipeline(denoiser: DiTDenoiser) -> Any:
     transformer.load_state_dict(dit_to_diffusers(state))
     for block in transformer.transformer_blocks:
         block.norm1.emb.time_proj.downscale_freq_shift, block.norm3.eps = 0, 1e-6
-    made: Any = DiTPipeline(
+    pipe: Any = DiTPipeline(
         transformer.eval().requires_grad_(False), Pixels(), DPMSolverMultistepScheduler()
     )
-    made.set_progress_bar_config(disable=True)
-    return made
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

@@ -23,15 +23,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from harmonica.models.inputs import check_inputs
-from harmonica.samplers import Memory, Sampler
+from harmonica.models.guided import Guided, check_inputs
+from harmonica.samplers import Sampler
 
 
 @dataclass(frozen=True)
@@ -266,23 +265,16 @@ class DiT(nn.Module):
         )
 
 
-class DiTDenoiser:
+class DiTDenoiser(Guided):
     """A frozen DiT, its sampler and classifier-free guidance: a `harmonica.denoise.Denoiser`.
 
     Guidance runs one batch [conditional, null] of 2B and mixes the first `guided_channels`
     channels, ε = ε_null + s·(ε_cond − ε_null), in both halves; the original mixes 3 of its 4 latent
     channels.
 
-    Args:
-        model: frozen here, in place: evaluation mode, no weight asks for a gradient.
-        sampler: its T timesteps are the steps of the walk.
-        guidance: s; 1 switches guidance off and runs B instead of 2B.
+    Args (the others are described at `Guided`):
         guided_channels: how many channels are mixed; all of them by default.
-        name: stored in schedules.
-        sites: cacheable modules by name; by default `attn` and `mlp` of every block.
-
-    Raises:
-        ValueError: if guidance is below 1.
+        sites: by default `attn` and `mlp` of every block.
     """
 
     def __init__(
@@ -295,24 +287,16 @@ class DiTDenoiser:
         name: str = "dit",
         sites: Mapping[str, nn.Module] | None = None,
     ) -> None:
-        if guidance < 1.0:
-            raise ValueError(f"guidance is {guidance}; it must be 1 (off) or more")
-        self.model = model.eval().requires_grad_(False)
-        self.sampler, self.guidance, self.name = sampler, guidance, name
+        super().__init__(
+            model,
+            sampler,
+            guidance,
+            name,
+            sites=sites or sites_of(model),
+            shape=(model.in_channels, model.input_size, model.input_size),
+            conditions=model.num_classes,
+        )
         self.guided_channels = model.in_channels if guided_channels is None else guided_channels
-        self.steps = len(sampler.timesteps)
-        self.sites: Mapping[str, nn.Module] = sites or {
-            f"blocks.{i}.{kind}": module
-            for i, block in enumerate(model.blocks)
-            for kind, module in block.named_children()
-            if kind in ("attn", "mlp")
-        }
-
-    @property
-    def about(self) -> dict[str, Any]:
-        """What a table trained here belongs to, in the words of `Schedule`'s fields."""
-        facts = {"model": self.name, "sampler": self.sampler.name, "guidance": self.guidance}
-        return {**facts, "timesteps": self.sampler.timesteps}
 
     def predict(self, x: Tensor, k: int, cond: Tensor) -> Tensor:
         """Return the guided model output at step k.
@@ -330,37 +314,20 @@ class DiTDenoiser:
         Raises:
             ValueError: if shapes or devices do not fit the model.
         """
-        check_inputs(
-            x, cond, (self.model.in_channels, self.model.input_size, self.model.input_size)
-        )
-        t = torch.full((len(x),), self.sampler.timesteps[k], device=x.device)  # (B,)
+        check_inputs(x, cond, self.shape)
+        t, narrow = self.clock(x, k), x.to(next(self.model.parameters()).dtype)
         if self.guidance == 1.0:
-            return self._run(x, t, cond)
-        labels = torch.cat([cond, torch.full_like(cond, self.model.num_classes)])  # (2B,)
-        out = self._run(torch.cat([x, x]), torch.cat([t, t]), labels)  # (2B, C_out, H, W)
-        mixed, rest = out[:, : self.guided_channels], out[:, self.guided_channels :]
-        conditional, null = mixed.chunk(2)  # (B, guided, H, W) each
-        guided = null + self.guidance * (conditional - null)
-        return torch.cat([torch.cat([guided, guided]), rest], dim=1)
+            return self.model(narrow, t, cond).to(x.dtype)  # type: ignore[no-any-return]
+        labels = torch.cat([cond, torch.full_like(cond, self.conditions)])  # (2B,)
+        out = self.model(torch.cat([narrow, narrow]), torch.cat([t, t]), labels).to(x.dtype)
+        guided = self.mix(*out[:, : self.guided_channels].chunk(2))  # (B, guided, H, W)
+        return torch.cat([torch.cat([guided, guided]), out[:, self.guided_channels :]], dim=1)
 
-    def _run(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        weights = next(self.model.parameters())
-        return self.model(x.to(weights.dtype), t, y).to(x.dtype)  # type: ignore[no-any-return]
 
-    def step(self, x: Tensor, out: Tensor, k: int, memory: Memory) -> Tensor:
-        """Take x (B, C, H, W) to step k + 1 with the conditional half of `out`."""
-        return self.sampler.step(x, out[: len(x)], k, memory)
-
-    def draw(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Draw pure noise (B, C, H, W) and labels (B,) to start walks from.
-
-        Drawn on the generator's device, then moved, so that one seed gives one noise on every
-        machine. x is float32 where the weights are half as wide: a walk adds up small steps.
-        """
-        like = next(self.model.parameters())
-        shape = (batch_size, self.model.in_channels, self.model.input_size, self.model.input_size)
-        x = torch.randn(shape, generator=generator, device=generator.device)
-        y = torch.randint(
-            self.model.num_classes, (batch_size,), generator=generator, device=generator.device
-        )
-        return x.to(like.device, torch.promote_types(like.dtype, torch.float32)), y.to(like.device)
+def sites_of(model: DiT) -> dict[str, nn.Module]:
+    """Return `attn` and `mlp` of every block by name, in the order in which they run."""
+    return {
+        f"blocks.{i}.{kind}": block.get_submodule(kind)
+        for i, block in enumerate(model.blocks)
+        for kind in ("attn", "mlp")
+    }

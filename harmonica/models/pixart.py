@@ -17,18 +17,18 @@ from __future__ import annotations
 
 import gc
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from harmonica.models.inputs import check_inputs
+from harmonica.models.guided import Guided, check_inputs
 from harmonica.models.sites import sites
 from harmonica.models.weights import from_diffusers
-from harmonica.samplers import Memory, Sampler
+from harmonica.samplers import Sampler
 from harmonica.storage.files import decoding
 
 
@@ -200,21 +200,15 @@ def _some(texts: Sequence[str]) -> None:
         raise ValueError("there are no prompts; give at least one")
 
 
-class PixArtDenoiser:
+class PixArtDenoiser(Guided):
     """A frozen PixArt, its sampler, guidance and encoded prompts: a `harmonica.denoise.Denoiser`.
 
     Guidance runs one batch [null, conditional] of 2B, ε = ε_null + s·(ε_cond − ε_null) over all
     latent channels, as diffusers' pipelines do.
 
-    Args:
-        transformer: diffusers' `PixArtTransformer2DModel`; frozen here, in place.
-        sampler: its T timesteps are the steps of the walk.
+    Args (the others are described at `Guided`):
+        transformer: diffusers' `PixArtTransformer2DModel`.
         prompts: encoded prompts; a condition is the number of one of them.
-        guidance: s; 1 switches guidance off and runs B instead of 2B.
-        name: stored in schedules.
-
-    Raises:
-        ValueError: if guidance is below 1.
     """
 
     def __init__(
@@ -226,19 +220,17 @@ class PixArtDenoiser:
         guidance: float = 4.5,
         name: str = "pixart",
     ) -> None:
-        if guidance < 1.0:
-            raise ValueError(f"guidance is {guidance}; it must be 1 (off) or more")
-        self.model = transformer.eval().requires_grad_(False)
-        self.sampler, self.guidance, self.name = sampler, guidance, name
+        config = transformer.config
+        super().__init__(
+            transformer,
+            sampler,
+            guidance,
+            name,
+            sites=sites(transformer),
+            shape=(config.in_channels, config.sample_size, config.sample_size),
+            conditions=len(prompts.texts),
+        )
         self.prompts = prompts.to(next(transformer.parameters()))
-        self.steps = len(sampler.timesteps)
-        self.sites: Mapping[str, nn.Module] = sites(transformer)
-
-    @property
-    def about(self) -> dict[str, Any]:
-        """What a table trained here belongs to, in the words of `Schedule`'s fields."""
-        facts = {"model": self.name, "sampler": self.sampler.name, "guidance": self.guidance}
-        return {**facts, "timesteps": self.sampler.timesteps}
 
     def predict(self, x: Tensor, k: int, cond: Tensor) -> Tensor:
         """Return the guided noise at step k, with the conditional variance if the sampler reads
@@ -256,65 +248,35 @@ class PixArtDenoiser:
         Raises:
             ValueError: if shapes or devices do not fit the model.
         """
-        check_inputs(x, cond, (self.model.config.in_channels, *x.shape[2:]))  # of any size
+        check_inputs(x, cond, (self.shape[0], *x.shape[2:]))  # of any size
         text, mask = self.prompts.embeds[cond], self.prompts.mask[cond]  # (B, L, D_text), (B, L)
-        null, null_mask = (
-            self.prompts.null_embeds.expand_as(text),
-            self.prompts.null_mask.expand_as(mask),
-        )
         if self.guidance == 1.0:
-            out = self._run(x, k, text, mask)  # (B, 2C, H, W)
-            guided = conditional = out
+            guided = conditional = self._run(x, k, text, mask)  # (B, 2C, H, W)
         else:
-            out = self._run(
-                torch.cat([x, x]), k, torch.cat([null, text]), torch.cat([null_mask, mask])
-            )
-            unconditional, conditional = out.chunk(2)  # (B, 2C, H, W) each
-            guided = unconditional + self.guidance * (conditional - unconditional)
+            null = self.prompts.null_embeds.expand_as(text)
+            null_mask = self.prompts.null_mask.expand_as(mask)
+            both = torch.cat([null, text]), torch.cat([null_mask, mask])
+            unconditional, conditional = self._run(torch.cat([x, x]), k, *both).chunk(2)
+            guided = self.mix(conditional, unconditional)  # (B, 2C, H, W)
         channels = x.shape[1]
-        noise = guided[:, :channels]
-        return (
-            torch.cat([noise, conditional[:, channels:]], 1)
-            if self.sampler.learns_variance
-            else noise
-        )
+        if not self.sampler.learns_variance:
+            return guided[:, :channels]
+        return torch.cat([guided[:, :channels], conditional[:, channels:]], 1)
 
     def _run(self, x: Tensor, k: int, text: Tensor, mask: Tensor) -> Tensor:
-        t = torch.full((len(x),), self.sampler.timesteps[k], device=x.device)
         size: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
         if self.model.use_additional_conditions:  # in pixels, eight for each latent place
             height, width = 8 * x.shape[2], 8 * x.shape[3]
             # Filled in where they are needed: a list would be copied to the device, and waited for.
-            size["resolution"] = torch.cat(
-                [text.new_full((len(x), 1), side) for side in (height, width)], dim=1
-            )
+            sides = [text.new_full((len(x), 1), side) for side in (height, width)]
+            size["resolution"] = torch.cat(sides, dim=1)
             size["aspect_ratio"] = text.new_full((len(x), 1), height / width)
         out: Tensor = self.model(
             x.to(text.dtype),
             encoder_hidden_states=text,
             encoder_attention_mask=mask,
-            timestep=t,
+            timestep=self.clock(x, k),
             added_cond_kwargs=size,
             return_dict=False,
         )[0]
         return out.to(x.dtype)
-
-    def step(self, x: Tensor, out: Tensor, k: int, memory: Memory) -> Tensor:
-        """Take x (B, C, H, W) to step k + 1."""
-        return self.sampler.step(x, out, k, memory)
-
-    def draw(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Draw pure noise (B, C, H, W) and prompt numbers (B,) to start walks from.
-
-        Drawn on the generator's device, then moved. x is float32 where the weights are half as
-        wide: a walk adds up small steps.
-        """
-        config, like = self.model.config, self.prompts.embeds
-        shape = (batch_size, config.in_channels, config.sample_size, config.sample_size)
-        x = torch.randn(shape, generator=generator, device=generator.device)
-        numbers = torch.randint(
-            len(self.prompts.texts), (batch_size,), generator=generator, device=generator.device
-        )
-        return x.to(like.device, torch.promote_types(like.dtype, torch.float32)), numbers.to(
-            like.device
-        )

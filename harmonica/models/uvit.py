@@ -26,8 +26,7 @@ This file does not know caches or routers. A checkpoint of the original
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -35,8 +34,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from harmonica.models.dit import PatchEmbedder
-from harmonica.models.inputs import check_inputs
-from harmonica.samplers import Memory, Sampler
+from harmonica.models.guided import Guided, check_inputs
+from harmonica.samplers import Sampler
 
 UVIT_H = {
     "input_size": 32,  # the latent of 256×256 images
@@ -284,47 +283,29 @@ class UViT(nn.Module):
         return self.final_layer(patches.reshape(len(h), channels, grid * p, grid * p))  # type: ignore[no-any-return]
 
 
-class UViTDenoiser:
+class UViTDenoiser(Guided):
     """A frozen U-ViT, its sampler and classifier-free guidance: a `harmonica.denoise.Denoiser`.
 
     Guidance asks for two streams and mixes all channels, ε = ε_null + g·(ε_cond − ε_null). The
     original writes the same as ε_cond + s·(ε_cond − ε_null), so g = 1 + s; its s of 0.4 is the
     default here.
 
-    x stays float32 when the weights are narrower: only what enters the model is rounded, so a walk
-    does not collect the rounding of its steps.
-
-    Args:
-        model: frozen here, in place: evaluation mode, no weight asks for a gradient.
-        sampler: its T timesteps, 0 … 999, are the steps of the walk. The model counts them from 1.
-        guidance: g; 1 switches guidance off and runs one stream instead of two.
-        name: stored in schedules.
-
-    Raises:
-        ValueError: if guidance is below 1.
+    Args: described at `Guided`. The model counts the sampler's timesteps 0 … 999 from 1.
     """
 
     def __init__(
         self, model: UViT, sampler: Sampler, *, guidance: float = 1.4, name: str = "uvit-h"
     ) -> None:
-        if guidance < 1.0:
-            raise ValueError(
-                f"guidance is {guidance}; it must be 1 (off) or more, 1 + the original's scale"
-            )
-        self.model = model.eval().requires_grad_(False)
-        self.sampler, self.guidance, self.name = sampler, guidance, name
-        self.steps = len(sampler.timesteps)
-        self.sites: Mapping[str, nn.Module] = {
-            name: module
-            for name, module in model.named_modules()
-            if isinstance(module, Attention | Mlp)
-        }
-
-    @property
-    def about(self) -> dict[str, Any]:
-        """What a table trained here belongs to, in the words of `Schedule`'s fields."""
-        facts = {"model": self.name, "sampler": self.sampler.name, "guidance": self.guidance}
-        return {**facts, "timesteps": self.sampler.timesteps}
+        kinds = (Attention, Mlp)
+        super().__init__(
+            model,
+            sampler,
+            guidance,
+            name,
+            sites={name: part for name, part in model.named_modules() if isinstance(part, kinds)},
+            shape=(model.in_channels, model.input_size, model.input_size),
+            conditions=model.num_classes,
+        )
 
     def predict(self, x: Tensor, k: int, cond: Tensor) -> Tensor:
         """Return the guided noise at step k.
@@ -341,36 +322,10 @@ class UViTDenoiser:
         Raises:
             ValueError: if shapes or devices do not fit the model.
         """
-        check_inputs(
-            x, cond, (self.model.in_channels, self.model.input_size, self.model.input_size)
-        )
+        check_inputs(x, cond, self.shape)
+        labels = (cond, torch.full_like(cond, self.conditions))[: 1 if self.guidance == 1.0 else 2]
         # A sampler's timestep is an index into β, from 0; the model was trained with the number of
         # that β, from 1.
-        t = torch.full((len(x),), self.sampler.timesteps[k] + 1.0, device=x.device)  # (B,)
-        labels = (
-            (cond,)
-            if self.guidance == 1.0
-            else (cond, torch.full_like(cond, self.model.num_classes))
-        )
-        streams: Streams = self.model(x.to(self.model.pos_embed.dtype), t, labels)
-        conditional, *null = (noise.to(x.dtype) for noise in streams)  # (B, C, H, W) each
-        return null[0] + self.guidance * (conditional - null[0]) if null else conditional
-
-    def step(self, x: Tensor, out: Tensor, k: int, memory: Memory) -> Tensor:
-        """Take x (B, C, H, W) to step k + 1 with the guided noise `out`, the same shape."""
-        return self.sampler.step(x, out, k, memory)
-
-    def draw(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Draw pure noise (B, C, H, W), never narrower than float32, and labels (B,) to start walks
-        from.
-
-        Drawn on the generator's device, then moved, so that one seed gives one noise on every
-        machine.
-        """
-        like = self.model.pos_embed
-        shape = (batch_size, self.model.in_channels, self.model.input_size, self.model.input_size)
-        x = torch.randn(shape, generator=generator, device=generator.device)
-        y = torch.randint(
-            self.model.num_classes, (batch_size,), generator=generator, device=generator.device
-        )
-        return x.to(like.device, torch.promote_types(like.dtype, torch.float32)), y.to(like.device)
+        streams = self.model(x.to(self.model.pos_embed.dtype), self.clock(x, k, first=1.0), labels)
+        outs = [noise.to(x.dtype) for noise in streams]  # (B, C, H, W) each
+        return outs[0] if len(outs) == 1 else self.mix(*outs)

@@ -7,17 +7,11 @@ import time
 
 import pytest
 import torch
+from bootstrap import Interval, bootstrap
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harmonica.evaluation.distances import (
-    Interval,
-    bootstrap,
-    frechet_distance,
-    image_mse,
-    precision_recall,
-    psnr,
-)
+from harmonica.evaluation.distances import frechet_distance, image_mse, precision_recall, psnr
 
 
 def images(count, seed=0, *, shift=0.0, size=4):

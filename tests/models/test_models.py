@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from harmonica import Router, Schedule, gated, macs, reuse, sample
 from harmonica.cost import measure
-from harmonica.evaluation.distances import frechet_distance, image_mse, label_agreement
+from harmonica.evaluation.distances import frechet_distance, image_mse
+from harmonica.evaluation.judge import digits, judge_of
 from harmonica.models import DITS, load
 from harmonica.models.dit import SIZES, DiT, DiTDenoiser, sincos_positions
-from harmonica.models.tiny import TINY, digits
 from harmonica.samplers import DDIM, alphas_cumprod, make_sampler, spaced_timesteps
 
 # ---------------------------------------------------------------------------------------------- DiT
@@ -112,7 +112,7 @@ def test_guidance_mixes_the_channels_it_is_told_to_and_returns_both_halves():
 @given(st.integers(1, 12))
 def test_a_model_of_any_number_of_classes_has_its_own_null_class(classes):
     """The released code has 1000 written into it."""
-    model = DiT(**{**TINY, "num_classes": classes})
+    model = DiT(**{**DITS["tiny"], "num_classes": classes})
     assert model.y_embedder.embedding_table.num_embeddings == classes + 1
     asked = []
     model.y_embedder.register_forward_hook(lambda _, inputs, __: asked.append(inputs[0].tolist()))
@@ -124,7 +124,7 @@ def test_a_model_of_any_number_of_classes_has_its_own_null_class(classes):
 
 
 def test_a_denoiser_freezes_its_model():
-    model = DiT(**TINY).train()
+    model = DiT(**DITS["tiny"]).train()
     DiTDenoiser(model, DDIM(2))
     assert not model.training
     assert not any(p.requires_grad for p in model.parameters())
@@ -140,7 +140,7 @@ def test_a_denoiser_freezes_its_model():
 )
 def test_sizes_that_do_not_divide_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        DiT(**{**TINY, **changes})
+        DiT(**{**DITS["tiny"], **changes})
 
 
 # ---------------------------------------------------------------------------------------------- load
@@ -353,7 +353,7 @@ def test_the_bundled_model_draws_digits():
     labels = torch.arange(100) % 10
     x, _ = d.draw(100, torch.Generator().manual_seed(11))
     images = sample(d, x, labels)
-    assert label_agreement(images, labels, *digits()) >= 0.97
+    assert judge_of("tiny").agreement(images, labels) >= 0.97
     assert frechet_distance(images, digits()[0]) < 2.0
 
 
@@ -361,7 +361,7 @@ def test_metrics_by_hand():
     real, labels = digits()
     assert real.shape == (1797, 1, 8, 8)
     assert (real.min().item(), real.max().item()) == (-1.0, 1.0)
-    assert label_agreement(real[:50], labels[:50], real, labels, neighbours=1) == 1.0
+    assert judge_of("tiny").agreement(real, labels) > 0.98
     assert frechet_distance(real, real) == pytest.approx(0.0, abs=1e-6)
     assert frechet_distance(real + 0.5, real) == pytest.approx(64 * 0.25, rel=1e-5)
     assert image_mse(real + 0.5, real) == pytest.approx(0.25)

@@ -1,4 +1,4 @@
-"""Scores: what the field publishes of a set of images, taken by torchmetrics from what
+"""Scores that the field publishes of a set of images, computed by torchmetrics from what
 `harmonica.image_sets` wrote.
 
     fid_inception      against a reference set; lower is better                     Heusel et al. 2017

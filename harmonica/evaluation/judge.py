@@ -1,0 +1,142 @@
+"""Judges: what real pictures look like, for the two bundled models, whose pictures we know.
+
+    model      real pictures                                   who names the class       compared by the Fréchet distance
+    tiny       scikit-learn's 1797 digits                      the 3 nearest of them     64 pixels
+    garments   Fashion-MNIST's 10 000 held-out photographs     a convolutional network   64 numbers, its last hidden layer
+
+The digits are also what `tiny` was trained on, so its Fréchet distance rewards copies; the held-out
+photographs were never shown to `garments`. The network was trained on the other 60 000. This file
+does not know how the pictures were made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from harmonica.evaluation.distances import frechet_of_moments, moments
+
+DIGITS = tuple("0123456789")
+GARMENTS = (
+    "T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "trainer", "bag", "boot",
+)  # fmt: skip
+"""Names of the classes, in the order of their labels."""
+
+WEIGHTS = Path(__file__).with_name("garments_judge.safetensors")
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Names the class of pictures and says how far a set of them is from the real ones.
+
+    >>> judge = judge_of("tiny")
+    >>> images, labels = digits()
+    >>> round(judge.frechet(images), 6)
+    0.0
+    """
+
+    classes: tuple[str, ...]
+    features: Callable[[Tensor], Tensor]  # pictures (B, C, H, W) -> (B, D)
+    classify: Callable[[Tensor], Tensor]  # pictures (B, C, H, W) -> labels (B,)
+    mean: Tensor  # (D,) of the real pictures' features
+    covariance: Tensor  # (D, D)
+
+    def agreement(self, images: Tensor, labels: Tensor) -> float:
+        """Return the share, 0 … 1, of images (B, C, H, W) recognised as their own label (B,)."""
+        return float((self.classify(images) == labels.to(images.device)).double().mean())
+
+    def frechet(self, images: Tensor) -> float:
+        """Return the Fréchet distance of images (B, C, H, W) to the real pictures.
+
+        Raises ValueError for fewer than two images.
+        """
+        return self.frechet_of_features(self.features(images))
+
+    def frechet_of_features(self, features: Tensor) -> float:
+        """Return the same from features (B, D), for a bootstrap that resamples them."""
+        return frechet_of_moments(moments(features), (self.mean, self.covariance))
+
+
+class Classifier(nn.Module):
+    """The network that judges garments: three convolutions, a hidden layer, ten logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for width, wider in ((1, 32), (32, 64), (64, 64)):
+            layers += [nn.Conv2d(width, wider, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+        self.hidden = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 3 * 3, 64), nn.ReLU())
+        self.logits = nn.Linear(64, len(GARMENTS))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits (B, 10) of images (B, 1, 28, 28) in [−1, 1]."""
+        return self.logits(self.hidden(images))  # type: ignore[no-any-return]
+
+
+def digits() -> tuple[Tensor, Tensor]:
+    """Return scikit-learn's digits in [−1, 1], (1797, 1, 8, 8) float32, and labels (1797,) int64."""
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    images = torch.tensor(pixels / 8.0 - 1.0, dtype=torch.float32).view(-1, 1, 8, 8)
+    return images, torch.tensor(labels)
+
+
+def judge_of(model: str) -> Judge:
+    """Return the judge of a bundled model's pictures.
+
+    Raises:
+        ValueError: for a model whose pictures no bundled judge knows.
+    """
+    if model == "tiny":
+        return _judge_of_digits()
+    if model == "garments":
+        return _judge_of_garments()
+    raise ValueError(f"no judge knows the pictures of {model!r}; there is one for tiny, garments")
+
+
+def _judge_of_digits() -> Judge:
+    from sklearn.neighbors import KNeighborsClassifier
+
+    images, labels = digits()
+    nearest = KNeighborsClassifier(3).fit(images.flatten(1).numpy(), labels.numpy())
+
+    def classify(images: Tensor) -> Tensor:
+        votes = nearest.predict(images.flatten(1).cpu().numpy())
+        return torch.as_tensor(votes, device=images.device)
+
+    return Judge(DIGITS, _pixels, classify, *moments(_pixels(images)))
+
+
+def _pixels(images: Tensor) -> Tensor:
+    return images.flatten(1)
+
+
+def _judge_of_garments() -> Judge:
+    from safetensors.torch import load_file
+
+    state = {name: value.float() for name, value in load_file(WEIGHTS).items()}
+    mean, covariance = state.pop("held_out.mean"), state.pop("held_out.covariance")
+    network = Classifier().requires_grad_(False)
+    network.load_state_dict(state)
+    return Judge(
+        GARMENTS,
+        _in_parts(network.hidden),
+        lambda images: _in_parts(network)(images).argmax(1),
+        mean.double(),
+        covariance.double(),
+    )
+
+
+def _in_parts(network: nn.Module, size: int = 1000) -> Callable[[Tensor], Tensor]:
+    """Run a network on the CPU, `size` pictures at a time."""
+
+    def run(images: Tensor) -> Tensor:
+        parts = [network(part.float().cpu()) for part in torch.split(images, size)]
+        return torch.cat(parts).to(images.device)
+
+    return run

@@ -1,0 +1,121 @@
+"""Guided: what the denoisers of DiT, PixArt and U-ViT share.
+
+    guidance   ε = ε_null + g·(ε_cond − ε_null), with g = 1 switched off; a null condition is a
+               class or a prompt of its own
+    clock      the model's timestep at step k, (B,)
+
+A model's own denoiser adds `predict`. This file does not know caches or routers.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from harmonica.samplers import Memory, Sampler
+
+Self = TypeVar("Self", bound="Guided")
+
+
+class Guided(ABC):
+    """A frozen model, its sampler and its guidance.
+
+    Args:
+        model: frozen here, in place: evaluation mode, no weight asks for a gradient.
+        sampler: its T timesteps are the steps of the walk.
+        guidance: g; 1 switches guidance off.
+        name: stored in schedules.
+        sites: cacheable modules by name, in the order in which they run.
+        shape: (C, H, W) of the noise that `draw` returns.
+        conditions: number of classes or prompts to draw from.
+
+    Raises:
+        ValueError: if guidance is not a number of at least 1.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        sampler: Sampler,
+        guidance: float,
+        name: str,
+        *,
+        sites: Mapping[str, nn.Module],
+        shape: tuple[int, int, int],
+        conditions: int,
+    ) -> None:
+        check_guidance(guidance)
+        self.model = model.eval().requires_grad_(False)
+        self.sampler, self.guidance, self.name = sampler, guidance, name
+        self.sites, self.shape, self.conditions = sites, shape, conditions
+        self.steps = len(sampler.timesteps)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What a table trained here belongs to, in the words of `Schedule`'s fields."""
+        facts = {"model": self.name, "sampler": self.sampler.name, "guidance": self.guidance}
+        return {**facts, "timesteps": self.sampler.timesteps}
+
+    @property
+    def draws_noise(self) -> bool:
+        """Whether the sampler draws noise during the walk."""
+        return self.sampler.draws_noise
+
+    def with_steps(self: Self, steps: int) -> Self:
+        """Return the same model, sampler and guidance with another number of steps."""
+        other = copy.copy(self)
+        other.sampler, other.steps = self.sampler.with_steps(steps), steps
+        return other
+
+    @abstractmethod
+    def predict(self, x: Tensor, k: int, cond: Tensor) -> Tensor:
+        """Return the guided output at step k for x (B, C, H, W) and conditions (B,)."""
+
+    def step(self, x: Tensor, out: Tensor, k: int, memory: Memory) -> Tensor:
+        """Take x (B, C, H, W) to step k + 1 with the first B rows of the prediction `out`."""
+        return self.sampler.step(x, out[: len(x)], k, memory)
+
+    def draw(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Draw pure noise (B, C, H, W) and numbers of classes or prompts (B,) to start walks from.
+
+        Drawn on the generator's device, then moved, so that one seed gives one noise on every
+        machine. x is float32 where the weights are half as wide: a walk adds up small steps.
+        """
+        like, place = next(self.model.parameters()), generator.device
+        x = torch.randn((batch_size, *self.shape), generator=generator, device=place)
+        cond = torch.randint(self.conditions, (batch_size,), generator=generator, device=place)
+        wide = torch.promote_types(like.dtype, torch.float32)
+        return x.to(like.device, wide), cond.to(like.device)
+
+    def clock(self, x: Tensor, k: int, first: float = 0) -> Tensor:
+        """Return the timestep of step k for each row of x, counted from `first`: (B,)."""
+        return torch.full((len(x),), self.sampler.timesteps[k] + first, device=x.device)
+
+    def mix(self, conditional: Tensor, null: Tensor) -> Tensor:
+        """Return the guided output of two outputs of one shape."""
+        return null + self.guidance * (conditional - null)
+
+
+def check_guidance(guidance: float) -> None:
+    """Raise ValueError unless guidance is a number of at least 1."""
+    if not 1.0 <= guidance < math.inf:
+        raise ValueError(f"guidance is {guidance}; it must be 1 (off) or more")
+
+
+def check_inputs(x: Tensor, cond: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless x is (B, C, H, W) with this (C, H, W), and cond (B,) whole numbers
+    beside it. Values are not looked at, since a GPU would have to be waited for.
+    """
+    fits = x.ndim == 4 and tuple(x.shape[1:]) == shape and tuple(cond.shape) == (len(x),) != (0,)
+    if not fits or x.device != cond.device or cond.is_floating_point():
+        raise ValueError(
+            f"found noise {tuple(x.shape)} on {x.device}, conditions {tuple(cond.shape)} {cond.dtype} "
+            f"on {cond.device}; expected (B, {', '.join(map(str, shape))}) and (B,) whole numbers on "
+            "one device, B at least 1, as `draw` returns"
+        )
