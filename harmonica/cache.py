@@ -3,16 +3,25 @@
 A *site* is a module whose output can be reused (attention or feed-forward of a block). While a
 model is `gated`, every site asks a *gate* for its output:
 
-    block i: h + scale·attn(…) → site.forward → gate(i, compute) ─┬─ compute() → fresh
-                                                                  └─ cache[i]  → the last feature
-                                                                  kept
+    block i: h + scale·attn(…) → site.forward → gate(i, compute) ─┬─ compute() → fresh ─┬→ output
+                                                                  └─ cache[i]  → kept  ─┘
 
-    Cache     site → feature    owned by a trajectory; a new trajectory is a new dict, nothing is ever reset
+Every gate is the same sum of what is fresh and what was computed before, the last one first:
+
+    output = w₀·fresh + w₁·h₁ + … + w_m·h_m
+
+    gate       weights                          what the cache holds for a site
+    reuse      (1, 0) or (0, 1)                 h₁, the output that was last computed
+    blend      (r, 1 − r), with gradients       h₁, the sum itself where r > τ (paper, "Router")
+    weighted   any; w₀ = 0 where it skips       h₁ … h_m, newest first: a `History`
+
+    Cache     site → feature    owned by a trajectory; a new trajectory is a new dict
     Feature   a tensor, or a tree of them (dual-stream attention returns a tuple)
-    r         scores of one step, 1 = compute, 0 = reuse                                            (N,)
+    r         scores of one step, 1 = compute, 0 = reuse                                   (N,)
     τ (tau)   a score above it computes at inference, and renews the cache in training
 
-This file does not know steps, samplers, routers or losses.
+Features are kept by reference and never written to. This file does not know steps, samplers,
+routers or losses.
 """
 
 from __future__ import annotations
@@ -23,21 +32,22 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map, tree_map_only
 
 from harmonica.override import overridden
 
 Feature = Any
+History = tuple[Feature, ...]
 Cache = dict[int, Feature]
 Compute = Callable[[], Feature]
 Gate = Callable[[int, Compute], Feature]
 
 
 def reuse(row: Tensor | Sequence[bool], cache: Cache) -> Gate:
-    """Return the gate of inference: compute and keep where `row` is true, else read what was kept.
+    """Return the gate of inference: compute and keep where `row` is true, else return what was kept.
 
-    A skipped site never calls `compute`; it costs one dict lookup. Nothing there to reuse is a
-    RuntimeError.
+    A skipped site never calls `compute`; it costs one dict lookup. Where nothing was kept, the gate
+    raises RuntimeError.
 
     Args:
         row: (N,) bool, one step of a schedule; a TypeError if it holds scores, which belong to
@@ -82,11 +92,9 @@ def blend(r: Tensor, cache: Cache, tau: float) -> Gate:
         raise RuntimeError(
             "the cache is empty and this row is not all ones; the first step of a trajectory computes"
         )
-    scores = r.unbind()  # N × ()
-    renew = (r.detach() > tau).tolist()  # asked of the device once a step, not once a site
-    # Reads see the cache as this step found it, writes are for the next. So a block that runs twice
-    # in one step, as it does under activation checkpointing, blends with the same old feature both
-    # times.
+    scores, renew = r.unbind(), (r.detach() > tau).tolist()  # N × (); one transfer a step
+    # Reads see the cache as it was before this step, writes are for the next step. So a block that
+    # runs twice in one step, as under activation checkpointing, blends the same old feature twice.
     before = cache.copy()
 
     def gate(site: int, compute: Compute) -> Feature:
@@ -94,38 +102,80 @@ def blend(r: Tensor, cache: Cache, tau: float) -> Gate:
         if before:
             if site not in before:
                 raise never_computed(site, len(scores))
-            score, old = scores[site], before[site]
-            feature = tree_map(
-                lambda new, kept: score * new + (1 - score) * kept if _soft(new) else new,
-                feature,
-                old,
-            )
+            weights = (scores[site], 1 - scores[site])
+            feature = weighted_sum(weights, (feature, before[site]))
         if renew[site]:
-            cache[site] = tree_map(lambda new: new.detach() if _soft(new) else new, feature)
+            cache[site] = tree_map_only(Tensor, Tensor.detach, feature)
         return feature
 
     return gate
 
 
-def _soft(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor)  # attention may return (output, None)
+def weighted(row: Sequence[bool], weights: Sequence[Sequence[float]], cache: Cache) -> Gate:
+    """Return the gate of a weighted schedule: w₀·fresh + w₁·h₁ + … + w_m·h_m.
+
+    hⱼ is the j-th last output that the site computed, as it computed it. A skipped site never calls
+    `compute`. Where the weights are (1, 0, …) the fresh feature itself is returned.
+
+    Args:
+        row: (N,) bool, one step of a schedule.
+        weights: (N, 1 + m), w₀ … w_m of that step.
+        cache: of the trajectory; holds the `History` of each site.
+
+    >>> cache = {0: (torch.tensor(8.0), torch.tensor(6.0))}
+    >>> weighted([False], [[0.0, 1.5, -0.5]], cache)(0, lambda: "never called")
+    tensor(9.)
+    """
+
+    def gate(site: int, compute: Compute) -> Feature:
+        w, history = weights[site], cache.get(site, ())
+        if not row[site]:
+            if not history:
+                raise never_computed(site, len(row))
+            return weighted_sum(w[1:], history)
+        outputs = (compute(), *history)  # newest first
+        cache[site] = outputs[: len(w) - 1]
+        return weighted_sum(w, outputs)
+
+    return gate
+
+
+def weighted_sum(weights: Sequence[float | Tensor], features: History) -> Feature:
+    """Return Σⱼ wⱼ·fⱼ over the features that there are; what is not a tensor is the first one's.
+
+    A feature whose weight is the number 0 is left out. If one is left and its weight is 1, it is
+    returned itself, without a pass over memory.
+    """
+    pairs = zip(weights, features, strict=False)
+    terms = [(w, f) for w, f in pairs if isinstance(w, Tensor) or w != 0] or [(0.0, features[0])]
+    scale, feature = terms[0]
+    if len(terms) == 1 and not isinstance(scale, Tensor) and scale == 1:
+        return feature
+
+    def add(first: Any, *others: Any) -> Any:
+        if not isinstance(first, Tensor):
+            return first  # attention may return (output, None)
+        total = scale * first
+        for (w, _), other in zip(terms[1:], others, strict=True):
+            total = total + w * other  # torch.add(…, alpha=w) may round once or twice
+        return total
+
+    return tree_map(add, *(f for _, f in terms))
 
 
 def never_computed(site: int, sites: int) -> RuntimeError:
-    """Return what to raise where a site is to be reused and nothing was kept."""
-    todo = "start at step 0 with an empty cache, or fork with a copy of a filled one, under a table for this model"
-    return RuntimeError(
-        f"site {site} of {sites} is to be reused but this trajectory has not computed it; {todo}"
-    )
+    """Return the error of a site that shall be reused although nothing was kept of it."""
+    todo = "start at step 0 with an empty cache, or fork with a copy of a filled one"
+    what = f"site {site} of {sites} is to be reused but this trajectory has not computed it"
+    return RuntimeError(f"{what}; {todo}, under a table for this model")
 
 
 @contextmanager
 def gated(sites: Mapping[str, nn.Module] | Sequence[nn.Module], gate: Gate) -> Iterator[None]:
     """Shadow the `forward` of each site so that it asks `gate`, and put everything back as it was.
 
-    An attribute of the instance shadows the method of its class (`harmonica.override`); a hook
-    could not skip the computation. Another `gated` inside or outside, other libraries' wrappers and
-    exceptions are all borne.
+    An attribute of the instance shadows the method of its class (`harmonica.override`), since a hook
+    could not skip the computation.
 
     Args:
         sites: modules in the order of the table's columns, no module twice.
@@ -136,10 +186,8 @@ def gated(sites: Mapping[str, nn.Module] | Sequence[nn.Module], gate: Gate) -> I
         raise ValueError(
             "a module stands at two sites; each needs a feature, hence a module, of its own"
         )
-    with overridden(
-        "forward",
-        ((module, partial(_ask, gate, i, module.forward)) for i, module in enumerate(modules)),
-    ):
+    shadows = ((module, partial(_ask, gate, i, module.forward)) for i, module in enumerate(modules))
+    with overridden("forward", shadows):
         yield
 
 

@@ -31,7 +31,7 @@ from harmonica.command_line import (
     whole,
 )
 from harmonica.cost import measure
-from harmonica.forecast import gates_of
+from harmonica.denoise import gates_of
 from harmonica.inference.walk import Walk
 from harmonica.search.budget import check_target
 from harmonica.search.paths import whole_steps

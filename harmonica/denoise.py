@@ -1,4 +1,4 @@
-"""Denoiser and the walk: all that is asked of a model and its sampler, and one reverse trajectory.
+"""Denoiser and the walk: a frozen model with its sampler, and one reverse trajectory.
 
 A walk is a loop over T executed steps k = 0 … T−1 (the paper's t is T − k). Its state is three
 values:
@@ -7,24 +7,21 @@ values:
     cache    site → feature                a dict, written by gates (harmonica.cache)
     memory   what the sampler remembers    a dict, written by Denoiser.step
 
-so a walk is forked at any k by copying two dicts. This file does not know routers, losses or any
-particular model.
+so a walk is forked before any step by copying two dicts. This file does not know routers, losses or
+any particular model.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from harmonica.cache import Gate, gated
-from harmonica.forecast import gates_of
-
-if TYPE_CHECKING:
-    from harmonica.router import Schedule
+from harmonica.cache import Cache, Gate, gated, reuse, weighted
+from harmonica.table import Table, check_fit
 
 
 @runtime_checkable
@@ -45,19 +42,31 @@ class Denoiser(Protocol):
     def about(self) -> dict[str, Any]: ...  # noqa: D102 (described above)
 
     def predict(self, x: Tensor, k: int, cond: Any) -> Tensor:
-        """Return the guided output at step k for x (B, C, H, W); what `step` takes and the loss
-        compares.
-        """
+        """Return the guided output at step k for x (B, C, H, W)."""
         ...
 
     def step(self, x: Tensor, out: Tensor, k: int, memory: dict[str, Any]) -> Tensor:
-        """Return x (B, C, H, W) after step k. Replaces values in `memory`, never changes one in
-        place.
-        """
+        """Return x (B, C, H, W) after step k; replaces values in `memory`, never changes them."""
         ...
 
     def draw(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Any]:
         """Draw what a walk starts from: pure noise x (B, C, H, W) and conditions for it."""
+        ...
+
+
+@runtime_checkable
+class Refinable(Denoiser, Protocol):
+    """A denoiser that can be had with another number of steps.
+
+    Attributes:
+        draws_noise: whether the sampler draws noise during the walk.
+    """
+
+    @property
+    def draws_noise(self) -> bool: ...  # noqa: D102 (described above)
+
+    def with_steps(self, steps: int) -> Denoiser:
+        """Return the same model, sampler and guidance with another number of steps."""
         ...
 
 
@@ -80,8 +89,7 @@ def denoise(
         denoiser: model, sampler, guidance.
         x: (B, C, H, W), pure noise at start = 0.
         cond: conditions for the batch.
-        gate: k -> gate of step k, such as `lambda k: reuse(schedule.compute[k], cache)`; None is
-            the plain model.
+        gate: k -> gate of step k, such as `gates_of(schedule, cache)`; None is the plain model.
         start: first step to run; a walk forked before step k starts at k.
         memory: the sampler's, changed by the walk; a fork passes copies of it and of the cache.
     """
@@ -97,20 +105,28 @@ def denoise(
         yield x
 
 
+def gates_of(schedule: Table, cache: Cache) -> Callable[[int], Gate]:
+    """Return k -> the gate of step k under a schedule: `reuse`, or `weighted` if it has weights."""
+    rows, weights = schedule.compute.tolist(), schedule.gate_weights
+    if weights is None:
+        return lambda k: reuse(rows[k], cache)
+    numbers = weights.tolist()
+    return lambda k: weighted(rows[k], numbers[k], cache)
+
+
 def final_image(walk: Iterable[Tensor]) -> Tensor:
     """Run a walk to its end and return the image x₀ (B, C, H, W)."""
     return deque(walk, maxlen=1).pop()
 
 
-def sample(denoiser: Denoiser, x: Tensor, cond: Any, schedule: Schedule | None = None) -> Tensor:
+def sample(denoiser: Denoiser, x: Tensor, cond: Any, schedule: Table | None = None) -> Tensor:
     """Return the image x₀ that noise x becomes, both (B, C, H, W), under a schedule or with the
     plain model.
+
+    Raises ValueError if the schedule does not fit the denoiser.
     """
     if schedule is None:
         return final_image(denoise(denoiser, x, cond))
-    schedule.check(
-        steps=denoiser.steps,
-        sites=tuple(denoiser.sites),
-        timesteps=denoiser.about.get("timesteps", ()),
-    )
+    timesteps = denoiser.about.get("timesteps", ())
+    check_fit(schedule, denoiser.steps, tuple(denoiser.sites), timesteps)
     return final_image(denoise(denoiser, x, cond, gates_of(schedule, {})))

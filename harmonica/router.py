@@ -4,6 +4,7 @@
     logits     what is trained, r = σ(logits), rows 1 … T−1                            (T−1, N)
     compute    r > τ, the table that a run follows                                     (T, N) bool
     CUR        cache utilisation ratio, the share of the T×N entries that are reused
+    weights    of each entry's gate, w₀·fresh + Σⱼ wⱼ·(j-th last computed output)    (T, N, 1 + m)
 
 Row k is the k-th *executed* step. Row 0 is not trained: a trajectory has nothing to reuse at its
 first step. This file does not know models, caches or losses. What a table looks like in a file is in
@@ -15,20 +16,26 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harmonica.site_names import columns_for
+from harmonica.table import (
+    Cost,
+    check_fit,
+    checked_table,
+    checked_weights,
+    default_names,
+    require,
+    taylor_weights,
+)
 
 if TYPE_CHECKING:
-    from harmonica.cost import Macs
     from harmonica.storage.files import StrPath
-
-
-def _names(sites: int) -> tuple[str, ...]:
-    return tuple(f"site{i}" for i in range(sites))
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,10 +48,12 @@ class Schedule:
         timesteps: T timesteps of the sampler in execution order, empty if unknown.
         model, sampler, guidance: what the table was made for.
         threshold: τ, if a router was frozen.
-        order: how a skipped site is filled: 0 is reuse (the paper), above it `harmonica.forecast`.
+        order: without weights, how a skipped site is filled: 0 is reuse (the paper), 1 and above
+            are TaylorSeer's forecasts (`taylor_weights`).
+        weights: (T, N, 1 + m) of the gates, or None; w₀ is 0 where the table skips.
         provenance: how the table was made, for people; strings and numbers.
 
-    Raises ValueError if the first row reuses, or names or timesteps do not fit the table.
+    Raises ValueError if the first row reuses, or names, timesteps or weights do not fit the table.
 
     >>> print(Schedule([[True, True], [False, True]], sites=("attn", "mlp")))
     2 steps × 2 sites, CUR 25.0 % (# computes, . reuses; steps run left to right)
@@ -60,47 +69,28 @@ class Schedule:
     guidance: float | None = None
     threshold: float | None = None
     order: int = 0
+    weights: Tensor | None = None
     provenance: Mapping[str, str | float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        compute = torch.as_tensor(self.compute, device="cpu")
-        if compute.dim() != 2 or 0 in compute.shape:
-            raise ValueError(
-                f"compute has shape {tuple(compute.shape)}; it must be (steps, sites), neither of them 0"
-            )
-        if bool(((compute != 0) & (compute != 1)).any()):
-            raise ValueError(
-                "compute has entries other than 0 and 1; scores become decisions in router.schedule(tau)"
-            )
-        steps, width = compute.shape
-        sites, times = tuple(self.sites) or _names(width), tuple(self.timesteps)
-        if not len(sites) == len(set(sites)) == width or len(times) not in (0, steps):
-            found = f"{len(set(sites))} distinct site names and {len(times)} timesteps"
-            raise ValueError(
-                f"the table is {steps} × {width} (steps × sites) and comes with {found}"
-            )
-        if not bool(compute[0].all()):
-            first = sites[compute[0].tolist().index(0)]
-            raise ValueError(
-                f"step 0 reuses {first}, but nothing is cached yet; the first row must be all true"
-            )
-        if type(self.order) is not int or not 0 <= self.order < 10:
-            raise ValueError(
-                f"order is {self.order!r}; a skipped site is filled by 0 (reuse) to 9 differences"
-            )
-        made = {"compute": compute.to(torch.bool, copy=True), "sites": sites, "timesteps": times}
-        for name, value in {**made, "provenance": dict(self.provenance)}.items():
+        compute, sites, times = checked_table(self.compute, self.sites, self.timesteps)
+        require(
+            type(self.order) is int and 0 <= self.order < 10,
+            f"order is {self.order!r}; a forecast has 0 (reuse) to 9 differences",
+        )
+        weights = None if self.weights is None else checked_weights(self.weights, compute)
+        values = {"compute": compute, "sites": sites, "timesteps": times, "weights": weights}
+        for name, value in {**values, "provenance": dict(self.provenance)}.items():
             object.__setattr__(self, name, value)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Schedule):
             return NotImplemented
-        same = (
-            getattr(self, f.name) == getattr(other, f.name)
-            for f in fields(self)
-            if f.name != "compute"
+        pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+        return all(
+            a.equal(b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b or a == b
+            for a, b in pairs
         )
-        return all(same) and torch.equal(self.compute, other.compute)
 
     @property
     def steps(self) -> int:
@@ -112,34 +102,36 @@ class Schedule:
         """Cache utilisation ratio, 0 … 1: the share of the table that is reused (paper, "CUR")."""
         return int((~self.compute).sum()) / self.compute.numel()
 
-    def speedup(self, macs: Macs) -> float:
+    @cached_property
+    def gate_weights(self) -> Tensor | None:
+        """The weights of the gates, (T, N, 1 + m): learned, or Taylor's of `order`; None is reuse."""
+        if self.weights is None and self.order > 0:
+            return taylor_weights(self.compute, self.order)
+        return self.weights
+
+    def speedup(self, macs: Cost) -> float:
         """Return the theoretical speedup: MACs of the full walk over MACs of what still runs,
         `rest` included.
         """
-        if len(macs.sites) != len(self.sites):
-            counts = f"macs counts {len(macs.sites)} sites"
-            raise ValueError(f"{counts} and the schedule has {len(self.sites)}")
-        cached = float((self.compute * macs.sites).sum()) + self.steps * macs.rest
-        return self.steps * macs.total / cached
+        priced, width = len(macs.sites), len(self.sites)
+        require(priced == width, f"macs counts {priced} sites and the schedule has {width}")
+        full = self.steps * (float(macs.sites.sum()) + macs.rest)
+        return full / (float((self.compute * macs.sites).sum()) + self.steps * macs.rest)
 
     def resample(self, steps: int) -> Schedule:
         """Return a guess for another number of steps, each row from the same relative place of the
-        walk; warns.
+        walk; warns. Learned weights belong to their steps and are left out.
         """
         if steps == self.steps:
             return self
-        if steps < 1:
-            raise ValueError(f"steps is {steps}; a walk has at least 1")
-        warnings.warn(
-            f"a schedule for {self.steps} steps was stretched to {steps}, not trained there",
-            stacklevel=2,
-        )
+        require(steps >= 1, f"steps is {steps}; a walk has at least 1")
+        lost = "" if self.weights is None else "; its weights were left out"
+        what = f"a schedule for {self.steps} steps was stretched to {steps}, not trained there"
+        warnings.warn(what + lost, stacklevel=2)
         rows = [round(k * (self.steps - 1) / max(steps - 1, 1)) for k in range(steps)]
-        note = {
-            "resampled_from": self.steps,
-            **self.provenance,
-        }  # a second one keeps the first origin
-        return replace(self, compute=self.compute[rows], timesteps=(), provenance=note)
+        origin = {"resampled_from": self.steps, **self.provenance}
+        compute = self.compute[rows]
+        return replace(self, compute=compute, weights=None, timesteps=(), provenance=origin)
 
     def fit(self, sites: Sequence[str]) -> Schedule:
         """Return the schedule in the names and the order of a model's sites, as
@@ -149,39 +141,25 @@ class Schedule:
         if columns is None or self.sites == tuple(sites):
             return self
         always = torch.ones(self.steps, 1, dtype=torch.bool)  # column −1
-        compute = torch.cat([self.compute, always], dim=1)[:, columns]
-        return replace(self, compute=compute, sites=tuple(sites))
+        compute, weights = torch.cat([self.compute, always], dim=1)[:, columns], self.weights
+        if weights is not None:
+            fresh = F.one_hot(torch.zeros(self.steps, 1, dtype=torch.long), weights.shape[2])
+            weights = torch.cat([weights, fresh.float()], dim=1)[:, columns]
+        return replace(self, compute=compute, weights=weights, sites=tuple(sites))
 
     def check(self, steps: int, sites: tuple[str, ...], timesteps: tuple[float, ...] = ()) -> None:
         """Raise ValueError unless the schedule fits a run of `steps` steps over `sites` at
-        `timesteps`.
+        `timesteps`. A table without site names fits by their number.
         """
-        if steps != self.steps:
-            mine = f"this schedule has {self.steps} steps ({self.sampler or 'unknown sampler'})"
-            todo = f"run {self.steps} or train a schedule for {steps}, or call schedule.resample({steps})"
-            raise ValueError(f"{mine}, the run has {steps}; {todo}")
-        if self.sites not in (
-            sites,
-            _names(len(sites)),
-        ):  # a table without names fits by their number
-            mine = f"{len(self.sites)} sites, {self.sites[0]} … {self.sites[-1]}"
-            raise ValueError(
-                f"this schedule has {mine}, the model has {len(sites)}, {sites[0]} … {sites[-1]}"
-            )
-        if timesteps and self.timesteps and tuple(timesteps) != self.timesteps:
-            mine = f"this schedule was made at timesteps {self.timesteps[0]} … {self.timesteps[-1]} ({self.sampler})"
-            raise ValueError(
-                f"{mine}, the run has {timesteps[0]} … {timesteps[-1]}, not all the same; use its sampler"
-            )
+        check_fit(self, steps, sites, timesteps)
 
     def __str__(self) -> str:
-        head = f"{self.steps} steps × {len(self.sites)} sites, CUR {100 * self.cur:.1f} %"
-        table = zip(self.sites, self.compute.T.tolist(), strict=True)
         width = max(map(len, self.sites))
-        lines = [
-            f"{site:{width}}  {''.join('.#'[entry] for entry in column)}" for site, column in table
-        ]
-        return "\n".join([f"{head} (# computes, . reuses; steps run left to right)", *lines])
+        head = f"{self.steps} steps × {len(self.sites)} sites, CUR {100 * self.cur:.1f} %"
+        lines = [f"{head} (# computes, . reuses; steps run left to right)"]
+        for site, column in zip(self.sites, self.compute.T.tolist(), strict=True):
+            lines.append(f"{site:{width}}  {''.join('.#'[entry] for entry in column)}")
+        return "\n".join(lines)
 
     def save(self, path: StrPath) -> None:
         """Write readable JSON: for each site one string of T digits, 1 = compute."""
@@ -206,9 +184,9 @@ class Schedule:
         """Write SmoothCache's JSON, see `harmonica.storage.foreign.write_smoothcache`."""
         from harmonica.storage.foreign import write_smoothcache
 
-        if self.order:
-            order = f"the schedule's order is {self.order}"
-            raise ValueError(f"{order}; SmoothCache's format knows reuse only, order 0")
+        gate = f"order {self.order}" if self.weights is None else "learned weights"
+        simple = self.gate_weights is None
+        require(simple, f"this schedule has {gate}; SmoothCache's format knows reuse only, order 0")
         write_smoothcache(path, self.sites, self.compute)
 
     def save_pretrained(self, folder: StrPath) -> None:
@@ -263,19 +241,19 @@ class Router(nn.Module):
     ) -> None:
         super().__init__()
         self.steps, self.about = steps, dict(about or {})
-        self.sites = _names(sites) if isinstance(sites, int) else tuple(sites)
-        if steps < 1 or not self.sites:
-            raise ValueError(
-                f"a router needs a step and a site; found {steps} steps and {len(self.sites)} sites"
-            )
+        self.sites = default_names(sites) if isinstance(sites, int) else tuple(sites)
         shape = (steps - 1, len(self.sites))
+        require(
+            steps >= 1 and bool(self.sites),
+            f"a router needs a step and a site; it got {steps} steps and {len(self.sites)} sites",
+        )
         if logits is None:
             device = generator.device if generator else None
             logits = torch.randn(shape, generator=generator, device=device)
-        if logits.shape != shape or not bool(logits.isfinite().all()):
-            raise ValueError(
-                f"logits of shape {tuple(logits.shape)} must be (steps − 1, sites) {shape}, and finite"
-            )
+        require(
+            logits.shape == shape and bool(logits.isfinite().all()),
+            f"logits of shape {tuple(logits.shape)} must be (steps − 1, sites) {shape}, and finite",
+        )
         rows = (nn.Parameter(row.clone()) for row in logits.detach())
         self.rows = nn.ParameterList(rows)  # (T−1) × (N,)
         self.schedule()  # raises if `about` does not describe a schedule
@@ -298,13 +276,13 @@ class Router(nn.Module):
 
     def schedule(self, tau: float = 0.1) -> Schedule:
         """Freeze the table: compute where r > τ, 0 ≤ τ < 1 (paper, "Router")."""
-        if not 0.0 <= tau < 1.0:
-            raise ValueError(
-                f"tau is {tau}; it must be at least 0 (compute all) and below 1 (where nothing computes)"
-            )
+        require(
+            0.0 <= tau < 1.0,
+            f"tau is {tau}; it must be at least 0 (compute all) and below 1 (where nothing computes)",
+        )
         r = self().detach().cpu()
-        if bool(r.isnan().any()):
-            raise ValueError("the router has scores that are not numbers; its training diverged")
+        diverged = bool(r.isnan().any())
+        require(not diverged, "the router has scores that are not numbers; its training diverged")
         return Schedule(r > tau, sites=self.sites, threshold=tau, **self.about)
 
     def save(self, path: StrPath) -> None:

@@ -265,7 +265,7 @@ for name, tables in bench.items():
 
 # %% [markdown]
 # Of the tables that reuse, SDT refined on whole walks is the front, by a factor of five or more from 1.2× to 2×. Refined
-# to forecast, where a skipped branch continues its last output by one difference (`harmonica/forecast.py`), it is better
+# to forecast, where a skipped branch continues its last output by one difference (`harmonica/table.py`), it is better
 # again from 1.4× on; asked for 1.2×, it ends at 1.4×, because nothing slower was better. SDT alone is no better than
 # dynamic programming: it judges a step by that step's output, and never sees what a refresh does for later steps. The
 # search does; here each branch may have a rhythm of its own, which whole steps cannot give it. Equal drift is never on

@@ -1,104 +1,103 @@
-"""Plan: what a frozen table tells before the walk begins.
+"""Lifetimes: what a frozen schedule knows before the walk begins, and the gates that follow from it.
 
-A schedule is static, so for each step k and site i it is known in advance not only whether the site
-computes, but also whether anybody will read what it computed, and when a feature is read for the
-last time:
+A schedule is static. For each step and site it is known in advance which outputs its gate reads
+(`Schedule.gate_weights`), and so when each output is read for the last time:
 
-    compute, unread    the next decision of this site is to compute again, or there is none: keep nothing
-    compute, keep      some later step reads it: keep a reference
-    read               reuse, and a later step reads it too
-    read, let go       reuse for the last time: the feature is freed right after
+    computed, never read     the fresh output is used and not kept
+    computed, read later     a reference is kept
+    read for the last time   the output is freed right after
 
-A forecast (`Schedule.order` above 0) looks back at what was computed before, so there a feature is
-kept until no later step reads the site at all. A plan's gates are a drop-in for `reuse` and
-`forecast`: the same images bit for bit, with fewer features alive. This file does not know models
-or samplers.
+A plan's gates give the same features as `reuse` and `weighted`, bit for bit, with fewer of them
+alive. This file does not know models or samplers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
-from harmonica.cache import Cache, Compute, Feature, Gate, never_computed
-from harmonica.forecast import continued, seen
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from harmonica.router import Schedule
+from harmonica.cache import Cache, Compute, Feature, Gate, History, never_computed, weighted_sum
+from harmonica.table import Table
 
-UNREAD, KEEP, READ, LET_GO = range(4)
-"""What a site does at a step; the first two compute."""
 
-Row = tuple[int, ...]
+class Entry(NamedTuple):
+    """What a site does at a step, in terms of the outputs that are kept of it, newest first.
+
+    A fresh output stands before the kept ones.
+    """
+
+    computes: bool
+    weights: tuple[float, ...]  # of each output, fresh one included
+    keep: tuple[int, ...]  # which of the outputs stay alive
+
+
+READ = Entry(False, (1.0,), (0,))
+"""Reuse of an output that is read again later: nothing but a lookup."""
+
+Row = tuple[Entry, ...]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A schedule in Python numbers, each entry one of UNREAD, KEEP, READ and LET_GO.
-
-    Attributes:
-        rows: T rows of N entries, sites in the order in which a model asks them.
-        order: of the schedule.
+    """A schedule in Python numbers: T rows of N entries, sites in the order of the columns.
 
     >>> from harmonica import Schedule
-    >>> Plan.of(Schedule([[True, True], [False, True], [False, True]])).rows
-    ((1, 0), (2, 0), (3, 0))
+    >>> plan = Plan.of(Schedule([[True, True], [False, True], [False, True]]))
+    >>> [row[0].keep for row in plan.rows], [row[1].keep for row in plan.rows]
+    ([(0,), (0,), ()], [(), (), ()])
     """
 
     rows: tuple[Row, ...]
-    order: int = 0
 
     @classmethod
-    def of(cls, schedule: Schedule) -> Plan:
-        """Plan a schedule; the only time that its tensor is looked at."""
-        columns = (
-            _column(column, forecasts=schedule.order > 0) for column in schedule.compute.T.tolist()
+    def of(cls, schedule: Table) -> Plan:
+        """Plan a schedule; the only time that its tensors are read."""
+        weights = schedule.gate_weights
+        columns = zip(
+            schedule.compute.T.tolist(),
+            (None for _ in schedule.compute.T) if weights is None else weights.transpose(0, 1),
+            strict=True,
         )
-        return cls(tuple(zip(*columns, strict=True)), schedule.order)
+        return cls(tuple(zip(*(_column(*column) for column in columns), strict=True)))
 
     @property
     def steps(self) -> int:
         """T."""
         return len(self.rows)
 
-    def gate(self, k: int, cache: Cache) -> Gate:
+    def gate(
+        self,
+        k: int,
+        cache: Cache,
+        add: Callable[[Sequence[float], History], Feature] = weighted_sum,
+    ) -> Gate:
         """Return the gate of step k over a trajectory's cache, which is empty after the last step.
 
-        Asked in the order of the walk, each site once a step, it answers what `reuse` answers. A
-        feature that was never computed raises RuntimeError, as there.
+        Called in the order of the walk, once for each site and step. A feature that was never
+        computed raises RuntimeError, as `reuse` does.
+
+        Args:
+            k: the step.
+            cache: holds the kept outputs of each site.
+            add: Σⱼ wⱼ·fⱼ; `weighted_sum` is exact, `fused_sum` takes fewer passes.
         """
         row = self.rows[k]
-        if self.order:
-            return self._forecasts(row, k, cache)
 
         def gate(site: int, compute: Compute) -> Feature:
             try:
-                what = row[site]
-                if what == READ:
-                    return cache[site]
-                if what == LET_GO:
-                    return cache.pop(site)
+                entry = row[site]
+                if entry is READ:
+                    return cache[site][0]
+                kept: History = cache.pop(site, ()) if entry.computes else cache.pop(site)
             except LookupError:
                 raise never_computed(site, len(row)) from None
-            feature = compute()
-            if what == KEEP:
-                cache[site] = feature
-            return feature
-
-        return gate
-
-    def _forecasts(self, row: Row, k: int, cache: Cache) -> Gate:
-        def gate(site: int, compute: Compute) -> Feature:
-            what = row[site]
-            if what in (UNREAD, KEEP):
-                now = seen(k, compute(), cache.pop(site, None), self.order)
-                if what == KEEP:
-                    cache[site] = now
-                return now[1][0]
-            if site not in cache:
-                raise never_computed(site, len(row))
-            return continued(cache[site] if what == READ else cache.pop(site), k)
+            outputs = (compute(), *kept) if entry.computes else kept
+            if entry.keep:
+                cache[site] = tuple(outputs[j] for j in entry.keep)
+            return add(entry.weights, outputs)
 
         return gate
 
@@ -111,33 +110,58 @@ class Plan:
         >>> plan.peak(), plan.peak([10, 1])
         (2, 11)
         """
-        weigh = [1] * len(self.rows[0]) if sizes is None else list(sizes)
-        if len(weigh) != len(self.rows[0]):
+        size_of = [1] * len(self.rows[0]) if sizes is None else list(sizes)
+        if len(size_of) != len(self.rows[0]):
             raise ValueError(
-                f"sizes has {len(weigh)} entries; the plan has {len(self.rows[0])} sites"
+                f"sizes has {len(size_of)} entries; the plan has {len(self.rows[0])} sites"
             )
-        alive, most = [0] * len(weigh), 0.0  # features of each site
+        alive, most = [0] * len(size_of), 0.0  # features of each site
         for row in self.rows:
-            for site, what in enumerate(row):
-                if what != READ:
-                    alive[site] = min(alive[site] + 1, self.order + 1) if what == KEEP else 0
-                most = max(
-                    most, sum(count * size for count, size in zip(alive, weigh, strict=True))
-                )
-        return int(most) if sizes is None or all(isinstance(size, int) for size in weigh) else most
+            for site, entry in enumerate(row):
+                alive[site] = len(entry.keep)
+                most = max(most, sum(n * size for n, size in zip(alive, size_of, strict=True)))
+        whole = sizes is None or all(isinstance(size, int) for size in size_of)
+        return int(most) if whole else most
 
 
-def _column(computes: Sequence[bool], *, forecasts: bool = False) -> Row:
-    """Return what one site does at each of the T steps, given where it computes.
+def fused_sum(weights: Sequence[float], features: History) -> Feature:
+    """Return what `weighted_sum` returns, rounded less often: each feature is added in one pass."""
+    terms = [(w, f) for w, f in zip(weights, features, strict=True) if w != 0]
+    if len(terms) < 2 or not all(isinstance(feature, Tensor) for _, feature in terms):
+        return weighted_sum(weights, features)
+    (scale, first), *rest = terms
+    if scale == 1:
+        (second_scale, second), *rest = rest
+        total = first.add(second, alpha=second_scale)
+    else:
+        total = first * scale
+    for w, feature in rest:
+        total.add_(feature, alpha=w)
+    return total
 
-    >>> _column([True, False, False, True, True]), _column([True, False, True, False, True],
-    ...     forecasts=True)
-    ((1, 2, 3, 0, 0), (1, 2, 1, 3, 0))
+
+def _column(computes: list[bool], weights: Tensor | None) -> list[Entry]:
+    """Return what one site does at each of the T steps, from its decisions and weights (T, 1 + m).
+
+    >>> [entry.keep for entry in _column([True, False, False, True, True], None)]
+    [(0,), (0,), (), (), ()]
     """
-    ahead = [
-        computes[k + 1 :] if forecasts else computes[k + 1 : k + 2] for k in range(len(computes))
-    ]
-    return tuple(
-        (KEEP if False in later else UNREAD) if compute else (READ if False in later else LET_GO)
-        for compute, later in zip(computes, ahead, strict=True)
-    )
+    last_read: dict[int, int] = {}  # step of an output -> the last step that reads it
+    entries: list[tuple[list[int], list[float]]] = []  # outputs that may be read, and their weights
+    past: list[int] = []  # steps that computed, newest first
+    for k, computed in enumerate(computes):
+        outputs = [k, *past] if computed else past
+        scales = [1.0] if weights is None else weights[k, 0 if computed else 1 :].tolist()
+        entries.append((outputs, scales[: len(outputs)]))
+        last_read |= {step: k for step, w in zip(outputs, scales, strict=False) if w != 0}
+        past = outputs
+    plan, alive = [], set[int]()
+    for k, (outputs, scales) in enumerate(entries):
+        alive = alive | {k} if computes[k] else alive
+        kept = [step for step in outputs if step in alive]
+        scale_of = dict(zip(outputs, scales, strict=False))
+        keep = tuple(j for j, step in enumerate(kept) if last_read.get(step, -1) > k)
+        entry = Entry(computes[k], tuple(scale_of.get(step, 0.0) for step in kept), keep)
+        plan.append(READ if entry == READ else entry)
+        alive = {kept[j] for j in keep}
+    return plan

@@ -30,10 +30,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harmonica.cache import Cache, Compute, Feature, Gate
+from harmonica.cache import Cache, Compute, Feature, Gate, weighted_sum
 from harmonica.cost import Macs
 from harmonica.denoise import Denoiser
-from harmonica.inference.lifetimes import Plan
+from harmonica.inference.lifetimes import Plan, fused_sum
 from harmonica.models.blocks import EXACT, FUSED, Compiled, gated_blocks
 from harmonica.models.dit import DiTDenoiser
 from harmonica.models.pipelines.denoiser import StockDiT
@@ -89,7 +89,10 @@ class Walk:
         """Return the images (B, C, H, W) that noise x (B, C, H, W) becomes under conditions for
         it.
         """
-        return self._run(x, cond, self.plan.gate)
+        return self._run(x, cond, self._gate)
+
+    def _gate(self, k: int, cache: Cache) -> Gate:
+        return self.plan.gate(k, cache, weighted_sum if self.exact else fused_sum)
 
     def _run(self, x: Tensor, cond: Any, gate_of: Callable[[int, Cache], Gate]) -> Tensor:
         cache: Cache = {}
@@ -153,7 +156,7 @@ def _spans(walk: Walk, x: Tensor, cond: Any) -> list[float]:
     spans: list[tuple[int, Clocked]] = []
 
     def gate_of(k: int, cache: Cache) -> Gate:
-        gate = walk.plan.gate(k, cache)
+        gate = walk._gate(k, cache)
 
         def timed(site: int, compute: Compute) -> Feature:
             with Clocked(x) as span:

@@ -31,14 +31,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
-from harmonica.cache import Cache, Compute, Feature, gated
+from harmonica.cache import Compute, Feature, History, gated, weighted_sum
 from harmonica.denoise import Denoiser
-from harmonica.forecast import Seen, continued, seen
+from harmonica.router import Schedule
 from harmonica.search.budget import Target
+from harmonica.table import taylor_forecasts
 
 WALKS = 7
 """What `around` costs, in walks: one forward, then one again and a backward pass (worth two) from d
@@ -62,33 +64,25 @@ class Quadratic:
 
 
 def around(
-    denoiser: Denoiser,
-    table: Tensor,
-    x: Tensor,
-    cond: Any,
-    plain: Tensor,
-    signs: Tensor,
-    *,
-    order: int = 0,
+    denoiser: Denoiser, schedule: Schedule, x: Tensor, cond: Any, plain: Tensor, signs: Tensor
 ) -> Quadratic:
-    """Return the quadratic around a table (T, N), mean over the noises of a batch, weighed by CAP.
+    """Return the quadratic around a schedule's table, mean over the noises of a batch, weighed by CAP.
 
     Memory is that of one step's gradient and the features at T steps. Guidance's halves are taken
     to follow one another, as in cat([x, x]); under another order h stays right and G mixes noises.
 
     Args:
         denoiser: model, sampler, guidance.
-        table: (T, N) bool.
+        schedule: table, order and weights; weights stay as they are where nothing is turned over.
         x: (B, C, H, W) pure noise.
         cond: conditions for the batch.
         plain: (B, C, H, W) the images without a cache.
         signs: (B, C, H, W) of ±1, ξ of each noise.
-        order: `Schedule.order`.
     """
-    batch, pixels = len(x), x[0].numel()
+    batch, pixels, table = len(x), x[0].numel(), schedule.compute
     wide = torch.promote_types(x.dtype, torch.float32)
     s = table.to(x.device, wide)[:, :, None].repeat(1, 1, batch).requires_grad_()  # (T, N, B)
-    image = _walk(denoiser, s, x, cond, order)
+    image = _walk(denoiser, s, x, cond, schedule)
     away = (image - plain).detach()
     scale = (
         away.square().mean().sqrt().clamp_min(1e-30)
@@ -108,58 +102,68 @@ def around(
     return Quadratic(dots[0] @ weight * float(scale), (dots[1] * weight) @ dots[1].T)
 
 
-def _walk(denoiser: Denoiser, s: Tensor, x: Tensor, cond: Any, order: int = 0) -> Tensor:
-    """Return the image (B, C, H, W), differentiable in s (T, N, B)."""
-    cache: Cache = {}  # site → what was seen of it, blended, and how many differences of it the table itself knows
+def _walk(denoiser: Denoiser, s: Tensor, x: Tensor, cond: Any, schedule: Schedule) -> Tensor:
+    """Return the image (B, C, H, W), differentiable in s (T, N, B).
+
+    Histories are blended as outputs are: s·(what follows a computation) + (1−s)·(what was there).
+    Before a site's first m outputs its history is filled up with the oldest.
+    """
+    computed, skipped = both_weights(schedule)
+    past = len(skipped[0][0])
+    histories: dict[int, History] = {}
     memory: dict[str, Any] = {}
-    computes = (s.detach() > 0.5).all(-1).tolist()
 
     def step(
-        x: Tensor, k: int, cache: Cache, memory: dict[str, Any]
-    ) -> tuple[Tensor, Cache, dict[str, Any]]:
+        x: Tensor, k: int, histories: dict[int, History], memory: dict[str, Any]
+    ) -> tuple[Tensor, dict[int, History], dict[str, Any]]:
         memory, after = memory.copy(), {}
 
         def gate(site: int, compute: Compute) -> Feature:
             fresh = compute()
-            if site not in cache:
-                after[site] = (k, [fresh]), 1
-                return fresh
-            before, count = cache[site]
-            now = seen(k, fresh, (before[0], before[1][:count]), order)
-            count = len(now[1]) if computes[k][site] else count
-            after[site] = _blended(before, now, s[k, site], computes[k][site]), count
-            return _between(continued(before, k), fresh, s[k, site])
+            if site not in histories:
+                after[site] = (fresh,) * past
+                return weighted_sum(computed[k][site], after[site])
+            old, new = histories[site], (fresh, *histories[site])
+            reused = weighted_sum(skipped[k][site], old)
+            renewed = weighted_sum(computed[k][site], new)
+            out = _between(reused, renewed, s[k, site])
+            first = out if reused is old[0] and renewed is fresh else None  # not the same sum twice
+            after[site] = tuple(
+                first if j == 0 and first is not None else _between(*pair, s[k, site])
+                for j, pair in enumerate(zip(old, new, strict=False))
+            )
+            return out
 
         with gated(denoiser.sites, gate):
             out = denoiser.predict(x, k, cond)
-        return denoiser.step(x, out, k, memory), cache | after, memory
+        return denoiser.step(x, out, k, memory), histories | after, memory
 
     for k in range(denoiser.steps):  # a step's activations live only while it is differentiated
-        x, cache, memory = checkpoint(
-            step, x, k, cache, memory, use_reentrant=False, preserve_rng_state=False
+        x, histories, memory = checkpoint(
+            step, x, k, histories, memory, use_reentrant=False, preserve_rng_state=False
         )
     return x
 
 
-def _blended(before: Seen, now: Seen, s: Tensor, computes: bool) -> Seen:
-    """Return the two as one, (1−s)·before + s·now, both seen from the step that counts where s is 0
-    or 1.
+def both_weights(schedule: Schedule) -> tuple[list[list[list[float]]], list[list[list[float]]]]:
+    """Return each entry's weights if it computes, (T, N, 1 + m), and if it skips, (T, N, m).
+
+    The schedule knows one of the two. A skipped entry that is turned over gets (1, 0, …), a computed
+    one the forecast of the schedule's order.
     """
-    since = now[0] if computes else before[0]
-    old, new = (
-        [continued((k, known[i:]), since) for i in range(len(known))] for k, known in (before, now)
-    )
-    old += map(
-        _zero, new[len(old) :]
-    )  # a difference that one of the two does not know is zero there
-    new += map(_zero, old[len(new) :])
-    return since, [_between(kept, fresh, s) for kept, fresh in zip(old, new, strict=True)]
-
-
-def _zero(feature: Feature) -> Feature:
-    return tree_map(
-        lambda leaf: torch.zeros_like(leaf) if isinstance(leaf, Tensor) else leaf, feature
-    )
+    compute = schedule.compute[:, :, None]
+    skipped = taylor_forecasts(schedule.compute, schedule.order)
+    fresh = torch.zeros(*schedule.compute.shape, 1 + skipped.shape[2], dtype=torch.float64)
+    fresh[:, :, 0] = 1.0
+    if schedule.gate_weights is None:
+        return fresh.tolist(), skipped.tolist()
+    mine = schedule.gate_weights.double()
+    wider = mine.shape[2] - fresh.shape[2]  # the longer memory of the two
+    skipped, fresh = F.pad(skipped, (0, max(wider, 0))), F.pad(fresh, (0, max(wider, 0)))
+    mine = F.pad(mine, (0, max(-wider, 0)))
+    fresh = torch.where(compute, mine, fresh)
+    skipped = torch.where(compute, skipped, mine[:, :, 1:])
+    return fresh.tolist(), skipped.tolist()
 
 
 def _between(kept: Feature, fresh: Feature, s: Tensor) -> Feature:

@@ -221,7 +221,7 @@ class _Judge:
         key = table.numpy().tobytes()
         if key in self._judged:
             return self._judged[key]
-        schedule = Schedule(table, sites=tuple(self.denoiser.sites), order=self.order)
+        schedule = self._schedule(table)
         pairs = zip(self.batches, self.plain, strict=True)
         each = [
             image_mse(sample(self.denoiser, x, cond, schedule), plain) for (x, cond), plain in pairs
@@ -232,6 +232,9 @@ class _Judge:
             table, error, self.target.spent(table) <= self.target.allowed, self.spent
         )
         return self._judged[key]
+
+    def _schedule(self, table: Tensor) -> Schedule:
+        return Schedule(table, sites=tuple(self.denoiser.sites), order=self.order)
 
     def fits(self, budget: int) -> bool:
         """Return whether another round is within the budget."""
@@ -281,7 +284,7 @@ class _Judge:
             signs = local_part(
                 torch.randint(2, joint, generator=self._signs) * 2 - 1, len(x) * world()
             )
-            found.append(around(self.denoiser, table, x, cond, plain, signs, order=self.order))
+            found.append(around(self.denoiser, self._schedule(table), x, cond, plain, signs))
         self.spent += (1 + WALKS) * self.walk
         gradient = torch.stack([each.gradient for each in found]).mean(0)
         curvature = sum(each.curvature for each in found) / len(found)

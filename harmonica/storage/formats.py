@@ -1,7 +1,8 @@
 """Formats: a schedule and a router as files of this library, and as plain dicts in memory.
 
     schedule   JSON: the fields of `Schedule`; its table as one string of T digits for each site,
-               1 = compute; what all site names begin with is written once, as "prefix"
+               1 = compute; what all site names begin with is written once, as "prefix"; weights, if
+               there are any, as base64 of (T, 1 + m) little-endian float32 for each site
     router     safetensors: logits (T−1, N); site names and `about` in the metadata; a checkpoint of
                training holds more tensors and facts beside them
 
@@ -12,9 +13,11 @@ people are read by harmonica.storage.foreign.
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -63,6 +66,9 @@ def write_schedule(path: StrPath, fields: Mapping[str, Any]) -> None:
     names = [site.removeprefix(prefix) for site in sites]
     columns = {name: "".join(map(str, row)) for name, row in zip(names, table, strict=True)}
     facts = {name: fields[name] for name in FACTS}
+    if fields["weights"] is not None:
+        columns_of_weights = fields["weights"].numpy().astype("<f4").swapaxes(0, 1)
+        facts["weights"] = [base64.b64encode(c.tobytes()).decode() for c in columns_of_weights]
     files.write_json(path, {"format": FORMAT, **facts, "prefix": prefix, "compute": columns})
 
 
@@ -93,11 +99,28 @@ def read_schedule(path: StrPath, tau: float = 0.1) -> dict[str, Any]:
         prefix, columns = data.pop("prefix"), data.pop("compute")
         table = [_decisions(site, digits) for site, digits in columns.items()]
         sites = tuple(prefix + site for site in columns)
+        packed = data.pop("weights", None)
         return {
+            "weights": None if packed is None else _weights(packed, len(table), len(table[0])),
             "compute": torch.tensor(table, dtype=torch.bool).reshape(len(table), -1).T,
             "sites": sites,
             **_facts(data),
         }
+
+
+def _weights(texts: Any, sites: int, steps: int) -> Tensor:
+    """Return the weights (T, N, 1 + m) that a file holds as one text for each site."""
+    if not isinstance(texts, list) or len(texts) != sites:
+        raise ValueError(f"weights must be a list of {sites} texts, one for each site")
+    columns = [base64.b64decode(text, validate=True) for text in texts]
+    lengths = sorted({len(column) for column in columns})
+    if len(lengths) > 1 or lengths[0] == 0 or lengths[0] % (4 * steps):
+        raise ValueError(
+            f"the weights of the sites hold {lengths} bytes; each site needs the same number, a "
+            f"multiple of {4 * steps} (float32 for {steps} steps)"
+        )
+    numbers = [np.frombuffer(column, "<f4").astype("=f4").reshape(steps, -1) for column in columns]
+    return torch.from_numpy(np.stack(numbers, axis=1))
 
 
 def _decisions(site: str, digits: Any) -> list[bool]:

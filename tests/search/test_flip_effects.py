@@ -30,7 +30,7 @@ def along(d, x, cond, k, i, by=1e-5, order=0):
     for sign in (-1, 1):
         s = TABLE.double()[:, :, None].repeat(1, 1, len(x))
         s[k, i] += sign * by
-        ends.append(_walk(d, s, x, cond, order))
+        ends.append(_walk(d, s, x, cond, Schedule(TABLE, order=order)))
     return (ends[1] - ends[0]) / (2 * by) * (-1 if TABLE[k, i] else 1)
 
 
@@ -41,8 +41,9 @@ def test_the_walk_that_is_differentiated_is_the_tables_own_bit_for_bit(
     d = make(remembers=remembers)
     x, cond = start(d, 3, seed)
     s = table.compute.double()[:, :, None].repeat(1, 1, 3)
-    assert torch.equal(_walk(d, s, x, cond, order), sample(d, x, cond, replace(table, order=order)))
-    assert torch.equal(_walk(d, torch.ones_like(s), x, cond, order), sample(d, x, cond))
+    schedule = replace(table, order=order)
+    assert torch.equal(_walk(d, s, x, cond, schedule), sample(d, x, cond, schedule))
+    assert torch.equal(_walk(d, torch.ones_like(s), x, cond, schedule), sample(d, x, cond))
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
@@ -55,7 +56,10 @@ def test_between_0_and_1_a_row_is_what_the_router_blends(k):
     cache = {}
     blended = final_image(denoise(d, x, cond, lambda k: blend(r[k], cache, 0.1)))
     assert torch.allclose(
-        _walk(d, r[:, :, None].repeat(1, 1, 2), x, cond), blended, rtol=1e-12, atol=1e-12
+        _walk(d, r[:, :, None].repeat(1, 1, 2), x, cond, Schedule(TABLE)),
+        blended,
+        rtol=1e-12,
+        atol=1e-12,
     )
 
 
@@ -66,12 +70,15 @@ def test_h_and_g_are_derivatives_of_the_image(remembers, order, monkeypatch):
     x, cond = start(d, 3)
     plain = sample(d, x, cond)
     v = torch.stack([along(d, x, cond, k, i, order=order) for k, i in ENTRIES])  # (E, B, C, H, W)
-    away = _walk(d, TABLE.double()[:, :, None].repeat(1, 1, 3), x, cond, order) - plain
+    away = (
+        _walk(d, TABLE.double()[:, :, None].repeat(1, 1, 3), x, cond, Schedule(TABLE, order=order))
+        - plain
+    )
     pixels = x[0].numel()
     found = []
     for p in range(pixels):  # unit vectors for signs, all of them: then G is exact
         unit = torch.zeros(3, pixels).index_fill_(1, torch.tensor([p]), 1.0).view_as(x)
-        found.append(around(d, TABLE, x, cond, plain, unit, order=order))
+        found.append(around(d, Schedule(TABLE, order=order), x, cond, plain, unit))
     g = sum(each.curvature for each in found)
     flat = v.flatten(1)
     assert torch.allclose(
@@ -87,7 +94,7 @@ def test_random_signs_give_g_on_average(monkeypatch):
     plain, generator = sample(d, x, cond), torch.Generator().manual_seed(0)
     v = torch.stack([along(d, x, cond, k, i) for k, i in ENTRIES]).flatten(1)
     signs = torch.randint(2, x.shape, generator=generator) * 2 - 1
-    g = around(d, TABLE, x, cond, plain, signs).curvature
+    g = around(d, Schedule(TABLE), x, cond, plain, signs).curvature
     assert float((g - v @ v.T / x.numel()).norm() / g.norm()) < 0.1
 
 
@@ -99,10 +106,16 @@ def test_a_noise_that_went_elsewhere_counts_no_more_than_cap_times_the_median():
     plain, hs = image - 0.1, []
     for away in (0.2, 100.0):
         plain[0] = image[0] - away
-        hs.append(around(d, TABLE, x, cond, plain, torch.ones_like(x)).gradient)
-    rest = around(d, TABLE, x[1:], cond[1:], plain[1:], torch.ones_like(x[1:])).gradient * 2 / 3
+        hs.append(around(d, Schedule(TABLE), x, cond, plain, torch.ones_like(x)).gradient)
+    rest = (
+        around(d, Schedule(TABLE), x[1:], cond[1:], plain[1:], torch.ones_like(x[1:])).gradient
+        * 2
+        / 3
+    )
     assert float((hs[0] - rest).norm()) > 1e-3 * float(rest.norm())
-    first = around(d, TABLE, x[:1], cond[:1], plain[:1], torch.ones_like(x[:1])).gradient / 3
+    first = (
+        around(d, Schedule(TABLE), x[:1], cond[:1], plain[:1], torch.ones_like(x[:1])).gradient / 3
+    )
     assert torch.allclose(
         hs[1], rest + first * quadratic.CAP * 0.1**2 / 100.0**2, rtol=1e-6, atol=1e-9
     )
@@ -111,9 +124,7 @@ def test_a_noise_that_went_elsewhere_counts_no_more_than_cap_times_the_median():
 def test_where_nothing_is_reused_yet_the_curvature_is_known():
     d = make()
     x, cond = start(d, 2)
-    model = around(
-        d, torch.ones(4, 4, dtype=torch.bool), x, cond, sample(d, x, cond), torch.ones_like(x)
-    )
+    model = around(d, Schedule(torch.ones(4, 4)), x, cond, sample(d, x, cond), torch.ones_like(x))
     assert float(model.gradient.abs().max()) == 0.0
     assert bool((model.curvature.diagonal() > 0).all())
 
@@ -124,7 +135,7 @@ def test_every_sampler_passes_gradients_on(sampler):
     table = torch.ones(4, 16, dtype=torch.bool)
     table[1:3] = False
     x, cond = d.draw(2, torch.Generator().manual_seed(0))
-    model = around(d, table, x, cond, sample(d, x, cond), torch.ones_like(x))
+    model = around(d, Schedule(table), x, cond, sample(d, x, cond), torch.ones_like(x))
     assert bool((model.curvature.diagonal() > 0).all())
     assert bool((model.gradient != 0).all())
 
@@ -134,9 +145,7 @@ def test_batches_in_half_precision_keep_small_gradients():
     x, cond = start(d, 2)
     x = x.bfloat16()
     near = sample(d, x, cond) * (1 - 2**-6)
-    gradient = around(
-        d, torch.ones(4, 4, dtype=torch.bool), x, cond, near, torch.ones_like(x)
-    ).gradient
+    gradient = around(d, Schedule(torch.ones(4, 4)), x, cond, near, torch.ones_like(x)).gradient
     assert bool((gradient[:8] != 0).any())
     assert bool(gradient.isfinite().all())
 
@@ -145,7 +154,7 @@ def test_weights_get_no_gradient_and_the_model_is_left_as_it_was():
     d = make()
     x, cond = start(d, 2)
     before = {name: vars(site).get("forward") for name, site in d.sites.items()}
-    around(d, TABLE, x, cond, sample(d, x, cond), torch.ones_like(x))
+    around(d, Schedule(TABLE), x, cond, sample(d, x, cond), torch.ones_like(x))
     assert all(p.grad is None for p in d.model.parameters())
     assert before == {name: vars(site).get("forward") for name, site in d.sites.items()}
 

@@ -1,0 +1,213 @@
+"""Weights of the gate: order 0 is reuse, Taylor's continue polynomials, any are run alike by all."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import make, seeds, start, tables
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from harmonica import Router, Schedule, macs, sample, train_sdt
+from harmonica.cache import weighted, weighted_sum
+from harmonica.denoise import denoise, final_image
+from harmonica.inference.lifetimes import Plan, fused_sum
+from harmonica.inference.walk import Walk
+from harmonica.table import taylor_weights
+
+
+def weigh(table, past, seed=0):
+    """Return a schedule with random weights wherever its table allows them."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.randn(*table.compute.shape, 1 + past, generator=generator)
+    computed = table.compute.cumsum(0) - table.compute.long()
+    weights *= torch.arange(1 + past) <= computed[:, :, None]
+    weights[:, :, 0] *= table.compute
+    return replace(table, weights=weights)
+
+
+def schedules(steps=6):
+    """Draw a schedule of any table with any kind of gate."""
+    orders = st.builds(lambda t, order: replace(t, order=order), tables(steps), st.integers(0, 3))
+    return orders | st.builds(weigh, tables(steps), st.integers(1, 3), seeds)
+
+
+@given(table=tables(), seed=seeds)
+def test_order_0_is_reuse_bit_for_bit(table, seed):
+    d = make()
+    x, cond = start(d, 2, seed)
+    rows, weights, cache = table.compute.tolist(), taylor_weights(table.compute, 0).tolist(), {}
+    walk = denoise(d, x, cond, lambda k: weighted(rows[k], weights[k], cache))
+    assert torch.equal(final_image(walk), sample(d, x, cond, table))
+
+
+@given(order=st.integers(0, 9), seed=seeds)
+def test_where_everything_computes_nothing_is_weighted(order, seed):
+    d = make()
+    x, cond = start(d, 2, seed)
+    everything = Schedule(torch.ones(4, 4), order=order)
+    assert torch.equal(sample(d, x, cond, everything), sample(d, x, cond))
+
+
+@given(schedule=schedules(), exact=st.booleans(), seed=seeds)
+def test_a_walk_follows_weights_as_sample_does(schedule, exact, seed):
+    d = make(steps=6)
+    x, cond = start(d, 2, seed)
+    image, fast = sample(d, x, cond, schedule), Walk(d, schedule, exact=exact)(x, cond)
+    assert torch.equal(image, fast) if exact else torch.allclose(image, fast, rtol=1e-9, atol=1e-9)
+
+
+@given(schedule=schedules(7))
+def test_a_plan_keeps_what_will_be_read_and_no_more_than_it_says(schedule):
+    plan, cache, most = Plan.of(schedule), {}, 0
+    for k in range(7):
+        for site in range(4):
+            plan.gate(k, cache)(site, lambda: torch.zeros(1))
+            most = max(most, sum(map(len, cache.values())))
+    assert cache == {}
+    assert plan.peak() == most
+    assert plan.peak([2.0] * 4) == 2.0 * most
+
+
+@given(schedule=schedules())
+def test_weights_and_order_are_written_and_read(schedule, tmp_path_factory):
+    path = tmp_path_factory.mktemp("schedule") / "schedule.json"
+    schedule.save(path)
+    assert Schedule.load(path) == schedule
+    assert Router(4, 4, about={"order": schedule.order}).schedule().order == schedule.order
+    if schedule.gate_weights is not None:
+        with pytest.raises(ValueError, match="knows reuse only"):
+            schedule.export_smoothcache(path)
+
+
+def test_weights_are_part_of_what_a_schedule_is():
+    table = Schedule([[1], [0], [1], [0]])
+    one, other = weigh(table, 1, seed=0), weigh(table, 1, seed=1)
+    assert one == replace(one)
+    assert one not in (other, table)
+    with pytest.warns(UserWarning, match="its weights were left out"):
+        assert one.resample(8).weights is None
+
+
+def test_weights_in_a_file_take_less_room_than_numbers(tmp_path):
+    table = torch.arange(50)[:, None].expand(50, 56) % 2 == 0
+    schedule = weigh(Schedule(table), 3)
+    schedule.save(tmp_path / "s.json")
+    assert (tmp_path / "s.json").stat().st_size < 6 * schedule.weights.numel()
+
+
+@pytest.mark.parametrize("order", [-1, 10, 0.5, 1.0, True, "1", None])
+def test_an_order_that_is_none_is_refused(order, tmp_path):
+    with pytest.raises(ValueError, match="order is"):
+        Schedule([[True]], order=order)
+    path = tmp_path / "schedule.json"
+    Schedule([[True]], order=1).save(path)
+    path.write_text(path.read_text().replace('"order": 1', f'"order": {json.dumps(order)}'))
+    with pytest.raises(ValueError, match="order is"):
+        Schedule.load(path)
+
+
+BAD = {
+    "another table's": (torch.zeros(2, 1, 2), r"weights has shape \(2, 1, 2\); the table is 3 × 1"),
+    "of no past output": (torch.zeros(3, 1, 1), r"\(3, 1, 1 \+ m\) for m ≥ 1"),
+    "not finite": ([[[1, 0.0]], [[0, math.inf]], [[1, 0]]], "step 1, site 0 is inf; every weight"),
+    "fresh where skipped": ([[[1, 0.0]], [[0.5, 1]], [[1, 0]]], "fresh output .* entry is skipped"),
+    "of the first step's past": ([[[1, 0.5]], [[0, 1]], [[1, 0]]], "only 0 outputs were computed"),
+    "never computed": ([[[1, 0, 0]], [[0, 1, 2.0]], [[1, 0, 0]]], "last output 2 at step 1, site"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_weights_that_do_not_fit_the_table_are_refused(bad):
+    weights, message = BAD[bad]
+    with pytest.raises(ValueError, match=message):
+        Schedule([[1], [0], [1]], weights=weights)
+
+
+@pytest.mark.parametrize("bad", [[], ["AAAA"], "AAAA", [""], [7], ["?"], ["AACAPwAAAAA="] * 2, {}])
+def test_weights_in_a_file_that_do_not_fit_are_refused(bad, tmp_path):
+    path = tmp_path / "schedule.json"
+    weigh(Schedule([[1], [0], [1]]), 1).save(path)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "weights": bad}))
+    with pytest.raises(ValueError, match="is not a valid schedule"):
+        Schedule.load(path)
+
+
+class Passes(TorchDispatchMode):
+    """Counts the operations that touch memory."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("add", [weighted_sum, fused_sum])
+@pytest.mark.parametrize(
+    ("weights", "passes"),
+    [((1, 0, 0), 0), ((0, 1, 0), 0), ((0, 0.5, 0), 1), ((0, 2, -1), 3), ((0.5, 2, -1), 5)],
+)
+def test_a_weight_of_zero_or_a_single_one_costs_no_pass(weights, passes, add):
+    features = [torch.full((2,), float(i)) for i in range(3)]
+    with Passes() as mode:
+        out = add(weights, features)
+    assert mode.count == (passes if add is weighted_sum else (passes + 1) // 2)
+    assert out.tolist() == [weights[1] + 2 * weights[2]] * 2
+
+
+def test_a_computed_entry_returns_the_fresh_feature_and_keeps_it_by_reference():
+    fresh, cache = (torch.ones(1), None), {}
+    assert weighted([True], [[1.0, 0.0, 0.0]], cache)(0, lambda: fresh) is fresh
+    assert cache[0][0] is fresh
+    out = weighted([True], [[0.5, 2.0, 0.0]], cache)(0, lambda: fresh)
+    assert out[0].tolist() == [2.5]
+    assert out[1] is None
+    assert fresh[0].tolist() == [1.0]
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("computed", [(0, 1), (0, 3), (0, 1, 4, 6)], ids=str)
+def test_a_line_is_continued_whatever_the_gaps(order, computed):
+    cache, line = {}, lambda k: torch.tensor([2.0 - 3.0 * k, 0.5 * k], dtype=torch.float64)
+    column = torch.tensor([[k in computed] for k in range(9)])
+    weights = taylor_weights(column, order).tolist()
+    for k in range(9):
+        gate = weighted(column[k].tolist(), weights[k], cache)
+        feature = gate(0, lambda k=k: (line(k), None))
+        known = [c for c in computed if c <= k]
+        assert feature[1] is None
+        torch.testing.assert_close(feature[0], line(k) if len(known) > 1 else line(known[-1]))
+        assert len(cache[0]) == min(len(known), order + 1)
+
+
+def test_differences_are_those_of_the_paper():
+    """F = k² computed at 0, 2, 4: D¹ = (16 − 4)/2 = 6, D² = (6 − 2)/2 = 2; at 5: 16 + 6·1 + 2·1/2."""
+    column = torch.tensor([[True], [False], [True], [False], [True], [False], [False], [False]])
+    weights = taylor_weights(column, 2)[:, 0, 1:]
+    past = torch.tensor([16.0, 4.0, 0.0], dtype=torch.float64)
+    assert float(weights[5] @ past) == 16 + 6 + 1
+    assert float(weights[7] @ past) == 16 + 6 * 3 + 2 * 9 / 2
+
+
+def test_what_was_never_computed_cannot_be_weighted():
+    with pytest.raises(RuntimeError, match="has not computed it"):
+        weighted([False], [[0.0, 1.0]], {})(0, lambda: torch.zeros(1))
+
+
+def test_training_without_a_target_keeps_to_the_paper():
+    with pytest.raises(ValueError, match="order is 1 and the target"):
+        train_sdt(make(dtype=torch.float32), iterations=1, order=1)
+
+
+def test_a_refined_table_says_how_it_is_to_be_run():
+    d = make(dtype=torch.float32)
+    how = {"iterations": 6, "batch_size": 2, "lr": 0.2, "refine": 4000, "progress": False}
+    schedule = train_sdt(d, target_speedup=1.5, order=1, **how).schedule(0.1)
+    assert schedule.order == 1
+    assert schedule.speedup(macs(d)) >= 1.5
