@@ -1,0 +1,249 @@
+"""On a device that is not the CPU: nothing waits that need not, and everything gives the CPU's numbers.
+
+The device is a sham (tests/sham.py), so these laws hold, or fail, on any machine.
+"""
+
+from __future__ import annotations
+
+from pipes import dit_pipe, pixart_pipe, run
+
+import pytest
+import torch
+from sham import Sham, ShamDevice
+from test_blocks import table
+from test_every_model import loaded, small  # noqa: F401 (small is a fixture: every model on a small configuration)
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves
+
+from harmonica import Router, Schedule, image_error, sample, sdt, train_sdt
+from harmonica.inference.walk import Walk, milliseconds
+from harmonica.models.pipelines import cached, from_pipeline
+from harmonica.demo import main as demo_main
+from harmonica.image_sets import main as image_sets_main
+from harmonica.search import baselines
+from harmonica.search.flip_effects import around
+from harmonica.train import main as train_main
+
+MODELS = ["tiny", "dit-xl", "pixart-alpha-256", "pixart-alpha-1024", "uvit-h"]
+
+
+@pytest.fixture
+def device():
+    with ShamDevice() as device:
+        yield device
+
+
+def numbers(result):
+    """Return the tensors and numbers of a result, on the CPU."""
+    leaves = tree_leaves(result)
+    return [leaf.held if isinstance(leaf, Sham) else leaf for leaf in leaves]
+
+
+def same_on_both(work) -> None:
+    """Hold what `work("cuda")` gives on the sham device against `work("cpu")`."""
+    with sdpa_kernel(SDPBackend.MATH):  # the kernel that the sham device has
+        expected = numbers(work("cpu"))
+    with ShamDevice():
+        result = numbers(work("cuda"))
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-7)
+
+
+def ordered(d, order=0):
+    schedule = table(d)
+    return Schedule(schedule.compute, sites=schedule.sites, order=order)
+
+
+WALKS = {
+    "plain": lambda d: lambda x, cond: sample(d, x, cond),
+    "cached": lambda d: lambda x, cond: sample(d, x, cond, ordered(d)),
+    "first order": lambda d: lambda x, cond: sample(d, x, cond, ordered(d, 1)),
+    "second order": lambda d: lambda x, cond: sample(d, x, cond, ordered(d, 2)),
+    "Walk": lambda d: Walk(d, ordered(d)),
+    "exact Walk": lambda d: Walk(d, ordered(d), exact=True),
+    "Walk of order 1": lambda d: Walk(d, ordered(d, 1)),
+}
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpm-solver++"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_deterministic_walk_waits_for_nothing_and_gives_the_cpus_image(name, sampler):
+    with sdpa_kernel(SDPBackend.MATH):
+        d = loaded(name, sampler)
+        x, cond = d.draw(2, torch.Generator().manual_seed(0))
+        expected = {way: make(d)(x, cond) for way, make in WALKS.items()}
+    with ShamDevice() as device:
+        d = loaded(name, sampler, device="cuda")
+        x, cond = d.draw(2, torch.Generator().manual_seed(0))
+        for way, make in WALKS.items():
+            walk = make(d)
+            with device.watched(strict=True):
+                image = walk(x, cond)
+            assert image.is_cuda
+            torch.testing.assert_close(image.held, expected[way], rtol=1e-5, atol=1e-6, msg=way)
+
+
+@pytest.mark.parametrize("pipe", ["dit", "alpha", "sigma"])
+def test_a_pipelines_walk_waits_no_more_under_a_schedule(pipe, device):
+    pipe = dit_pipe() if pipe == "dit" else pixart_pipe(pipe)
+    pipe = pipe.to("cuda")
+    with device.watched() as waits:
+        run(pipe)
+        plain = waits.copy()
+    d = from_pipeline(pipe, steps=4)
+    for exact in (True, False):
+        with device.watched() as waits:
+            with cached(pipe, ordered(d), exact=exact):
+                run(pipe)
+            more = waits - plain
+        assert not more
+
+
+@pytest.mark.parametrize("pipe", ["dit", "alpha"])
+def test_a_denoiser_of_a_pipeline_waits_for_nothing(pipe, device):
+    pipe = dit_pipe() if pipe == "dit" else pixart_pipe(pipe)
+    d = from_pipeline(pipe.to("cuda"), steps=4)
+    x, cond = d.draw(2, torch.Generator().manual_seed(0))
+    for way, make in WALKS.items():
+        walk = make(d)
+        with device.watched(strict=True):
+            walk(x, cond)
+
+
+@pytest.mark.parametrize("name", ["tiny", "pixart-alpha-256"])
+def test_an_update_waits_five_times_at_most_and_lambda_once_a_prediction(name, device):
+    d = loaded(name, device="cuda")
+    router = Router(d.steps, d.sites, generator=torch.Generator().manual_seed(0)).to("cuda")
+    x, cond = d.draw(2, torch.Generator().manual_seed(0))
+    with device.watched() as waits:
+        image_error(d, router(), x, cond)
+    assert waits.total() <= d.steps * (d.steps + 1) // 2, waits
+    with device.watched() as waits:
+        updates = list(sdt(d, router, [(x, cond)], proxy=None))
+    assert waits.total() <= 5 * len(updates), waits
+
+
+def trained(place, name="tiny", **settings):
+    d = loaded(name, device=place, activation_checkpointing=settings.pop("again", False))
+    how = {"iterations": 7, "batch_size": 2, "lr": 0.1, "refresh_every": 1, "progress": False}
+    return train_sdt(d, **how | settings).logits
+
+
+REFINED = {"target_speedup": 1.3, "refine": 400, "batch_size": 64, "iterations": 3}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {}, {"proxy": None}, {"proxy": "telescoping"}, {"again": True}, {"name": "pixart-alpha-256"}, {"name": "uvit-h"},
+        {"target_speedup": 1.3, "refine": 0}, {"target_cur": 0.3, "refine": 0}, REFINED, REFINED | {"order": 1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_training_gives_the_cpus_router(settings):
+    same_on_both(lambda place: trained(place, **settings))
+
+
+def test_resuming_gives_the_cpus_router(tmp_path):
+    def resumed(place):
+        checkpoint = tmp_path / f"{place}.safetensors"
+        for iterations in (4, 7):
+            logits = trained(
+                place, target_speedup=1.3, refine=0, checkpoint=checkpoint, iterations=iterations, resume=iterations == 7
+            )  # fmt: skip
+        return logits
+
+    same_on_both(resumed)
+
+
+def images_and_labels(d):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(8, 1, 8, 8, generator=generator), torch.randint(10, (8,), generator=generator)
+
+
+BASELINES = {
+    "FORA": lambda d, x, y: baselines.every(d, speedup=1.5),
+    "SmoothCache": lambda d, x, y: baselines.smoothcache(d, x, y, speedup=1.5),
+    "delta-DiT": lambda d, x, y: baselines.delta_dit(d, speedup=1.2),
+    "L2C": lambda d, x, y: baselines.learning_to_cache(d, x, y, speedup=1.2, updates=4, batch_size=2),
+    "path": lambda d, x, y: baselines.dynamic_programming(d, x, y, speedup=1.5),
+    "greedy": lambda d, x, y: baselines.greedy(d, x, y, speedup=1.5, budget=400),
+    "chance": lambda d, x, y: baselines.random_table(d, speedup=1.5, generator=torch.Generator().manual_seed(0)),
+}
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_baseline_makes_the_cpus_table(name):
+    def made(place):
+        d = loaded("tiny", device=place)
+        x, y = d.draw(2, torch.Generator().manual_seed(0))
+        return BASELINES[name](d, x, y).compute
+
+    same_on_both(made)
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_the_effects_of_flips_are_the_cpus(order):
+    def effects(place):
+        d = loaded("tiny", device=place)
+        x, y = d.draw(2, torch.Generator().manual_seed(0))
+        signs = torch.ones_like(x)
+        model = around(d, table(d).compute, x, y, sample(d, x, y), signs, order=order)
+        return model.gradient, model.curvature
+
+    same_on_both(effects)
+
+
+def test_milliseconds_are_measured_on_the_device(device):
+    measured = milliseconds(loaded("tiny", device="cuda"), 2, repeats=1)
+    assert bool((measured.sites > 0).all())
+    assert measured.rest > 0
+
+
+COMMANDS = {
+    "train": (train_main, ["--model", "tiny", "--steps", "4", "--iterations", "4", "--batch-size", "2", "--out", "OUT"]),
+    "train to a target": (
+        train_main, ["--steps", "4", "--iterations", "4", "--batch-size", "2", "--target", "1.3", "--refine", "0", "--out", "OUT"],
+    ),
+    "demo": (demo_main, ["--steps", "4", "--iterations", "4", "--images", "4", "--out", "OUT"]),
+    "image_sets": (image_sets_main, ["--model", "tiny", "--steps", "4", "--count", "4", "--batch-size", "2", "--out", "OUT"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_runs_on_the_device(name, tmp_path, capsys):
+    main, arguments = COMMANDS[name]
+    arguments = [str(tmp_path / "out") if word == "OUT" else word for word in arguments]
+    with ShamDevice():
+        code = main([*arguments, "--device", "cuda"])
+    assert (code, capsys.readouterr().err) == (0, "")
+
+
+@pytest.mark.parametrize("place", ["cuda", "cuda:7", "gpu"])
+@pytest.mark.parametrize("name", ["train", "demo", "image_sets"])
+def test_a_device_that_is_not_there_is_one_line_and_exit_code_2(name, place, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    main, arguments = COMMANDS[name]
+    arguments = [str(tmp_path / "out") if word == "OUT" else word for word in arguments]
+    assert main([*arguments, "--device", place]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert f"--device {place}" in said
+
+
+def test_whatever_is_reduced_over_processes_lies_on_the_device(monkeypatch, device):
+    """Two processes that have drawn the same: a sum is twice what one has."""
+    reduced = []
+
+    def all_reduce(tensor):
+        reduced.append(tensor.device.type)
+        tensor.mul_(2)
+
+    fakes = {"is_available": True, "is_initialized": True, "get_rank": 0, "get_world_size": 2}
+    for name, value in fakes.items():
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda objects: None)
+    trained("cuda", **REFINED)
+    assert len(reduced) > 10
+    assert set(reduced) == {"cuda"}
