@@ -5,7 +5,7 @@ No GPU is needed to see what would go wrong on one. Inside `with ShamDevice() as
     tensor.device      is cuda:0 for whatever was made there or moved there
     mixed devices      are refused as CUDA refuses them
     device.waits       what made the host wait (item, tolist, nonzero, equal, …) or copied between devices, and where
-    device.strict      turn each of them into a `HostWaits`, as the capture of a graph does
+    device.strict      turn each of them into a `HostWaitError`, as the capture of a graph does
 
 How: a tensor subclass without storage, on the meta device for C++ (under CUDA's name autograd would
 look for its streams), that holds a CPU tensor. A dispatch mode runs every operation on what is held,
@@ -16,9 +16,11 @@ stubs. This file does not know the library.
 from __future__ import annotations
 
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -30,21 +32,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 CUDA, CPU, META = torch.device("cuda", 0), torch.device("cpu"), torch.device("meta")
 ROOT = Path(__file__).parents[1]
-aten = torch.ops.aten
 
-WAITS = {
-    "_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "unique_consecutive", "_unique2", "bincount",
-}  # fmt: skip
+WAITS = frozenset(
+    ("_local_scalar_dense", "equal", "nonzero", "masked_select", "_unique2", "bincount")
+)
 """Operations whose result, or its size, the host must know."""
 
-TOGETHER = {"cat", "stack", "mm", "bmm", "addmm", "convolution", "embedding", "gather", "native_layer_norm"}
+TOGETHER = frozenset(("cat", "stack", "mm", "bmm", "addmm", "convolution", "embedding", "gather"))
 """Operations that refuse a CPU tensor even if it is a single number."""
 
 MAKES = {"tensor", "as_tensor", "asarray"}
 """Functions that make a tensor on the CPU and copy it to the device."""
 
 
-class HostWaits(RuntimeError):
+class HostWaitError(RuntimeError):
     """The host would have waited for the device, or numbers would have been copied between the two."""
 
 
@@ -94,8 +95,10 @@ class Sham(Tensor):
     __array__ = numpy
 
     def __deepcopy__(self, memo):
-        copy = Sham(self.held.clone(), self.requires_grad)
-        return memo.setdefault(id(self), torch.nn.Parameter(copy, self.requires_grad) if hasattr(self, "_is_param") else copy)
+        copy = Sham(self.held.clone())
+        is_parameter = isinstance(self, torch.nn.Parameter)
+        memo[id(self)] = torch.nn.Parameter(copy, self.requires_grad) if is_parameter else copy
+        return memo[id(self)]
 
     def __repr__(self, **_):
         return f"Sham({self.held!r})"
@@ -114,7 +117,7 @@ class ShamDevice(TorchDispatchMode):
 
     @classmethod
     def opened(cls) -> ShamDevice:
-        assert cls._open is not None, "a tensor of the sham device is used after the device was closed"
+        assert cls._open is not None, "the sham device of this tensor is closed"
         return cls._open
 
     def __enter__(self):
@@ -145,12 +148,14 @@ class ShamDevice(TorchDispatchMode):
     def wait(self, what: str) -> None:
         """Note that the host waits or copies, and where in this repository it is asked to."""
         frame = sys._getframe(1)
-        while frame.f_back and (ROOT not in (file := Path(frame.f_code.co_filename)).parents or file.name == "sham.py"):
+        while frame.f_back and (
+            ROOT not in (file := Path(frame.f_code.co_filename)).parents or file.name == "sham.py"
+        ):
             frame = frame.f_back
         line = f"{what} at {Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
         self.waits[line] += 1
         if self.strict:
-            raise HostWaits(line)
+            raise HostWaitError(line)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return self.run(func, args, kwargs or {})
@@ -164,14 +169,18 @@ class ShamDevice(TorchDispatchMode):
             tensors.append(leaf)
             return leaf.held if isinstance(leaf, Sham) else leaf
 
-        inner, options = _each(held, args), {key: _each(held, value) for key, value in kwargs.items()}
+        inner = _each(held, args)
+        options = {key: _each(held, value) for key, value in kwargs.items()}
         shams = {id(tensor.held): tensor for tensor in tensors if isinstance(tensor, Sham)}
         place = kwargs.get("device")
-        on_cuda = bool(shams) if place is None else place.type == "cuda" or place.type == "meta" and not self.meta
-        if place is not None and on_cuda:
-            options["device"] = CPU
+        if place is None:
+            on_cuda = bool(shams)
+        else:  # C++ takes the options of a tensor of ours to be meta
+            on_cuda = place.type == "cuda" or (place.type == "meta" and not self.meta)
+            options["device"] = CPU if on_cuda else place
         if name in ("_to_copy", "copy"):
-            if len({isinstance(tensor, Sham) for tensor in tensors} | {on_cuda}) == 2 and place != META:
+            ends = {isinstance(tensor, Sham) for tensor in tensors} | {on_cuda}
+            if len(ends) == 2 and place != META:
                 self.wait("copy between devices")
         elif shams:
             self._refuse_mixed(name, tensors)
@@ -191,7 +200,7 @@ class ShamDevice(TorchDispatchMode):
                 self.wait("copy of an index")  # CUDA takes indices from the CPU, and copies them
             elif tensor.dim() or name in TOGETHER:
                 raise RuntimeError(
-                    f"Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! ({name})"
+                    f"{name}: expected all tensors on one device, found cuda:0 and cpu"
                 )
 
 
@@ -213,8 +222,6 @@ class _Functions(TorchFunctionMode):
         if name == "to":
             args = (args[0], *map(_indexed, args[1:]))
             place = next((arg for arg in args if isinstance(arg, torch.device)), place)
-            if isinstance(args[0], Sham) and _stays(args[0], args[1:], kwargs):
-                return args[0]
         if name == "new_tensor" and isinstance(args[0], Sham):
             func, name, place = torch.tensor, "tensor", CUDA
             kwargs, args = {"dtype": args[0].dtype, **kwargs}, args[1:]
@@ -244,58 +251,33 @@ def _each(change: Any, tree: Any) -> Any:
 def _looks_up(name: str, args: Any) -> bool:
     """Tell whether CUDA must count the places that an index of true and false names."""
     masks = name in ("index", "index_put") and any(
-        isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) for index in args[1] if index is not None
+        index is not None and index.dtype == torch.bool for index in args[1]
     )
     return masks and not (name == "index_put" and args[2].numel() == 1)  # one number is filled in
 
 
-def _stays(tensor: Sham, args: Any, kwargs: dict[str, Any]) -> bool:
-    """Tell whether `tensor.to(…)` is the tensor itself."""
-    for wanted in (*args, *kwargs.values()):
-        if isinstance(wanted, Tensor):
-            if not isinstance(wanted, Sham) or wanted.dtype != tensor.dtype:
-                return False
-        elif isinstance(wanted, torch.dtype):
-            if wanted != tensor.dtype:
-                return False
-        elif isinstance(wanted, str | torch.device):
-            if torch.device(wanted).type != "cuda":
-                return False
-        elif wanted is True and kwargs.get("copy"):
-            return False
-    return True
+class _Event:
+    """A moment on the device's clock, which is the host's."""
+
+    def __init__(self, device: ShamDevice) -> None:
+        self.synchronize = partial(device.wait, "Event.synchronize")
+
+    def record(self, *_: Any) -> None:
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, other: _Event) -> float:
+        return (other.at - self.at) * 1e3
 
 
 def _stubs(device: ShamDevice) -> dict[str, Any]:
     """Return what stands for torch.cuda's functions and classes."""
-    import time
-
-    class Event:
-        def __init__(self, **_):
-            self.at = 0.0
-
-        def record(self, *_):
-            self.at = time.perf_counter()
-
-        def synchronize(self):
-            device.wait("Event.synchronize")
-
-        def elapsed_time(self, other):
-            return (other.at - self.at) * 1e3
-
-        def query(self):
-            return True
-
-    def synchronize(*_):
-        device.wait("synchronize")
-
-    nothing = mock.MagicMock
-    return {
-        "_lazy_init": lambda: None, "is_available": lambda: True, "device_count": lambda: 1, "current_device": lambda: 0,
-        "is_initialized": lambda: True, "set_device": lambda *_: None, "get_device_name": lambda *_: "sham",
-        "synchronize": synchronize, "Event": Event, "Stream": nothing, "stream": nothing, "current_stream": nothing(),
-        "get_rng_state": lambda *_: torch.get_rng_state(), "set_rng_state": lambda *_: None,
-        "is_bf16_supported": lambda *_, **__: True, "device": nothing, "get_sync_debug_mode": lambda: 0, 
-        "set_sync_debug_mode": lambda mode: setattr(device, "strict", mode in ("error", 2)),
-        "empty_cache": lambda: None,
-    }  # fmt: skip
+    answers = {"is_available": True, "is_initialized": True, "is_bf16_supported": True}
+    answers |= {"device_count": 1, "current_device": 0, "get_device_name": "sham"}
+    answers |= dict.fromkeys(("_lazy_init", "set_device", "set_rng_state", "empty_cache"))
+    stubs = {name: mock.Mock(return_value=answer) for name, answer in answers.items()}
+    stubs |= {name: mock.MagicMock() for name in ("Stream", "stream", "current_stream", "device")}
+    stubs["Event"] = lambda **_: _Event(device)
+    stubs["synchronize"] = lambda *_: device.wait("synchronize")
+    stubs["get_rng_state"] = lambda *_: torch.get_rng_state()
+    stubs["set_sync_debug_mode"] = lambda mode: setattr(device, "strict", mode == "error")
+    return stubs
