@@ -34,6 +34,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map, tree_map_only
 
+from harmonica.calls import of_call
 from harmonica.override import overridden
 
 Feature = Any
@@ -196,4 +197,4 @@ def _ask(
 ) -> Feature:
     # Shadows are partials of this function: copying a module copies them with it, forward included,
     # so that a copy made while gated runs its own weights.
-    return gate(site, lambda: forward(*args, **kwargs))
+    return gate(of_call(site), lambda: forward(*args, **kwargs))

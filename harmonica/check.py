@@ -55,8 +55,11 @@ def _each_site_is_asked_once(denoiser: Denoiser, x: Tensor, cond: Any) -> None:
 
     with torch.no_grad(), gated(denoiser.sites, count):
         denoiser.predict(x, 0, cond)
-    assert sorted(asked) == list(range(len(denoiser.sites))), (
-        f"each site is asked once in a prediction, not {asked}"
+    # A site that is asked in two calls of its model comes under two keys (`harmonica.calls`).
+    once = len(set(asked)) == len(asked)
+    assert once, f"a site is asked twice in a call of the model: {asked}"
+    assert set(map(int, asked)) == set(range(len(denoiser.sites))), (
+        f"each site is asked once in a call of the model, not {asked}"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -226,3 +227,144 @@ def count_calls(modules, run):
         for kind, original in originals.items():
             kind.forward = original
     return [ran[id(module)] for module in modules]
+
+
+# ------------------------------------------------------------------------------------------ walks
+
+
+def embeds(*shape: int, seed: int = 3) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def sd3_controlnet_pipe() -> Any:
+    """A second model runs at every step, and its output goes into the transformer."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3ControlNetPipeline
+    from diffusers.models.controlnets.controlnet_sd3 import SD3ControlNetModel
+    from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+
+    size = {
+        "sample_size": 8, "patch_size": 1, "in_channels": 4, "attention_head_dim": 8, "num_attention_heads": 4,
+        "joint_attention_dim": 12, "caption_projection_dim": 32, "pooled_projection_dim": 8,
+    }  # fmt: skip
+    transformer = randomised(SD3Transformer2DModel(num_layers=2, out_channels=4, **size), std=0.1)
+    net = randomised(SD3ControlNetModel(num_layers=1, **size), 1, std=0.1)
+    autoencoder = vae()
+    autoencoder.register_to_config(shift_factor=0.1)
+    return StableDiffusion3ControlNetPipeline(
+        transformer, FlowMatchEulerDiscreteScheduler(), autoencoder,
+        None, None, None, None, None, None, net,
+    )  # fmt: skip
+
+
+def flux_img2img_pipe() -> Any:
+    from diffusers import FluxImg2ImgPipeline
+
+    parts = flux_pipe().components
+    parts["vae"].register_to_config(shift_factor=0.1)
+    return FluxImg2ImgPipeline(
+        **{name: parts[name] for name in parts if name not in ("image_encoder", "feature_extractor")}
+    )
+
+
+def ltx_image_to_video_pipe() -> Any:
+    """Its scheduler steps the frames after the first one only."""
+    from diffusers import (
+        AutoencoderKLLTXVideo,
+        FlowMatchEulerDiscreteScheduler,
+        LTXImageToVideoPipeline,
+    )
+    from diffusers.models.transformers.transformer_ltx import LTXVideoTransformer3DModel
+
+    transformer = LTXVideoTransformer3DModel(
+        in_channels=8, out_channels=8, patch_size=1, patch_size_t=1, num_attention_heads=2, attention_head_dim=12,
+        cross_attention_dim=24, num_layers=1, caption_channels=12,
+    )  # fmt: skip
+    autoencoder = AutoencoderKLLTXVideo(
+        latent_channels=8, block_out_channels=(8, 8, 8, 8), decoder_block_out_channels=(8, 8, 8, 8),
+        layers_per_block=(1,) * 5, decoder_layers_per_block=(1,) * 5,
+        spatio_temporal_scaling=(True, True, False, False), decoder_spatio_temporal_scaling=(True, True, False, False),
+        decoder_inject_noise=(False,) * 5, upsample_residual=(False,) * 4, upsample_factor=(1,) * 4,
+        patch_size=1, patch_size_t=1,
+    )  # fmt: skip
+    autoencoder.use_framewise_encoding = False
+    return LTXImageToVideoPipeline(
+        FlowMatchEulerDiscreteScheduler(), randomised(autoencoder, std=0.1), None, None, randomised(transformer)
+    )  # fmt: skip
+
+
+def cogvideox_pipe() -> Any:
+    """Its scheduler returns a second value, which the pipeline hands to the next step."""
+    from diffusers import CogVideoXDPMScheduler, CogVideoXPipeline
+    from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXTransformer3DModel
+
+    transformer = CogVideoXTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=2,
+        text_embed_dim=12, num_layers=1, sample_width=2, sample_height=2, sample_frames=9, max_text_seq_length=5,
+    )  # fmt: skip
+    return CogVideoXPipeline(None, None, None, randomised(transformer), CogVideoXDPMScheduler())
+
+
+def qwen_pipe() -> Any:
+    """Two calls a step, of texts of two lengths."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
+    from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformer2DModel
+
+    transformer = QwenImageTransformer2DModel(
+        in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=12, axes_dims_rope=(8, 4, 4),
+    )  # fmt: skip
+    return QwenImagePipeline(
+        FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), None, None, None, randomised(transformer)
+    )  # fmt: skip
+
+
+def walks() -> dict[str, Any]:
+    """name -> function that returns a pipeline, and what `from_pipeline` takes beside `steps`."""
+    two = {"prompt_embeds": embeds(2, 5, 12), "negative_prompt_embeds": embeds(2, 5, 12, seed=4)}
+    pooled = {"pooled_prompt_embeds": embeds(2, 8)}
+    other = {"negative_pooled_prompt_embeds": embeds(2, 8, seed=4)}
+    flux = {"prompt_embeds": two["prompt_embeds"], **pooled}
+    image = embeds(1, 3, 64, 64).clamp(0, 1)
+    masks = {
+        name: torch.ones(2, 5, dtype=torch.long)
+        for name in ("prompt_embeds_mask", "negative_prompt_embeds_mask", "prompt_attention_mask")
+    }
+    square = {"height": 64, "width": 64}
+    return {
+        "dit": (dit_pipe, {"each": {"class_labels": [1, 2]}, "guidance": 3.0}),
+        "pixart": (pixart_pipe, {"prompts": ["a blue boat", "the cat"], "use_resolution_binning": False,
+                                 "clean_caption": False}),
+        "flux": (flux_pipe, {"each": flux, **square}),
+        "flux-two-calls": (flux_pipe, {"each": {**two, **pooled, **other}, "true_cfg_scale": 3.0, **square}),
+        "flux-img2img": (flux_img2img_pipe, {"each": flux, "image": image, "strength": 0.8, **square}),
+        "sd3-controlnet": (sd3_controlnet_pipe, {"each": {**two, **pooled, **other}, "control_image": image, **square}),
+        "wan": (wan_pipe, {"each": two, "height": 16, "width": 16, "num_frames": 5}),
+        "qwen": (qwen_pipe, {"each": {**two, **{k: v for k, v in masks.items() if "embeds" in k}},
+                             "true_cfg_scale": 3.0, **square}),
+        "cogvideox": (cogvideox_pipe, {"each": two, "height": 16, "width": 16, "num_frames": 9}),
+        "ltx-image-to-video": (ltx_image_to_video_pipe, {
+            "each": {**two, "prompt_attention_mask": masks["prompt_attention_mask"],
+                     "negative_prompt_attention_mask": masks["prompt_attention_mask"]},
+            "image": embeds(1, 3, 32, 32), "height": 32, "width": 32, "num_frames": 9}),
+    }  # fmt: skip
+
+
+def walked(pipe: Any, call: dict[str, Any], seed: int = 0) -> list[torch.Tensor]:
+    """Return what the pipeline's scheduler returns at each step of its own run with these arguments."""
+    after: list[torch.Tensor] = []
+    method = pipe.scheduler.step
+
+    @functools.wraps(method)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        out = method(*args, **kwargs)
+        after.append((out[0] if isinstance(out, tuple) else out.prev_sample).clone())
+        return out
+
+    pipe.scheduler.step = step
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            pipe(**call)
+    finally:
+        del pipe.scheduler.step
+    return after

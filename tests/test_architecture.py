@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "harmonica"
 CORE = ("router", "cache", "denoise", "iepo", "sdt")
 
 LAYERS = (
-    {"override", "samplers", "site_names", "processes", "memory", "storage", "table"},
+    {"calls", "override", "samplers", "site_names", "processes", "memory", "storage", "table"},
     {"cache"},
     {"denoise"},
     {"router", "iepo", "sdt", "cost", "check"},

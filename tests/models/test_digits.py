@@ -20,8 +20,9 @@ def test_the_pipeline_of_digits_predicts_what_the_bundled_model_predicts():
     ours = load("tiny", steps=5, sampler="dpm-solver++", guidance=1.5)
     theirs = from_pipeline(digits.pipeline(load("tiny")), steps=5, guidance=1.5)
     x, labels = ours.draw(4, torch.Generator().manual_seed(0))
+    cond = torch.stack([labels, torch.arange(4)], 1)
     for k in range(5):
-        found, expected = theirs.predict(x, k, labels), ours.predict(x, k, labels)
+        found, expected = theirs.predict(x, k, cond), ours.predict(x, k, labels)
         assert (found - expected).norm() < 1e-5 * expected.norm()
 
 

@@ -130,41 +130,6 @@ def test_exactly_the_scheduled_sites_run(pipe):
     ]
 
 
-@pytest.mark.parametrize("name", PIPES)
-@pytest.mark.parametrize("batch", [1, 2])
-def test_a_denoiser_from_a_pipeline_walks_to_the_pipelines_own_image(name, batch):
-    pipe = PIPES[name]()
-    prompts = None if name == "dit" else ["a blue boat at night", "the cat in the house"]
-    d = from_pipeline(pipe, steps=4, guidance=3.0, prompts=prompts)
-    x = torch.randn(
-        batch,
-        *d.draw(1, torch.Generator())[0].shape[1:],
-        generator=torch.Generator().manual_seed(1),
-    )
-    conditions = torch.tensor([1, 2] if name == "dit" else [0, 1])[:batch]
-    schedule = table(pipe)
-    for each in (None, schedule, replace(schedule, order=1)):
-        mine = sample(d, x, conditions, each)
-        if name == "dit":
-            mine = decoded(pipe, mine)
-        if each is None:
-            assert torch.equal(mine, run(pipe, batch=batch, guidance_scale=3.0))
-        else:
-            with cached(pipe, each):
-                assert torch.equal(mine, run(pipe, batch=batch, guidance_scale=3.0))
-
-
-def test_a_denoiser_from_a_pipeline_keeps_the_laws_and_trains_a_schedule_that_fits(pipe):
-    d = from_pipeline(
-        pipe, steps=4, prompts=None if "DiT" in type(pipe).__name__ else ["a blue boat", "the cat"]
-    )
-    check_denoiser(d)
-    schedule = train_sdt(d, iterations=3, batch_size=2, progress=False).schedule(0.5)
-    assert schedule.timesteps
-    with cached(pipe, schedule):
-        run(pipe, guidance_scale=d.guidance)
-
-
 def test_heun_calls_the_model_seven_times_in_four_steps_and_each_call_is_a_step():
     from diffusers import HeunDiscreteScheduler
 
@@ -176,8 +141,6 @@ def test_heun_calls_the_model_seven_times_in_four_steps_and_each_call_is_a_step(
     with cached(pipe, table(pipe, 7)) as session:
         run(pipe, 4)
         assert session.skipped == 3 * 4
-    with pytest.raises(ValueError, match="HeunDiscreteScheduler scales its inputs"):
-        from_pipeline(pipe, steps=4)
 
 
 @pytest.mark.parametrize("make", [flux_pipe, wan_pipe])
@@ -740,17 +703,11 @@ def test_what_is_not_such_a_pipeline_is_refused():
     with pytest.raises(TypeError, match="is compiled"):
         cached(pipe, Schedule([[1]])).__enter__()
     pipe = wan_pipe()
-    with pytest.raises(
-        TypeError, match="from_pipeline knows DiTPipeline, PixArtAlphaPipeline, .*, not WanPipeline"
-    ):
-        from_pipeline(pipe)
     pipe.transformer_2 = pipe.transformer
     with pytest.raises(
         TypeError, match="runs two transformers in one walk, transformer and transformer_2"
     ):
         cached(pipe, Schedule([[1]])).__enter__()
-    with pytest.raises(ValueError, match="steps is 0; it must be between 1 and 1000"):
-        from_pipeline(dit_pipe(), steps=0)
 
 
 # ------------------------------------------------------------------------------------------ parity
@@ -766,11 +723,8 @@ def test_parity_makes_diffusers_dit_the_original_and_puts_it_back():
         assert not torch.allclose(stock, original)
         assert torch.equal(pipe.transformer(x, timestep=t, class_labels=y).sample, stock)
     plain = run(pipe)
-    d = from_pipeline(pipe, steps=4, parity=True)
-    mine = sample(
-        d, torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([1])
-    )
-    mine = decoded(pipe, mine)
+    with original_numerics(pipe.transformer):
+        mine = run(pipe)
     with cached(pipe, Schedule(torch.ones(4, 4)), parity=True):
         assert torch.equal(run(pipe), mine)
     assert torch.equal(run(pipe), plain)
@@ -929,24 +883,6 @@ def test_features_do_not_pile_up_where_no_step_is_taken():
         run(pipe)
 
 
-def test_a_denoiser_made_after_an_interrupted_walk_sees_no_stale_feature():
-    pipe = dit_pipe()
-    d = from_pipeline(pipe, steps=4)
-    x, y = d.draw(1, torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        plain = d.predict(x, 0, y)
-        with cached(pipe, table(pipe)):
-            run(pipe)
-            pipe.scheduler.set_timesteps(4)
-            pipe.transformer(
-                torch.cat([x, x]),
-                timestep=torch.tensor([750, 750]),
-                class_labels=torch.tensor([1, 1000]),
-            )
-            pipe.scheduler.step(x, pipe.scheduler.timesteps[0], x)  # and here it was interrupted
-            assert torch.equal(from_pipeline(pipe, steps=4).predict(x, 0, y), plain)
-
-
 def test_enable_cache_does_not_keep_a_pipeline_alive():
     import gc
     import weakref
@@ -1017,35 +953,3 @@ def test_the_timestep_is_found_wherever_a_scheduler_takes_it():
             pipe.scheduler.step(x, torch.ones(2), x)
 
 
-def test_pndm_which_changes_its_memory_in_place_is_forked_right():
-    from diffusers import PNDMScheduler
-
-    d = from_pipeline(dit_pipe(scheduler=PNDMScheduler()), steps=5, guidance=1.0)
-    assert d.steps > 5
-    check_denoiser(d)
-
-
-def test_a_pipeline_that_cannot_be_followed_says_why():
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    with pytest.raises(
-        ValueError, match="FlowMatchEulerDiscreteScheduler scales its inputs or mixes noise"
-    ):
-        from_pipeline(dit_pipe(scheduler=FlowMatchEulerDiscreteScheduler()), steps=4)
-    pipe = pixart_pipe()
-    pipe.text_encoder = None
-    with pytest.raises(ValueError, match="has no text encoder or no tokenizer"):
-        from_pipeline(pipe, steps=4)
-
-
-def test_prompts_of_a_pipeline_are_a_file_or_a_list(tmp_path):
-    (tmp_path / "prompts.txt").write_text("a blue boat\nthe cat\n")
-    for prompts in (
-        tmp_path / "prompts.txt",
-        str(tmp_path / "prompts.txt"),
-        ["a blue boat", "the cat"],
-    ):
-        assert from_pipeline(pixart_pipe(), steps=2, prompts=prompts).prompts.texts == (
-            "a blue boat",
-            "the cat",
-        )

@@ -1,0 +1,52 @@
+"""Calls: a model that runs several times in one prediction, such as once for each half of guidance.
+
+A site then has a feature for each call. It is still one column of the table: `of_call(i)` is a
+number that indexes as i, and is another key than i in a cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+_call: ContextVar[int] = ContextVar("call", default=0)
+
+
+class SiteOfCall(int):
+    """Site i in a later call of its model within one prediction.
+
+    >>> site = SiteOfCall(3, call=1)
+    >>> "abcd"[site], site == 3, site == SiteOfCall(3, call=1)
+    ('d', False, True)
+    """
+
+    call: int
+
+    def __new__(cls, site: int, call: int) -> SiteOfCall:
+        """Return site `site` of call `call`, 1 or more."""
+        key = super().__new__(cls, site)
+        key.call = call
+        return key
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SiteOfCall) and (int(self), self.call) == (int(other), other.call)
+
+    def __hash__(self) -> int:
+        return hash((int(self), self.call))
+
+
+@contextmanager
+def in_call(call: int) -> Iterator[None]:
+    """Let sites know which call of their model within a prediction this is, 0 for the first."""
+    token = _call.set(call)
+    try:
+        yield
+    finally:
+        _call.reset(token)
+
+
+def of_call(site: int) -> int:
+    """Return the key of a site in the call that runs now: the site itself in the first one."""
+    call = _call.get()
+    return SiteOfCall(site, call) if call else site

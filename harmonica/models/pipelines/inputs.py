@@ -1,0 +1,105 @@
+"""Inputs: what a pipeline's `__call__` is given for a batch of samples, checked before anything runs.
+
+This file does not know denoisers or what the arguments do.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harmonica.models.prompts import prompts_from
+from harmonica.storage.files import StrPath
+
+Sample = tuple[int, int]
+"""Row of the prompt, seed."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the pipeline is called with.
+
+    Attributes:
+        call: arguments that are the same for every sample.
+        each: arguments that each row has its own of, by name: tensors (rows, …) or lists.
+        rows: how many.
+    """
+
+    call: Mapping[str, Any]
+    each: Mapping[str, Any]
+    rows: int
+    takes_generator: bool
+
+    def of(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """Return the arguments for a batch of samples."""
+        several, call = len(samples) > 1, dict(self.call)
+        if several and isinstance(call.get("negative_prompt"), str):
+            call["negative_prompt"] = [call["negative_prompt"]] * len(samples)
+        for name, values in self.each.items():
+            if isinstance(values, Tensor):
+                call[name] = values[[row for row, _ in samples]]
+            else:
+                chosen = [values[row] for row, _ in samples]
+                alone = not several and not isinstance(chosen[0], Tensor | int)
+                call[name] = chosen[0] if alone else chosen
+        if self.takes_generator:
+            generators = [torch.Generator().manual_seed(seed) for _, seed in samples]
+            call["generator"] = generators if several else generators[0]
+        return call
+
+
+def checked_inputs(
+    pipe: Any,
+    steps: int,
+    prompts: StrPath | Sequence[str] | None,
+    each: dict[str, Any],
+    call: dict[str, Any],
+) -> Inputs:
+    """Return what the pipeline is called with, checked against its signature before anything runs."""
+    name, parameters = type(pipe).__name__, inspect.signature(type(pipe).__call__).parameters
+    given = {**each, **call}
+    if (
+        prompts is None
+        and "prompt" in parameters
+        and not {"prompt", "prompt_embeds"} & given.keys()
+    ):
+        prompts = prompts_from(None)
+    if prompts is not None:
+        each = each | {"prompt": list(prompts_from(prompts))}
+    if "class_labels" in parameters and "class_labels" not in given:
+        each = each | {"class_labels": list(range(pipe.transformer.config.num_embeds_ada_norm))}
+    for argument in (*each, *call, "num_inference_steps"):
+        if argument not in parameters:
+            near = get_close_matches(argument, parameters, 3)
+            hint = (
+                f"; did you mean {' or '.join(near)}?"
+                if near
+                else f"; it takes {', '.join(list(parameters)[1:])}"
+            )
+            raise TypeError(f"{name} does not take {argument}{hint}")
+    for argument in ("generator", "latents"):
+        if argument in given:
+            raise ValueError(f"{argument} is given; x and its seeds take its place, leave it out")
+    for argument in ("num_images_per_prompt", "num_videos_per_prompt"):
+        if call.get(argument, 1) != 1:
+            raise ValueError(
+                f"{argument} is {call[argument]}; a sample is one image, ask for a larger batch instead"
+            )
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; a walk has at least 1")
+    lengths = {argument: len(values) for argument, values in each.items()}
+    if len(set(lengths.values())) > 1 or 0 in lengths.values():
+        raise ValueError(
+            f"the lengths of prompts and each differ, or are zero: {lengths}; every sample has one of each"
+        )
+    call = call | {"num_inference_steps": steps}
+    if "output_type" in parameters:
+        call.setdefault("output_type", "latent")
+    rows = next(iter(lengths.values()), 1)
+    return Inputs(call, each, rows, "generator" in parameters)
