@@ -262,7 +262,11 @@ def flux_img2img_pipe() -> Any:
     parts = flux_pipe().components
     parts["vae"].register_to_config(shift_factor=0.1)
     return FluxImg2ImgPipeline(
-        **{name: parts[name] for name in parts if name not in ("image_encoder", "feature_extractor")}
+        **{
+            name: parts[name]
+            for name in parts
+            if name not in ("image_encoder", "feature_extractor")
+        }
     )
 
 
@@ -319,7 +323,7 @@ def qwen_pipe() -> Any:
 
 
 def walks() -> dict[str, Any]:
-    """name -> function that returns a pipeline, and what `from_pipeline` takes beside `steps`."""
+    """Name -> function that returns a pipeline, and what `from_pipeline` takes beside `steps`."""
     two = {"prompt_embeds": embeds(2, 5, 12), "negative_prompt_embeds": embeds(2, 5, 12, seed=4)}
     pooled = {"pooled_prompt_embeds": embeds(2, 8)}
     other = {"negative_pooled_prompt_embeds": embeds(2, 8, seed=4)}

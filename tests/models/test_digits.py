@@ -22,7 +22,7 @@ def test_the_pipeline_of_digits_predicts_what_the_bundled_model_predicts():
     x, labels = ours.draw(4, torch.Generator().manual_seed(0))
     cond = torch.stack([labels, torch.arange(4)], 1)
     for k in range(5):
-        found, expected = theirs.predict(x, k, cond), ours.predict(x, k, labels)
+        found, expected = theirs.predict(x, k, cond), ours.predict(x, k, labels)[: len(x)]
         assert (found - expected).norm() < 1e-5 * expected.norm()
 
 

@@ -22,7 +22,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harmonica import Schedule, check_denoiser, sample, train_sdt
+from harmonica import Schedule, train_sdt
 from harmonica.models.pipelines.caching import (
     cached,
     disable_cache,
@@ -534,7 +534,6 @@ def test_another_number_of_steps_is_refused():
 
 
 def test_other_timesteps_than_trained_on_are_refused():
-    from dataclasses import replace
 
     pipe = dit_pipe()
     schedule = replace(table(pipe), timesteps=(999, 700, 400, 100), sampler="ddim")
@@ -951,5 +950,3 @@ def test_the_timestep_is_found_wherever_a_scheduler_takes_it():
         pipe.scheduler.set_timesteps(2)
         with pytest.raises(RuntimeError, match="starts at timestep 1, not"):
             pipe.scheduler.step(x, torch.ones(2), x)
-
-
