@@ -15,7 +15,7 @@ import torch
 from record import ended, record
 
 from harmonica import Schedule, macs
-from harmonica.cost import measure
+from harmonica.inference.timing import measure
 from harmonica.models import load
 
 

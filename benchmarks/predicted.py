@@ -21,8 +21,8 @@ from record import ended, record
 from speed import Case, denoiser_of
 
 from harmonica import Denoiser, Schedule, macs
-from harmonica.cost import by_turns
-from harmonica.inference.walk import Walk, milliseconds
+from harmonica.inference.timing import by_turns, milliseconds
+from harmonica.inference.walk import Walk
 from harmonica.search.paths import whole_steps
 
 CASES = (

@@ -31,6 +31,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map, tree_map_only
 
@@ -89,11 +90,12 @@ def blend(r: Tensor, cache: Cache, tau: float) -> Gate:
         cache: of the trajectory; empty at its first step, whose row is all ones.
         tau: τ.
     """
-    if not cache and not bool((r == 1).all()):
+    scores = r.unbind()  # N × ()
+    whole, renew = torch.stack([r == 1, r > tau]).tolist()  # one transfer a step
+    if not cache and not all(whole):
         raise RuntimeError(
             "the cache is empty and this row is not all ones; the first step of a trajectory computes"
         )
-    scores, renew = r.unbind(), (r.detach() > tau).tolist()  # N × (); one transfer a step
     # Reads see the cache as it was before this step, writes are for the next step. So a block that
     # runs twice in one step, as under activation checkpointing, blends the same old feature twice.
     before = cache.copy()

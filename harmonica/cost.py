@@ -1,5 +1,4 @@
-"""Cost: multiply-accumulates (MACs) of each site, counted while the model runs, and the clock
-beside the theory.
+"""Cost: multiply-accumulates (MACs) of each site, counted while the model runs.
 
 The gate is asked at every site, so a gate that reads a counter before and after `compute` knows
 what the site costs. The model runs on fake tensors: every operation has its shape and no arithmetic
@@ -10,12 +9,10 @@ is done, so DiT-XL counts in a second.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from harmonica.cache import gated
-from harmonica.denoise import Denoiser, sample
-
-if TYPE_CHECKING:
-    from harmonica.router import Schedule
+from harmonica.denoise import Denoiser
 
 
 @dataclass(frozen=True)
@@ -117,75 +111,3 @@ def count(run: Callable[[], Any], sites: Mapping[str, nn.Module], *, fake: bool 
     return Count(
         Macs(each, counter.get_total_flops() / 2 - float(each.sum())), tuple(calls), macs_of
     )
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds of one walk, medians of interleaved repeats."""
-
-    plain: float
-    cached: float
-
-    @property
-    def speedup(self) -> float:
-        """Measured speedup."""
-        return self.plain / self.cached
-
-
-def measure(
-    denoiser: Denoiser,
-    schedule: Schedule,
-    x: Tensor,
-    cond: Any,
-    *,
-    repeats: int = 7,
-    walk: Callable[[Tensor, Any], Tensor] | None = None,
-) -> Timing:
-    """Time the walk from noise x (B, C, H, W) with and without a schedule, by turns, after one walk
-    of each.
-
-    The plain walk is `sample` without a schedule.
-
-    Args:
-        denoiser: model, sampler, guidance.
-        schedule: what the cached walk follows.
-        x: noise.
-        cond: conditions for it.
-        repeats: turns that count.
-        walk: (x, cond) -> x₀ under the schedule, such as `fast.Walk(denoiser, schedule)`; None for
-            `sample`.
-    """
-
-    def plain(x: Tensor, cond: Any) -> Tensor:
-        return sample(denoiser, x, cond, None)
-
-    def cached(x: Tensor, cond: Any) -> Tensor:
-        return sample(denoiser, x, cond, schedule)
-
-    seconds = by_turns({"plain": plain, "cached": walk or cached}, x, cond, repeats=repeats)
-    return Timing(median(seconds["plain"]), median(seconds["cached"]))
-
-
-def by_turns(
-    walks: Mapping[str, Callable[[Tensor, Any], Tensor]], x: Tensor, cond: Any, *, repeats: int
-) -> dict[str, list[float]]:
-    """Time walks by turns after one of each, and return the seconds of each, in the order of the
-    turns.
-
-    Turns, because a machine's speed drifts: all medians, and the ratios within a turn, then saw the
-    same weather.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in walks}
-    for _ in range(repeats + 1):
-        for name, walk in walks.items():
-            _finish_pending(x)
-            start = time.perf_counter()
-            walk(x, cond)
-            _finish_pending(x)
-            seconds[name].append(time.perf_counter() - start)
-    return {name: turns[1:] for name, turns in seconds.items()}
-
-
-def _finish_pending(x: Tensor) -> None:
-    if x.is_cuda:
-        torch.cuda.synchronize(x.device)

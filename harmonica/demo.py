@@ -30,8 +30,8 @@ from harmonica.command_line import (
     seed,
     whole,
 )
-from harmonica.cost import measure
 from harmonica.denoise import gates_of
+from harmonica.inference.timing import measure
 from harmonica.inference.walk import Walk
 from harmonica.search.budget import check_target
 from harmonica.search.paths import whole_steps

@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 
 from harmonica import Schedule, denoise, gated, macs, reuse, sample
-from harmonica.cost import measure
 from harmonica.evaluation import pictures as plots
 from harmonica.evaluation.distances import image_mse
+from harmonica.inference.timing import measure
 from harmonica.inference.walk import Walk
 from harmonica.models import load
 

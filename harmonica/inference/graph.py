@@ -8,7 +8,7 @@ and condition are copied in.
     images = draw(x, cond)         the first batch of its shape captures, the following ones replay
     draw.reason                    why the last batch ran without a graph, or None
 
-    key       shapes, types and devices of noise and condition; at most `most` graphs are kept, the latest used ones
+    key       structure, shapes, types and devices of noise and condition; `most` graphs are kept, the last used
     inputs    the tensors that the graph reads; a batch is copied into them
     output    the tensor that it writes; every caller gets a copy
 
@@ -18,9 +18,13 @@ GraphWalk. This file does not know models, schedules or samplers.
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,8 +33,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from harmonica.inference.walk import Walk
 
-Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
-"""run, which takes nothing -> (replay, the tensor that each replay writes)."""
+Capture = Callable[[Callable[[], Tensor], torch.device], tuple[Callable[[], None], Tensor]]
+"""(run, which takes nothing, and its device) -> (replay, the tensor that each replay writes)."""
 
 
 @dataclass(frozen=True)
@@ -49,19 +53,48 @@ class Captured:
         return self.output.clone()
 
 
-def capture_on_cuda(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """Capture `run` on the current device, after one run on a side stream in which libraries
-    start.
-    """
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = run()
-    return graph.replay, output
+class CudaCapture:
+    """Captures CUDA graphs, which share one pool of memory: no two of them run at once."""
+
+    def __init__(self) -> None:
+        self._pools: dict[torch.device, Any] = {}
+
+    def __call__(
+        self, run: Callable[[], Tensor], device: torch.device
+    ) -> tuple[Callable[[], None], Tensor]:
+        """Capture `run` on a device, after runs on a side stream in which libraries start.
+
+        A run that waits for the device raises RuntimeError before anything is captured. That is
+        only looked for where no other Python thread runs, since in it too a wait would raise.
+        """
+        with torch.cuda.device(device):
+            current, side = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            side.wait_stream(current)
+            try:
+                torch.cuda.set_stream(side)
+                run()
+                with _waiting_raises():
+                    run()
+                pool = self._pools.setdefault(device, torch.cuda.graph_pool_handle())
+                graph, mode = torch.cuda.CUDAGraph(), "thread_local"
+                with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode=mode):
+                    output = run()
+            finally:
+                torch.cuda.set_stream(current)  # a capture that fails would leave its own
+            current.wait_stream(side)
+            return graph.replay, output
+
+
+@contextmanager
+def _waiting_raises() -> Iterator[None]:
+    """Let torch raise RuntimeError at any wait for a device, if this is the only Python thread."""
+    before = torch.cuda.get_sync_debug_mode()
+    if threading.active_count() == 1:
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 class GraphWalk:
@@ -72,18 +105,18 @@ class GraphWalk:
     Args:
         walk: what is captured.
         most: graphs kept; the one that was not used for longest makes room.
-        capture: how; another one is for tests.
+        capture: how to capture; `CudaCapture()` if None.
 
     Raises:
         ValueError: if most is below 1.
     """
 
-    def __init__(self, walk: Walk, *, most: int = 4, capture: Capture = capture_on_cuda) -> None:
+    def __init__(self, walk: Walk, *, most: int = 4, capture: Capture | None = None) -> None:
         if most < 1:
             raise ValueError(f"most is {most}; it must be 1 graph or more")
         self.walk, self.most = walk, most
         self.reason: str | None = None
-        self._capture = capture
+        self._capture = capture or CudaCapture()
         self._graphs: OrderedDict[Any, Captured] = OrderedDict()
         self._refused: dict[Any, str] = {}
 
@@ -108,7 +141,7 @@ class GraphWalk:
 
     def why_not(self, x: Tensor) -> str | None:
         """Return why a batch like x cannot run as a graph, or None."""
-        if self._capture is capture_on_cuda and not x.is_cuda:
+        if isinstance(self._capture, CudaCapture) and not x.is_cuda:
             return f"x is on {x.device}; graphs are for CUDA devices"
         if self.walk.draws_noise:
             return "the sampler draws noise at every step, on the CPU; a graph would repeat that of its first batch"
@@ -117,24 +150,29 @@ class GraphWalk:
     def _add(self, key: Any, leaves: list[Any], shape: Any) -> str | None:
         """Capture a graph for batches of this key; return why not, if it cannot be."""
         inputs = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        while len(self._graphs) >= self.most:
-            self._graphs.popitem(last=False)
+        tensors = tuple(leaf for leaf in inputs if isinstance(leaf, Tensor))
+        outer = sys.exc_info()[1]
         try:
-            replay, output = self._capture(lambda: self.walk(*tree_unflatten(inputs, shape)))
-        except (
-            RuntimeError,
-            NotImplementedError,
-        ) as error:  # torch.OutOfMemoryError is a RuntimeError
-            said = str(error).strip().partition("\n")[0]
-            reason = f"capturing failed: {said or type(error).__name__}"
-            if isinstance(error, torch.OutOfMemoryError):
-                return reason  # there may be more room next time
-            self._refused[key] = reason
+            run = partial(self.walk, *tree_unflatten(inputs, shape))
+            replay, output = self._capture(run, tensors[0].device)
+        except (RuntimeError, NotImplementedError) as error:
+            cause = _first_cause(error, outer)
+            said = str(cause).strip().partition("\n")[0]
+            reason = f"capturing failed: {said or type(cause).__name__}"
+            if not isinstance(cause, torch.OutOfMemoryError):  # there may be more room next time
+                self._refused[key] = reason
             return reason
-        self._graphs[key] = Captured(
-            tuple(leaf for leaf in inputs if isinstance(leaf, Tensor)), replay, output
-        )
+        self._graphs[key] = Captured(tensors, replay, output)
+        if len(self._graphs) > self.most:
+            self._graphs.popitem(last=False)
         return None
+
+
+def _first_cause(error: BaseException, outer: BaseException | None) -> BaseException:
+    """Return the error that the others followed from: ending a capture that failed fails as well."""
+    while error.__context__ not in (None, outer):
+        error = error.__context__
+    return error
 
 
 def key_of(x: Tensor, cond: Any) -> Any:

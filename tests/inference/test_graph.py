@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from conftest import make, start
+from sham import ShamDevice
 from test_blocks import in_double, table
 from test_every_model import loaded, small  # noqa: F401 (small is a fixture: every model on a small configuration)
 
@@ -21,7 +24,7 @@ class Tape:
     def __init__(self, fails: Exception | None = None):
         self.captured, self.replayed, self.fails = 0, 0, fails
 
-    def __call__(self, run):
+    def __call__(self, run, device):
         if self.fails:
             raise self.fails
         self.captured += 1
@@ -101,6 +104,43 @@ def test_a_sampler_that_draws_noise_is_not_captured():
         draw(*d.draw(1, torch.Generator().manual_seed(0)))
         assert tape.captured == (not draws)
         assert ("the sampler draws noise at every step" in (draw.reason or "")) == draws
+
+
+def test_a_good_graph_stays_where_the_next_capture_fails():
+    d, tape = make(), Tape()
+    draw = GraphWalk(Walk(d, table(d)), most=1, capture=tape)
+    draw(*start(d, batch=1))
+    tape.fails = RuntimeError("no")
+    draw(*start(d, batch=2))
+    assert draw.graphs == 1
+    draw(*start(d, batch=1))
+    assert (tape.captured, tape.replayed, draw.reason) == (1, 2, None)
+
+
+@pytest.mark.parametrize("waits", [True, False])
+@pytest.mark.usefixtures("small")
+def test_a_capture_is_refused_or_fails_with_its_first_cause_and_the_stream_is_put_back(
+    waits, monkeypatch
+):
+    monkeypatch.setattr(threading, "active_count", lambda: 1)
+    with ShamDevice() as device:
+        d = loaded("dit-xl", device="cuda")
+        walk = Walk(d, table(d))
+        batch = d.draw(2, torch.Generator().manual_seed(0))
+        step, capture = d.step, torch.cuda.graph.return_value
+        capture.__enter__.side_effect = RuntimeError("the first cause")
+        capture.__exit__.side_effect = RuntimeError("what follows from it")
+        if waits:
+            d.step = lambda x, *rest: step(x + float(x.mean()) * 0, *rest)
+        draw = GraphWalk(walk)
+        assert torch.equal(draw(*batch).held, walk(*batch).held)
+        assert not device.strict
+        assert torch.cuda.CUDAGraph.called != waits
+        assert torch.cuda.set_stream.call_args.args == (torch.cuda.current_stream(),)
+    assert draw.reason.startswith(
+        f"capturing failed: {'_local_scalar_dense at test_graph' if waits else 'the first cause'}"
+    )
+    assert draw.graphs == 0
 
 
 def test_a_capture_that_fails_falls_back_and_is_not_tried_again_but_for_memory():

@@ -17,7 +17,8 @@ from test_every_model import (
 from torch import nn
 
 from harmonica import Schedule, sample, train_sdt
-from harmonica.inference.walk import Milliseconds, Walk, milliseconds, model_of
+from harmonica.inference.timing import Milliseconds, milliseconds
+from harmonica.inference.walk import Walk, model_of
 from harmonica.models import MODELS, load
 from harmonica.models.dit import DiTDenoiser
 from harmonica.models.pipelines.denoiser import StockDiT

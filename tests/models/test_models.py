@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harmonica import Router, Schedule, gated, macs, reuse, sample
-from harmonica.cost import measure
 from harmonica.evaluation.distances import frechet_distance, image_mse
 from harmonica.evaluation.judge import digits, judge_of
+from harmonica.inference.timing import measure
 from harmonica.models import DITS, load
 from harmonica.models.dit import SIZES, DiT, DiTDenoiser, sincos_positions
 from harmonica.samplers import DDIM, alphas_cumprod, make_sampler, spaced_timesteps

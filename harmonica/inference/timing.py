@@ -1,0 +1,170 @@
+"""Timing: how long walks and sites take, by the clock of the device that they run on.
+
+    Timer          a span of work: CUDA events on that device, else the host's clock
+    by_turns       seconds of several walks, which take turns, so that all meet the same load
+    measure        the walk under a schedule against the plain one
+    milliseconds   of each site, in the form of `Macs`
+
+MACs say what a table saves in theory. With `milliseconds` in their place, `Schedule.speedup` says
+what to expect on this machine, and `train_sdt(…, cost=…)` aims at real time. This file does not
+know models.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harmonica.cache import Cache, Compute, Feature, Gate
+from harmonica.cost import Macs
+from harmonica.denoise import Denoiser, sample
+from harmonica.inference.walk import Walk
+from harmonica.router import Schedule
+
+
+class Timer:
+    """The time that the work of a `with` takes on the device of x; nothing waits before it is read.
+
+    >>> with Timer(torch.zeros(1)) as timer:
+    ...     _ = torch.ones(100).sum()
+    >>> 0 < timer.milliseconds() < 1000
+    True
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self._device = x.device
+        self._ends: list[Any] = []
+
+    def __enter__(self) -> Timer:
+        self._ends = [self._now()]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ends.append(self._now())
+
+    def _now(self) -> Any:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def milliseconds(self) -> float:
+        """Return the time; on CUDA this waits for the end of the work."""
+        start, end = self._ends
+        if self._device.type != "cuda":
+            return float(end - start) * 1e3
+        end.synchronize()
+        return float(start.elapsed_time(end))
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one walk, medians over turns."""
+
+    plain: float
+    cached: float
+
+    @property
+    def speedup(self) -> float:
+        """Measured speedup."""
+        return self.plain / self.cached
+
+
+def measure(
+    denoiser: Denoiser,
+    schedule: Schedule,
+    x: Tensor,
+    cond: Any,
+    *,
+    repeats: int = 7,
+    walk: Callable[[Tensor, Any], Tensor] | None = None,
+) -> Timing:
+    """Time the walk from noise x (B, C, H, W) with and without a schedule, by turns.
+
+    Args:
+        denoiser: model, sampler, guidance; the plain walk is `sample` without a schedule.
+        schedule: what the cached walk follows.
+        x: noise.
+        cond: conditions for it.
+        repeats: turns that count, after one that does not.
+        walk: the cached walk, such as `Walk(denoiser, schedule)`; None is `sample`.
+    """
+    walks: dict[str, Callable[[Tensor, Any], Tensor]] = {
+        "plain": lambda x, cond: sample(denoiser, x, cond),
+        "cached": walk or (lambda x, cond: sample(denoiser, x, cond, schedule)),
+    }
+    seconds = by_turns(walks, x, cond, repeats=repeats)
+    return Timing(median(seconds["plain"]), median(seconds["cached"]))
+
+
+def by_turns(
+    walks: Mapping[str, Callable[[Tensor, Any], Tensor]], x: Tensor, cond: Any, *, repeats: int
+) -> dict[str, list[float]]:
+    """Return the seconds of each walk, in the order of the turns, after one turn that warms up.
+
+    The walks take turns because a machine's speed drifts: compare medians, or ratios of one turn.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in walks}
+    for _ in range(repeats + 1):
+        for name, walk in walks.items():
+            with Timer(x) as timer:
+                walk(x, cond)
+            seconds[name].append(timer.milliseconds() / 1e3)
+    return {name: turns[1:] for name, turns in seconds.items()}
+
+
+class Milliseconds(Macs):
+    """Milliseconds of one guided prediction of a batch, site by site, in the form of `Macs`."""
+
+
+def milliseconds(denoiser: Denoiser, batch_size: int = 1, *, repeats: int = 7) -> Milliseconds:
+    """Time each site in walks of `Walk` without reuse, on this machine; medians over the walks.
+
+    A site is all that `Walk` skips with it, norm and modulation included. The rest is what no
+    schedule saves, the sampler included. Keep the result: the next measurement differs by a few
+    percent, and a training run can only be resumed with the same costs.
+
+    Args:
+        denoiser: model, sampler, guidance.
+        batch_size: images in a walk; small batches take longer for an image than MACs say.
+        repeats: walks that count, after one that does not.
+
+    Raises ValueError if batch_size or repeats is below 1.
+    """
+    if batch_size < 1 or repeats < 1:
+        found = f"batch_size {batch_size}, repeats {repeats}"
+        raise ValueError(f"found {found}; expected 1 or more of each")
+    walk, (x, cond) = Walk(denoiser), denoiser.draw(batch_size, torch.Generator().manual_seed(0))
+    turns = [_site_times(walk, x, cond) for _ in range(repeats + 1)][1:]
+    *sites, total = (median(values) / denoiser.steps for values in zip(*turns, strict=True))
+    return Milliseconds(torch.tensor(sites, dtype=torch.float64), max(total - sum(sites), 0.0))
+
+
+def _site_times(walk: Walk, x: Tensor, cond: Any) -> list[float]:
+    """Return the milliseconds of each site in one walk, and of the whole walk: N + 1."""
+    timers: list[tuple[int, Timer]] = []
+
+    def gate_of(k: int, cache: Cache) -> Gate:
+        gate = walk.gate(k, cache)
+
+        def timed(site: int, compute: Compute) -> Feature:
+            with Timer(x) as timer:
+                feature = gate(site, compute)
+            timers.append((site, timer))
+            return feature
+
+        return timed
+
+    with Timer(x) as whole:
+        walk.run(x, cond, gate_of)
+    times = [0.0] * len(walk.denoiser.sites)
+    for site, timer in timers:
+        times[site] += timer.milliseconds()
+    return [*times, whole.milliseconds()]
