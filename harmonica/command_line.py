@@ -67,7 +67,8 @@ def add_model_options(p: argparse.ArgumentParser) -> None:
         default="cpu",
         help="cpu, cuda or cuda:N (cpu); under torchrun cuda is a GPU each",
     )
-    p.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (float32)")
+    kinds = "float32; on cuda bfloat16, and float32 there multiplies matrices without TF32"
+    p.add_argument("--dtype", choices=DTYPES, help=f"of the weights ({kinds})")
 
 
 def load_model(
@@ -79,6 +80,7 @@ def load_model(
     """Load the model that `add_model_options` asked for, to `device` or to args.device."""
     from harmonica.models import load
 
+    place = args.device if device is None else device
     return load(
         args.model,
         sampler=args.sampler,
@@ -86,10 +88,17 @@ def load_model(
         guidance=args.guidance,
         weights=args.weights,
         prompts=args.prompts,
-        dtype=getattr(torch, args.dtype),
-        device=args.device if device is None else device,
+        dtype=dtype_of(args, place),
+        device=place,
         activation_checkpointing=activation_checkpointing,
     )
+
+
+def dtype_of(args: argparse.Namespace, device: str | torch.device) -> torch.dtype:
+    """Return the dtype of the weights that the options name, or the usual one of this device."""
+    usual = "bfloat16" if torch.device(device).type == "cuda" else "float32"
+    dtype: torch.dtype = getattr(torch, args.dtype or usual)
+    return dtype
 
 
 def whole(text: str) -> int:

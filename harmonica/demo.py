@@ -25,6 +25,7 @@ from harmonica.command_line import (
     add_model_options,
     check_device,
     command,
+    dtype_of,
     load_model,
     make_writable,
     seed,
@@ -104,7 +105,8 @@ def run(args: argparse.Namespace) -> None:
     if schedule is not None:
         schedule = schedule.fit(tuple(denoiser.sites))
         schedule.check(denoiser.steps, tuple(denoiser.sites), denoiser.about["timesteps"])
-    decode = decoder(args.model, args.weights, vae=args.vae, device=args.device)
+    dtype = dtype_of(args, args.device)
+    decode = decoder(args.model, args.weights, vae=args.vae, device=args.device, dtype=dtype)
     make_writable(args.out)
     with exclusive_lock(args.out):
         router = None

@@ -33,6 +33,7 @@ from harmonica.command_line import (
     add_model_options,
     check_device,
     command,
+    dtype_of,
     load_model,
     whole,
 )
@@ -226,7 +227,8 @@ def run(args: argparse.Namespace) -> None:
     schedule = None if args.schedule is None else Schedule.load(args.schedule)
     with processes(args.device) as device:
         denoiser = load_model(args, device)
-        decode = decoder(args.model, args.weights, vae=args.vae, device=device)
+        dtype = dtype_of(args, device)
+        decode = decoder(args.model, args.weights, vae=args.vae, device=device, dtype=dtype)
         if schedule is not None:
             schedule = schedule.fit(tuple(denoiser.sites))
             schedule.check(denoiser.steps, tuple(denoiser.sites), denoiser.about["timesteps"])

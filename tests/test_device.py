@@ -6,10 +6,11 @@ The device is a sham (tests/sham.py), so these laws hold, or fail, on any machin
 from __future__ import annotations
 
 from functools import partial
-from pipes import dit_pipe, pixart_pipe, run
+from pipes import dit_pipe, pixart_pipe, run, vae
 
 import pytest
 import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from sham import Sham, ShamDevice
 from test_blocks import table
 from test_every_model import loaded, small  # noqa: F401 (small is a fixture: every model on a small configuration)
@@ -17,14 +18,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 
 from harmonica import Router, Schedule, image_error, sample, sdt, train_sdt
+from harmonica.command_line import dtype_of
 from harmonica.demo import main as demo_main
 from harmonica.image_sets import main as image_sets_main
 from harmonica.inference.timing import milliseconds
 from harmonica.inference.walk import Walk
+from harmonica.models import autoencoder
 from harmonica.models.pipelines import cached, from_pipeline
 from harmonica.search import baselines
 from harmonica.search.flip_effects import around
 from harmonica.train import main as train_main
+from harmonica.train import parser as train_parser
 
 MODELS = ["tiny", "dit-xl", "pixart-alpha-256", "pixart-alpha-1024", "uvit-h"]
 
@@ -219,6 +223,42 @@ def test_a_command_runs_on_the_device(name, tmp_path, capsys):
     with ShamDevice():
         code = main([*arguments, "--device", "cuda"])
     assert (code, capsys.readouterr().err) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("--device cuda", "bfloat16"),
+        ("--device cuda:1 --dtype float32", "float32"),
+        ("", "float32"),
+    ],
+)
+def test_weights_are_bfloat16_on_cuda_unless_the_command_line_names_a_type(options, expected):
+    args = train_parser().parse_args(options.split())
+    assert dtype_of(args, args.device) == getattr(torch, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_latents_are_decoded_a_few_at_a_time_to_the_images_of_one_at_a_time(
+    dtype, tmp_path, monkeypatch
+):
+    vae().save_pretrained(tmp_path)
+    monkeypatch.setattr(
+        autoencoder, "ROOM", 5 * 3 * 2 * 64**2 * (2 if dtype == torch.bfloat16 else 4)
+    )
+    decode = autoencoder.decoder("dit-xl", vae=tmp_path, dtype=dtype)
+    x = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    sizes = []
+    original = AutoencoderKL.decode
+    monkeypatch.setattr(
+        AutoencoderKL, "decode", lambda self, z: sizes.append(z.shape[0]) or original(self, z)
+    )
+    images = decode(x)
+    assert (sizes, images.dtype) == ([2, 2, 1], torch.float32)
+    rounding = 0.05 if dtype == torch.bfloat16 else 1e-5  # float16 overflows there: it is float32
+    torch.testing.assert_close(
+        images, torch.cat([decode(one[None]) for one in x]), atol=rounding, rtol=0
+    )
 
 
 @pytest.mark.parametrize("place", ["cuda", "cuda:7", "gpu"])

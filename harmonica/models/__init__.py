@@ -20,10 +20,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from harmonica.models import pixart
 from harmonica.models.dit import SIZES, DiT, DiTDenoiser, sincos_positions
@@ -139,6 +141,15 @@ def _empty(weights: StrPath | None) -> Any:
     return torch.device("cpu" if weights == "random" else "meta")
 
 
+def _open(model: torch.nn.Module) -> None:
+    """Draw the parameters that a new model has at zero, such as DiT's gates, so that every site
+    matters.
+    """
+    for parameter in model.parameters():
+        if not parameter.is_meta and not bool(parameter.any()):
+            torch.nn.init.normal_(parameter, std=0.03)
+
+
 def _dit(
     name: str, sampler: Sampler, guidance: float, weights: StrPath | None, place: _Place
 ) -> DiTDenoiser:
@@ -149,6 +160,8 @@ def _dit(
     if weights != "random":
         state = _diffusers_dit(weights, model) if Path(weights).is_dir() else read_state(weights)
         fill(model, state, weights)
+    else:
+        _open(model)
     model.activation_checkpointing = place.activation_checkpointing
     guided = None if name in BUNDLED else 3  # the original guides 3 of its 4 latent channels
     model.to(device=place.device, dtype=place.dtype)
@@ -185,6 +198,7 @@ def _pixart(
     if weights == "random":
         encoded = pixart.random_prompts(texts, variant.text_tokens, pixart.XL["caption_channels"])
         transformer = pixart.transformer_of(variant)
+        _open(transformer)
         # diffusers' own `to` warns of modules that it does not have
         torch.nn.Module.to(transformer, place.dtype)
     else:
@@ -197,7 +211,8 @@ def _pixart(
         transformer = pixart.read_transformer(folder, variant, name, place.dtype)
     transformer.to(place.device)
     if place.activation_checkpointing:
-        transformer.enable_gradient_checkpointing()
+        run_again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        transformer.enable_gradient_checkpointing(run_again)
     return PixArtDenoiser(transformer, sampler, encoded, guidance=guidance, name=name)
 
 
@@ -224,6 +239,8 @@ def _uvit(
         model = UViT(**UVIT_H)  # type: ignore[arg-type]
     if weights != "random":
         fill(model, read_state(weights), weights)
+    else:
+        _open(model)
     model.activation_checkpointing = place.activation_checkpointing
     model.to(device=place.device, dtype=place.dtype)
     return UViTDenoiser(model, sampler, guidance=guidance)

@@ -10,7 +10,7 @@ This file does not know samplers, caches or routers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,9 @@ from harmonica.storage.hub import download
 
 Decoder = Callable[[Tensor], Tensor]
 
+ROOM = 2 * 2**30
+"""Bytes that the largest layers may take while images are decoded; as many at a time as fit, or one."""
+
 
 def decoder(
     name: str,
@@ -31,14 +34,16 @@ def decoder(
     *,
     vae: StrPath | None = None,
     device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> Decoder:
-    """Return what turns the latents of a model into images, one image at a time, in float32.
+    """Return what turns the latents of a model into float32 images, a few at a time (`ROOM`).
 
     Args:
         name: of the model, as in `load`.
         weights: as given to `load`; a diffusers folder has its own autoencoder, "random" has none.
         vae: folder of an autoencoder saved by diffusers, to use instead.
         device: where it runs.
+        dtype: what it computes in; float32 where float16 overflows, as the autoencoder itself says.
 
     Raises:
         FileNotFoundError: if it is not on this machine and cannot be fetched.
@@ -48,16 +53,30 @@ def decoder(
         return lambda x: x
     if vae is None and weights == "random":
         return lambda x: x[:, :3] / x[:, :3].abs().amax(dim=(1, 2, 3), keepdim=True)
-    model = _read(name, weights, vae).to(device).eval().requires_grad_(False)
-    scale = model.config.scaling_factor
+    model = _read(name, weights, vae)
+    if dtype == torch.float16 and model.config.force_upcast:
+        dtype = torch.float32
+    # diffusers' own `to` warns of modules that it does not have
+    torch.nn.Module.to(model.eval().requires_grad_(False), device=device, dtype=dtype)
 
     def decode(x: Tensor) -> Tensor:
+        latents = (x.float() / model.config.scaling_factor).to(dtype)  # (B, C, H, W)
+        chunks = latents.split(images_at_once(model.config.block_out_channels, latents))
         with torch.no_grad():
-            return torch.cat(
-                [model.decode(sample[None].float() / scale).sample.clamp(-1, 1) for sample in x]
-            )
+            return torch.cat([model.decode(some).sample.float().clamp(-1, 1) for some in chunks])
 
     return decode
+
+
+def images_at_once(widths: Sequence[int], latents: Tensor) -> int:
+    """Return how many latents (B, C, H, W) are decoded at once: at full size a decoder holds three
+    features of the second of its widths.
+
+    >>> images_at_once((128, 256, 512, 512), torch.zeros(8, 4, 64, 64))
+    2
+    """
+    pixels = 64 * latents.shape[2] * latents.shape[3]
+    return max(1, ROOM // (3 * max(widths[:2]) * pixels * latents.element_size()))
 
 
 def _read(name: str, weights: StrPath | None, vae: StrPath | None) -> Any:

@@ -251,7 +251,7 @@ class DiT(nn.Module):
         c = self.t_embedder(t) + self.y_embedder(y)  # (B, D)
         for block in self.blocks:
             if self.activation_checkpointing and torch.is_grad_enabled():
-                h = checkpoint(block, h, c, use_reentrant=False)
+                h = checkpoint(block, h, c, use_reentrant=False, preserve_rng_state=False)
             else:
                 h = block(h, c)
         return self._unpatchify(self.final_layer(h, c))

@@ -88,6 +88,12 @@ def test_it_walks_is_exact_trains_and_has_a_lambda(name, sampler):
 
 
 @pytest.mark.parametrize("name", MODELS)
+def test_random_weights_are_zero_nowhere_so_that_every_site_matters(name):
+    d = load(name, weights="random", steps=2)
+    assert all(bool(parameter.any()) for parameter in d.model.parameters())
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_the_defaults_are_the_models_own(name):
     d = loaded(name, steps=2)
     expected = {
