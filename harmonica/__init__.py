@@ -10,12 +10,18 @@
     λ⁽ᵏ⁾     lam[k]            (T,)       what reuse at step k does to the final image
     β        beta                         price of computing one site
     CUR      schedule.cur                 share of the table that is reused, 0 … 1
-             schedule.order               how a skipped site is filled: 0 reuses (the paper), 1 … forecasts
+             schedule.weights  (T, N, 1 + m)  of the gates; None reuses (the paper)
     x_t      x                 (B, C, H, W)  noisy image;  x_T pure noise, x₀ the image
     y        cond                         what the image is of: labels, prompt embeddings
 
-Read in this order: cache, denoise, router, iepo, sdt. Importing this package costs torch only.
+Read in this order: cache, denoise, router, iepo, sdt. Importing this package costs torch only; what
+LAZY names is imported when it is first used.
 """
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from harmonica.cache import Cache, Gate, blend, gated, reuse
 from harmonica.check import check_denoiser
@@ -25,6 +31,28 @@ from harmonica.iepo import image_error, objective
 from harmonica.router import Router, Schedule
 from harmonica.sdt import Update, sdt
 from harmonica.training.train import train_sdt
+
+if TYPE_CHECKING:
+    from harmonica.models import load
+    from harmonica.models.pipelines import cached, from_pipeline
+    from harmonica.search.learn import learn_weights
+    from harmonica.search.references import references
+
+LAZY = {
+    "cached": "harmonica.models.pipelines",
+    "from_pipeline": "harmonica.models.pipelines",
+    "learn_weights": "harmonica.search.learn",
+    "load": "harmonica.models",
+    "references": "harmonica.search.references",
+}
+"""What is imported when it is first used, and the module that it is in."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in LAZY:
+        raise AttributeError(f"module 'harmonica' has no attribute {name!r}")
+    return getattr(import_module(LAZY[name]), name)
+
 
 __version__ = "0.1.0"
 
@@ -37,12 +65,17 @@ __all__ = [
     "Schedule",
     "Update",
     "blend",
+    "cached",
     "check_denoiser",
     "denoise",
+    "from_pipeline",
     "gated",
     "image_error",
+    "learn_weights",
+    "load",
     "macs",
     "objective",
+    "references",
     "reuse",
     "sample",
     "sdt",

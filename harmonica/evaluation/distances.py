@@ -17,22 +17,14 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from harmonica.search.errors import image_mse as image_mse
+
 Features = Callable[[Tensor], Tensor]
 """A batch of images (B, C, H, W) -> one row for each (B, …), such as a classifier's last hidden
 layer."""
 
 ROWS = 512
 """Rows of a distance matrix that are in memory at once."""
-
-
-def image_mse(images: Tensor, reference: Tensor) -> float:
-    """Return the mean squared difference of two batches (B, C, H, W), in squared units of the
-    images.
-
-    >>> image_mse(torch.ones(2, 1, 2, 2), torch.zeros(2, 1, 2, 2))
-    1.0
-    """
-    return float((images.double() - reference.double()).square().mean())
 
 
 def psnr(images: Tensor, reference: Tensor, *, span: float = 2.0) -> float:

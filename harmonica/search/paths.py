@@ -24,7 +24,7 @@ from torch import Tensor
 
 from harmonica.cache import Cache, reuse
 from harmonica.denoise import Denoiser, denoise
-from harmonica.evaluation.distances import image_mse
+from harmonica.search.errors import image_mse
 
 Fork = tuple[Tensor, Cache, dict[str, Any]]
 

@@ -30,10 +30,10 @@ import torch
 from torch import Tensor
 
 from harmonica.denoise import Denoiser, sample
-from harmonica.evaluation.distances import image_mse
 from harmonica.processes import local_part, mean_over_ranks, rank, world
 from harmonica.router import Router, Schedule
 from harmonica.search.budget import Target, logit
+from harmonica.search.errors import image_mse
 from harmonica.search.flip_effects import WALKS, Quadratic, around, choose
 from harmonica.search.paths import cheapest_path, spread, step_costs, whole_steps
 

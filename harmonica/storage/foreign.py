@@ -2,6 +2,8 @@
 
     SmoothCache    JSON: {"attn-0": [1, 0, …], …} for each block or {"attn": […], …} for each kind
                    of site; 1 = compute
+    InvarDiff      JSON of its DiT or Flux: {"step_cache_book": [T], "msa_cache_book": [T][N], …};
+                   there true = reuse; a step that is true reuses all
     router file    torch's zip, by Learning-to-Cache or HarmoniCa's authors: {"routers": {"0.prob":
                    (N,), …}, "opt": …, "args": Namespace}, or the inner dict alone; logits
 
@@ -103,6 +105,68 @@ def read_smoothcache(path: StrPath, data: Mapping[str, list[Any]]) -> dict[str, 
     table = torch.tensor([column for *_, column in columns], dtype=torch.bool).T  # (T, N)
     shape = "per block" if numbered else "per kind"
     return _fields(path, table, [site for _, _, site, _ in columns], f"SmoothCache, {shape}")
+
+
+# ------------------------------------------------------------------------------------------
+# InvarDiff
+
+BOOKS: Mapping[str, Mapping[str, str]] = {
+    "msa_cache_book": {"": "blocks.{}.attn"},
+    "mlp_cache_book": {"": "blocks.{}.mlp"},
+    "transformer_cache_book": {
+        "attn": "transformer_blocks.{}.attn",
+        "context_attn": "transformer_blocks.{}.attn",
+        "ff": "transformer_blocks.{}.ff",
+        "context_ff": "transformer_blocks.{}.ff_context",
+    },
+    "single_transformer_cache_book": {
+        "attn": "single_transformer_blocks.{}.attn",
+        "mlp": "single_transformer_blocks.{}.proj_mlp",
+    },
+}
+"""Which of our sites an entry of a plan decides; where two decide one, it computes if either does.
+The projection that ends a single block reads both, and computes if either does."""
+
+
+def read_invardiff(path: StrPath, data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of the schedule in InvarDiff's plan, sorted by block.
+
+    Raises ValueError naming the file if it lacks a book, or a book is not (T, blocks) of true and
+    false.
+    """
+    steps = _plan(path, "step_cache_book", [data["step_cache_book"]]).T  # (T, 1), true = reuse
+    columns: dict[str, Tensor] = {}
+    for book, kinds in BOOKS.items():
+        for kind, name in kinds.items():
+            entries = data.get(book) if not kind else (data.get(book) or {}).get(kind)
+            if entries is None:
+                continue
+            plan = _plan(path, f"{book} {kind}".strip(), entries)
+            if len(plan) != len(steps):
+                found = f"{book} has {len(plan)} steps and step_cache_book {len(steps)}"
+                raise ValueError(f"{path}: {found}; they must be the same")
+            for block, reuses in enumerate((plan | steps).T):
+                sites = [name.format(block)]
+                if sites[0].startswith("single"):
+                    sites.append(f"single_transformer_blocks.{block}.proj_out")
+                for site in sites:
+                    columns[site] = columns.get(site, torch.zeros(len(steps)).bool()) | ~reuses
+    if not columns:
+        raise ValueError(f"{path} has no book of sites; expected one of {', '.join(BOOKS)}")
+    order = {site: (site.startswith("single"), int(site.split(".")[1])) for site in columns}
+    sites = sorted(columns, key=lambda site: order[site])  # stable: attention first
+    return _fields(path, torch.stack([columns[site] for site in sites], 1), sites, "InvarDiff")
+
+
+def _plan(path: StrPath, book: str, entries: Any) -> Tensor:
+    """Return a book as (T, blocks) bool."""
+    rows = entries if isinstance(entries, list) else []
+    widths = {len(row) if isinstance(row, list) else 0 for row in rows}
+    if len(widths) != 1 or 0 in widths or not all(type(e) is bool for row in rows for e in row):
+        raise ValueError(
+            f"{path}: {book} is not a list of steps with true and false for each block"
+        )
+    return torch.tensor(rows)
 
 
 # ------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from harmonica.storage import files
 from harmonica.storage.files import StrPath, decoding, existing
-from harmonica.storage.foreign import FLOATS, read_router_file, read_smoothcache
+from harmonica.storage.foreign import FLOATS, read_invardiff, read_router_file, read_smoothcache
 
 FORMAT = "harmonica-schedule-1"
 NUMBER = (int, float)
@@ -76,7 +76,7 @@ def read_schedule(path: StrPath, tau: float = 0.1) -> dict[str, Any]:
     """Read the fields of a schedule; the file's content tells its format, its name does not.
 
     Args:
-        path: our JSON, SmoothCache's JSON, or a router file (.pt, .pth) of Learning-to-Cache or of
+        path: our JSON, SmoothCache's or InvarDiff's JSON, or a router file (.pt, .pth) of Learning-to-Cache or of
             HarmoniCa's authors.
         tau: τ at which a router file is frozen, 0 ≤ tau < 1. Learning-to-Cache runs its DiT routers
             at 0.1 and its U-ViT routers at 0.9.
@@ -91,6 +91,8 @@ def read_schedule(path: StrPath, tau: float = 0.1) -> dict[str, Any]:
     if head.startswith((b"PK\x03\x04", b"\x80\x02")):  # a zip, or a bare pickle of old torch
         return read_router_file(path, tau)
     data = files.read_json(path)
+    if "format" not in data and "step_cache_book" in data:
+        return read_invardiff(path, data)
     if "format" not in data and data and all(isinstance(column, list) for column in data.values()):
         return read_smoothcache(path, data)
     if data.pop("format", None) != FORMAT:

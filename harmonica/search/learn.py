@@ -1,0 +1,207 @@
+"""Learn: the weights of a schedule's gates, by gradients of the distance to a pool's images.
+
+The image of a walk under a schedule is differentiable in the weights of its gates. So the weights
+are moved by Adam down the mean squared difference between that image and its target, through the
+whole walk:
+
+    for each batch of noises of the pool:
+        image = walk(noise, weights)
+        error = mean (image − target)², noises that went elsewhere counting less (CAP)
+        weights ← Adam step
+
+A share of the pool is not trained on. It decides which start is taken, which weights are kept and
+when to stop. A step's activations live only while it is differentiated, and a batch is split where
+memory runs out. This file does not know where the table came from.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Adam
+from torch.utils.checkpoint import checkpoint
+
+from harmonica.cache import Cache, Compute, Feature, gated, weighted_sum
+from harmonica.denoise import Denoiser, sample
+from harmonica.router import Schedule
+from harmonica.search.errors import CAP, image_errors, in_portions, outlier_weights
+from harmonica.search.references import PORTION, Pool
+from harmonica.table import check_fit, taylor_weights
+
+SHARE = 6
+"""One noise of so many is not trained on."""
+
+PATIENCE = 4
+"""Learning stops after so many rounds over the pool without a better validation error."""
+
+
+def learn_weights(
+    denoiser: Denoiser,
+    schedule: Schedule,
+    pool: Pool,
+    *,
+    history: int = 3,
+    iterations: int = 144,
+    batch_size: int = 32,
+    lr: float = 0.02,
+    generator: torch.Generator | None = None,
+    progress: Callable[[int, float], None] | None = None,
+) -> Schedule:
+    """Return the schedule with weights that bring its images near the pool's.
+
+    Learning starts from the best of the schedule as it is, reuse, and TaylorSeer's forecasts that
+    fit into `history`. If nothing better is found on the noises that are held back, that start is
+    returned. An update costs about four walks of `batch_size` noises under the schedule.
+
+    Args:
+        denoiser: model, sampler, guidance.
+        schedule: whose table stays as it is.
+        pool: noises and targets (`references`); one in SHARE is held back for validation.
+        history: m, past outputs that a gate may read; memory grows with it.
+        iterations: updates at most.
+        batch_size: noises in an update.
+        lr: of Adam, falling to zero along a half cosine.
+        generator: shuffles the pool; one with a seed of its own if None.
+        progress: called after each validation as progress(updates, validation error).
+
+    Raises ValueError if a number is out of range, the pool has fewer than two noises, or the
+    schedule does not fit the denoiser; FloatingPointError if the error is not finite.
+    """
+    if history < 1 or iterations < 1 or batch_size < 1 or not lr > 0 or len(pool) < 2:
+        raise ValueError(
+            f"history is {history}, iterations {iterations}, batch_size {batch_size}, lr {lr}, and "
+            f"the pool has {len(pool)} noises; expected 1 or more, lr above 0, and 2 noises or more"
+        )
+    check_fit(schedule, denoiser.steps, tuple(denoiser.sites), denoiser.about.get("timesteps", ()))
+    held_back = max(len(pool) // SHARE, 1)
+    validation, training = pool[slice(held_back)], pool[slice(held_back, None)]
+    best, errors = _best_start(denoiser, schedule, validation, history)
+    most, lowest = CAP * float(errors.median()), float(errors.mean())
+    _finite(lowest)
+    weights, mask = _trainable(best, history, training.x)
+    optimizer = Adam([weights], lr=lr, betas=(0.9, 0.99))
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    patience, order = PATIENCE, torch.empty(0, dtype=torch.long)
+    for update in range(1, iterations + 1):
+        if len(order) == 0:
+            order = torch.randperm(len(training), generator=generator, device=generator.device)
+        batch, order = training[order[:batch_size]], order[batch_size:]
+        optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * update / iterations)) / 2
+        weights.grad = _gradient(denoiser, schedule, weights, batch, most) * mask
+        _finite(float(weights.grad.sum()))
+        optimizer.step()
+        if len(order) and update < iterations:
+            continue
+        learned = replace(schedule, weights=weights.detach())
+        error = float(pool_errors(denoiser, validation, learned).mean())
+        if progress is not None:
+            progress(update, error)
+        patience -= 1
+        if error < lowest:
+            best, lowest, patience = learned, error, PATIENCE
+        if patience == 0:
+            break
+    facts = {"weights_history": history, "weights_pool": len(pool), "weights_error": lowest}
+    return replace(best, provenance={**schedule.provenance, **facts})
+
+
+def pool_errors(denoiser: Denoiser, pool: Pool, schedule: Schedule | None = None) -> Tensor:
+    """Return the error of each noise of a pool under a schedule, (M,) float64 on the CPU."""
+
+    def run(first: int, last: int) -> Tensor:
+        part = pool[slice(first, last)]
+        return image_errors(sample(denoiser, part.x, part.cond, schedule), part.images).cpu()
+
+    return torch.cat(list(in_portions(run, len(pool), PORTION)))
+
+
+def _best_start(
+    denoiser: Denoiser, schedule: Schedule, pool: Pool, history: int
+) -> tuple[Schedule, Tensor]:
+    """Return the best start of `history` past outputs at most, and its errors on the pool."""
+    orders = [replace(schedule, order=order, weights=None) for order in range(history)]
+    given = [] if schedule in orders else [schedule]
+    starts = [(start, pool_errors(denoiser, pool, start)) for start in (*given, *orders)]
+    return min(starts, key=lambda start: float(start[1].nan_to_num(math.inf).mean()))
+
+
+def _trainable(start: Schedule, history: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the start's weights (T, N, 1 + m), and which of them may move, on the device of x."""
+    given = start.gate_weights
+    given = taylor_weights(start.compute, 0) if given is None else given
+    weights = torch.zeros(*start.compute.shape, 1 + max(history, given.shape[2] - 1))
+    weights[:, :, : given.shape[2]] = given
+    past = start.compute.cumsum(0) - start.compute.long()  # outputs computed before
+    mask = torch.arange(weights.shape[2]) <= past[:, :, None]
+    mask[:, :, 0] = start.compute
+    return weights.to(x.device).requires_grad_(), mask.to(x.device)
+
+
+def _gradient(
+    denoiser: Denoiser, schedule: Schedule, weights: Tensor, batch: Pool, most: float
+) -> Tensor:
+    """Return the gradient (T, N, 1 + m) of the batch's mean error, noises above `most` weighed."""
+
+    def run(first: int, last: int) -> Tensor:
+        part = batch[slice(first, last)]
+        image = weighted_walk(denoiser, schedule.compute.tolist(), weights, part.x, part.cond)
+        away = image - part.images
+        errors = image_errors(image.detach(), part.images)
+        counts = outlier_weights(errors, most) / (len(batch) * away[0].numel())
+        direction = (2 * counts.view(-1, *[1] * (away.dim() - 1)) * away.detach()).to(image)
+        # in half precision a small gradient would vanish on its way through the walk
+        scale = direction.abs().max().clamp_min(1e-30)
+        return torch.autograd.grad(image, weights, direction / scale)[0] * scale
+
+    return torch.stack(list(in_portions(run, len(batch), len(batch)))).sum(0)
+
+
+def weighted_walk(
+    denoiser: Denoiser, table: list[list[bool]], weights: Tensor, x: Tensor, cond: Any
+) -> Tensor:
+    """Return the image (B, C, H, W) of a walk, differentiable in its weights (T, N, 1 + m).
+
+    Args:
+        denoiser: model, sampler, guidance.
+        table: T rows of N decisions.
+        weights: of the gates.
+        x: (B, C, H, W) pure noise.
+        cond: conditions for the batch.
+    """
+
+    def step(
+        x: Tensor, w: Tensor, k: int, cache: Cache, memory: dict[str, Any]
+    ) -> tuple[Tensor, Cache, dict[str, Any]]:
+        memory, after = memory.copy(), {}
+
+        def gate(site: int, compute: Compute) -> Feature:
+            history = cache.get(site, ())
+            if not table[k][site]:
+                return weighted_sum(w[site, 1:].unbind(), history)
+            outputs = (compute(), *history)
+            after[site] = outputs[: w.shape[1] - 1]
+            return weighted_sum(w[site].unbind(), outputs)
+
+        with gated(denoiser.sites, gate):
+            out = denoiser.predict(x, k, cond)
+        return denoiser.step(x, out, k, memory), cache | after, memory
+
+    cache: Cache = {}
+    memory: dict[str, Any] = {}
+    for k, w in enumerate(weights.unbind()):  # activations live while their step is differentiated
+        x, cache, memory = checkpoint(
+            step, x, w, k, cache, memory, use_reentrant=False, preserve_rng_state=False
+        )
+    return x
+
+
+def _finite(number: float) -> None:
+    if not math.isfinite(number):
+        raise FloatingPointError(
+            f"the error of the images is {number}; look for NaN in the weights"
+        )

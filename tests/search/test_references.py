@@ -1,0 +1,217 @@
+"""References and weights learned towards them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import make, start, tables
+from hypothesis import given
+from hypothesis import strategies as st
+
+import harmonica
+from harmonica import Schedule, sample
+from harmonica.search.errors import image_errors, in_portions, outlier_weights
+from harmonica.search.learn import learn_weights, pool_errors, weighted_walk
+from harmonica.search.references import Pool, factor_of, references
+from harmonica.storage.files import read_tensors, write_tensors
+
+TABLE = Schedule([[1] * 4, [0, 1, 0, 0], [1, 0, 0, 1], [0] * 4])
+SMALL = {"iterations": 12, "batch_size": 4}
+
+
+def drawn(noises=12, factor=2):
+    return references(make(), noises=noises, factor=factor)
+
+
+@pytest.mark.parametrize("factor", [1, 3])
+def test_a_reference_is_the_image_of_the_same_sampler_with_more_steps(factor):
+    d = make()
+    pool = references(d, noises=3, factor=factor, generator=torch.Generator().manual_seed(5))
+    x, cond = d.draw(3, torch.Generator().manual_seed(5))
+    assert torch.equal(pool.x, x)
+    assert torch.equal(pool.images, sample(make(4 * factor), x, cond))
+    part = pool[torch.tensor([2, 0])]
+    assert torch.equal(part.cond, cond[[2, 0]])
+    assert torch.equal(part.images, pool.images[[2, 0]])
+
+
+def test_a_pool_that_was_interrupted_is_continued(tmp_path, monkeypatch):
+    monkeypatch.setattr("harmonica.search.references.PORTION", 4)
+    d, path, whole, calls = make(), tmp_path / "pool.safetensors", drawn(), []
+
+    def stop(done, noises):
+        calls.append((done, noises))
+        if done == 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        references(d, noises=12, factor=2, path=path, progress=stop)
+    assert len(read_tensors(path)[0]["images"]) == 8
+    for _ in range(2):
+        again = references(d, noises=12, factor=2, path=path, progress=lambda *a: calls.append(a))
+        assert torch.equal(again.images, whole.images)
+    assert calls == [(4, 12), (8, 12), (12, 12)]
+
+
+def test_a_file_of_other_references_is_refused(tmp_path):
+    d, path = make(), tmp_path / "pool.safetensors"
+    references(d, noises=4, factor=2, path=path)
+    with pytest.raises(ValueError, match=r"no references of 12 steps \(found 8 steps\)"):
+        references(d, noises=4, factor=3, path=path)
+    for other in ({"noises": 3}, {"generator": torch.Generator().manual_seed(1), "noises": 4}):
+        with pytest.raises(ValueError, match="of other noises; name another file"):
+            references(d, factor=2, path=path, **other)
+    write_tensors(path, {"logits": torch.zeros(1)}, {})
+    with pytest.raises(ValueError, match=r"found unknown steps"):
+        references(d, noises=4, factor=2, path=path)
+
+
+def test_where_no_finer_walk_can_be_made_it_says_what_to_use():
+    d = make()
+
+    class Plain:
+        steps, sites, about = d.steps, d.sites, d.about
+        predict, step, draw = d.predict, d.step, d.draw
+
+    with pytest.raises(ValueError, match='Plain has no with_steps.*toward="uncached"'):
+        references(Plain(), noises=1)
+    assert torch.equal(references(Plain(), noises=2, factor=1).images, drawn(2, 1).images)
+    with pytest.raises(ValueError, match=r"no walk of 300 × 4 steps: steps is 1200"):
+        references(d, noises=1, factor=300)
+    with pytest.raises(ValueError, match="noises is 0 and factor 10"):
+        references(d, noises=0)
+    with pytest.raises(ValueError, match="toward is 'best'; it must be 'reference' or 'uncached'"):
+        factor_of("best")
+    assert (factor_of("reference"), factor_of("uncached")) == (10, 1)
+
+
+def test_a_sampler_that_draws_noise_is_compared_with_its_uncached_walk():
+    d = harmonica.load("tiny", steps=3, sampler="sa-solver")
+    with pytest.warns(
+        UserWarning, match="draws noise during the walk, so a noise has no reference"
+    ):
+        pool = references(d, noises=2)
+    assert torch.equal(pool.images, sample(d, pool.x, pool.cond))
+
+
+def test_a_pool_without_an_image_for_each_noise_is_refused():
+    with pytest.raises(ValueError, match="one image for each noise, and at least one"):
+        Pool(torch.zeros(2, 1, 2, 2), torch.zeros(2), torch.zeros(1, 1, 2, 2))
+
+
+def test_portions_halve_where_memory_runs_out_and_other_errors_pass():
+    asked = []
+
+    def run(first, last):
+        asked.append((first, last))
+        if last - first > 3:
+            raise torch.OutOfMemoryError
+        return last - first
+
+    assert list(in_portions(run, 7, 8)) == [2, 2, 2, 1]
+    assert asked[:3] == [(0, 7), (0, 4), (0, 2)]
+    with pytest.raises(ZeroDivisionError):
+        list(in_portions(lambda first, last: 1 / 0, 1, 1))
+
+
+def test_outliers_count_in_proportion_less():
+    assert outlier_weights(torch.tensor([1.0, 4.0, 8.0]), 4.0).tolist() == [1.0, 1.0, 0.5]
+
+
+@given(table=tables(), order=st.integers(0, 3))
+def test_the_walk_that_is_differentiated_is_the_schedules_own(table, order):
+    d = make()
+    x, cond = start(d, 2)
+    schedule = replace(table, order=order)
+    weights = schedule.gate_weights
+    if weights is not None:
+        image = weighted_walk(d, table.compute.tolist(), weights, x, cond)
+        assert torch.allclose(image, sample(d, x, cond, schedule), rtol=1e-12, atol=1e-12)
+
+
+def test_the_gradient_is_that_of_finite_differences():
+    d = make(remembers=True)
+    x, cond = start(d, 2)
+    weights = replace(TABLE, order=1).gate_weights.requires_grad_()
+    direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+    image = weighted_walk(d, TABLE.compute.tolist(), weights, x, cond)
+    gradient = torch.autograd.grad(image, weights, direction)[0]
+    for entry in ((1, 0, 1), (3, 1, 2), (3, 3, 1), (1, 1, 0)):
+        ends = []
+        for by in (-1e-6, 1e-6):
+            moved = weights.detach().clone()
+            moved[entry] += by
+            ends.append(weighted_walk(d, TABLE.compute.tolist(), moved, x, cond))
+        expected = float((direction * (ends[1] - ends[0])).sum() / 2e-6)
+        assert math.isclose(float(gradient[entry]), expected, rel_tol=1e-3, abs_tol=1e-9)
+
+
+def test_learned_weights_bring_images_nearer_and_leave_the_table_alone():
+    pool, seen = drawn(24), []
+    learned = learn_weights(
+        make(), TABLE, pool, lr=0.01, progress=lambda *a: seen.append(a), **SMALL
+    )
+    assert torch.equal(learned.compute, TABLE.compute)
+    assert learned.weights.shape == (4, 4, 4)
+    assert pool_errors(make(), pool, learned).mean() < pool_errors(make(), pool, TABLE).mean()
+    assert learned.provenance["weights_error"] == min(error for _, error in seen)
+    assert learned == learn_weights(make(), TABLE, pool, lr=0.01, **SMALL)  # nothing is random
+
+
+@pytest.mark.parametrize("lr", [1e-9, 10.0])
+def test_on_the_noises_held_back_nothing_gets_worse_than_the_start(lr):
+    d, pool = make(), drawn(12)
+    begin = learn_weights(d, TABLE, pool, lr=0.01, **SMALL)
+    after = learn_weights(d, begin, pool, lr=lr, **SMALL)
+    errors = [float(pool_errors(d, pool[slice(2)], s).mean()) for s in (begin, after, TABLE)]
+    assert errors[1] <= errors[0] <= errors[2]
+
+
+def test_portions_of_a_batch_give_its_gradient_to_rounding(monkeypatch):
+    d, pool = make(), drawn(12)
+    whole = learn_weights(d, TABLE, pool, **SMALL)
+    small = "harmonica.search.learn.in_portions"
+    monkeypatch.setattr(small, lambda run, total, size: in_portions(run, total, min(size, 3)))
+    assert torch.allclose(learn_weights(d, TABLE, pool, **SMALL).weights, whole.weights, atol=1e-5)
+
+
+def test_the_model_is_left_as_it_was():
+    d, pool = make(), drawn(4)
+    learn_weights(d, TABLE, pool, iterations=1)
+    assert all("forward" not in vars(site) for site in d.sites.values())
+    assert all(p.grad is None for p in d.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"history": 0}, "history is 0"),
+        ({"iterations": 0}, "iterations 0"),
+        ({"batch_size": 0}, "batch_size 0"),
+        ({"lr": 0.0}, "lr 0.0"),
+        ({"lr": math.nan}, "lr nan"),
+        ({"pool": drawn(1)}, "the pool has 1 noises"),
+        ({"schedule": Schedule([[1] * 4, [0] * 4])}, "this schedule has 2 steps"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(bad, message):
+    settings = {"schedule": TABLE, "pool": drawn(2), **bad}
+    with pytest.raises(ValueError, match=message):
+        learn_weights(make(), **settings)
+
+
+def test_images_that_are_no_numbers_stop_learning():
+    pool = drawn(4)
+    broken = Pool(pool.x, pool.cond, torch.full_like(pool.images, math.nan))
+    with pytest.raises(FloatingPointError, match="look for NaN"):
+        learn_weights(make(), TABLE, broken)
+
+
+def test_errors_are_means_over_an_image():
+    images = torch.zeros(2, 1, 2, 2)
+    assert image_errors(
+        images, images + torch.tensor([1.0, 3.0])[:, None, None, None]
+    ).tolist() == [1, 9]
