@@ -1,4 +1,4 @@
-"""Write many images to disk, for the tools that the field measures with.
+r"""Write many images to disk, for the tools that the field measures with.
 
     python -m harmonica.image_sets --model tiny --schedule out/demo/schedule.json --count 1000 \
         --out out/images.npz
@@ -8,9 +8,9 @@
     --out X.npz    arr_0 images (N, H, W, 3) uint8, arr_1 conditions (N,) int64
     --out X        a folder of 000000.png, 000001.png, …, conditions in X.labels.txt beside it
 
-Image i starts from noise and a condition drawn from (seed, i) alone, so it does not depend on how
-many there are, nor on batches and processes (but for rounding in the model). Finished batches are
-kept in OUT.parts until all are there: what was interrupted is continued by running the same again.
+Image i starts from noise and a condition that depend on (seed, i) alone. So it does not depend on the
+number of images, of processes or of images in a batch (except for rounding in the model). Finished
+batches are kept in OUT.parts until all are there. After an interruption, the same command continues.
 """
 
 from __future__ import annotations

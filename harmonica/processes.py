@@ -4,11 +4,11 @@
 
     world    number of processes
     rank     this process's number, 0 … world − 1; rank 0 alone writes files and shows progress
-    part     samples rank, rank + world, rank + 2·world, … of the joint batch, those of one process
+    part     the samples of one rank: rank, rank + world, rank + 2·world, … of the joint batch
 
-Every rank draws the joint noise from the same generator and keeps its part. Noise is cheap, so no
-rank waits for another's samples, the generator is in the same state everywhere, and a checkpoint
-fits any number of processes. Ranks exchange a row's gradient, a loss and λ, a few kilobytes.
+Every rank draws the noise of the joint batch from the same generator and keeps its part. Noise is
+cheap. So no rank waits for samples of another, the generator has the same state everywhere, and a
+checkpoint fits any number of processes. Ranks exchange only a row's gradient, a loss and λ.
 
 Alone, or where torch was built without torch.distributed, every function here does nothing.
 """

@@ -1,11 +1,10 @@
 """Weights: from the hub, a folder of diffusers or a file of the original, into a model.
 
-    original file     DiT-XL-2-256x256.pt, imagenet256_uvit_huge.pth    parameters by the original's names
-    diffusers folder  a pipeline (model_index.json) or its transformer  parameters by diffusers'
-    names
+    original file     DiT-XL-2-256x256.pt, imagenet256_uvit_huge.pth    the original's parameter names
+    diffusers folder  a pipeline (model_index.json) or its transformer  diffusers' parameter names
     "random"          no weights at all, for timing
 
-Reading executes nothing that a file says. This file does not know samplers, caches or routers.
+Reading a file executes nothing that is in it. This file does not know samplers, caches or routers.
 """
 
 from __future__ import annotations
