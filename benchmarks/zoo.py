@@ -2,7 +2,7 @@
 
     python benchmarks/zoo.py
 
-The models are the tiny random ones of tests/zoo_*.py. `forward` is the covered share of one counted forward: there,
+The models are the tiny random ones of tests/zoo.py. `forward` is the covered share of one counted forward: there,
 embedders of fixed width outweigh blocks 16 wide. `blocks` is the share of the blocks' weights, as at any width.
 """
 
@@ -20,6 +20,7 @@ from record import ended, record
 
 from harmonica.models.sites import sites
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "models"))
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from test_zoo import LEFT_OUT, UNCOUNTED, ZOO, examine
 

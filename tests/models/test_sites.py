@@ -7,9 +7,8 @@ import warnings
 
 import pytest
 import torch
-import zoo_a
-import zoo_b
 from torch import nn
+from zoo import ZOO
 
 from harmonica import Router
 from harmonica.cost import count
@@ -56,11 +55,11 @@ X = {"x": torch.ones(1, 3, 4)}
 
 
 def test_dit_and_pixart_have_the_sites_of_the_paper_in_its_order():
-    dit, _ = zoo_a.ZOO["DiTTransformer2DModel"]()
+    dit, _ = ZOO["DiTTransformer2DModel"]()
     assert list(sites(dit)) == [
         f"transformer_blocks.{i}.{part}" for i in range(2) for part in ("attn1", "ff")
     ]
-    pixart, inputs = zoo_a.ZOO["PixArtTransformer2DModel"]()
+    pixart, inputs = ZOO["PixArtTransformer2DModel"]()
     parts = ("attn1", "attn2", "ff")
     assert list(sites(pixart)) == [
         f"transformer_blocks.{i}.{part}" for i in range(2) for part in parts
@@ -71,7 +70,7 @@ def test_dit_and_pixart_have_the_sites_of_the_paper_in_its_order():
 
 
 def test_a_router_takes_sites_as_its_columns():
-    dit, _ = zoo_a.ZOO["DiTTransformer2DModel"]()
+    dit, _ = ZOO["DiTTransformer2DModel"]()
     found = sites(dit)
     assert Router(3, found).schedule(0.1).sites == tuple(found)
 
@@ -183,7 +182,7 @@ def test_a_module_called_several_times_is_refused():
 
 
 def test_a_chunked_feed_forward_is_refused():
-    dit, _ = zoo_a.ZOO["DiTTransformer2DModel"]()
+    dit, _ = ZOO["DiTTransformer2DModel"]()
     for block in dit.transformer_blocks:
         block.set_chunk_feed_forward(2, 1)
     with pytest.raises(
@@ -237,7 +236,7 @@ def test_a_model_that_looks_at_values_is_counted_all_the_same():
 
 @pytest.mark.filterwarnings("ignore")
 def test_shapes_alone_count_what_arithmetic_counts():
-    model, inputs = zoo_a.ZOO["PixArtTransformer2DModel"]()
+    model, inputs = ZOO["PixArtTransformer2DModel"]()
     found = dict(sites(model))
     fake, real = (count(lambda: model(**inputs), found, fake=fake) for fake in (True, False))
     assert fake.macs.sites.tolist() == real.macs.sites.tolist()
@@ -344,7 +343,7 @@ def shares(found):
 @pytest.mark.filterwarnings("ignore")
 def test_in_flux_like_models_all_of_the_blocks_is_within_reach():
     """With proj_out alone a single-stream block would still compute its attention and its feed-forward."""
-    flux, inputs = zoo_b.ZOO["FluxTransformer2DModel"]()
+    flux, inputs = ZOO["FluxTransformer2DModel"]()
     found = sites(flux, inputs)
     assert not any(
         name.startswith("single_transformer_blocks") and "norm" not in name
