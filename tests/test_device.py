@@ -188,16 +188,16 @@ def test_a_baseline_makes_the_cpus_table(name):
     same_on_both(made)
 
 
+def flip_effects(place, order=0):
+    d = loaded("dit-xl", steps=3, device=place)
+    x, y = d.draw(2, torch.Generator().manual_seed(0))
+    model = around(d, ordered(d, order), x, y, sample(d, x, y), torch.ones_like(x))
+    return model.gradient, model.curvature
+
+
 @pytest.mark.parametrize("order", [0, 1])
 def test_the_effects_of_flips_are_the_cpus(order):
-    def effects(place):
-        d = loaded("dit-xl", steps=3, device=place)
-        x, y = d.draw(2, torch.Generator().manual_seed(0))
-        signs = torch.ones_like(x)
-        model = around(d, ordered(d, order), x, y, sample(d, x, y), signs)
-        return model.gradient, model.curvature
-
-    same_on_both(effects)
+    same_on_both(lambda place: flip_effects(place, order))
 
 
 def test_milliseconds_are_measured_on_the_device(device):
@@ -297,3 +297,38 @@ def test_whatever_is_reduced_over_processes_lies_on_the_device(monkeypatch, devi
     trained("cuda", **REFINED)
     assert len(reduced) > 10
     assert set(reduced) == {"cuda"}
+
+
+def lambda_of(place):
+    d = loaded("tiny", device=place)
+    router = Router(d.steps, d.sites, generator=torch.Generator().manual_seed(0)).to(place)
+    return image_error(d, router(), *d.draw(2, torch.Generator().manual_seed(0)))
+
+
+def written(place, out):
+    main, arguments = COMMANDS["image_sets"]
+    arguments = [str(out / place) if word == "OUT" else word for word in arguments]
+    assert main([*arguments, "--device", place]) == 0
+    return len(list((out / place).rglob("*.png")))
+
+
+ON_A_CARD = {
+    "lambda": lambda place, out: lambda_of(place),
+    "training": lambda place, out: trained(place, iterations=1),
+    "training to a target": lambda place, out: trained(place, target_speedup=1.3, refine=0).shape,
+    "refinement": lambda place, out: trained(place, **REFINED).shape,
+    "effects of flips": lambda place, out: flip_effects(place),
+    "image sets": written,
+    "milliseconds": lambda place, out: milliseconds(loaded("dit-xl", device=place), 2).sites > 0,
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ON_A_CARD)
+def test_a_real_card_gives_the_cpus_numbers_to_rounding(name, tmp_path):
+    result, expected = (
+        [leaf.cpu() if isinstance(leaf, torch.Tensor) else leaf for leaf in tree_leaves(each)]
+        for each in (ON_A_CARD[name]("cuda", tmp_path), ON_A_CARD[name]("cpu", tmp_path))
+    )
+    torch.testing.assert_close(result, expected, rtol=1e-2, atol=1e-3)

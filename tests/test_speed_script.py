@@ -1,14 +1,16 @@
-"""The speed benchmark's own laws: tables of the asked share, ratios within a turn, a run that continues."""
+"""The speed benchmarks' own laws: tables of the asked share, ratios within a turn, a run that continues or is cut short."""
 
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
 speed = pytest.importorskip("speed")
 
 
@@ -38,3 +40,19 @@ def test_a_run_writes_every_case_and_continues_where_it_was_stopped(tmp_path, mo
     assert case["features_alive_mib"] <= case["features_mib"]
     assert set(case["waterfall"]) == {"plain", "sites", "fast"}
     assert (tmp_path / "speed_waterfall.png").stat().st_size > 1000
+
+
+def test_every_item_for_a_card_runs_on_the_cpu_or_says_why_not(tmp_path):
+    command = [
+        sys.executable,
+        BENCHMARKS / "gpu.py",
+        "--device",
+        "cpu",
+        "--quick",
+        "--out",
+        tmp_path,
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    figures = json.loads((tmp_path / "gpu-quick.json").read_text(encoding="ascii"))["figures"]
+    assert not [name for name, item in figures.items() if "failed" in str(item)]
+    assert {"target", "dit", "update", "refinement", "milliseconds", "training"} <= figures.keys()
