@@ -273,11 +273,12 @@ def _stubs(device: ShamDevice) -> dict[str, Any]:
     """Return what stands for torch.cuda's functions and classes."""
     answers = {"is_available": True, "is_initialized": True, "is_bf16_supported": True}
     answers |= {"device_count": 1, "current_device": 0, "get_device_name": "sham"}
-    answers |= dict.fromkeys(("_lazy_init", "set_device", "set_rng_state", "empty_cache"))
+    answers |= dict.fromkeys(("_lazy_init", "init", "set_device", "set_rng_state", "empty_cache"))
     answers |= {"get_sync_debug_mode": "default", "graph_pool_handle": (0, 0), "set_stream": None}
     stubs = {name: mock.Mock(return_value=answer) for name, answer in answers.items()}
     parts = ("Stream", "stream", "current_stream", "device", "CUDAGraph", "graph")
     stubs |= {name: mock.MagicMock() for name in parts}
+    stubs["default_generators"] = (torch.Generator(),)
     stubs["Event"] = lambda **_: _Event(device)
     stubs["synchronize"] = lambda *_: device.wait("synchronize")
     stubs["get_rng_state"] = lambda *_: torch.get_rng_state()
