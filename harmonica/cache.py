@@ -28,14 +28,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map, tree_map_only
 
-from harmonica.calls import of_call
 from harmonica.override import overridden
 
 Feature = Any
@@ -175,10 +173,11 @@ def never_computed(site: int, sites: int) -> RuntimeError:
 
 @contextmanager
 def gated(sites: Mapping[str, nn.Module] | Sequence[nn.Module], gate: Gate) -> Iterator[None]:
-    """Shadow the `forward` of each site so that it asks `gate`, and put everything back as it was.
+    """Override the `forward` of each site so that it asks `gate`, and put everything back as it was.
 
-    An attribute of the instance shadows the method of its class (`harmonica.override`), since a hook
-    could not skip the computation.
+    The gate is asked in the thread or task that opened the `with`; others run the plain model
+    (`harmonica.override`). A hook could not skip the computation. A site that was compiled in place
+    asks before its compiled code.
 
     Args:
         sites: modules in the order of the table's columns, no module twice.
@@ -189,14 +188,12 @@ def gated(sites: Mapping[str, nn.Module] | Sequence[nn.Module], gate: Gate) -> I
         raise ValueError(
             "a module stands at two sites; each needs a feature, hence a module, of its own"
         )
-    shadows = ((module, partial(_ask, gate, i, module.forward)) for i, module in enumerate(modules))
-    with overridden("forward", shadows):
+    with overridden(
+        (module, called_by(module), (gate, site)) for site, module in enumerate(modules)
+    ):
         yield
 
 
-def _ask(
-    gate: Gate, site: int, forward: Callable[..., Feature], /, *args: Any, **kwargs: Any
-) -> Feature:
-    # Shadows are partials of this function: copying a module copies them with it, forward included,
-    # so that a copy made while gated runs its own weights.
-    return gate(of_call(site), lambda: forward(*args, **kwargs))
+def called_by(module: nn.Module) -> str:
+    """Return the attribute by which torch calls a module: another one where it was compiled."""
+    return "forward" if module._compiled_call_impl is None else "_compiled_call_impl"

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 _call: ContextVar[int] = ContextVar("call", default=0)
+current_call = _call.get
 
 
 class SiteOfCall(int):

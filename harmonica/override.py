@@ -1,61 +1,245 @@
-"""Shadows: an attribute of an instance that hides the method of its class, and how it is taken off
-again.
+"""Overrides: answer calls of a method in one thread or task, and leave all others alone.
 
-Others put shadows on the same instances (accelerate's hooks, another `with` of ours), and not
-everybody leaves in the order of coming. This file does not know what is overridden.
+    module.forward(x)  →  Override  →  is an answer in force in this context?
+                                          no    original(x)
+                                          yes   answer(original, (x,), {})
+                                          yes   gate(site, lambda: original(x))
+
+An *override* is an attribute of an instance that hides a method of its class. All who answer for
+one method share one override, counted under a lock. Which answer is in force lies in a
+`contextvars.ContextVar`, so it belongs to the thread or asyncio task that put it there. Other
+libraries put wrappers on the same instances (accelerate's hooks): those below ours are called,
+those above ours stay. A *patch* is the same for a whole class, for as long as somebody needs it.
+
+This file does not know what is overridden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import copy
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from contextvars import ContextVar
+from functools import partial, wraps
 from typing import Any
+
+import torch
+
+from harmonica.calls import current_call, of_call
+
+Method = Callable[..., Any]
+Answer = Callable[[Method, tuple[Any, ...], dict[str, Any]], Any] | tuple[Method, int]
+"""(the method as it was, arguments, keyword arguments) -> what the call returns; or a gate and the
+site that it is asked for."""
+
+
+class Override(partial[Any]):
+    """What stands on an instance instead of its method, for as long as anybody answers for it.
+
+    A copy or a pickle of it is the method that it hides: a model that is copied or saved while it
+    is overridden is the plain one.
+
+    Attributes:
+        thing, name: the object and its method.
+        before: what stood on the instance before, or None.
+        key: what contexts look their answer up by; it lists all answers, of any context.
+    """
+
+    thing: Any
+    name: str
+    before: Any
+    key: Key
+
+    @classmethod
+    def of(cls, thing: Any, name: str) -> Override:
+        """Return the override of thing.name, placed now unless it stands there already."""
+        before = vars(thing).get(name)
+        if isinstance(before, cls):
+            return before
+        key = Key()
+        override = cls(_call, key, getattr(thing, name))
+        override.thing, override.name, override.before, override.key = thing, name, before, key
+        vars(thing)[name] = override
+        return override
+
+    def leave(self, answer: Answer) -> None:
+        """Forget an answer. With the last one the instance gets back what it had before."""
+        self.key.answers.remove(answer)
+        own = vars(self.thing)
+        if not self.key.answers and own.get(self.name) is self:
+            before = self.before
+            while isinstance(before, Override) and not before.key.answers:
+                before = before.before
+            own[self.name] = before
+            if before is None:
+                del own[self.name]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self.args[1], memo)
+
+    def __reduce__(self) -> Any:
+        if self.before is None:
+            return getattr, (self.thing, self.name)  # read of the copy, which has no override
+        return copy.copy, (self.before,)
+
+
+class Key:
+    """Identifies an override in the contexts.
+
+    Attributes:
+        answers: that are in force, in any context.
+    """
+
+    def __init__(self) -> None:
+        self.answers: list[Answer] = []
+
+
+Frame = tuple[tuple[Key, Answer], ...]
+"""The answers of one `with`."""
+
+_frames: ContextVar[tuple[Frame, ...]] = ContextVar("frames", default=())
+_answers: ContextVar[dict[Key, Answer]] = ContextVar("answers", default={})  # noqa: B039
+_get_answers = _answers.get
+_lock = threading.RLock()
+
+
+def _call(key: Key, original: Method, /, *args: Any, **kwargs: Any) -> Any:
+    answer = _get_answers().get(key)
+    if type(answer) is tuple:  # one function fewer on the way to a kept feature
+        site = of_call(answer[1]) if current_call() else answer[1]
+        return answer[0](site, lambda: original(*args, **kwargs))
+    if answer is None and key.answers and torch._C._current_graph_task_id() >= 0:
+        answer = _of_backward(key)
+    return original(*args, **kwargs) if answer is None else _apply(answer, original, args, kwargs)
+
+
+def _apply(answer: Answer, original: Method, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if isinstance(answer, tuple):
+        return answer[0](of_call(answer[1]), lambda: original(*args, **kwargs))
+    return answer(original, args, kwargs)
+
+
+def _of_backward(key: Key) -> Answer:
+    """Return the answer for a block that backward runs again under activation checkpointing.
+
+    On a GPU autograd does so in a thread of its own, to which no context belongs.
+    """
+    if len(key.answers) > 1:
+        raise RuntimeError(
+            "two threads train one model under activation checkpointing, and backward does not say "
+            "for which of them it runs a block again; give each thread a copy of the model"
+        )
+    return key.answers[0]
 
 
 @contextmanager
-def overridden(name: str, shadows: Iterable[tuple[Any, partial[Any]]]) -> Iterator[None]:
-    """Hide `name` of things by their shadows, one after the other, and put everything back,
-    exception or not.
+def overridden(answers: Iterable[tuple[Any, str, Answer]]) -> Iterator[None]:
+    """Answer calls made in this thread or task, and put everything back, exception or not.
 
-    What stood on the instance before (a shadow of ours, another library's wrapper) stands there
-    again afterwards; what somebody has put there or taken away meanwhile is left to them.
+    Inside another `with`, the inner answer comes first, and its original is the outer answer.
 
-    >>> class Thing: name = "of the class"
+    Args:
+        answers: (object, name of its method, answer) for each.
+
+    >>> class Thing:
+    ...     def name(self): return "thing"
     >>> thing = Thing()
-    >>> with overridden("name", [(thing, partial(print))]): hidden = thing.name
-    >>> hidden, thing.name
-    (functools.partial(<built-in function print>), 'of the class')
+    >>> with overridden([(thing, "name", lambda original, args, kwargs: f"no {original()}")]):
+    ...     thing.name()
+    'no thing'
+    >>> thing.name(), vars(thing)
+    ('thing', {})
     """
-    placed: list[tuple[Any, partial[Any], Any]] = []
+    placed: list[tuple[Override, Answer]] = []
+    frame: Frame = ()
+    merged: dict[Key, Answer] = {}
     try:
-        for thing, shadow in shadows:
-            own = vars(thing)
-            placed.append((thing, shadow, own.get(name)))
-            own[name] = shadow
+        with _lock:
+            for thing, name, answer in answers:
+                override = Override.of(thing, name)
+                override.key.answers.append(answer)
+                placed.append((override, answer))
+        frame = tuple((override.key, answer) for override, answer in placed)
+        merged = _put_in_force((*_frames.get(), frame))
         yield
     finally:
-        for thing, shadow, before in placed:
-            put_back(thing, name, shadow, before)
+        frames = _frames.get()
+        if any(each is frame for each in frames):  # not if a generator is closed by another thread
+            _put_in_force(tuple(each for each in frames if each is not frame))
+        merged.clear()  # a copied context must not keep alive what the answers hold
+        with _lock:
+            for override, answer in placed:
+                override.leave(answer)
 
 
-def put_back(thing: Any, name: str, shadow: partial[Any], before: Any) -> None:
-    """Take `shadow` off thing.name, which had `before` when it came, or nothing if that is None.
+def _put_in_force(frames: tuple[Frame, ...]) -> dict[Key, Answer]:
+    merged: dict[Key, Answer] = {}
+    for frame in frames:
+        for key, answer in frame:
+            merged[key] = _both(answer, merged[key]) if key in merged else answer
+    _frames.set(frames)
+    _answers.set(merged)
+    return merged
 
-    Where something stands on top of it, that stays. If it is a shadow of ours, it will put back
-    what this one had found, since this one is gone.
 
-    >>> class Thing: name = "of the class"
-    >>> thing = Thing()
-    >>> below, above = partial(print), partial(print)
-    >>> thing.name = above  # it found `below`, which found nothing
-    >>> put_back(thing, "name", below, None), put_back(thing, "name", above, below), thing.name
-    (None, None, 'of the class')
+def _both(inner: Answer, outer: Answer) -> Answer:
+    def answer(original: Method, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def below(*args: Any, **kwargs: Any) -> Any:
+            return _apply(outer, original, args, kwargs)
+
+        return _apply(inner, below, args, kwargs)
+
+    return answer
+
+
+def is_overridden(thing: Any, name: str) -> bool:
+    """Tell whether somebody answers for thing.name in this context, or has put a wrapper there."""
+    override = vars(thing).get(name)
+    while isinstance(override, Override) and override.key not in _get_answers():
+        override = override.before
+    return override is not None
+
+
+_patches: dict[tuple[type, str], list[Any]] = {}  # what was there, what stands there now, how many
+
+
+@contextmanager
+def patched(kind: type, name: str, answer: Method) -> Iterator[None]:
+    """Answer calls of a method of all objects of a class, in all threads, by answer(original, …).
+
+    Subclasses are left alone. Who patches a method that is patched already shares the first
+    answer, so all answers for one method must be the same function.
+
+    >>> class Thing:
+    ...     def name(self): return "thing"
+    >>> with patched(Thing, "name", lambda original, self: f"no {original(self)}"): Thing().name()
+    'no thing'
+    >>> Thing().name()
+    'thing'
     """
-    vars(shadow)["found"] = before
-    while isinstance(before, partial) and "found" in vars(before):
-        before = vars(before)["found"]
-    if vars(thing).get(name) is shadow:
-        vars(thing)[name] = before
-        if before is None:
-            del vars(thing)[name]
+    with _lock:
+        if (kind, name) not in _patches:
+            original = getattr(kind, name)
+
+            @wraps(original)
+            def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+                if type(self) is not kind:
+                    return original(self, *args, **kwargs)
+                return answer(original, self, *args, **kwargs)
+
+            _patches[kind, name] = [vars(kind).get(name), method, 0]
+            setattr(kind, name, method)
+        _patches[kind, name][2] += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            before, method, _ = patch = _patches[kind, name]
+            patch[2] -= 1
+            if patch[2] == 0:
+                del _patches[kind, name]
+                if vars(kind).get(name) is method and before is None:
+                    delattr(kind, name)
+                elif vars(kind).get(name) is method:
+                    setattr(kind, name, before)

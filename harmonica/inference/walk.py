@@ -29,9 +29,10 @@ from harmonica.denoise import Denoiser
 from harmonica.inference.lifetimes import Plan, fused_sum
 from harmonica.models.blocks import EXACT, FUSED, Compiled, gated_blocks
 from harmonica.models.dit import DiTDenoiser
+from harmonica.models.memo import Memo
 from harmonica.models.pipelines.denoiser import StockDiT
 from harmonica.models.pixart import PixArtDenoiser
-from harmonica.models.precompute import Clock, ahead
+from harmonica.models.precompute import precomputed
 from harmonica.models.uvit import UViTDenoiser
 from harmonica.router import Schedule
 
@@ -92,17 +93,17 @@ class Walk:
         """Walk under other gates than the schedule's, such as gates that measure."""
         cache: Cache = {}
         memory: dict[str, Any] = {}
-        denoiser, clock = self.denoiser, Clock(rows=not self.exact)
-        clock.begin(denoiser.about.get("timesteps", ()))
+        denoiser = self.denoiser
+        memo = Memo(denoiser.about.get("timesteps", ()), exact=self.exact)
         gate = gate_of(0, cache)
 
         def ask(site: int, compute: Compute) -> Feature:
             return gate(site, compute)
 
         blocks = gated_blocks(self.model, denoiser.sites, ask, math=self.math)
-        with torch.no_grad(), ahead(self.model, clock), blocks:
+        with torch.no_grad(), precomputed(self.model, memo), blocks:
             for k in range(denoiser.steps):
-                clock.k, gate = k, gate_of(k, cache)
+                memo.k, gate = k, gate_of(k, cache)
                 x = denoiser.step(x, denoiser.predict(x, k, cond), k, memory)
         return x
 

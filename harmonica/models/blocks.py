@@ -26,9 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harmonica.cache import Compute, Feature, Gate, gated
+from harmonica.cache import Compute, Feature, Gate, called_by, gated
 from harmonica.models import dit, uvit
-from harmonica.override import overridden
+from harmonica.override import Answer, is_overridden, overridden
 
 Ask = Callable[[str, Compute], Feature]
 """(name of a block's site, branch) -> feature; a module that is no site computes."""
@@ -298,7 +298,7 @@ def _usual(block: nn.Module, form: Form) -> bool:
     norms = [block.get_submodule(name) for name in form.norms]
     sites = [block.get_submodule(name) for name in form.sites]
     replaced = any(
-        "forward" in vars(module) or module._compiled_call_impl is not None
+        is_overridden(module, "forward") or called_by(module) != "forward"
         for module in (block, *norms)
     )
     hooked = any(module._forward_hooks or module._forward_pre_hooks for module in (*norms, *sites))
@@ -336,20 +336,17 @@ def gated_blocks(
     inside = {id(block.get_submodule(name)) for block, form in blocks for name in form.sites}
     rest = [site for site, module in enumerate(modules) if id(module) not in inside]
 
-    def running(block: nn.Module, form: Form) -> partial[Any]:
+    def running(block: nn.Module, form: Form) -> Answer:
         columns = {name: column.get(id(block.get_submodule(name))) for name in form.sites}
-        return partial(_run, form, gate, math, columns, block, block.forward)
+        return partial(_run, form, gate, math, columns, block)
 
-    known = ((block, running(block, form)) for block, form in blocks)
-    with (
-        gated([modules[site] for site in rest], partial(_renamed, gate, rest)),
-        overridden("forward", known),
-    ):
+    known = ((block, "forward", running(block, form)) for block, form in blocks)
+    with gated([modules[site] for site in rest], _renamed(gate, rest)), overridden(known):
         yield
 
 
-def _renamed(gate: Gate, columns: Sequence[int], site: int, compute: Compute) -> Feature:
-    return gate(columns[site], compute)
+def _renamed(gate: Gate, columns: Sequence[int]) -> Gate:
+    return lambda site, compute: gate(columns[site], compute)
 
 
 def _run(
@@ -359,12 +356,9 @@ def _run(
     columns: Mapping[str, int | None],
     block: Any,
     forward: Callable[..., Any],
-    /,
-    *args: Any,
-    **kwargs: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> Any:
-    # Shadows are partials of this function, as in `gated`: a block that is copied runs its own
-    # weights.
     def ask(name: str, compute: Compute) -> Feature:
         site = columns[name]
         return compute() if site is None else gate(site, compute)
@@ -373,7 +367,5 @@ def _run(
     if named is not None and getattr(block, "_chunk_size", None) is None:
         return form.run(block, ask, math, **named)
     mine = {name: site for name, site in columns.items() if site is not None}
-    with gated(
-        [block.get_submodule(name) for name in mine], partial(_renamed, gate, list(mine.values()))
-    ):
+    with gated([block.get_submodule(name) for name in mine], _renamed(gate, list(mine.values()))):
         return forward(*args, **kwargs)

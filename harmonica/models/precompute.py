@@ -1,15 +1,25 @@
-"""Ahead: what a model would compute again at every step, although it is known before the walk.
+"""Precompute: what a model computes again and again although it is known before the walk.
 
-    once     depends on the condition alone: label and caption embeddings, keys and values of the text         same bits
-    shared   blocks hold equal copies of an embedding (diffusers' DiT: 27 of 28): the first asked answers      same bits
-    rows     depends on timestep and condition: embeddings of all T timesteps, and the modulation of every block for
-             many steps, in one product each. Weights are read once, not T times                          to rounding
+    part of the model                plain model                   here
+    label and caption embedding      every step                    once a walk            same bits
+    keys and values of the text      every step, in every block    once a walk, in every block
+                                                                                          same bits
+    equal copies of an embedding     every step, in every block    every step, in one block
+    (diffusers' DiT: 27 of 28)                                                            same bits
+    timestep embedding               every step                    once, all T steps in one product
+                                                                                          to rounding
+    modulation (adaLN)               every step, in every block    W steps in one product, in every
+                                                                   block                  to rounding
 
-Modules are overridden; what they know belongs to the walk and lies in its `Clock`. Modulations of
-several steps take room, so they are made for as many steps at once as fit a fiftieth of the model
-(or 16 MiB); a batch so large that only one step fits gains nothing and is left alone.
+One `Memo` holds what a walk knows. Two strategies fill it: `once` keeps an output for as long as
+its inputs and weights are the very same tensors, unchanged; `Condition` embeds all timesteps in one
+product and modulates W steps in one product, W being as many as fit a fiftieth of the model. Last
+comes the table: which strategy for which module of which model.
 
-    T steps   B samples in the model's batch, guidance included   D hidden size   W steps in a window
+A module is precomputed only while it is plain: made of known layers, with ordinary weights, without
+hooks, wrappers or adapters. Others, and those that change during the walk, run at every step.
+
+    T steps   B samples in the model's batch, guidance included   D hidden size   W steps a product
 
 This file does not know schedules, caches or samplers.
 """
@@ -18,361 +28,263 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from harmonica.models.dit import DiT
-from harmonica.override import overridden
+from harmonica.models.memo import Memo, Watch, settings_of
+from harmonica.override import Answer, Method, overridden
 
 LEAST_ROOM = 16 * 2**20
-"""Bytes that modulations made ahead may always take."""
+"""Bytes that modulations of several steps may always take."""
 
 
-@dataclass
-class Clock:
-    """Where a walk is, and what it knows; the walk sets it.
-
-    Attributes:
-        timesteps: T, in execution order, as the model is given them.
-        rows: whether embeddings and modulations may be made for several steps at once.
-        trusted: whether the walk vouches for its condition: the same from its first step to its
-            last. Otherwise what is known of tensors is known of these very tensors.
-        k: executed step; −1 outside of a walk, where every module runs as it is.
-        call: of the model within the step, 0 but for pipelines that call it once for each half of
-            guidance.
-        known: what was made for this walk, by (maker, call).
-    """
-
-    timesteps: Sequence[float] = ()
-    rows: bool = True
-    trusted: bool = True
-    k: int = -1
-    call: int = 0
-    known: dict[Any, Any] = field(default_factory=dict)
-
-    def begin(self, timesteps: Sequence[float]) -> None:
-        """Begin a walk, which knows nothing yet."""
-        self.timesteps, self.k, self.call, self.known = timesteps, 0, 0, {}
-
-    def end(self) -> None:
-        """Be outside of a walk."""
-        self.k, self.known = -1, {}
-
-    def recall(self, maker: object, make: Callable[[], Any], *about: Any) -> Any:
-        """Return what `maker` knows in this call of the model, made now if it knows nothing, or
-        knows it of others.
-
-        Args:
-            maker: who asks.
-            make: makes what is to be known.
-            about: numbers and tensors that it is made of; other ones, or one that was written to,
-                make it anew.
-        """
-        about = tuple(thing for thing in about if not (self.trusted and isinstance(thing, Tensor)))
-        key, marks = (maker, self.call), tuple(map(_mark, about))
-        if key not in self.known or self.known[key][0] != marks or _UNTOLD in marks:
-            # The tensors are held as well: as long as they live, no other one lies where they do.
-            self.known[key] = marks, make(), about
-        return self.known[key][1]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Clock:
-        """Return an idle clock: a module that is copied along with its shadow runs as it is."""
-        return Clock()
+# ------------------------------------------------------------ two strategies
 
 
-_UNTOLD = object()
-
-
-def _mark(thing: Any) -> Any:
-    """Return what tells whether a tensor is another one, or has been written to."""
-    if not isinstance(thing, Tensor):
-        return thing
-    if thing.is_inference():  # torch does not count what is written to it
-        return _UNTOLD
-    return thing.data_ptr(), thing.shape, thing.stride(), thing.dtype, thing._version
-
-
-Shadow = Callable[..., Any]
-"""(the forward that it hides, *arguments of that forward) -> output."""
-
-
-@contextmanager
-def ahead(model: nn.Module | None, clock: Clock) -> Iterator[None]:
-    """Shadow what is known before a walk in a model of a known class."""
-    known = _shadows(model, clock) if model is not None else []
-    answering = (
-        (module, partial(_answer, clock, shadow, module.forward)) for module, shadow in known
-    )
-    with overridden("forward", answering):
-        yield
-
-
-def _answer(
-    clock: Clock, shadow: Shadow, forward: Callable[..., Any], /, *args: Any, **kwargs: Any
-) -> Any:
-    return shadow(forward, *args, **kwargs) if clock.k >= 0 else forward(*args, **kwargs)
-
-
-def _shadows(model: nn.Module, clock: Clock) -> list[tuple[nn.Module, Shadow]]:
-    if isinstance(model, DiT):
-        return _of_dit(model, clock)
-    kind = type(model)
-    if kind.__module__ == "diffusers.models.transformers.dit_transformer_2d":
-        return _of_stock_dit(model, clock)
-    if kind.__module__ == "diffusers.models.transformers.pixart_transformer_2d":
-        return _of_pixart(model, clock)
-    return []
-
-
-# ------------------------------------------------------------ the same at every step, or for every
-# block
-
-
-class Once:
-    """Runs once in a walk, for one input."""
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-
-    def __call__(self, forward: Callable[[Tensor], Any], x: Tensor) -> Any:
-        """Return `forward(x)`."""
-        return self._clock.recall(self, lambda: forward(x), x)
-
-
-class Shared:
-    """Runs once in a step, for all blocks that hold a copy of it."""
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-
-    def __call__(
-        self, forward: Callable[..., Tensor], t: Tensor, y: Tensor, **options: Any
-    ) -> Tensor:
-        """Return `forward(t, y)`, (B, D)."""
-        clock = self._clock
-        return clock.recall(self, lambda: forward(t, y, **options), clock.k, t, y)  # type: ignore[no-any-return]
-
-
-# ------------------------------------------------------------ what depends on timestep and
-# condition
-
-
-class Embedded:
-    """The condition vector c = embed(t) + embed(y), of all steps.
+def once(memo: Memo, module: nn.Module, equals: object = None) -> Answer:
+    """Answer a module by what it has returned for these inputs before.
 
     Args:
-        clock: of the walk.
+        memo: of the walk.
+        module: to answer for.
+        equals: shared by modules that hold equal weights now. While they stay as they are, what
+            one of them returns at a step is known for all.
+    """
+    watch = Watch(module)
+    at_first = watch.state()
+
+    def answer(forward: Method, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        state, owner = watch.state(), module
+        if equals is not None and state == at_first and state is not None:
+            state, owner = (), equals
+        step = None if equals is None else memo.k
+        inputs = (step, *args, *kwargs.values())
+        return memo.recall(owner, lambda: forward(*args, **kwargs), *inputs, state=state)
+
+    return answer
+
+
+class Condition:
+    """The vector c = time(t) + label(y), which modulates all blocks, for all T steps at once.
+
+    Args:
+        memo: of the walk.
         time: timesteps (T,) -> (T, D).
         label: labels (B,) -> (B, D).
+        module: holds the weights of both.
     """
 
-    def __init__(
-        self, clock: Clock, time: Callable[[Tensor], Tensor], label: Callable[[Tensor], Tensor]
-    ) -> None:
-        self.clock, self._time, self._label = clock, time, label
+    def __init__(self, memo: Memo, time: Method, label: Method, module: nn.Module) -> None:
+        self.memo, self._time, self._label, self._watch = memo, time, label, Watch(module)
 
-    def time(self, t: Tensor) -> Tensor:
-        """Return embed(t) of the current step, one row for all of t (B,): (1, D)."""
-        rows: Tensor = self.clock.recall(
-            (self, "t"), lambda: self._time(all_timesteps(self.clock.timesteps, t))
-        )
-        row: Tensor = rows[self.clock.k, None]
-        return row
+    def times(self, t: Tensor) -> Tensor:
+        """Return time(t) of this step, one row for all of t (B,), which are equal: (1, D)."""
+        if self.memo.k is None:
+            return self._time(t)  # type: ignore[no-any-return]
+        rows = self._recall("times", lambda: self._time(all_timesteps(self.memo.timesteps, t)))
+        return rows[self.memo.k, None]
 
-    def label(self, y: Tensor) -> Tensor:
-        """Return embed(y), (B, D), made once."""
-        return self.clock.recall((self, "y"), lambda: self._label(y), y)  # type: ignore[no-any-return]
+    def labels(self, y: Tensor) -> Tensor:
+        """Return label(y), (B, D)."""
+        return self._recall("labels", lambda: self._label(y), y)
 
-    def both(self, forward: Callable[..., Tensor], t: Tensor, y: Tensor, **_: Any) -> Tensor:
-        """Return c of the current step, (B, D), for a module that embeds timestep and label."""
-        return self.time(t) + self.label(y)
+    def both(self, t: Tensor, y: Tensor) -> Tensor:
+        """Return c of this step, (B, D)."""
+        return self.times(t) + self.labels(y)
 
-    def rows(self, first: int, steps: int) -> Tensor:
-        """Return c of steps first … first + W − 1, of what was embedded in this call: (W·B, D)."""
-        held: tuple[Tensor, ...] = tuple(
-            self.clock.known[(self, part), self.clock.call][1] for part in "ty"
-        )
-        times, labels = held  # (T, D), (B, D)
+    def _recall(self, part: str, make: Callable[[], Tensor], *of: Any) -> Tensor:
+        self.memo.known[self, part, "at"] = self.memo.k
+        # A state of None would run `make` for all steps each time, which is right, and rare.
+        return self.memo.recall((self, part), make, *of, state=self._watch.state())  # type: ignore[no-any-return]
 
-        def made() -> Tensor:
-            return (times[first : first + steps, None] + labels).flatten(0, 1)
+    def modulation(
+        self, product: nn.Module, room: int, before: Callable[[Tensor], Tensor] | None = None
+    ) -> Answer:
+        """Answer for an adaLN product c (B, D) -> (B, 6D) by one product of W steps.
 
-        return self.clock.recall((self, "c"), made, first, steps, labels)  # type: ignore[no-any-return]
+        Args:
+            product: to answer for.
+            room: how many rows fit. Fewer than two steps gain nothing, and run as they are.
+            before: applied to c first, where the model does that outside of `product`.
+        """
+        memo, watch = self.memo, Watch(product)
+
+        def answer(forward: Method, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            known, batch, state = memo.known, len(args[0]), watch.state()
+            parts = [known.get((self, part)) for part in ("times", "labels")]
+            now = all(known.get((self, part, "at")) == memo.k for part in ("times", "labels"))
+            if memo.k is None or state is None or None in parts or not now or room < 2 * batch:
+                return forward(*args, **kwargs)
+            times, labels = (part[0] for part in parts if part)  # (T, D), (B, D)
+            steps = room // batch
+            first = memo.k - memo.k % steps
+
+            def make() -> Sequence[Tensor]:
+                rows = (times[first : first + steps, None] + labels).flatten(0, 1)  # (W·B, D)
+                outputs: Tensor = forward(rows if before is None else before(rows))
+                return outputs.view(-1, batch, outputs.shape[1]).unbind()  # W × (B, 6D)
+
+            of = (first, id(times), id(labels))
+            return memo.recall(product, make, *of, state=state)[memo.k - first]
+
+        return answer
 
 
 def all_timesteps(timesteps: Sequence[float], like: Tensor) -> Tensor:
-    """Return (T,) timesteps as the model is given them. Filled in on the device: nothing is copied
-    or waited for.
-    """
+    """Return (T,) timesteps as the model is given them, without a copy from the CPU."""
     return torch.cat([like.new_full((1,), t) for t in timesteps])
 
 
-class Modulation:
-    """One adaLN product for W steps at a time, answered step by step.
+def rows_that_fit(model: nn.Module, products: Sequence[Any]) -> int:
+    """Return for how many samples the outputs of these layers fit a fiftieth of the model."""
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    a_row = sum(layer.out_features * layer.weight.element_size() for layer in products)
+    return int(max(LEAST_ROOM, size // 50) // a_row)
 
-    Args:
-        embedded: what it is a product of.
-        a_step: bytes that the modulations of all blocks take for one step and one sample.
-        room: bytes that those of all W steps may take.
-        before: applied to c first, where the model does that outside of the module.
+
+def adaln_single(memo: Memo, module: nn.Module) -> Answer:
+    """Answer for PixArt's one modulation of all blocks: all T steps in one product.
+
+    The images of a batch are of one size.
     """
+    watch = Watch(module)
 
-    def __init__(
-        self,
-        embedded: Embedded,
-        a_step: int,
-        room: int,
-        before: Callable[[Tensor], Tensor] | None = None,
-    ) -> None:
-        self._embedded, self._a_step, self._room, self._before = embedded, a_step, room, before
+    def answer(forward: Method, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        state, steps = watch.state(), len(memo.timesteps)
+        if memo.k is None or state is None:
+            return forward(*args, **kwargs)
+        timestep, added = (*args, None)[:2]
+        batch, dtype = kwargs["batch_size"], kwargs["hidden_dtype"]
 
-    def __call__(self, forward: Callable[[Tensor], Tensor], c: Tensor) -> Tensor:
-        """Return `forward(c)`, (B, 6D), of the current step."""
-        clock, batch = self._embedded.clock, len(c)
-        steps = self._room // (self._a_step * batch)
-        if steps < 2:
-            return forward(c)  # a product of so many rows gains nothing by more of them
-        first = clock.k - clock.k % steps
-        rows = self._embedded.rows(first, min(steps, len(clock.timesteps) - first))  # (W·B, D)
-
-        def made() -> Sequence[Tensor]:
-            outputs = forward(rows if self._before is None else self._before(rows))
-            return outputs.view(-1, batch, outputs.shape[1]).unbind()  # W × (B, 6D)
-
-        return clock.recall(self, made, first, rows)[clock.k - first]  # type: ignore[no-any-return]
-
-
-def bytes_of(linears: Sequence[nn.Linear]) -> int:
-    """Return how many bytes the outputs of these layers take for one sample.
-
-    >>> bytes_of([nn.Linear(4, 100), nn.Linear(4, 10)])
-    440
-    """
-    return sum(layer.out_features * layer.weight.element_size() for layer in linears)
-
-
-def room_of(model: nn.Module) -> int:
-    """Return how many bytes modulations may take: a fiftieth of the model's, or LEAST_ROOM."""
-    return max(LEAST_ROOM, sum(p.numel() * p.element_size() for p in model.parameters()) // 50)
-
-
-class Single:
-    """PixArt's one modulation for all blocks: all T steps in one product. The images of a batch are
-    of one size.
-    """
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-
-    def __call__(
-        self,
-        forward: Callable[..., Any],
-        timestep: Tensor,
-        added: Any = None,
-        *,
-        batch_size: int,
-        hidden_dtype: Any,
-    ) -> tuple[Tensor, Tensor]:
-        """Return modulation (B, 6D) and embedded timestep (B, D) of the current step."""
-        clock, steps = self._clock, len(self._clock.timesteps)
-
-        def made() -> tuple[Tensor, Tensor]:
+        def make() -> Any:
             sizes = {
                 name: None if size is None else size[:1].expand(steps, -1)
                 for name, size in (added or {}).items()
             }
-            times = all_timesteps(clock.timesteps, timestep)
-            return forward(times, sizes, batch_size=steps, hidden_dtype=hidden_dtype)  # type: ignore[no-any-return]
+            times = all_timesteps(memo.timesteps, timestep)
+            return forward(times, sizes, batch_size=steps, hidden_dtype=dtype)
 
-        modulation, embedded = clock.recall(self, made)  # (T, 6D), (T, D)
-        return modulation[clock.k].expand(batch_size, -1), embedded[clock.k].expand(batch_size, -1)
+        modulation, embedded = memo.recall(module, make, dtype, state=state)  # (T, 6D), (T, D)
+        return modulation[memo.k].expand(batch, -1), embedded[memo.k].expand(batch, -1)
+
+    return answer
 
 
 # ------------------------------------------------------------ the models
 
+Answers = list[tuple[nn.Module, Answer]]
 
-def _of_dit(model: DiT, clock: Clock) -> list[tuple[nn.Module, Shadow]]:
-    if not clock.rows:
-        return [(model.y_embedder, Once(clock))]
-    embedded = Embedded(clock, model.t_embedder.forward, model.y_embedder.forward)
-    products: list[Any] = [
-        *(block.adaLN_modulation for block in model.blocks),
-        model.final_layer.adaLN_modulation,
-    ]
-    a_step, room = bytes_of([product[1] for product in products]), room_of(model)
+
+def _dit(model: Any, memo: Memo) -> Answers:
+    time, label = model.t_embedder, model.y_embedder
+    if memo.exact:
+        return [(label, once(memo, label))]
+    products = [*(block.adaLN_modulation for block in model.blocks)]
+    products.append(model.final_layer.adaLN_modulation)
+    room = rows_that_fit(model, [product[1] for product in products])
+    c = Condition(memo, time.forward, label.forward, nn.ModuleList([time, label]))
     return [
-        (model.t_embedder, lambda forward, t: embedded.time(t)),
-        (model.y_embedder, lambda forward, y: embedded.label(y)),
-        *((product, Modulation(embedded, a_step, room)) for product in products),
+        (time, lambda forward, args, kwargs: c.times(*args)),
+        (label, lambda forward, args, kwargs: c.labels(*args)),
+        *((product, c.modulation(product, room)) for product in products),
     ]
 
 
-def _of_stock_dit(model: Any, clock: Clock) -> list[tuple[nn.Module, Shadow]]:
+def _stock_dit(model: Any, memo: Memo) -> Answers:
     blocks = list(model.transformer_blocks)
     embeddings = [block.norm1.emb for block in blocks]
-    answering = [next(other for other in embeddings if same(other, emb)) for emb in embeddings]
-    if not clock.rows:
-        shared = {id(emb): Shared(clock) for emb in answering}
-        return [(emb, shared[id(its)]) for emb, its in zip(embeddings, answering, strict=True)]
-    made = {id(emb): _combined(clock, emb) for emb in answering}
-    embedded = [made[id(its)] for its in answering]
+    same = equal_to_the_first(embeddings, memo)
+    if memo.exact:
+        pairs = zip(embeddings, same, strict=True)
+        return [(e, once(memo, e, equals="embedding")) for e, equal in pairs if equal]
+    first = _stock_condition(memo, embeddings[0])
+    conditions = [
+        first if equal else _stock_condition(memo, e)
+        for e, equal in zip(embeddings, same, strict=True)
+    ]
     linears = [*(block.norm1.linear for block in blocks), model.proj_out_1]
-    a_step, room = bytes_of(linears), room_of(model)
-    pairs = zip(
-        linears, [*embedded, embedded[0]], strict=True
-    )  # the last layer asks the first block's
+    room = rows_that_fit(model, linears)
     return [
-        *((emb, its.both) for emb, its in zip(embeddings, embedded, strict=True)),
-        *((linear, Modulation(its, a_step, room, F.silu)) for linear, its in pairs),
+        *((e, _both(c)) for e, c in zip(embeddings, conditions, strict=True)),
+        *(
+            (linear, c.modulation(linear, room, F.silu))
+            for linear, c in zip(linears, [*conditions, first], strict=True)
+        ),  # the last layer asks the first block's embedding
     ]
 
 
-def _combined(clock: Clock, emb: Any) -> Embedded:
-    dtype = next(emb.timestep_embedder.parameters()).dtype
-    return Embedded(
-        clock,
-        lambda t: emb.timestep_embedder(emb.time_proj(t).to(dtype)),
-        emb.class_embedder.forward,
-    )
+def _stock_condition(memo: Memo, emb: Any) -> Condition:
+    def time(t: Tensor) -> Any:
+        dtype = next(emb.timestep_embedder.parameters()).dtype
+        return emb.timestep_embedder(emb.time_proj(t).to(dtype))
+
+    return Condition(memo, time, emb.class_embedder, emb)
 
 
-def same(a: nn.Module, b: nn.Module) -> bool:
-    """Tell whether two modules of one class hold equal weights and settings."""
-    if a is b:
-        return True
-    mine, theirs = dict(a.named_parameters()), dict(b.named_parameters())
-    if type(a) is not type(b) or _settings(a) != _settings(b) or mine.keys() != theirs.keys():
-        return False
-    return all(_equal(weight, theirs[name]) for name, weight in mine.items())
+def _both(c: Condition) -> Answer:
+    return lambda forward, args, kwargs: c.both(*args)
 
 
-def _settings(module: nn.Module) -> list[dict[str, Any]]:
-    return [
-        {name: value for name, value in vars(part).items() if name[0] != "_"}
-        for part in module.modules()
-    ]
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return a is b or (
-        a.dtype == b.dtype and a.device == b.device and not a.is_meta and torch.equal(a, b)
-    )
-
-
-def _of_pixart(model: Any, clock: Clock) -> list[tuple[nn.Module, Shadow]]:
-    # The text does not change along a walk, so its projection does not, and in every block its keys
-    # and values.
+def _pixart(model: Any, memo: Memo) -> Answers:
+    # The text does not change along a walk, nor do its keys and values in a block.
     attentions = [block.attn2 for block in model.transformer_blocks if block.attn2 is not None]
-    text = [
-        model.caption_projection,
-        *(layer for attn in attentions for layer in (attn.to_k, attn.to_v)),
+    text = [model.caption_projection, *(x for attn in attentions for x in (attn.to_k, attn.to_v))]
+    answers = [(module, once(memo, module)) for module in text if module is not None]
+    single = model.adaln_single
+    return answers if memo.exact else [*answers, (single, adaln_single(memo, single))]
+
+
+MODELS: dict[str, Callable[[Any, Memo], Answers]] = {
+    "harmonica.models.dit.DiT": _dit,
+    "diffusers.models.transformers.dit_transformer_2d.DiTTransformer2DModel": _stock_dit,
+    "diffusers.models.transformers.pixart_transformer_2d.PixArtTransformer2DModel": _pixart,
+}
+"""Which modules of a model are answered how, by the name of its class, which imports nothing."""
+
+
+@contextmanager
+def precomputed(model: nn.Module | None, memo: Memo) -> Iterator[None]:
+    """Answer for what is known ahead in a model of a known class."""
+    kind = type(model)
+    answers_of = MODELS.get(f"{kind.__module__}.{kind.__qualname__}")
+    answers = [] if answers_of is None else answers_of(model, memo)
+    with overridden((module, "forward", answer) for module, answer in answers):
+        yield
+
+
+_compared: WeakKeyDictionary[nn.Module, tuple[Any, list[bool]]] = WeakKeyDictionary()
+
+
+def equal_to_the_first(modules: Sequence[nn.Module], memo: Memo) -> list[bool]:
+    """Tell of each module whether it holds the weights and settings of the first.
+
+    The device is waited for once, and never again while a trusted walk finds the same weights,
+    none of which was written to since.
+    """
+    states = [Watch(module).state() for module in modules]
+    if None in states:
+        return [False] * len(modules)
+    before, equal = _compared.get(modules[0], (None, []))
+    if memo.trusted and before == states:
+        return equal
+    groups = [dict(module.state_dict(keep_vars=True)) for module in modules]
+    facts = [
+        ([(n, t.shape, t.dtype, t.device) for n, t in group.items()], _settings_of(module))
+        for group, module in zip(groups, modules, strict=True)
     ]
-    fixed: list[tuple[nn.Module, Shadow]] = [
-        (module, Once(clock)) for module in text if module is not None
+    flags = [
+        torch.stack([(a == b).all() for a, b in zip(its.values(), groups[0].values(), strict=True)])
+        for its, fact in zip(groups, facts, strict=True)
+        if fact == facts[0]
     ]
-    return [*fixed, (model.adaln_single, Single(clock))] if clock.rows else fixed
+    told = iter(torch.stack([flag.all() for flag in flags]).tolist())
+    _compared[modules[0]] = states, [fact == facts[0] and next(told) for fact in facts]
+    return _compared[modules[0]][1]
+
+
+def _settings_of(module: nn.Module) -> list[Any]:
+    return [vars(part)[name] for part in module.modules() for name in settings_of(part)[0]]

@@ -17,7 +17,6 @@ from harmonica.models.pipelines.general import PipelineDenoiser
 from harmonica.models.pipelines.inputs import checked_inputs
 from harmonica.models.pipelines.numerics import StockDiT, original_numerics
 from harmonica.models.pipelines.probe import probed
-from harmonica.models.pipelines.tracker import open_sessions
 from harmonica.models.sites import sites
 from harmonica.storage.files import StrPath
 
@@ -67,8 +66,6 @@ def from_pipeline(
     if guidance is not None:
         call["guidance_scale"] = guidance
     inputs = checked_inputs(pipe, steps, prompts, dict(each or {}), call)
-    for session in open_sessions.get(transformer, []):
-        session.forget()  # of a walk that was interrupted
     transformer.eval().requires_grad_(False)
     parameters = inspect.signature(type(pipe).__call__).parameters
     scale = call.get("guidance_scale", getattr(parameters.get("guidance_scale"), "default", None))

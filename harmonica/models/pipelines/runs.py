@@ -227,22 +227,20 @@ def real_forward(module: nn.Module, call: int, args: tuple[Any, ...], kwargs: di
 def _again_in(call: int, module: nn.Module) -> Any:
     """Let checkpointed blocks, which backward runs again, know the call that they belong to."""
 
-    def again(run: Forward, block: Forward, *inputs: Any) -> Any:
+    def again(run: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        block, *inputs = args
+
         def forward(*inputs: Any) -> Any:
             with in_call(call):
                 return block(*inputs)
 
-        return run(forward, *inputs)
+        return run(forward, *inputs, **kwargs)
 
     name = "_gradient_checkpointing_func"
     return overridden(
-        name,
-        [
-            (part, functools.partial(again, getattr(part, name)))
-            for part in module.modules()
-            if getattr(part, "gradient_checkpointing", False)
-            and callable(getattr(part, name, None))
-        ],
+        (part, name, again)
+        for part in module.modules()
+        if getattr(part, "gradient_checkpointing", False) and callable(getattr(part, name, None))
     )
 
 

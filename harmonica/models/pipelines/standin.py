@@ -140,15 +140,14 @@ def _encoding(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
 def _drawing(kind: type, run: Run) -> Iterator[None]:
     """Tell the run what the module of the pipeline draws, if the run wants to know."""
     module = sys.modules[kind.__module__]
-    draw = getattr(module, "randn_tensor", None)
-    if draw is None or not run.draws:
+    if not hasattr(module, "randn_tensor") or not run.draws:
         yield
         return
 
-    def tap(*args: Any, **kwargs: Any) -> Any:
+    def tap(draw: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return run.prepared("randn_tensor", draw(*args, **kwargs))
 
-    with overridden("randn_tensor", [(module, functools.partial(tap))]):
+    with overridden([(module, "randn_tensor", tap)]):
         yield
 
 

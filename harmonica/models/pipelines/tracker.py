@@ -1,244 +1,358 @@
-"""Session: what one open `cached` knows of its pipeline, and when it must refuse to go on.
+"""Tracker: follows one call of a pipeline, and decides at each site whether anything can be reused.
 
-    begin    the scheduler sets its timesteps: k = 0, empty caches
-    call     the transformer is called: the gate of step k and of this call within the step
-    step     the scheduler steps: k + 1; after the last step the features are let go
+    pipe(…)                      a walk begins; it belongs to this thread or task
+      scheduler.set_timesteps    the table for these timesteps is chosen; nothing is kept yet
+      transformer(…)             the features of this call are found: same transformer, same shapes
+        site                     gate: reuse if the table says so and a valid feature is kept
+      scheduler.step             the step ends, if the transformer was called since the last one
+    pipe(…) returns or raises    the walk ends; every feature is let go
 
-Whatever would make a cached feature stale raises: another scheduler or transformer, other shapes,
-more or fewer calls in a step than in the first, a walk that starts in the middle. How it is told is
-pipelines.py's to know.
+One rule replaces refusals: *where nothing valid is kept, compute*. So the first step that runs
+computes everything, wherever it starts. Which row of the table it was is known when the scheduler
+steps. A call of other shapes, a further call in a step, a feature that was changed in place, a
+second transformer: all of them compute, and are reused in their turn. What was computed although
+the table reuses it is counted with its reason.
+
+This file does not know how a pipeline is tapped (`caching.py`), nor which modules are sites.
 """
 
 from __future__ import annotations
 
-import copy
-import inspect
-import weakref
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from math import isclose
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import ref
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from harmonica.cache import Cache, Compute, Feature, Gate
-from harmonica.cost import Count
-from harmonica.inference.lifetimes import Plan
-from harmonica.models.precompute import Clock
-from harmonica.models.sites import count_calls
+from harmonica.cache import Compute, Feature, weighted_sum
+from harmonica.models.memo import Memo
 from harmonica.router import Schedule
 
 MOST_CALLS = 16
-"""Calls of the transformer before the scheduler's first step, each with features of its own, that
-are believed."""
+"""Calls of a transformer in one step whose features are kept; pipelines make one to three."""
 
 
-class Session:
-    """What one open `cached` knows: where the walk is, and what it has saved so far. `str()` says
-    it.
+@dataclass(frozen=True)
+class Entry:
+    """What the table says of one site at one step.
 
     Attributes:
-        schedule: in the names of this pipeline's sites.
-        clock: where the walk is, for what is known ahead of it.
-        walks: walks begun.
-        skipped, asked: sites that were reused, and that were asked, over all walks.
+        computes: whether the site computes.
+        steps: that the outputs come from which the gate adds up, newest first.
+        weights: of these outputs.
+        keeps: whether a later step reads what is kept.
+    """
+
+    computes: bool
+    steps: tuple[int, ...]
+    weights: tuple[float, ...]
+    keeps: bool
+
+
+FIRST = Entry(True, (), (), True)
+"""Every site of a walk's first step, before its row is known."""
+
+
+class Table:
+    """A schedule in Python numbers, T rows of N entries."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule, weights = schedule, schedule.gate_weights
+        self.longest = 1 if weights is None else weights.shape[2] - 1
+        columns = [
+            _column(column, None if weights is None else weights[:, site].tolist())
+            for site, column in enumerate(schedule.compute.T.tolist())
+        ]
+        self.rows = list(zip(*columns, strict=True))
+
+    def start(self, times: tuple[float, ...]) -> int | None:
+        """Return the row of the first of these timesteps, None if the table is not for them.
+
+        They may be a tail of the table's. A table without timesteps is for any T of them.
+        """
+        own, offset = self.schedule.timesteps, self.schedule.steps - len(times)
+        if offset < 0 or (offset > 0 and not own):
+            return None
+        alike = all(isclose(a, b, rel_tol=1e-5) for a, b in zip(own[offset:], times, strict=False))
+        return offset if alike else None
+
+
+def _column(computes: list[bool], weights: list[list[float]] | None) -> list[Entry]:
+    """Return what one site does at each of the T steps.
+
+    >>> [entry.keeps for entry in _column([True, False, False, True, True], None)]
+    [True, True, False, False, False]
+    """
+    outputs: list[list[int]] = []  # steps whose outputs are known after step k, newest first
+    terms: list[dict[int, float]] = []  # step -> weight, of those that are read
+    for k, computed in enumerate(computes):
+        past = outputs[-1] if outputs else []
+        outputs.append([k, *past] if computed else past)
+        scales = [1.0] if weights is None else weights[k][0 if computed else 1 :]
+        terms.append(dict(zip(outputs[-1], scales, strict=False)))
+    last = {step: k for k, term in enumerate(terms) for step, w in term.items() if w != 0}
+    return [
+        Entry(computed, tuple(term), tuple(term.values()), any(last.get(s, 0) > k for s in known))
+        for k, (computed, term, known) in enumerate(zip(computes, terms, outputs, strict=True))
+    ]
+
+
+@dataclass
+class Kept:
+    """The last outputs of a site, newest first.
+
+    Attributes:
+        steps: that they come from.
+        features: the outputs; copies of them where `apart`.
+        versions: of their tensors, when they were kept.
+        apart: nobody else holds the features, because they lie in host memory, or because torch
+            does not count what is written to them (inference mode).
+    """
+
+    steps: tuple[int, ...]
+    features: tuple[Feature, ...]
+    versions: list[tuple[Tensor, int]]
+    apart: bool
+
+    def intact(self) -> bool:
+        """Tell whether nobody has written to the features since."""
+        for tensor, version in self.versions:
+            if tensor._version != version:
+                return False
+        return True
+
+
+def keep(steps: tuple[int, ...], features: tuple[Feature, ...], offload: bool) -> Kept:
+    """Keep the outputs of a site; the newest is copied if it must be `apart`."""
+    leaves = [leaf for leaf in tree_leaves(features) if isinstance(leaf, Tensor)]
+    if not offload and not any(leaf.is_inference() for leaf in leaves):
+        return Kept(steps, features, [(leaf, leaf._version) for leaf in leaves], False)
+    copy = _to_host if offload else _copied
+    newest = tree_map(copy, features[0])
+    return Kept(steps, (newest, *features[1:]), [], True)
+
+
+def _copied(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
+
+
+@dataclass(frozen=True)
+class _Hosted:
+    tensor: Tensor
+    device: torch.device
+
+
+def _to_host(leaf: Any) -> Any:
+    if not isinstance(leaf, Tensor):
+        return leaf
+    host = torch.empty_like(leaf, device="cpu", pin_memory=leaf.is_cuda)
+    return _Hosted(host.copy_(leaf, non_blocking=True), leaf.device)
+
+
+def _brought_back(leaf: Any) -> Any:
+    if not isinstance(leaf, _Hosted):
+        return _copied(leaf)
+    there = torch.empty_like(leaf.tensor, device=leaf.device)
+    return there.copy_(leaf.tensor, non_blocking=True)
+
+
+@dataclass
+class Call:
+    """One of the calls that a step makes of a transformer, and what is kept for it.
+
+    Attributes:
+        transformer: name of the one that is called.
+        shapes: of its input tensors.
+        inputs: these tensors at the last step, not kept alive.
+        kept: site -> its last outputs.
+        known: what is known ahead for this call (`Memo.known`).
+        used: whether the step that runs has made this call.
+    """
+
+    transformer: str
+    shapes: list[torch.Size]
+    inputs: list[ref[Tensor]] = field(default_factory=list)
+    kept: dict[int, Kept] = field(default_factory=dict)
+    known: dict[Any, Any] = field(default_factory=dict)
+    used: bool = False
+
+    def alike(self, tensors: Sequence[Tensor]) -> int:
+        """Count the inputs that are the same objects as at the last step: the text, as a rule."""
+        return sum(old() is new for old, new in zip(self.inputs, tensors, strict=True))
+
+
+class Tracker:
+    """Follows one walk of a pipeline: from `begin` over calls and steps to `end`.
+
+    Args:
+        choose: timesteps -> (table, row of the first of them), or None to compute everything.
+        sites: N.
+        exact: see `Memo`.
+        offload: keep features in host memory.
+
+    Attributes:
+        asked, skipped: (N,) how often each site was asked for its output, and answered without
+            computing.
+        calls: of each transformer, by name.
+        beyond: reason -> sites that were computed although the table reuses them.
     """
 
     def __init__(
-        self, pipe: Any, schedule: Schedule, modules: Mapping[str, nn.Module], *, exact: bool = True
+        self,
+        choose: Callable[[tuple[float, ...]], tuple[Table, int] | None],
+        sites: int,
+        *,
+        exact: bool,
+        offload: bool,
     ) -> None:
-        self.pipe = weakref.ref(pipe)  # enable_cache must not keep a pipeline alive
-        self.transformer, self.scheduler = pipe.transformer, pipe.scheduler
-        self.modules = modules
-        self.schedule = schedule.fit(tuple(modules))
-        self.schedule.check(self.schedule.steps, tuple(modules))
-        self.clock = Clock(rows=not exact, trusted=False)
-        self.walks = self.skipped = self.asked = 0
-        self._plan = Plan.of(self.schedule)
-        self._skips = (~self.schedule.compute).sum(1).tolist()
-        self._inputs: Any = None
-        self.forget()
+        self._choose, self._offload = choose, offload
+        self.memo = Memo(exact=exact, trusted=False)
+        self.asked, self.skipped, self.calls = [0] * sites, [0] * sites, Counter[str]()
+        self.beyond = Counter[str]()
+        self._first: tuple[Entry, ...] = (FIRST,) * sites
+        self.end()
 
-    def forget(self) -> None:
-        """Be between two walks: sites compute, and no feature is kept."""
-        self._k = -1
-        self._calls = 0  # of the transformer since the last step
-        self._caches: list[Cache] = []  # one for each call within a step
-        self._shapes: list[list[torch.Size]] = []
-        self._gate: Gate | None = None
-        self._times_asked: dict[int, int] = {}
-        self.clock.end()
+    def end(self) -> None:
+        """Follow nothing, and let every feature go."""
+        self._table: Table | None = None
+        self._times: list[float] = []
+        self._k: int | None = None  # the row that runs; None in the first step
+        self._row: Sequence[Entry] = ()
+        self._open: list[Call] = []
+        self._call: Call | None = None
+        self._answered: dict[int, bool] = {}  # site -> was it reused, in this call
+        self._called = False
+        self.memo.known, self.memo.k = {}, None
 
-    def begin(self) -> None:
-        """Begin a walk, if this session is the innermost of its scheduler; others of this
-        transformer step back.
+    def add(self, other: Tracker) -> None:
+        """Add the counts of another walk."""
+        self.asked = [a + b for a, b in zip(self.asked, other.asked, strict=True)]
+        self.skipped = [a + b for a, b in zip(self.skipped, other.skipped, strict=True)]
+        self.calls += other.calls
+        self.beyond += other.beyond
+
+    def begin(self, times: Sequence[float]) -> None:
+        """Begin, or begin again, at these timesteps.
+
+        Raises ValueError if no table is for them and none shall be.
         """
-        sessions = open_sessions.get(self.transformer, [])
-        if self is not next(
-            (each for each in reversed(sessions) if each.scheduler is self.scheduler), None
-        ):
+        self.end()
+        chosen = self._choose(tuple(times))
+        if chosen is not None:
+            self._table, offset = chosen
+            self._times = [float("nan")] * offset + list(times)
+            self._row, self.memo.timesteps = self._first, self._times
+
+    def call(self, transformer: str, inputs: Any) -> None:
+        """Begin a call of the transformer of this name: find what is kept for it."""
+        self.calls[transformer] += 1
+        self._answered = {}
+        if self._table is None:
             return
-        self._must_be_the_same_parts()
-        for other in sessions:
-            other.forget()
-        times = tuple(torch.as_tensor(self.scheduler.timesteps).tolist())
-        self.schedule.check(len(times), self.schedule.sites, times)
-        self._k, self.walks = 0, self.walks + 1
-        self.clock.begin(times)
-
-    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Begin a call of the transformer: choose the gate of this step and this call."""
-        self._must_be_the_same_parts()
-        if self._k < 0:
-            return
-        call, self._calls = self._calls, self._calls + 1
-        self.clock.k, self.clock.call = self._k, call
-        shapes = [leaf.shape for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        self._must_be_the_same_walk(call, shapes)
-        if self._k == 0:
-            self._caches.append({})
-            self._shapes.append(shapes)
-            self._times_asked = {}
-            self._inputs = tree_map(
-                lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, (args, kwargs)
-            )
-        gate = self._plan.gate(self._k, self._caches[call])
-        self._gate = self._counting(gate) if self._k == 0 else gate
-        self.asked, self.skipped = (
-            self.asked + len(self.modules),
-            self.skipped + self._skips[self._k],
-        )
-
-    def _must_be_the_same_walk(self, call: int, shapes: list[torch.Size]) -> None:
-        at = f"at step {self._k} of {self.schedule.steps}"
-        if self.transformer.training:
-            raise RuntimeError(
-                f"the transformer is in training mode {at}, so its features are noisy; call its eval()"
-            )
-        if self._k == 0 and call == MOST_CALLS:
-            raise RuntimeError(
-                f"the transformer was called {call} times and the scheduler has not stepped; a walk interrupted at its "
-                "first step, or calls outside of a walk? session.forget() ends it"
-            )
-        if self._k == 0:
-            return
-        if call >= len(self._caches):
-            raise RuntimeError(
-                f"the transformer is called {call + 1} times {at}, and was called {len(self._caches)} times at step 0: "
-                "guidance, or whatever else makes calls, changed in the middle of a walk; keep it the same, or sample "
-                "without the cache"
-            )
-        if shapes != self._shapes[call]:
-            then, now = (
-                [tuple(shape) for shape in group] for group in (self._shapes[call], shapes)
-            )
-            raise RuntimeError(
-                f"the transformer's inputs have shapes {now} {at}, and had {then} at step 0: batch, size or guidance "
-                "changed in the middle of a walk, so cached features do not fit; keep them the same"
-            )
-
-    def _must_be_the_same_parts(self) -> None:
-        pipe = self.pipe()
-        for part, mine in (("scheduler", self.scheduler), ("transformer", self.transformer)):
-            if pipe is not None and getattr(pipe, part) is not mine:
-                raise RuntimeError(
-                    f"the {part} of {type(pipe).__name__} was replaced inside the with, and the new one is not "
-                    f"followed; set the {part} first, then open cached(pipe, schedule)"
-                )
-
-    def _counting(self, gate: Gate) -> Gate:
-        """Count how often each site is asked, at step 0, where everything computes anyway."""
-        asked = self._times_asked
-
-        def counting(site: int, compute: Compute) -> Feature:
-            asked[site] = asked.get(site, 0) + 1
-            if asked[site] > 1:
-                name = self.schedule.sites[site]
-                raise RuntimeError(
-                    f"{name} is called more than once in one call of the transformer, and has one feature; if its "
-                    "feed-forward runs in chunks, call set_chunk_feed_forward(None, 0) on the blocks, else leave "
-                    "the module out: cached(pipe, schedule, sites={…})"
-                )
-            return gate(site, compute)
-
-        return counting
+        tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+        shapes = [tensor.shape for tensor in tensors]
+        fitting = [
+            each
+            for each in self._open
+            if not each.used and each.transformer == transformer and each.shapes == shapes
+        ]
+        call = max(fitting, key=lambda each: each.alike(tensors), default=None)
+        if call is None:
+            call = Call(transformer, shapes)
+            if sum(each.used for each in self._open) < MOST_CALLS:
+                self._open.append(call)
+        call.inputs, call.used = [ref(tensor) for tensor in tensors], True
+        self._call, self._called = call, True
+        self.memo.known = call.known
+        self.memo.k = 0 if self.memo.exact and self._k is None else self._k
 
     def step(self, timestep: Any) -> None:
-        """End a step, before the scheduler takes it."""
-        if self._k < 0:
+        """End a step, when the scheduler, or a copy of it, steps."""
+        if self._table is None or not self._called:
             return
-        self._must_be_the_same_parts()
-        if self._k == 0:
-            first = float(torch.as_tensor(self.scheduler.timesteps)[0])
-            start = first if timestep is None else float(torch.as_tensor(timestep).flatten()[0])
-            if start != first:
-                raise RuntimeError(
-                    f"this walk starts at timestep {start:g}, not at the first one, {first:g} (image to "
-                    "image?); a schedule is for whole walks: train one from there, or sample without the cache"
-                )
-            if self._calls and not self._times_asked:
-                raise RuntimeError(
-                    "the transformer ran and asked no site; something else has replaced its modules"
-                )
-        elif self._calls != len(self._caches):
+        if self._k is None:
+            self._k = self._started_at(timestep)
+            if self._k is None:
+                return
+        self._k += 1
+        self._called = False
+        self._open = [call for call in self._open if call.used]
+        for call in self._open:
+            call.used = False
+        if self._k >= len(self._table.rows):
+            self.end()
+        else:
+            self._row = self._table.rows[self._k]
+
+    def _started_at(self, timestep: Any) -> int | None:
+        """Tell the row of the first step from its timestep, and keep what later rows read."""
+        table = self._table
+        start = None if timestep is None else float(torch.as_tensor(timestep).flatten()[0])
+        k = next((k for k, time in enumerate(self._times) if start in (None, time)), None)
+        if k is None or table is None:
+            self.end()
+            return None
+        for call in self._open:
+            call.kept = {
+                site: Kept((k,), kept.features, kept.versions, kept.apart)
+                for site, kept in call.kept.items()
+                if table.rows[k][site].keeps
+            }
+        return k
+
+    def ask(self, site: int, compute: Compute) -> Feature:
+        """Answer a site; the gate of a walk."""
+        call, table = self._call, self._table
+        if current.get() is not self:
+            return compute()  # another pipeline is called inside this one
+        self.asked[site] += 1
+        if call is None or table is None:
+            return compute()
+        entry, kept = self._row[site], call.kept.get(site)
+        if entry.computes or kept is None or site in self._answered or not kept.intact():
+            return self._compute(site, compute, entry, call, table.longest)
+        self._answered[site] = True
+        self.skipped[site] += 1
+        features = tree_map(_brought_back, kept.features) if kept.apart else kept.features
+        if not entry.keeps:
+            del call.kept[site]
+        # Weights are made for the outputs of certain steps. Without those, the newest is repeated.
+        if kept.steps[: len(entry.steps)] == entry.steps:
+            return weighted_sum(entry.weights, features)
+        return features[0]
+
+    def _compute(
+        self, site: int, compute: Compute, entry: Entry, call: Call, longest: int
+    ) -> Feature:
+        kept, answered = call.kept.pop(site, None), self._answered.get(site)
+        self._answered[site] = False
+        if answered:
             raise RuntimeError(
-                f"the transformer was called {self._calls} times at step {self._k} and {len(self._caches)} times at "
-                "step 0; a pipeline that steps its scheduler without the transformer (a second transformer, two steps "
-                "for one call) or changes its guidance in the middle of a walk cannot be followed"
+                f"site {site} was reused and is now called again in the same call of the "
+                "transformer: its feed-forward began to run in chunks? Call "
+                "set_chunk_feed_forward(None, 0) on the blocks, and run the pipeline again"
             )
-        self._k, self._calls, self._gate = self._k + 1, 0, None
-        if self._k == self.schedule.steps:
-            self.forget()  # the features are let go with the walk
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Session:
-        """Return a session of no pipeline: a copied module computes, and a copied scheduler tells
-        nobody.
-        """
-        idle = copy.copy(self)
-        idle.scheduler, idle.clock = None, Clock()
-        idle.forget()
-        return idle
-
-    def __str__(self) -> str:
-        share = self.skipped / self.asked if self.asked else 0.0
-        head = f"{type(self.transformer).__name__}, {self.schedule.steps} steps × {len(self.modules)} sites"
-        lines = [
-            f"{head}, CUR {self.schedule.cur:.1%}",
-            f"{self.walks} walks, {share:.1%} of the sites reused so far",
-        ]
-        if self._inputs is not None:
-            count = self._costed()
-            if count is not None:
-                faster = self.schedule.speedup(count.macs)
-                lines.append(
-                    f"theoretical speedup of the transformer {faster:.2f}x ({count.macs.covered:.1%} covered)"
-                )
-        return "\n".join(lines)
-
-    def _costed(self) -> Count | None:
-        """Count one call like the last one, with zeros for its tensors."""
-        weight = next(self.transformer.parameters())
-        args, kwargs = tree_map(
-            lambda leaf: (
-                torch.zeros_like(leaf, device=weight.device) if isinstance(leaf, Tensor) else leaf
-            ),
-            self._inputs,
-        )
-        names = _argument_names(self.transformer)
-        inputs = {**dict(zip(names, args, strict=False)), **kwargs}
-        return count_calls(self.transformer, self.modules, inputs)
+        spoilt = kept is not None and not kept.intact()
+        if not entry.computes:
+            reason = "nothing of these shapes was kept" if answered is None else "called in parts"
+            self.beyond["changed in place" if spoilt else reason] += 1
+        fresh = compute()
+        past = kept if kept is not None and not spoilt else Kept((), (), [], False)
+        k = -1 if self._k is None else self._k
+        steps, outputs = (k, *past.steps), (fresh, *past.features)
+        if entry.keeps and answered is None:  # a part of a feature is not worth keeping
+            call.kept[site] = keep(steps[:longest], outputs[:longest], self._offload)
+        if steps[: len(entry.steps)] != entry.steps or len(entry.weights) == 0:
+            return fresh
+        outputs = tree_map(_brought_back, outputs) if past.apart else outputs
+        return weighted_sum(entry.weights, outputs)
 
 
-def answer(session: Session, site: int, compute: Compute) -> Feature:
-    """Answer a site: by the schedule inside a walk, by computing outside of one."""
-    gate = session._gate
-    return compute() if gate is None else gate(site, compute)
-
-
-open_sessions: WeakKeyDictionary[nn.Module, list[Session]] = WeakKeyDictionary()
-"""Open sessions of each transformer, outermost first."""
-
-
-def _argument_names(transformer: nn.Module) -> list[str]:
-    return list(inspect.signature(type(transformer).forward).parameters)[1:]
+current: ContextVar[Tracker | None] = ContextVar("tracker", default=None)
+"""The walk that this thread or task is in."""

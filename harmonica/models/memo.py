@@ -1,0 +1,125 @@
+"""Memo: what one walk knows ahead, held against all that it was made from.
+
+A `Memo` belongs to a walk. It answers with what it made before as long as the inputs are the very
+same tensors, not written to since, and as long as a `Watch` sees no change in the module that made
+it: other weights, other settings, another sub-module, an adapter, a hook. Nothing is looked up on
+the device: torch counts the writes to a tensor (`_version`) on the CPU. A write through
+`tensor.data` is not counted and is seen at the next walk.
+
+This file does not know models, steps of a schedule, or caches of features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from harmonica.override import is_overridden
+
+
+@dataclass
+class Memo:
+    """What one walk knows ahead, and where it is; the walk sets the fields.
+
+    Attributes:
+        timesteps: T, in execution order, as the model is given them.
+        exact: whether every number must be the plain model's, bit for bit.
+        trusted: whether the condition stays the same from the first step to the last. Otherwise
+            what is known holds for these very tensors.
+        k: executed step; None where it is not known, and every module runs as it is.
+        known: what was made, by owner. A walk that calls its model several times in a step gives
+            each of these calls its own.
+    """
+
+    timesteps: Sequence[float] = ()
+    exact: bool = False
+    trusted: bool = True
+    k: int | None = None
+    known: dict[Any, Any] = field(default_factory=dict)
+
+    def recall(self, owner: object, make: Callable[[], Any], *of: Any, state: Any) -> Any:
+        """Return what is known under `owner`; make it if it is not known, or no longer.
+
+        Args:
+            owner: what the knowledge is about.
+            make: makes it.
+            of: the numbers and tensors that it is made of.
+            state: of the weights that it is made of (`Watch.state`); None keeps nothing.
+        """
+        if state is None or self.k is None:
+            return make()
+        of = tuple(each for each in of if not (self.trusted and isinstance(each, Tensor)))
+        marks = (state, *map(_mark, of))
+        if owner in self.known:
+            value, marks_then, output_then, _ = self.known[owner]
+            if marks == marks_then and output_then == self._marks(value):
+                return value
+        value = make()
+        # The tensors are held too: as long as they live, no other one lies at the same address.
+        self.known[owner] = value, marks, self._marks(value), of
+        return value
+
+    def _marks(self, value: Any) -> Any:
+        return None if self.trusted else [_mark(leaf) for leaf in tree_leaves(value)]
+
+
+def _mark(thing: Any) -> Any:
+    """Return what changes when a tensor is replaced or written to; what is no tensor, itself."""
+    if not isinstance(thing, Tensor):
+        return thing
+    if thing.is_inference():  # torch does not count what is written to it, so it equals no other
+        return float("nan")
+    return thing.data_ptr(), thing._version, thing.shape, thing.stride(), thing.dtype
+
+
+class Watch:
+    """Notices all that a module's output depends on beside its inputs.
+
+    A module is *plain* if it consists of layers of torch, diffusers or this package, with ordinary
+    weights, and without hooks, wrappers, adapters or compiled code.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        parts = list(module.modules())
+        self._own = vars(module)
+        self._parts = [(vars(part), *settings_of(part)) for part in parts]
+        self._places = [
+            (places, name, thing)
+            for part in parts
+            for places in (part._modules, part._parameters, part._buffers)
+            for name, thing in places.items()
+        ]
+        self._tensors = [each for *_, each in self._places if isinstance(each, Tensor)]
+        self._plain = (
+            all(f"{type(part).__module__}.".startswith(_PLAIN) for part in parts)
+            and all(type(each) in (Tensor, nn.Parameter) for each in self._tensors)
+            and not any(each.is_inference() or each.is_meta for each in self._tensors)
+            and not any(is_overridden(part, "forward") for part in parts)
+        )
+
+    def state(self) -> tuple[Any, ...] | None:
+        """Return what differs after any change; None while the module is not plain."""
+        for own, _, size in self._parts:
+            hooked = own["_forward_hooks"] or own["_forward_pre_hooks"]
+            if own is not self._own and (hooked or "forward" in own):
+                return None
+            if len(own) - ("forward" in own) != size or own["training"]:
+                return None
+        if not self._plain or any(places.get(name) is not it for places, name, it in self._places):
+            return None
+        settings = [own[name] for own, names, _ in self._parts for name in names]
+        return (*settings, *[(each.data_ptr(), each._version) for each in self._tensors])
+
+
+_PLAIN = ("torch.nn.modules.", "diffusers.models.", "harmonica.models.")
+
+
+def settings_of(part: nn.Module) -> tuple[list[str], int]:
+    """Return the names of a module's numbers and words, and how many attributes it has."""
+    simple = (int, float, str, type(None))
+    own = {name: value for name, value in vars(part).items() if name != "forward"}
+    return [name for name, it in own.items() if name[0] != "_" and isinstance(it, simple)], len(own)

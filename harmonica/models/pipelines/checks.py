@@ -1,0 +1,80 @@
+"""Checks: what a pipeline must be to be cached, and what to do where it is not.
+
+Checked when a cache is opened and again at each walk, since compiling or another cache may have
+come in between. Only what would be silent otherwise, or fail without a reason, is refused.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from harmonica.models.sites import sites
+
+TRANSFORMERS = ("transformer", "transformer_2")
+"""Denoisers of a pipeline. The names of the second one's sites begin with its own."""
+
+OTHER_CACHES = ("cache", "fbc_", "broadcast")
+"""Parts of the names of hooks by which diffusers' own caches are known."""
+
+
+def transformers_of(pipe: Any) -> dict[str, nn.Module]:
+    """Return the denoisers of a pipeline by name."""
+    models = {name: getattr(pipe, name, None) for name in TRANSFORMERS}
+    return {name: model for name, model in models.items() if model is not None}
+
+
+def check_pipeline(pipe: Any) -> None:
+    """Raise TypeError or ValueError if a pipeline cannot be cached as it stands now."""
+    for part in ("transformer", "scheduler"):
+        if getattr(pipe, part, None) is None:
+            kind = type(pipe).__name__
+            raise TypeError(f"{kind} has no {part}; cached takes a diffusers pipeline that has one")
+    for name, model in transformers_of(pipe).items():
+        _check_not_compiled(name, model)
+        if model.training:
+            raise ValueError(
+                f"pipe.{name} is in training mode, where features are noisy; call its eval() first"
+            )
+        other = _other_cache(pipe, model)
+        if other:
+            raise ValueError(
+                f"pipe.{name} has another cache enabled, {other}, and two caches cannot both decide "
+                "what runs; disable that one first"
+            )
+
+
+def _check_not_compiled(name: str, model: Any) -> None:
+    instead = (
+        f"compile its sites instead: for site in harmonica.models.sites.sites(pipe.{name}).values(): "
+        "site.compile()"
+    )
+    if not isinstance(model, nn.Module) or hasattr(model, "_orig_mod"):
+        raise TypeError(
+            f"pipe.{name} is compiled, and compiled code cannot skip a site. Set pipe.{name} to the "
+            f"module that was compiled, and {instead}"
+        )
+    compiled = [path for path, part in model.named_modules() if part._compiled_call_impl]
+    if compiled:
+        inside = tuple(f"{site}." for site in sites(model))
+        for path in compiled:
+            if not f"{path}.".startswith(inside):
+                raise ValueError(
+                    f"{f'pipe.{name}.{path}'.rstrip('.')} is compiled in place, and compiled code "
+                    f"cannot skip a site. Load the {name} again, and {instead}"
+                )
+
+
+def _other_cache(pipe: Any, model: nn.Module) -> str:
+    """Return the name of another cache on this transformer, empty if there is none."""
+    config = getattr(model, "_cache_config", None)
+    if config is not None:
+        return f"diffusers' {type(config).__name__}"
+    for part in model.modules():
+        for hook in getattr(getattr(part, "_diffusers_hook", None), "hooks", ()):
+            if any(word in hook for word in OTHER_CACHES):
+                return f"diffusers' hook {hook}"
+    if getattr(model, "_is_cached", False) or getattr(pipe, "_is_cached", False):
+        return "cache-dit's or one like it (_is_cached is set)"
+    return ""
