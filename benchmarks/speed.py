@@ -256,7 +256,8 @@ def pipeline_of(case: Case, device: str, dtype: torch.dtype) -> tuple[Any, Way]:
 
 def of_pipeline(case: Case, device: str, dtype: torch.dtype) -> Bench:
     """Make a case of a stock pipeline ready."""
-    from harmonica.models.pipelines.caching import cached, sites
+    from harmonica.models.pipelines.caching import cached
+    from harmonica.models.sites import sites
 
     pipe, run = pipeline_of(case, device, dtype)
     found = sites(pipe.transformer)

@@ -26,14 +26,14 @@ from harmonica import Schedule, macs, train_sdt
 from harmonica.evaluation import pictures as plots
 from harmonica.evaluation.distances import image_mse
 from harmonica.models import digits, load
-from harmonica.models.pipelines.caching import (
+from harmonica.models.pipelines import (
     cached,
     disable_cache,
     enable_cache,
     from_pipeline,
-    sites,
     summary,
 )
+from harmonica.models.sites import sites
 from harmonica.search import baselines
 
 torch.set_num_threads(1)

@@ -46,7 +46,7 @@ def pipeline(denoiser: DiTDenoiser) -> Any:
     """Return a DiTPipeline around the weights of `load("tiny")`, with DPM-Solver++.
 
     Its timestep embedding and norms are set to the original's, for which the weights were trained
-    (see `harmonica.models.pipelines.caching.original_numerics`).
+    (see `harmonica.models.pipelines.denoiser.original_numerics`).
     """
     from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
     from diffusers.pipelines.dit.pipeline_dit import DiTPipeline

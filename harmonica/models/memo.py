@@ -3,19 +3,22 @@
 A `Memo` belongs to a walk. It answers with what it made before as long as the inputs are the very
 same tensors, not written to since, and as long as a `Watch` sees no change in the module that made
 it: other weights, other settings, another sub-module, an adapter, a hook. Nothing is looked up on
-the device: torch counts the writes to a tensor (`_version`) on the CPU. A write through
-`tensor.data` is not counted and is seen at the next walk.
+the device: torch counts the writes to a tensor (`_version`) on the CPU. It does not count a write
+through `tensor.data`, as in merging an adapter; so every module that is put in place of another,
+anywhere, makes all memos begin anew. A bare write through `.data` is seen at the next walk.
 
 This file does not know models, steps of a schedule, or caches of features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils._pytree import tree_leaves
 
 from harmonica.override import is_overridden
@@ -83,9 +86,9 @@ class Watch:
     weights, and without hooks, wrappers, adapters or compiled code.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        parts = list(module.modules())
-        self._own = vars(module)
+    def __init__(self, *modules: nn.Module) -> None:
+        parts = [part for module in modules for part in module.modules()]
+        self._own = [id(vars(module)) for module in modules]
         self._parts = [(vars(part), *settings_of(part)) for part in parts]
         self._places = [
             (places, name, thing)
@@ -105,14 +108,35 @@ class Watch:
         """Return what differs after any change; None while the module is not plain."""
         for own, _, size in self._parts:
             hooked = own["_forward_hooks"] or own["_forward_pre_hooks"]
-            if own is not self._own and (hooked or "forward" in own):
+            if (hooked or "forward" in own) and id(own) not in self._own:
                 return None
             if len(own) - ("forward" in own) != size or own["training"]:
                 return None
         if not self._plain or any(places.get(name) is not it for places, name, it in self._places):
             return None
         settings = [own[name] for own, names, _ in self._parts for name in names]
-        return (*settings, *[(each.data_ptr(), each._version) for each in self._tensors])
+        return (
+            _modules_placed[0],
+            *settings,
+            *[(each.data_ptr(), each._version) for each in self._tensors],
+        )
+
+
+_modules_placed = [0]
+
+
+@contextmanager
+def noticing_new_modules() -> Iterator[None]:
+    """Notice, in this `with`, that a module is put anywhere: an adapter may have been merged."""
+
+    def placed(*_: object) -> None:
+        _modules_placed[0] += 1
+
+    handle = register_module_module_registration_hook(placed)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 _PLAIN = ("torch.nn.modules.", "diffusers.models.", "harmonica.models.")

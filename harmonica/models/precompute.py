@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from harmonica.models.memo import Memo, Watch, settings_of
+from harmonica.models.memo import Memo, Watch, noticing_new_modules, settings_of
 from harmonica.override import Answer, Method, overridden
 
 LEAST_ROOM = 16 * 2**20
@@ -58,7 +58,8 @@ def once(memo: Memo, module: nn.Module, equals: object = None) -> Answer:
     at_first = watch.state()
 
     def answer(forward: Method, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        state, owner = watch.state(), module
+        state = watch.state()
+        owner: object = module
         if equals is not None and state == at_first and state is not None:
             state, owner = (), equals
         step = None if equals is None else memo.k
@@ -75,11 +76,11 @@ class Condition:
         memo: of the walk.
         time: timesteps (T,) -> (T, D).
         label: labels (B,) -> (B, D).
-        module: holds the weights of both.
+        modules: hold the weights of both.
     """
 
-    def __init__(self, memo: Memo, time: Method, label: Method, module: nn.Module) -> None:
-        self.memo, self._time, self._label, self._watch = memo, time, label, Watch(module)
+    def __init__(self, memo: Memo, time: Method, label: Method, *modules: nn.Module) -> None:
+        self.memo, self._time, self._label, self._watch = memo, time, label, Watch(*modules)
 
     def times(self, t: Tensor) -> Tensor:
         """Return time(t) of this step, one row for all of t (B,), which are equal: (1, D)."""
@@ -186,7 +187,7 @@ def _dit(model: Any, memo: Memo) -> Answers:
     products = [*(block.adaLN_modulation for block in model.blocks)]
     products.append(model.final_layer.adaLN_modulation)
     room = rows_that_fit(model, [product[1] for product in products])
-    c = Condition(memo, time.forward, label.forward, nn.ModuleList([time, label]))
+    c = Condition(memo, time.forward, label.forward, time, label)
     return [
         (time, lambda forward, args, kwargs: c.times(*args)),
         (label, lambda forward, args, kwargs: c.labels(*args)),
@@ -252,7 +253,7 @@ def precomputed(model: nn.Module | None, memo: Memo) -> Iterator[None]:
     kind = type(model)
     answers_of = MODELS.get(f"{kind.__module__}.{kind.__qualname__}")
     answers = [] if answers_of is None else answers_of(model, memo)
-    with overridden((module, "forward", answer) for module, answer in answers):
+    with noticing_new_modules(), overridden((m, "forward", answer) for m, answer in answers):
         yield
 
 

@@ -22,7 +22,8 @@ from harmonica.inference.walk import Walk, model_of
 from harmonica.models import MODELS, load
 from harmonica.models.dit import DiTDenoiser
 from harmonica.models.pipelines.denoiser import StockDiT
-from harmonica.models.precompute import Clock, ahead, same
+from harmonica.models.memo import Memo
+from harmonica.models.precompute import equal_to_the_first, precomputed
 from harmonica.models.sites import sites
 from harmonica.samplers import DDIM, SAMPLERS
 
@@ -125,9 +126,8 @@ def test_modulations_are_made_for_as_many_steps_as_fit(monkeypatch):
     linears = [block.adaLN_modulation[1] for block in d.model.blocks] + [
         d.model.final_layer.adaLN_modulation[1]
     ]
-    a_step = 4 * sum(layer.out_features for layer in linears) * 8  # 2 samples, guided, in float64
     for steps, products in ((2, 3), (1, 5), (5, 1), (4, 2)):
-        monkeypatch.setattr(module, "room_of", lambda model, steps=steps: steps * a_step)
+        monkeypatch.setattr(module, "rows_that_fit", lambda *_, steps=steps: steps * 4)
         assert count_calls(linears, lambda: Walk(d)(x, y)) == [products] * 3
         assert relative(Walk(d)(x, y), sample(d, x, y)) < 1e-11
 
@@ -146,7 +146,7 @@ def test_equal_copies_of_an_embedding_run_once():
 def test_different_copies_of_an_embedding_each_run():
     d, x, cond = _stock(equal=False)
     embeddings = [block.norm1.emb for block in d.model.transformer.transformer_blocks]
-    assert not same(*embeddings)
+    assert equal_to_the_first(embeddings, Memo()) == [True, False]
     assert count_calls(embeddings, lambda: Walk(d, exact=True)(x, cond)) == [d.steps] * 2
     assert torch.equal(Walk(d, exact=True)(x, cond), sample(d, x, cond))
 
@@ -163,9 +163,9 @@ def _stock(*, equal):
 def test_embeddings_of_other_settings_are_not_the_same():
     first, second = (block.norm1.emb for block in dit_transformer().transformer_blocks)
     second.load_state_dict(first.state_dict())
-    assert same(first, second)
+    assert equal_to_the_first([first, second], Memo()) == [True, True]
     second.time_proj.downscale_freq_shift = 0
-    assert not same(first, second)
+    assert equal_to_the_first([first, second], Memo()) == [True, False]
 
 
 def test_the_text_is_projected_once_a_walk():
@@ -203,7 +203,7 @@ def test_an_unknown_denoiser_walks_by_overriding_sites():
 
 def test_an_unknown_model_has_nothing_ahead():
     model = nn.Linear(2, 2)
-    with ahead(model, Clock()):
+    with precomputed(model, Memo()):
         assert "forward" not in vars(model)
 
 

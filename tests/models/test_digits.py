@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from harmonica.models import digits, load
-from harmonica.models.pipelines.caching import from_pipeline, sites
+from harmonica.models.pipelines.denoiser import from_pipeline
+from harmonica.models.sites import sites
 from harmonica.models.weights import dit_from_diffusers, dit_to_diffusers
 
 

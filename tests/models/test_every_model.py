@@ -227,7 +227,7 @@ def test_a_diffusers_folder_of_dit_becomes_the_original(tmp_path):
     from diffusers.pipelines.dit.pipeline_dit import DiTPipeline
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
-    from harmonica.models.pipelines.caching import original_numerics
+    from harmonica.models.pipelines.denoiser import original_numerics
 
     transformer = dit_transformer()
     for block in transformer.transformer_blocks[

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from dataclasses import replace
 from pipes import (
     count_calls,
@@ -23,15 +22,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harmonica import Schedule, train_sdt
-from harmonica.models.pipelines.caching import (
-    cached,
-    disable_cache,
-    enable_cache,
-    from_pipeline,
-    original_numerics,
-    sites,
-    summary,
-)
+from harmonica.models.pipelines.caching import cached, disable_cache, enable_cache, summary
+from harmonica.models.pipelines.denoiser import from_pipeline, original_numerics
+from harmonica.models.sites import sites
 
 PIPES = {
     "dit": dit_pipe,
@@ -98,14 +91,14 @@ def test_under_each_of_the_four_samplers_computing_everything_is_the_stock_pipel
         assert torch.equal(run(pipe, batch=2), plain)
     with cached(pipe, table(pipe)) as session:
         assert run(pipe, batch=2).isfinite().all()
-        assert session.skipped == 2 * len(session.modules)
+        assert session.skipped == 2 * len(session.sites)
 
 
 def test_every_image_inside_the_with_is_the_same_and_skips_the_same(pipe):
     """SmoothCache's second image silently has no speedup; others leak state from one call into the next."""
     with cached(pipe, table(pipe)) as session:
         images = [run(pipe) for _ in range(3)]
-        assert session.skipped == 3 * 2 * len(session.modules)
+        assert session.skipped == 3 * 2 * len(session.sites)
     assert torch.equal(images[0], images[1])
     assert torch.equal(images[0], images[2])
     assert not torch.equal(images[0], run(pipe))
@@ -154,7 +147,7 @@ def test_pipelines_that_nobody_here_wrote_an_adapter_for_are_exact_too(make):
         image = run_embedded(pipe)
         assert torch.equal(run_embedded(pipe), image)
         assert session.skipped == 2 * 2 * 2 * len(
-            session.modules
+            session.sites
         )  # walks, calls in a step, steps that reuse
         assert "theoretical speedup" in str(session)
     assert not torch.equal(image, plain)
@@ -178,16 +171,16 @@ def test_guidance_as_two_calls_has_one_cache_for_each():
             latent = pipe.scheduler.step(eps, t, latent).prev_sample
         return latent
 
-    with cached(pipe, Schedule(torch.ones(4, 4))):
+    with cached(pipe, Schedule(torch.ones(4, 4))) as session, session.walk():
         everything = walk()
     assert torch.equal(everything, walk())
-    with cached(pipe, table(pipe)) as session:
+    with cached(pipe, table(pipe)) as session, session.walk():
         separate = walk()
         assert session.skipped == 2 * 2 * 4
     batched = dit_pipe()
     latent = x
     batched.scheduler.set_timesteps(4)
-    with cached(batched, table(batched)):
+    with cached(batched, table(batched)) as session, session.walk():
         batched.scheduler.set_timesteps(4)
         for t in batched.scheduler.timesteps:
             labels = torch.tensor([1, 1000])
@@ -212,20 +205,6 @@ def test_nothing_outlives_the_with_exception_or_not(pipe):
             pipe
         ).__name__ else 1 / 0
     assert snapshot(pipe) == before
-
-
-def test_an_interrupted_walk_is_forgotten_when_the_next_begins():
-    pipe = pixart_pipe()
-    with cached(pipe, table(pipe)):
-        whole = run(pipe)
-
-        def stop(step, t, latents):
-            if step == 1:
-                raise KeyboardInterrupt
-
-        with pytest.raises(KeyboardInterrupt):
-            run(pipe, seed=5, callback=stop, callback_steps=1)
-        assert torch.equal(run(pipe), whole)
 
 
 @given(st.lists(st.sampled_from(["enable", "disable"]), max_size=6))
@@ -292,19 +271,6 @@ def test_two_pipelines_at_once_share_nothing():
         assert torch.equal(run(one), alone[0])
 
 
-def test_two_pipelines_that_share_one_transformer_do_not_meet():
-    one = pixart_pipe()
-    other = type(one)(**{**one.components, "scheduler": copy.deepcopy(one.scheduler)})
-    other.set_progress_bar_config(disable=True)
-    plain = run(one)
-    with cached(one, table(one)):
-        under = run(one)
-        with cached(other, Schedule(torch.ones(4, 6))):
-            assert torch.equal(run(other), plain)
-            assert torch.equal(run(one), under)
-            assert torch.equal(run(other), plain)
-
-
 def test_a_copy_made_under_a_cache_runs_its_own_weights():
     """A overridden forward that still belonged to the original would run the original's weights."""
     pipe = dit_pipe()
@@ -349,17 +315,6 @@ def test_only_the_innermost_schedule_is_held_against_the_run():
             run(pipe, 6)
             assert inner.skipped == 3 * 4
         assert torch.equal(run(pipe, 4), under)
-
-
-def test_closing_in_another_order_leaves_nothing_that_acts():
-    pipe = dit_pipe()
-    plain = run(pipe, 6)
-    enable_cache(pipe, table(pipe, 4))
-    run(pipe, 4)
-    with cached(pipe, table(pipe, 6)):
-        disable_cache(pipe)
-        run(pipe, 6)
-    assert torch.equal(run(pipe, 6), plain)
 
 
 def test_a_walk_under_inference_mode_does_not_break_later_training():
@@ -457,15 +412,6 @@ def test_it_works_with_fused_qkv_and_under_autocast():
             assert run(pipe).isfinite().all()
 
 
-def test_the_signatures_that_pipelines_inspect_stay():
-    pipe = dit_pipe()
-    before = [inspect.signature(f) for f in (pipe.scheduler.set_timesteps, pipe.scheduler.step)]
-    with pytest.warns(UserWarning, match="no site was skipped"), cached(pipe, table(pipe)):
-        assert [
-            inspect.signature(f) for f in (pipe.scheduler.set_timesteps, pipe.scheduler.step)
-        ] == before
-
-
 # ------------------------------------------------------------------------------------------ names
 
 
@@ -546,82 +492,7 @@ def test_other_timesteps_than_trained_on_are_refused():
         run(pipe)
 
 
-def test_a_scheduler_swapped_inside_the_with_is_noticed():
-    from diffusers import DPMSolverMultistepScheduler
-
-    pipe = dit_pipe()
-    with cached(pipe, table(pipe)) as session:
-        run(pipe)
-        pipe.scheduler, kept = DPMSolverMultistepScheduler(), pipe.scheduler
-        with pytest.raises(
-            RuntimeError, match="the scheduler of DiTPipeline was replaced inside the with"
-        ):
-            run(pipe)
-        pipe.scheduler = kept
-        run(pipe)
-        assert session.walks == 2
-        pipe.transformer, kept = dit_transformer(7), pipe.transformer
-        with pytest.raises(
-            RuntimeError, match="the transformer of DiTPipeline was replaced inside the with"
-        ):
-            run(pipe)
-        pipe.transformer = kept
-
-
-def _change(pipe, how):
-    """Run a walk of PixArt by hand whose third step is different."""
-    x = torch.randn(1, 4, 8, 8)
-    pipe.scheduler.set_timesteps(4)
-    text, mask = torch.randn(3, 5, 12), torch.ones(3, 5)
-    sizes = {"resolution": None, "aspect_ratio": None}
-    for k, t in enumerate(pipe.scheduler.timesteps):
-        batch = 2 if how == "batch" and k == 2 else 1
-        for _ in range({"more calls": 2, "no call": 0}.get(how, 1) if k == 2 else 1):
-            pipe.transformer(
-                x.expand(batch, -1, -1, -1),
-                text[:batch],
-                t.expand(batch),
-                sizes,
-                encoder_attention_mask=mask[:batch],
-            )
-        pipe.scheduler.step(x, t, x)
-
-
-@pytest.mark.parametrize(
-    ("how", "message"),
-    [
-        (
-            "batch",
-            r"inputs have shapes .*\(2, 4, 8, 8\).* at step 2 of 4, and had .*\(1, 4, 8, 8\)",
-        ),
-        ("more calls", "is called 2 times at step 2 of 4, and was called 1 times at step 0"),
-        ("no call", "was called 0 times at step 2 and 1 times at step 0"),
-    ],
-)
-def test_batch_or_guidance_changing_in_the_middle_of_a_walk_is_refused(how, message):
-    pipe = pixart_pipe()
-    with cached(pipe, table(pipe)):
-        _change(pipe, "nothing")
-        with pytest.raises(RuntimeError, match=message):
-            _change(pipe, how)
-        _change(pipe, "nothing")
-
-
-def test_a_walk_that_starts_in_the_middle_is_refused():
-    """The released code silently uses stale features there."""
-    pipe = dit_pipe()
-    x = torch.randn(1, 4, 8, 8)
-    with (
-        cached(pipe, table(pipe)),
-        pytest.raises(RuntimeError, match="at timestep 500, not at the first one, 750"),
-    ):
-        pipe.scheduler.set_timesteps(4)
-        for t in pipe.scheduler.timesteps[1:]:
-            pipe.transformer(x, timestep=t[None], class_labels=torch.tensor([1]))
-            pipe.scheduler.step(x, t, x)
-
-
-def test_chunked_feed_forward_is_refused_before_and_inside():
+def test_chunked_feed_forward_is_refused():
     pipe = pixart_pipe()
     block = pipe.transformer.transformer_blocks[0]
     block.set_chunk_feed_forward(8, 1)
@@ -630,11 +501,6 @@ def test_chunked_feed_forward_is_refused_before_and_inside():
         cached(pipe, Schedule([[1] * 6] * 4)),
     ):
         pass
-    block.set_chunk_feed_forward(None, 0)
-    with cached(pipe, table(pipe)):
-        block.set_chunk_feed_forward(8, 1)
-        with pytest.raises(RuntimeError, match="transformer_blocks.0.ff is called more than once"):
-            run(pipe)
 
 
 def test_training_mode_is_refused_before_and_inside():
@@ -651,7 +517,7 @@ def test_training_mode_is_refused_before_and_inside():
     with cached(pipe, schedule):
         run(pipe)
         pipe.transformer.train()
-        with pytest.raises(RuntimeError, match=r"training mode at step 0 of 4.*call its eval\(\)"):
+        with pytest.raises(ValueError, match=r"training mode.*call its eval\(\)"):
             run(pipe)
 
 
@@ -664,19 +530,6 @@ def test_a_cache_that_never_skipped_anything_warns():
         with cached(pipe, table(pipe)):
             run(other)
     with cached(pipe, Schedule(torch.ones(4, 4))):  # a schedule that reuses nothing does not warn
-        run(pipe)
-
-
-def test_blocks_that_something_else_has_replaced_are_noticed():
-    pipe = dit_pipe()
-    with (
-        cached(pipe, table(pipe)),
-        pytest.raises(RuntimeError, match="the transformer ran and asked no site"),
-    ):
-        blocks = pipe.transformer.transformer_blocks
-        for i, block in enumerate(blocks):
-            blocks[i] = copy.deepcopy(block)
-            vars(blocks[i]).pop("forward")
         run(pipe)
 
 
@@ -702,11 +555,6 @@ def test_what_is_not_such_a_pipeline_is_refused():
     with pytest.raises(TypeError, match="is compiled"):
         cached(pipe, Schedule([[1]])).__enter__()
     pipe = wan_pipe()
-    pipe.transformer_2 = pipe.transformer
-    with pytest.raises(
-        TypeError, match="runs two transformers in one walk, transformer and transformer_2"
-    ):
-        cached(pipe, Schedule([[1]])).__enter__()
 
 
 # ------------------------------------------------------------------------------------------ parity
@@ -724,11 +572,11 @@ def test_parity_makes_diffusers_dit_the_original_and_puts_it_back():
     plain = run(pipe)
     with original_numerics(pipe.transformer):
         mine = run(pipe)
-    with cached(pipe, Schedule(torch.ones(4, 4)), parity=True):
+    with original_numerics(pipe.transformer), cached(pipe, Schedule(torch.ones(4, 4))):
         assert torch.equal(run(pipe), mine)
     assert torch.equal(run(pipe), plain)
     with pytest.raises(ValueError, match="parity is for diffusers' DiT"):
-        cached(pixart_pipe(), Schedule([[1] * 6]), parity=True).__enter__()
+        original_numerics(pixart_pipe().transformer).__enter__()
 
 
 def test_the_timestep_embeddings_of_a_stock_dit_are_copies_of_one():
@@ -867,21 +715,6 @@ def test_a_session_over_sites_of_ones_own_choice_counts_those():
         assert "theoretical speedup of the transformer 1." in str(session)
 
 
-def test_features_do_not_pile_up_where_no_step_is_taken():
-    pipe = dit_pipe()
-    x, t, y = torch.randn(1, 4, 8, 8), torch.tensor([750]), torch.tensor([1])
-    with cached(pipe, table(pipe)) as session:
-        pipe.scheduler.set_timesteps(4)
-        with pytest.raises(
-            RuntimeError, match=r"called 16 times and the scheduler has not.*forget\(\)"
-        ):
-            for _ in range(50):
-                pipe.transformer(x, timestep=t, class_labels=y)
-        session.forget()
-        pipe.transformer(x, timestep=t, class_labels=y)
-        run(pipe)
-
-
 def test_enable_cache_does_not_keep_a_pipeline_alive():
     import gc
     import weakref
@@ -907,17 +740,6 @@ def test_sessions_closed_in_any_order_leave_nothing_behind(order):
     assert snapshot(pipe) == before
 
 
-def test_pipelines_that_share_a_scheduler_too_are_told_apart_or_refused():
-    one = pixart_pipe()
-    other = type(one)(**one.components)
-    with pytest.warns(UserWarning, match="no site was skipped"):
-        with cached(one, table(one)):
-            with pytest.raises(
-                ValueError, match="shares its scheduler with another that is cached"
-            ):
-                cached(other, table(other)).__enter__()
-
-
 def test_enabling_a_schedule_that_does_not_fit_leaves_the_one_that_does():
     pipe = dit_pipe()
     enable_cache(pipe, table(pipe))
@@ -928,25 +750,3 @@ def test_enabling_a_schedule_that_does_not_fit_leaves_the_one_that_does():
     disable_cache(pipe)
 
 
-def test_the_timestep_is_found_wherever_a_scheduler_takes_it():
-    """CogVideoX's DPM scheduler has it third; others are given one for each sample."""
-    from diffusers import CogVideoXDPMScheduler
-
-    pipe = dit_pipe(scheduler=CogVideoXDPMScheduler())
-    x = torch.randn(2, 4, 8, 8)
-    with (
-        pytest.warns(UserWarning, match="no site was skipped"),
-        cached(pipe, Schedule([[1] * 4, [0] * 4])),
-    ):
-        pipe.scheduler.set_timesteps(2)
-        t = pipe.scheduler.timesteps[1]
-        with pytest.raises(RuntimeError, match="starts at timestep"):
-            pipe.scheduler.step(x, None, t, None, x)
-    pipe = dit_pipe()
-    with (
-        pytest.warns(UserWarning, match="no site was skipped"),
-        cached(pipe, Schedule([[1] * 4, [0] * 4])),
-    ):
-        pipe.scheduler.set_timesteps(2)
-        with pytest.raises(RuntimeError, match="starts at timestep 1, not"):
-            pipe.scheduler.step(x, torch.ones(2), x)

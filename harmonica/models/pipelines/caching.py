@@ -111,7 +111,7 @@ def _walked(call: Method, pipe: Any, /, *args: Any, **kwargs: Any) -> Any:
         return call(pipe, *args, **kwargs)
 
 
-def _streamed(session: Session, images: Generator[Any, Any, Any]) -> Iterator[Any]:
+def _streamed(session: Session, images: Generator[Any, None, Any]) -> Generator[Any, None, Any]:
     # A context of its own: between two images, the caller's calls of the model are the caller's.
     context, walk = copy_context(), session.walk()
     context.run(walk.__enter__)

@@ -35,9 +35,9 @@ from harmonica.models.precompute import precomputed
 from harmonica.models.sites import count_calls, sites
 from harmonica.override import Answer, Method, overridden, patched
 from harmonica.router import Schedule
-from harmonica.site_names import fit
 
 log = logging.getLogger(__name__)
+
 
 class Session:
     """The tables of one open `cached`, and the counts of its walks; `report()` and `str()` tell.
@@ -68,7 +68,7 @@ class Session:
         self._exact, self._otherwise, self._offload = exact, otherwise, offload
         self._given = modules
         self.sites = tuple(_sites_of(pipe) if modules is None else modules)
-        self.schedules = [fit(schedule, self.sites) for schedule in schedules]
+        self.schedules = [schedule.fit(self.sites) for schedule in schedules]
         for schedule in self.schedules:
             schedule.check(schedule.steps, self.sites)
         self._tables = [Table(schedule) for schedule in self.schedules]
@@ -156,7 +156,9 @@ class Session:
             self._say_once(f"no table is for the {run} of a run, so all of it is computed")
             return None
         tables = "; ".join(f"{each.steps} steps {_span(each.timesteps)}" for each in self.schedules)
-        message = f"no table is for the {run} of this run; there are tables for {tables}. Run one of "
+        message = (
+            f"no table is for the {run} of this run; there are tables for {tables}. Run one of "
+        )
         message += "these, add a table, or pass otherwise='compute'"
         if len(self.schedules) == 1:
             try:
@@ -221,11 +223,11 @@ class Session:
     def __str__(self) -> str:
         pipe, told = self.pipe(), self.report()
         name = "a pipeline that is gone" if pipe is None else type(pipe).__name__
-        tables = ", ".join(f"{each.steps} steps CUR {each.cur:.1%}" for each in self.schedules)
         lines = [
-            f"{name}, {len(self.sites)} sites, {tables}",
-            f"{told['walks']} walks, {told['reused_share']:.1%} of the sites reused so far",
+            f"{name}, {each.steps} steps × {len(self.sites)} sites, CUR {each.cur:.1%}"
+            for each in self.schedules
         ]
+        lines += [f"{told['walks']} walks, {told['reused_share']:.1%} of the sites reused so far"]
         lines += [f"computed beyond the table: {n} ({why})" for why, n in told["beyond"].items()]
         if told["speedup"] is not None:
             lines.append(f"theoretical speedup of the transformer {told['speedup']:.2f}x")
@@ -253,7 +255,9 @@ class Session:
         columns: dict[str, list[int]] = {}
         for column, site in enumerate(self.sites):
             part = site.partition(".")[0]
-            columns.setdefault(part if part in TRANSFORMERS[1:] else "transformer", []).append(column)
+            columns.setdefault(part if part in TRANSFORMERS[1:] else "transformer", []).append(
+                column
+            )
         return columns
 
     def _cost(self, name: str, columns: Sequence[int]) -> Any:
@@ -310,9 +314,7 @@ def _count(model: nn.Module, modules: Mapping[str, nn.Module], inputs: Any) -> A
     args, kwargs = tree_map(zeros, inputs)
     names = list(inspect.signature(type(model).forward).parameters)[1:]
     with torch.no_grad():
-        counted = count_calls(
-            model, modules, {**dict(zip(names, args, strict=False)), **kwargs}
-        )
+        counted = count_calls(model, modules, {**dict(zip(names, args, strict=False)), **kwargs})
     return None if counted is None else counted.macs
 
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isclose
 from typing import Any
 from weakref import ref
@@ -110,32 +110,30 @@ class Kept:
     Attributes:
         steps: that they come from.
         features: the outputs; copies of them where `apart`.
-        versions: of their tensors, when they were kept.
+        tensors, versions: all tensors in them, and how often each was written to when it was kept.
         apart: nobody else holds the features, because they lie in host memory, or because torch
             does not count what is written to them (inference mode).
     """
 
     steps: tuple[int, ...]
     features: tuple[Feature, ...]
-    versions: list[tuple[Tensor, int]]
+    tensors: list[Tensor]
+    versions: list[int]
     apart: bool
 
     def intact(self) -> bool:
         """Tell whether nobody has written to the features since."""
-        for tensor, version in self.versions:
-            if tensor._version != version:
-                return False
-        return True
+        return [tensor._version for tensor in self.tensors] == self.versions
 
 
 def keep(steps: tuple[int, ...], features: tuple[Feature, ...], offload: bool) -> Kept:
     """Keep the outputs of a site; the newest is copied if it must be `apart`."""
     leaves = [leaf for leaf in tree_leaves(features) if isinstance(leaf, Tensor)]
     if not offload and not any(leaf.is_inference() for leaf in leaves):
-        return Kept(steps, features, [(leaf, leaf._version) for leaf in leaves], False)
+        return Kept(steps, features, leaves, [leaf._version for leaf in leaves], False)
     copy = _to_host if offload else _copied
     newest = tree_map(copy, features[0])
-    return Kept(steps, (newest, *features[1:]), [], True)
+    return Kept(steps, (newest, *features[1:]), [], [], True)
 
 
 def _copied(leaf: Any) -> Any:
@@ -208,8 +206,8 @@ class Tracker:
         choose: Callable[[tuple[float, ...]], tuple[Table, int] | None],
         sites: int,
         *,
-        exact: bool,
-        offload: bool,
+        exact: bool = True,
+        offload: bool = False,
     ) -> None:
         self._choose, self._offload = choose, offload
         self.memo = Memo(exact=exact, trusted=False)
@@ -300,7 +298,7 @@ class Tracker:
             return None
         for call in self._open:
             call.kept = {
-                site: Kept((k,), kept.features, kept.versions, kept.apart)
+                site: replace(kept, steps=(k,))
                 for site, kept in call.kept.items()
                 if table.rows[k][site].keeps
             }
@@ -343,7 +341,7 @@ class Tracker:
             reason = "nothing of these shapes was kept" if answered is None else "called in parts"
             self.beyond["changed in place" if spoilt else reason] += 1
         fresh = compute()
-        past = kept if kept is not None and not spoilt else Kept((), (), [], False)
+        past = kept if kept is not None and not spoilt else Kept((), (), [], [], False)
         k = -1 if self._k is None else self._k
         steps, outputs = (k, *past.steps), (fresh, *past.features)
         if entry.keeps and answered is None:  # a part of a feature is not worth keeping

@@ -1,0 +1,816 @@
+"""The laws of a server: threads, interrupted calls, siblings, changes in the middle, other libraries.
+
+Where nothing valid is kept, the cache computes; what is reused is counted as it happens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import gc
+import logging
+import sys
+import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pipes import (
+    count_calls,
+    dit_pipe,
+    dit_transformer,
+    flux_pipe,
+    pixart_pipe,
+    randomised,
+    run,
+    run_embedded,
+    wan_pipe,
+)
+
+import pytest
+import torch
+from conftest import make
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from peft import LoraConfig, inject_adapter_in_model
+from test_blocks import MADE
+from test_blocks import table as rows_for
+from torch import nn
+
+from harmonica import Schedule, gated, reuse, sample
+from harmonica.inference.walk import Walk
+from harmonica.models.pipelines import session as session_module
+from harmonica.models.pipelines.caching import cached, disable_cache, enable_cache
+from harmonica.models.sites import sites
+from harmonica.override import overridden
+
+pytestmark = pytest.mark.filterwarnings("ignore:no site was skipped")
+
+
+class Loop:
+    """A pipeline of a diffusers DiT that can be bent: where it starts, what it calls, what happens between steps."""
+
+    def __init__(self, transformer, scheduler=None):
+        self.transformer, self.scheduler = transformer, scheduler or DDIMScheduler()
+
+    def __call__(
+        self, seed=1, *, steps=4, start=0, batch=lambda k: 1, calls=lambda k: 1, after=None, **times
+    ):
+        x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+        labels = torch.tensor([seed % 1000, 1000])
+        self.scheduler.set_timesteps(**(times or {"num_inference_steps": steps}))
+        for k, t in enumerate(self.scheduler.timesteps):
+            if k < start:
+                continue
+            for call in range(calls(k)):
+                n = batch(k)
+                y = labels[call % 2, None] if n == 1 else labels
+                out = self.transformer(
+                    x.expand(n, -1, -1, -1).to(self.transformer.dtype),
+                    timestep=t.expand(n),
+                    class_labels=y,
+                )
+                eps = out.sample[:1, :4]
+            x = self.step(eps, t, x)
+            if after is not None:
+                after(k)
+        return x
+
+    def step(self, eps, t, x):
+        return self.scheduler.step(eps, t, x).prev_sample
+
+
+def loop(seed=0, **scheduler):
+    transformer = dit_transformer(seed)
+    first, second = (block.norm1.emb for block in transformer.transformer_blocks)
+    second.load_state_dict(first.state_dict())  # as in a real checkpoint
+    return Loop(transformer, DDIMScheduler(**scheduler))
+
+
+def table(pipe, steps=4, every=2):
+    names = tuple(sites(pipe.transformer))
+    return Schedule([[k % every == 0] * len(names) for k in range(steps)], sites=names)
+
+
+def everything(pipe, steps=4):
+    return Schedule(torch.ones(steps, len(sites(pipe.transformer))))
+
+
+def is_stock(transformer):
+    return not any(
+        "forward" in vars(m) or m._forward_pre_hooks or m._forward_hooks
+        for m in transformer.modules()
+    )
+
+
+@contextmanager
+def racing():
+    """Let threads take turns far more often than they would."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+
+
+def in_threads(jobs):
+    """Run all jobs at once, and return their results in order."""
+    barrier = threading.Barrier(len(jobs))
+
+    def start(job):
+        barrier.wait()
+        return job()
+
+    with racing(), ThreadPoolExecutor(len(jobs)) as pool:
+        return [future.result() for future in [pool.submit(start, job) for job in jobs]]
+
+
+# --------------------------------------------------- 1. a walk belongs to whoever began it
+
+
+@pytest.mark.parametrize("name", MADE)
+@pytest.mark.parametrize("how", ["sample", "one Walk", "two Walks"])
+def test_eight_threads_on_one_denoiser_make_the_images_that_each_makes_alone(name, how):
+    d = MADE[name]()
+    noise = [d.draw(1, torch.Generator().manual_seed(seed)) for seed in range(8)]
+    tables = [rows_for(d, seed=seed % 2) for seed in range(8)]
+    walks = [Walk(d, schedule, exact=True) for schedule in tables[:2]]
+    walk = {
+        "sample": lambda i: sample(d, *noise[i], tables[i] if i % 4 else None),
+        "one Walk": lambda i: walks[0](*noise[i]),
+        "two Walks": lambda i: walks[i % 2](*noise[i]),
+    }[how]
+    alone = [walk(i) for i in range(8)]
+    for _ in range(2):
+        together = in_threads([lambda i=i: walk(i) for i in range(8)])
+        assert all(map(torch.equal, together, alone))
+    assert all("forward" not in vars(module) for module in d.model.modules())
+
+
+def test_pipelines_that_share_a_transformer_run_at_once_each_under_its_own_table_or_none():
+    shared = loop().transformer
+    pipes = [Loop(shared, DDIMScheduler()) for _ in range(8)]
+    tables = [table(pipes[0]), table(pipes[0], every=4), everything(pipes[0]), None]
+    jobs = []
+    with contexts(pipes, tables):
+        jobs = [lambda pipe=pipe, i=i: pipe(i) for i, pipe in enumerate(pipes)]
+        alone = [job() for job in jobs]
+        for _ in range(3):
+            assert all(map(torch.equal, in_threads(jobs), alone))
+        assert len({tuple(image.flatten().tolist()) for image in alone}) == 8
+    assert is_stock(shared)
+
+
+@contextmanager
+def contexts(pipes, tables):
+    for i, pipe in enumerate(pipes):
+        if tables[i % len(tables)] is not None:
+            enable_cache(pipe, tables[i % len(tables)])
+    yield
+    for pipe in pipes:
+        disable_cache(pipe)
+
+
+class Streaming(Loop):
+    """Yields the image after each step."""
+
+    def __call__(self, seed=1):
+        images = []
+        for _ in self.walk(seed, images):
+            yield images[-1]
+
+    def walk(self, seed, images):
+        x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+        scheduler = copy.deepcopy(self.scheduler)  # of its own, as in a server
+        scheduler.set_timesteps(4)
+        for t in scheduler.timesteps:
+            out = self.transformer(x, timestep=t[None], class_labels=torch.tensor([seed]))
+            x = scheduler.step(out.sample[:, :4], t, x).prev_sample
+            images.append(x)
+            yield
+
+
+class Awaiting(Streaming):
+    """Lets other tasks run between two steps."""
+
+    async def __call__(self, seed=1):
+        images = []
+        for _ in self.walk(seed, images):
+            await asyncio.sleep(0)
+        return images[-1]
+
+
+def test_generators_and_tasks_of_one_pipeline_take_turns_without_meeting():
+    pipe = loop()
+    streaming = Streaming(pipe.transformer, pipe.scheduler)
+    with cached(streaming, table(pipe)) as session:
+        alone = [list(streaming(seed))[-1] for seed in (1, 2)]
+        turns = list(zip(streaming(1), streaming(2), strict=True))
+        assert all(map(torch.equal, turns[-1], alone))
+        assert session.skipped == 4 * 2 * 4
+    awaiting = Awaiting(pipe.transformer, pipe.scheduler)
+
+    async def all_at_once():
+        return await asyncio.gather(*(awaiting(seed) for seed in (1, 2)))
+
+    with cached(awaiting, table(pipe)):
+        assert all(map(torch.equal, asyncio.run(all_at_once()), alone))
+
+
+def test_blocks_that_backward_runs_again_in_another_thread_ask_the_gate_of_the_step():
+    """As on a GPU, where autograd has threads of its own."""
+    d = make()
+    d.model.activation_checkpointing = True
+    x, y = d.draw(1, torch.Generator().manual_seed(0))
+    r = torch.full((4,), 0.5, dtype=torch.float64, requires_grad=True)
+
+    def gate(site, compute):
+        return r[site] * compute()
+
+    gradients = []
+    for elsewhere in (False, True):
+        with gated(d.sites, gate):
+            loss = d.predict(x, 1, y).square().sum()
+            if elsewhere:
+                thread = threading.Thread(target=loss.backward)
+                thread.start()
+                thread.join()
+            else:
+                loss.backward()
+        gradients.append(r.grad.clone())
+        r.grad = None
+    assert torch.equal(*gradients)
+
+
+# ----------------------------------------------- 2. a walk ends when the pipeline's call ends
+
+
+def ends(pipe, how):
+    def after(k):
+        if k == 1:
+            raise {"exception": ZeroDivisionError, "ctrl-c": KeyboardInterrupt}[how]
+
+    if how in ("exception", "ctrl-c"):
+        with pytest.raises((ZeroDivisionError, KeyboardInterrupt)):
+            pipe(after=after)
+    elif how == "generator":
+        images = pipe()
+        next(images)
+        images.close()
+    else:
+
+        async def cancelled():
+            task = asyncio.ensure_future(pipe())
+            for _ in range(3):
+                await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+        asyncio.run(cancelled())
+
+
+@pytest.mark.parametrize("how", ["exception", "ctrl-c", "generator", "cancelled"])
+def test_after_a_call_that_was_broken_off_the_transformer_is_the_stock_one_and_features_are_gone(
+    how,
+):
+    plain = loop()
+    kind = {"generator": Streaming, "cancelled": Awaiting}.get(how, Loop)
+    pipe = kind(plain.transformer, plain.scheduler)
+    x, t, y = torch.randn(1, 4, 8, 8), torch.tensor([250]), torch.tensor([3])
+    stock = pipe.transformer(x, timestep=t, class_labels=y).sample
+    first, features = next(iter(sites(pipe.transformer).values())), []
+    with cached(pipe, Schedule([[1] * 4, *[[0] * 4] * 3])):
+        with overridden([(first, "forward", noting(features))]):
+            ends(pipe, how)
+        gc.collect()
+        assert features
+        assert [feature() for feature in features] == [None] * len(features)
+        assert torch.equal(pipe.transformer(x, timestep=t, class_labels=y).sample, stock)
+        assert is_stock(pipe.transformer)
+        other = Loop(pipe.transformer)
+        assert torch.equal(other(), loop()())
+    assert "__call__" in vars(kind)
+    assert vars(kind)["__call__"].__qualname__ == f"{kind.__name__}.__call__"
+
+
+def noting(features):
+    def answer(forward, args, kwargs):
+        out = forward(*args, **kwargs)
+        features.append(weakref.ref(out))
+        return out
+
+    return answer
+
+
+def test_features_are_let_go_before_the_image_is_decoded():
+    pipe = loop()
+    with cached(pipe, table(pipe)) as session:
+        pipe(after=lambda k: seen.append([len(t._open) for t in session._live]) if k == 3 else None)
+    assert seen == [[0]]
+
+
+seen: list[list[int]] = []
+
+
+# ----------------------------------------------- 3. the table is the pipeline's that was named
+
+
+def test_siblings_that_share_transformer_and_scheduler_make_their_stock_images():
+    pipe = pixart_pipe()
+    plain = run(pipe)
+    siblings = [copy.copy(pipe), type(pipe)(**pipe.components), type(pipe).from_pipe(pipe)]
+    for sibling in siblings:
+        sibling.set_progress_bar_config(disable=True)
+    with cached(pipe, table(pipe)) as session:
+        for sibling in siblings:
+            assert torch.equal(run(sibling), plain)
+        assert session.walks == 0
+        assert not torch.equal(run(pipe), plain)
+
+
+# ------------------------------- 4. what is known ahead is held against all that it was made from
+
+
+def lora(model, names):
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=names), model)
+    for i, (name, p) in enumerate(model.named_parameters()):
+        if "lora_" in name:
+            p.data = torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) * 0.3
+    return model.eval()
+
+
+def adapters(model):
+    return [module for module in model.modules() if hasattr(module, "lora_A")]
+
+
+def linears(model):
+    return [m for n, m in model.named_modules() if isinstance(m, nn.Linear) and "ff" not in n]
+
+
+def all_linear(model):
+    lora(model, [n for n, m in model.named_modules() if isinstance(m, nn.Linear)])
+
+
+def scale(model):
+    if not adapters(model):
+        all_linear(model)
+    for module in adapters(model):
+        module.scaling["default"] *= 3.0
+
+
+def fuse_and_remove(model):
+    all_linear(model)
+    for module in adapters(model):
+        module.merge()
+    for name, module in list(model.named_modules()):
+        if hasattr(module, "lora_A"):
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, module.get_base_layer())
+
+
+def load(model):
+    model.load_state_dict({k: 0.5 * v + 0.01 for k, v in model.state_dict().items()})
+
+
+def one_of_equals(model):
+    linears(model)[0].weight.mul_(1.5)
+
+
+def swap(model):
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if name in ("to_k", "emb", "linear_1"):
+                setattr(module, name, randomised(copy.deepcopy(child), 5))
+
+
+def to_double(model):
+    model.double()
+
+
+CHANGES = [all_linear, scale, fuse_and_remove, load, one_of_equals, swap, to_double]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("name", ["dit", "pixart"])
+@pytest.mark.parametrize("when", ["before", "between", "during"])
+def test_after_any_change_of_the_model_computing_everything_is_the_stock_image(name, change, when):
+    def walk(pipe, after=None):
+        if name == "dit":
+            return pipe(after=after)
+        options = {"callback": lambda k, *_: after(k), "callback_steps": 1} if after else {}
+        return run(pipe, output_type="latent", **options)
+
+    def images(pipe):
+        def after(k):
+            if k == 1:
+                with torch.no_grad():
+                    change(pipe.transformer)
+
+        made = [] if when == "before" else [walk(pipe, after if when == "during" else None)]
+        if when != "during":
+            with torch.no_grad():
+                change(pipe.transformer)
+        return [*made, walk(pipe)]
+
+    new = loop if name == "dit" else pixart_pipe
+    if change is to_double and name == "pixart":
+        pytest.skip("diffusers itself does not run that")
+    with torch.no_grad():
+        expected = images(new())
+        pipe = new()
+        with cached(pipe, everything(pipe)):
+            made = images(pipe)
+    assert all(map(torch.equal, made, expected))
+
+
+class Waits(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts what would wait for a device."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func)
+        self.count += any(word in name for word in ("_local_scalar", "equal.default", "nonzero"))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_walk_waits_as_often_for_many_steps_as_for_few():
+    pipe = loop()
+
+    def waits(steps, schedule):
+        with torch.no_grad(), Waits() as mode, cached(pipe, schedule):
+            pipe(steps=steps)
+        return mode.count
+
+    few, many = (waits(steps, table(pipe, steps)) for steps in (4, 12))
+    plain = [waits(steps, everything(pipe, steps)) for steps in (4, 12)]
+    assert many - few <= plain[1] - plain[0]
+
+
+# ----------------------------------------------- 5. a kept feature that is changed in place
+
+
+def test_a_feature_changed_in_place_is_never_reused_spoilt():
+    def halved(pipe, in_place):
+        for site in sites(pipe.transformer).values():
+            site.register_forward_hook(lambda _, __, out: out.mul_(0.5) if in_place else out * 0.5)
+        return pipe
+
+    stock = halved(loop(), in_place=True)
+    with torch.no_grad():
+        plain = stock()
+        with cached(stock, table(stock)) as session:
+            assert torch.equal(stock(), plain)
+            assert (session.skipped, session.report()["beyond"]) == (0, {"changed in place": 8})
+    with torch.inference_mode():  # torch counts no changes there: features are copied
+        images = []
+        for in_place in (True, False):
+            pipe = halved(loop(), in_place)
+            with cached(pipe, table(pipe)) as session:
+                images.append(pipe())
+                assert session.skipped == 8
+        assert torch.equal(*images)
+
+
+# ----------------------------------------------- 6. walks that start midway
+
+
+def computed(pipe, call):
+    """Return how many sites run at each step of one call."""
+    modules, counts = list(sites(pipe.transformer).values()), [[]]
+
+    def note(site, compute):
+        counts[-1].append(site)
+        return compute()
+
+    with gated(modules, note):
+        call(lambda k: counts.append([]))
+    return [len(each) for each in counts[:-1]]
+
+
+@pytest.mark.parametrize("start", [0, 1, 2, 3])
+def test_the_first_step_that_runs_computes_and_the_others_follow_their_rows(start):
+    pipe = loop()
+    plain = pipe(start=start, steps=6)
+    with cached(pipe, everything(pipe, 6)):
+        assert torch.equal(pipe(start=start, steps=6), plain)
+    with cached(pipe, table(pipe, 6, every=3)):
+        ran = computed(pipe, lambda after: pipe(start=start, steps=6, after=after))
+    assert ran == [4] + [4 if k % 3 == 0 else 0 for k in range(start + 1, 6)]
+
+
+def test_timesteps_that_are_the_tail_of_a_tables_run_its_last_rows():
+    pipe = Loop(loop().transformer, DDPMScheduler())
+    times = (800, 600, 400, 200)
+    names = tuple(sites(pipe.transformer))
+    rows = Schedule([[1] * 4, [0] * 4, [1] * 4, [0] * 4], names, timesteps=times)
+    with cached(pipe, rows):
+        ran = computed(pipe, lambda after: pipe(timesteps=list(times[1:]), after=after))
+        with pytest.raises(ValueError, match="this schedule has 4 steps"):
+            pipe(timesteps=[700, 400, 200])
+    assert ran == [4, 4, 0]
+
+
+# ----------------------------------------------- 7. inputs that change midway
+
+
+@pytest.mark.parametrize(
+    ("change", "skipped", "beyond"),
+    [
+        ({}, 16, 0),
+        ({"batch": lambda k: 2 if k < 3 else 1}, 12, 4),  # guidance ends
+        ({"calls": lambda k: 2 if k < 3 else 1}, 20, 0),
+        ({"calls": lambda k: 1 if k < 3 else 2}, 24, 4),
+    ],
+    ids=["same", "batch", "fewer calls", "more calls"],
+)
+def test_what_has_no_feature_of_its_shape_computes_and_is_reused_in_its_turn(
+    change, skipped, beyond
+):
+    pipe = loop()
+    rows = Schedule([[1] * 4, [0] * 4, [1] * 4, [0] * 4, [0] * 4, [0] * 4])
+    with torch.no_grad():
+        plain = pipe(steps=6, **change)
+        with cached(pipe, everything(pipe, 6)):
+            assert torch.equal(pipe(steps=6, **change), plain)
+        with cached(pipe, rows) as session:
+            pipe(steps=6, **change)
+    told = session.report()
+    assert sum(told["beyond"].values()) == beyond
+    assert told["skipped"] == skipped
+
+
+def test_the_call_that_is_left_finds_its_own_features_by_its_text():
+    """Guidance as two calls ends, and the one that is left was the second."""
+    transformer = dit_transformer()
+    labels = [torch.tensor([1000]), torch.tensor([5])]
+
+    class Guided(Loop):
+        def __call__(self, last=4):
+            x = torch.ones(1, 4, 8, 8)
+            self.scheduler.set_timesteps(4)
+            outs = []
+            for k, t in enumerate(self.scheduler.timesteps):
+                for y in labels if k < last else labels[1:]:
+                    out = self.transformer(x, timestep=t[None], class_labels=y).sample[:, :4]
+                outs.append(out)
+                self.scheduler.step(out, t, x)
+            return outs
+
+    pipe = Guided(transformer)
+    rows = Schedule([[1] * 4, [1] * 4, [1] * 4, [0] * 4])
+    with torch.no_grad(), cached(pipe, rows):
+        assert torch.equal(pipe()[-1], pipe(last=3)[-1])
+
+
+# ----------------------------------------------- 8. several tables
+
+
+def test_each_walk_takes_the_table_for_its_timesteps():
+    pipe = loop()
+    tables = [table(pipe, 4), table(pipe, 6, every=3)]
+    alone = []
+    for steps, each in zip((4, 6), tables, strict=True):
+        with cached(pipe, each):
+            alone.append(pipe(steps=steps))
+    with cached(pipe, tables):
+        for steps in (6, 4, 6):
+            assert torch.equal(pipe(steps=steps), alone[steps == 6])
+        with pytest.raises(ValueError, match=r"no table is for the 5 steps .*4 steps .*; 6 steps"):
+            pipe(steps=5)
+    plain = pipe(steps=5)
+    with cached(pipe, tables, otherwise="compute") as session:
+        assert torch.equal(pipe(steps=5), plain)
+        assert session.skipped == 0
+
+
+# ----------------------------------------------- 9. two transformers
+
+
+def test_a_table_covers_both_transformers_of_a_walk():
+    pipe = wan_pipe()
+    pipe.register_modules(transformer_2=randomised(copy.deepcopy(pipe.transformer), 3))
+    pipe.register_to_config(boundary_ratio=0.5)
+    plain = run_embedded(pipe, 6)
+    n = len(sites(pipe.transformer))
+    with cached(pipe, Schedule(torch.ones(6, 2 * n))) as session:
+        assert torch.equal(run_embedded(pipe, 6), plain)
+        assert session.sites[n].startswith("transformer_2.blocks.0")
+    with cached(pipe, Schedule([[k % 2 == 0] * 2 * n for k in range(6)])) as session:
+        image = run_embedded(pipe, 6)
+        assert torch.equal(run_embedded(pipe, 6), image)
+    told = session.report()
+    assert 1.0 < told["speedup"] < 2.0
+    assert told["skipped"] + sum(told["beyond"].values()) == 2 * 3 * 2 * n
+
+
+# ----------------------------------------------- 10. schedulers copied, or stepped twice
+
+
+class Copying(Loop):
+    """Steps a copy of its scheduler for each half of the latent, as diffusion forcing does."""
+
+    def __call__(self, seed=1, *, after=None):
+        self.scheduler.set_timesteps(4)
+        self.copies = [copy.deepcopy(self.scheduler) for _ in range(2)]
+        return super().__call__(seed, after=after)
+
+    def step(self, eps, t, x):
+        parts = zip(self.copies, eps.chunk(2, 2), x.chunk(2, 2), strict=True)
+        return torch.cat([s.step(e, t, part).prev_sample for s, e, part in parts], 2)
+
+
+class Twice(Loop):
+    """Steps twice a step, as Cosmos does."""
+
+    def step(self, eps, t, x):
+        self.scheduler.step(eps, t, x)
+        return super().step(eps, t, x)
+
+
+@pytest.mark.parametrize("kind", [Copying, Twice])
+def test_copied_and_doubled_steps_are_followed(kind):
+    pipe = kind(loop().transformer)
+    plain = pipe()
+    with cached(pipe, everything(pipe)):
+        assert torch.equal(pipe(), plain)
+    with cached(pipe, table(pipe)):
+        assert computed(pipe, lambda after: pipe(after=after)) == [4, 0, 4, 0]
+
+
+def test_features_do_not_pile_up_where_no_step_is_taken():
+    pipe = loop()
+    with cached(pipe, table(pipe)) as session:
+        pipe(calls=lambda k: 50)
+        pipe(after=lambda k: None, calls=lambda k: 50 if k == 0 else 1)
+        assert all(len(tracker._open) <= 16 for tracker in session._live)
+
+
+# ----------------------------------------------- 11. compiled in place
+
+
+def test_a_transformer_compiled_in_place_is_refused_with_what_to_do_and_compiled_sites_work():
+    for compile_it in (
+        lambda model: model.transformer_blocks[1].compile(backend="eager", fullgraph=True),
+        lambda model: model.compile(backend="eager"),
+    ):
+        pipe = loop()
+        with cached(pipe, table(pipe)):
+            pipe()
+            compile_it(pipe.transformer)
+            with pytest.raises(ValueError, match=r"compiled in place.*compile its sites instead"):
+                pipe()
+        with pytest.raises(ValueError, match=r"compiled in place.*compile its sites instead"):
+            cached(pipe, table(pipe)).__enter__()
+    pipe = flux_pipe()  # whose blocks are not known, so sites themselves are asked
+    with cached(pipe, table(pipe)):
+        expected = run_embedded(pipe)
+        for site in sites(pipe.transformer).values():
+            site.compile(backend="eager")
+        assert torch.equal(run_embedded(pipe), expected)
+
+
+# ----------------------------------------------- 12. other caches
+
+
+def test_other_caches_on_the_same_transformer_are_refused_by_name_both_ways_round():
+    from diffusers import FirstBlockCacheConfig
+    from diffusers.hooks import apply_first_block_cache
+
+    pipe = flux_pipe()
+    with cached(pipe, table(pipe)):
+        pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+        with pytest.raises(ValueError, match="another cache enabled, diffusers' FirstBlockCache"):
+            run_embedded(pipe)
+    with pytest.raises(ValueError, match="FirstBlockCacheConfig"):
+        cached(pipe, table(pipe)).__enter__()
+    pipe.transformer.disable_cache()
+    with cached(pipe, table(pipe)):
+        run_embedded(pipe)
+    apply_first_block_cache(pipe.transformer, FirstBlockCacheConfig(threshold=0.1))
+    with pytest.raises(ValueError, match="diffusers' hook fbc_leader"):
+        cached(pipe, table(pipe)).__enter__()
+    pipe = loop()
+    pipe.transformer._is_cached = True
+    with pytest.raises(ValueError, match="cache-dit"):
+        cached(pipe, table(pipe)).__enter__()
+
+
+# ----------------------------------------------- 13. counts are of what happened
+
+
+def test_counts_are_of_what_ran_and_a_summary_never_raises(monkeypatch, caplog, capsys):
+    pipe = loop()
+    modules = list(sites(pipe.transformer).values())
+    with cached(pipe, table(pipe, 6, every=3)) as session:
+        ran = count_calls(modules, lambda: pipe(steps=6, batch=lambda k: 2 if k < 4 else 1))
+        told = session.report()
+        assert told["asked"] == 6 * 4
+        assert told["skipped"] == 6 * 4 - sum(ran)
+        assert told["beyond"] == {"nothing of these shapes was kept": 4}
+        assert told["speedup"] < table(pipe, 6, every=3).compute.numel() / sum(ran)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            pipe(steps=6, batch=lambda k: 2 if k < 4 else 1)
+        assert "said once" not in caplog.text  # but at the first walk
+        assert "50.0%" in str(session)
+    monkeypatch.setattr(session_module, "count_calls", lambda *_: 1 / 0)
+    with cached(pipe, table(pipe)) as session:
+        pipe()
+        assert "2.00x" not in str(session)
+        assert session.report()["speedup"] is None
+    assert capsys.readouterr().out == ""
+
+
+# ----------------------------------------------- 14. saving and copying; and errors that say why
+
+
+def test_a_model_saved_or_copied_while_enabled_even_in_a_walk_is_the_stock_one(tmp_path):
+    pipe = loop()
+    x, t, y = torch.randn(1, 4, 8, 8), torch.tensor([250]), torch.tensor([3])
+    stock = pipe.transformer(x, timestep=t, class_labels=y).sample
+    made = []
+
+    def save(k):
+        torch.save(pipe.transformer, tmp_path / "model.pt")
+        pipe.transformer.save_pretrained(tmp_path / "saved")
+        made.append(torch.load(tmp_path / "model.pt", weights_only=False))
+        made.append(type(pipe.transformer).from_pretrained(tmp_path / "saved"))
+        made.append(copy.deepcopy(pipe.transformer))
+        made.append(copy.deepcopy(pipe).transformer)
+
+    with cached(pipe, table(pipe)):
+        pipe(after=lambda k: save(k) if k == 1 else None)
+        save(0)
+        for model in made:
+            assert torch.equal(model.eval()(x, timestep=t, class_labels=y).sample, stock)
+        randomised(made[0], 9)
+        assert not torch.equal(made[0](x, timestep=t, class_labels=y).sample, stock)
+
+
+def test_timesteps_that_moved_with_the_resolution_are_said_to_have():
+    pipe = flux_pipe()
+    assert isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler)
+    names = tuple(sites(pipe.transformer))
+    with cached(
+        pipe, Schedule([[1] * len(names)] * 4, names, timesteps=(1000.0, 750.0, 500.0, 250.0))
+    ):
+        with pytest.raises(ValueError, match="shifts its timesteps with the resolution"):
+            run_embedded(pipe)
+
+
+# ----------------------------------------------- and
+
+
+def test_features_kept_in_host_memory_give_the_same_image():
+    pipe = loop()
+    for order in (0, 1):
+        rows = Schedule(table(pipe, 6, every=3).compute, order=order)
+        with cached(pipe, rows):
+            expected = pipe(steps=6)
+        with cached(pipe, rows, offload=True) as session:
+            assert torch.equal(pipe(steps=6), expected)
+            assert session.skipped == 16
+
+
+def test_another_scheduler_or_transformer_inside_the_with_is_followed():
+    pipe = dit_pipe()
+    with cached(pipe, table(pipe)) as session:
+        run(pipe)
+        pipe.scheduler, pipe.transformer = DDPMScheduler(), dit_transformer(7)
+        torch.manual_seed(0)
+        image = run(pipe)
+        assert session.skipped == 16
+    with torch.no_grad():
+        torch.manual_seed(0)
+        with cached(pipe, table(pipe)):
+            assert torch.equal(run(pipe), image)
+
+
+def test_reuse_of_a_weighted_table_after_a_late_start_repeats_what_there_is():
+    pipe = loop()
+    rows = Schedule([[1] * 4, [1] * 4, [0] * 4, [0] * 4], order=1)
+    plain = Schedule(rows.compute)
+    images = []
+    for each in (rows, plain):
+        with cached(pipe, each):
+            images.append(pipe(start=1))
+    assert torch.equal(*images)
+
+
+def test_reuse_alone_is_what_a_gate_by_hand_gives():
+    pipe = loop()
+    modules, cache = sites(pipe.transformer), {}
+    rows = table(pipe).compute.tolist()
+    with torch.no_grad():
+        with cached(pipe, table(pipe)):
+            image = pipe()
+        x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+        pipe.scheduler.set_timesteps(4)
+        for k, t in enumerate(pipe.scheduler.timesteps):
+            with gated(modules, reuse(rows[k], cache)):
+                out = pipe.transformer(x, timestep=t[None], class_labels=torch.tensor([1])).sample
+            x = pipe.scheduler.step(out[:, :4], t, x).prev_sample
+    assert torch.equal(image, x)
