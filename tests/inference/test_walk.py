@@ -21,8 +21,8 @@ from harmonica.inference.timing import Milliseconds, milliseconds
 from harmonica.inference.walk import Walk, model_of
 from harmonica.models import MODELS, load
 from harmonica.models.dit import DiTDenoiser
-from harmonica.models.pipelines.denoiser import StockDiT
 from harmonica.models.memo import Memo
+from harmonica.models.pipelines.denoiser import StockDiT
 from harmonica.models.precompute import equal_to_the_first, precomputed
 from harmonica.models.sites import sites
 from harmonica.samplers import DDIM, SAMPLERS

@@ -141,7 +141,7 @@ def enable_cache(pipe: Any, schedules: Schedule | Sequence[Schedule], **options:
     session = stack.enter_context(cached(pipe, schedules, **options))
     disable_cache(pipe)
     _enabled[pipe] = stack, session
-    finalize(pipe, stack.close)
+    finalize(pipe, stack.close).atexit = False
     return session
 
 

@@ -1,0 +1,122 @@
+"""A server that draws digits under a schedule: one model, two tables, many requests at once.
+
+    pip install "harmonica-dit[server]"
+    uvicorn --app-dir examples --factory server:app
+
+    curl -X POST "localhost:8000/images/mine?label=3&steps=10" -o image.npy   draws; `mine` names the request
+    curl -X DELETE localhost:8000/images/mine                                 cancels it
+    curl localhost:8000/metrics                                               what was reused, in numbers
+
+diffusers' schedulers remember where a walk is, so pipelines that run at once need one each. They
+share everything else: the server holds one transformer and a few light pipelines around it, and a
+request waits for a free one. Each is cached once, when the server starts. A walk that is cancelled
+leaves nothing behind, so its pipeline serves the next request.
+
+Replace `model()` and `tables()` by your own.
+"""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections import Counter
+from queue import Queue
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DPMSolverMultistepScheduler
+from fastapi import FastAPI, HTTPException, Response
+
+from harmonica import Schedule
+from harmonica.models import digits, load
+from harmonica.models.pipelines import enable_cache
+from harmonica.models.sites import sites
+
+PIPELINES = 4
+"""Images that are drawn at once."""
+
+
+class CancelError(Exception):
+    """Somebody asked for a walk to end."""
+
+
+class StoppableScheduler(DPMSolverMultistepScheduler):
+    """Raises CancelError at the next step once `stop` is set."""
+
+    stop = threading.Event()
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        """Take a step, or raise CancelError."""
+        if self.stop.is_set():
+            raise CancelError
+        return super().step(*args, **kwargs)
+
+
+def model() -> Any:
+    """Return the pipeline to serve."""
+    return digits.pipeline(load("tiny"))
+
+
+def tables(pipe: Any) -> list[Schedule]:
+    """Return a table for each number of steps; a real server reads them with Schedule.load."""
+    names = tuple(sites(pipe.transformer))
+    return [
+        Schedule([[k % every == 0] * len(names) for k in range(steps)], names)
+        for steps, every in ((10, 2), (20, 3))
+    ]
+
+
+def app() -> FastAPI:
+    """Return the server."""
+    first = model()
+    schedules = tables(first)
+    offered = [schedule.steps for schedule in schedules]
+    free: Queue[Any] = Queue()
+    sessions, stops, counts = [], dict[str, threading.Event](), Counter[str]()
+    for _ in range(PIPELINES):
+        scheduler = StoppableScheduler.from_config(first.scheduler.config)
+        pipe = type(first)(first.transformer, first.vae, scheduler)
+        pipe.set_progress_bar_config(disable=True)
+        sessions.append(enable_cache(pipe, schedules))
+        free.put(pipe)
+    server = FastAPI(title="HarmoniCa")
+
+    @server.post("/images/{name}")
+    def draw(name: str, label: int = 0, seed: int = 0, steps: int = 10) -> Response:
+        if steps not in offered:
+            raise HTTPException(422, f"steps is {steps}; there are tables for {offered}")
+        stop = stops.setdefault(name, threading.Event())
+        pipe = free.get()  # in a thread of FastAPI's, so waiting here keeps nobody else waiting
+        try:
+            pipe.scheduler.stop = stop
+            noise = torch.Generator().manual_seed(seed)
+            options = {"num_inference_steps": steps, "output_type": "np"}
+            images = pipe([label], generator=noise, **options).images
+        except CancelError:
+            counts["cancelled"] += 1
+            raise HTTPException(409, f"{name} was cancelled") from None
+        finally:
+            free.put(pipe)
+            stops.pop(name, None)
+        counts["images"] += 1
+        file = io.BytesIO()
+        np.save(file, images)
+        return Response(file.getvalue(), media_type="application/octet-stream")
+
+    @server.delete("/images/{name}")
+    async def cancel(name: str) -> bool:
+        if name in stops:
+            stops[name].set()
+        return name in stops
+
+    @server.get("/metrics")
+    async def metrics() -> Response:
+        reports = [session.report() for session in sessions]
+        numbers = {f"harmonica_{name}_total": count for name, count in counts.items()}
+        for key in ("walks", "asked", "skipped", "in_flight"):
+            numbers[f"harmonica_{key}"] = sum(report[key] for report in reports)
+        lines = [f"{name} {number}" for name, number in numbers.items()]
+        return Response("\n".join(lines) + "\n", media_type="text/plain")
+
+    return server

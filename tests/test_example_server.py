@@ -1,0 +1,95 @@
+"""The example server: many requests at once, some of them cancelled, each image the one made alone."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import importlib.util
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("fastapi")
+httpx = pytest.importorskip("httpx")
+
+FILE = Path(__file__).parent.parent / "examples/server.py"
+
+
+def server():
+    spec = importlib.util.spec_from_file_location("example_server", FILE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def request(i):
+    return {"label": i % 10, "seed": i, "steps": (10, 20)[i % 2]}
+
+
+def expected(module, i):
+    from harmonica.models.pipelines import cached
+
+    pipe, wanted = module.model(), request(i)
+    with cached(pipe, module.tables(pipe)):
+        noise = torch.Generator().manual_seed(i)
+        out = pipe([i % 10], generator=noise, num_inference_steps=wanted["steps"], output_type="np")
+    return out.images
+
+
+async def serve(app, count, cancelled=()):
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+
+        async def one(i):
+            return await client.post(f"/images/{i}", params=request(i))
+
+        async def cancel(i):
+            while not (await client.delete(f"/images/{i}")).json():
+                await asyncio.sleep(0)
+
+        answers = asyncio.gather(*map(one, range(count)))
+        await asyncio.gather(*map(cancel, cancelled))
+        return await answers, (await client.get("/metrics")).text
+
+
+def test_fifty_requests_at_once_ten_of_them_cancelled_give_the_images_made_alone():
+    module = server()
+    cancelled = range(3, 50, 5)
+    answers, metrics = asyncio.run(serve(module.app(), 50, cancelled))
+    assert {answer.status_code for answer in answers} == {200, 409}
+    drawn = [i for i, answer in enumerate(answers) if answer.status_code == 200]
+    assert set(range(50)) - set(cancelled) <= set(drawn)
+    for i in drawn[::4]:
+        image = np.load(io.BytesIO(answers[i].content))
+        assert np.array_equal(image, expected(module, i)), i
+    assert f"harmonica_images_total {len(drawn)}\n" in metrics
+    assert f"harmonica_cancelled_total {50 - len(drawn)}\n" in metrics
+    assert "harmonica_in_flight 0\n" in metrics
+
+
+def test_memory_is_flat():
+    app = server().app()
+
+    def tensors():
+        gc.collect()
+        return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+
+    counts = []
+    for _ in range(3):
+        asyncio.run(serve(app, 12, [5]))
+        counts.append(tensors())
+    assert counts[2] <= counts[1]
+
+
+def test_steps_without_a_table_are_refused_with_what_there_is():
+    async def ask(app):
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            return await client.post("/images/mine", params={"steps": 7})
+
+    answer = asyncio.run(ask(server().app()))
+    assert answer.status_code == 422
+    assert "there are tables for [10, 20]" in answer.text
