@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import io
 import threading
-from collections import Counter
 from queue import Queue
 from typing import Any
 
@@ -73,7 +72,11 @@ def app() -> FastAPI:
     schedules = tables(first)
     offered = [schedule.steps for schedule in schedules]
     free: Queue[Any] = Queue()
-    sessions, stops, counts = [], dict[str, threading.Event](), Counter[str]()
+    sessions, stops, counts = (
+        [],
+        dict[str, threading.Event](),
+        dict.fromkeys(("images", "cancelled"), 0),
+    )
     for _ in range(PIPELINES):
         scheduler = StoppableScheduler.from_config(first.scheduler.config)
         pipe = type(first)(first.transformer, first.vae, scheduler)
