@@ -26,13 +26,7 @@ from harmonica import Schedule, macs, train_sdt
 from harmonica.evaluation import pictures as plots
 from harmonica.evaluation.distances import image_mse
 from harmonica.models import digits, load
-from harmonica.models.pipelines import (
-    cached,
-    disable_cache,
-    enable_cache,
-    from_pipeline,
-    summary,
-)
+from harmonica.models.pipelines import cached, disable_cache, enable_cache, from_pipeline, summary
 from harmonica.models.sites import sites
 from harmonica.search import baselines
 

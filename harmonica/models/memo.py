@@ -145,5 +145,6 @@ _PLAIN = ("torch.nn.modules.", "diffusers.models.", "harmonica.models.")
 def settings_of(part: nn.Module) -> tuple[list[str], int]:
     """Return the names of a module's numbers and words, and how many attributes it has."""
     simple = (int, float, str, type(None))
-    own = {name: value for name, value in vars(part).items() if name != "forward"}
+    own = vars(part).copy()  # at once: another thread may place or take off an override
+    own.pop("forward", None)
     return [name for name, it in own.items() if name[0] != "_" and isinstance(it, simple)], len(own)
