@@ -748,5 +748,3 @@ def test_enabling_a_schedule_that_does_not_fit_leaves_the_one_that_does():
         enable_cache(pipe, Schedule([[1, 1]], ("a", "b")))
     assert torch.equal(run(pipe), image)
     disable_cache(pipe)
-
-
