@@ -117,30 +117,36 @@ def test_a_good_graph_stays_where_the_next_capture_fails():
     assert (tape.captured, tape.replayed, draw.reason) == (1, 2, None)
 
 
-@pytest.mark.parametrize("waits", [True, False])
+WHY_NOT = {
+    "waits": "capturing failed: _local_scalar_dense at test_graph",
+    "fails": "capturing failed: the first cause",
+    "succeeds": "None",
+}
+
+
+@pytest.mark.parametrize("how", WHY_NOT)
 @pytest.mark.usefixtures("small")
 def test_a_capture_is_refused_or_fails_with_its_first_cause_and_the_stream_is_put_back(
-    waits, monkeypatch
+    how, monkeypatch
 ):
     monkeypatch.setattr(threading, "active_count", lambda: 1)
     with ShamDevice() as device:
         d = loaded("dit-xl", device="cuda")
-        walk = Walk(d, table(d))
-        batch = d.draw(2, torch.Generator().manual_seed(0))
+        walk, batch = Walk(d, table(d)), d.draw(2, torch.Generator().manual_seed(0))
         step, capture = d.step, torch.cuda.graph.return_value
-        capture.__enter__.side_effect = RuntimeError("the first cause")
-        capture.__exit__.side_effect = RuntimeError("what follows from it")
-        if waits:
+        if how == "fails":
+            capture.__enter__.side_effect = RuntimeError("the first cause")
+            capture.__exit__.side_effect = RuntimeError("what follows from it")
+        if how == "waits":
             d.step = lambda x, *rest: step(x + float(x.mean()) * 0, *rest)
         draw = GraphWalk(walk)
         assert torch.equal(draw(*batch).held, walk(*batch).held)
         assert not device.strict
-        assert torch.cuda.CUDAGraph.called != waits
+        assert torch.cuda.CUDAGraph.called == (how != "waits")  # refused before it is captured
         assert torch.cuda.set_stream.call_args.args == (torch.cuda.current_stream(),)
-    assert draw.reason.startswith(
-        f"capturing failed: {'_local_scalar_dense at test_graph' if waits else 'the first cause'}"
-    )
-    assert draw.graphs == 0
+        assert torch.cuda.device.call_args.args == (batch[0].device,)
+    assert str(draw.reason).startswith(WHY_NOT[how])
+    assert draw.graphs == (how == "succeeds")
 
 
 def test_a_capture_that_fails_falls_back_and_is_not_tried_again_but_for_memory():
