@@ -1,11 +1,15 @@
-"""python -m harmonica.demo: train a router, draw the same noises with and without it, say what it
-was worth.
+"""Run a model with and without a cache, and say how fast and how good the cached images are.
 
-Prints one table, writes the schedule and four pictures to --out. Two minutes on two cores with the
-bundled model. Every other model takes its weights from the hub, a folder or a file, and hours of a
-GPU to train on: train with python -m harmonica.train, which can be resumed, and give its
-schedule.json as --schedule here. --weights random times
-a model without any weights: the pictures are noise then.
+    python -m harmonica.demo                  beyond the paper: dynamic programming chooses the
+                                              steps that compute, then the weights of past outputs
+                                              are learned towards the reference
+    python -m harmonica.demo --method sdt     the paper: step-wise denoising training of a router
+    python -m harmonica.demo --schedule FILE  any table, such as one by python -m harmonica.train
+
+The reference of a noise is the image that the same sampler makes of it with ten times the steps.
+One table is printed; schedule.json and three pictures are written to --out. With the bundled model
+that takes two minutes on two cores. Other models take their weights from the hub, a folder or a
+file; with --weights random they are timed without any, and the pictures are noise.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from harmonica import Denoiser, Router, Schedule, denoise, image_error, macs, sample, train_sdt
+from harmonica import Denoiser, Schedule, denoise, macs, sample, train_sdt
 from harmonica.command_line import (
     Parser,
     add_model_options,
@@ -31,20 +35,26 @@ from harmonica.command_line import (
     seed,
     whole,
 )
-from harmonica.denoise import gates_of
+from harmonica.denoise import Refinable, gates_of
 from harmonica.inference.timing import measure
 from harmonica.inference.walk import Walk
+from harmonica.search.baselines import dynamic_programming
 from harmonica.search.budget import check_target
+from harmonica.search.learn import learn_weights
 from harmonica.search.paths import whole_steps
+from harmonica.search.references import finer_walk, references
 from harmonica.storage.files import exclusive_lock
-from harmonica.train import AUTHORS, ORDER, QUICK, TARGET
+from harmonica.train import AUTHORS, QUICK, TARGET
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-HELD_OUT = 500  # noises that the router was not trained on, of the bundled model
-TIMED = 64  # of them in a timed batch
-SHOWN = 10  # in the picture
+HELD_OUT, POOL, CHOOSING, UPDATES = 128, 192, 32, 72
+"""Noises of the bundled model that judge, that weights are learned from, that choose the steps; and
+updates of the weights."""
+
+TIMED, SHOWN = 64, 10
+"""Images in a timed batch, and in the picture."""
 
 
 def parser() -> Parser:
@@ -55,37 +65,19 @@ def parser() -> Parser:
         formatter_class=argparse.RawTextHelpFormatter,
     )
     add_model_options(p)
+    p.add_argument("--vae", type=Path, metavar="DIR", help="autoencoder saved by diffusers")
+    p.add_argument("--images", type=whole, help=f"held-out noises ({HELD_OUT} for tiny, else 4)")
+    p.add_argument("--schedule", type=Path, metavar="FILE", help="use this table, make none")
+    p.add_argument("--method", choices=("weights", "sdt"), default="weights", help="see above")
+    p.add_argument("--target", type=float, metavar="SPEEDUP", help=f"{TARGET} (2 for weights)")
     p.add_argument(
-        "--vae", type=Path, metavar="DIR", help="autoencoder saved by diffusers (the model's own)"
+        "--iterations", type=whole, help=f"updates (of weights {UPDATES}; of sdt as in train)"
     )
-    p.add_argument("--images", type=whole, help="held-out noises (500 for tiny, else 4)")
-    p.add_argument(
-        "--schedule", type=Path, metavar="FILE", help="use this schedule instead of training"
-    )
-    p.add_argument(
-        "--iterations", type=whole, help="updates of the router (1500 for tiny, else 20000)"
-    )
-    p.add_argument(
-        "--beta",
-        type=float,
-        help="price of computing a site; more is faster (1e-7 for tiny, else 7e-8)",
-    )
-    p.add_argument("--target", type=float, metavar="SPEEDUP", help=f"{TARGET}, instead of --beta")
-    p.add_argument("--order", type=whole, default=0, help=ORDER)
+    p.add_argument("--beta", type=float, help="of sdt: price of computing a site, for --target")
     p.add_argument("--tau", type=float, default=0.1, help="a score above it computes (0.1)")
-    p.add_argument(
-        "--seed",
-        type=seed,
-        default=0,
-        help="of training; the held-out noises are always the same (0)",
-    )
-    p.add_argument(
-        "--out",
-        type=Path,
-        default=Path("out/demo"),
-        metavar="DIR",
-        help="folder for results (out/demo)",
-    )
+    p.add_argument("--seed", type=seed, default=0, help="of what is drawn to tune on (0)")
+    out = Path("out/demo")
+    p.add_argument("--out", type=Path, default=out, metavar="DIR", help=f"for results ({out})")
     return p
 
 
@@ -95,11 +87,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Train or load, draw, measure, print, save."""
-    from harmonica.evaluation import pictures as plots
+    """Make or load a table, draw, measure, print, save."""
+    from harmonica.evaluation import pictures
     from harmonica.models.autoencoder import decoder
 
-    settings = _settings(args)
+    _check(args)
     schedule = Schedule.load(args.schedule, args.tau) if args.schedule else None
     denoiser = load_model(args)
     if schedule is not None:
@@ -109,172 +101,121 @@ def run(args: argparse.Namespace) -> None:
     decode = decoder(args.model, args.weights, vae=args.vae, device=args.device, dtype=dtype)
     make_writable(args.out)
     with exclusive_lock(args.out):
-        router = None
-        if schedule is None and args.weights == "random" and args.iterations is None:
-            schedule = _every_other_step(denoiser)
-        elif schedule is None:
-            router = _train(denoiser, args, settings)
-            schedule = router.schedule(args.tau)
-        schedule.save(
-            args.out / "schedule.json"
-        )  # before anything else can go wrong: it may have taken hours
-        # The held-out seed is far from training's: the same noises judge every router.
-        held_out = (
-            args.images if args.images is not None else (HELD_OUT if args.model == "tiny" else 4)
-        )
-        x, cond = denoiser.draw(held_out, torch.Generator().manual_seed(1_000_003))
-        plain = decode(sample(denoiser, x, cond)).cpu()
-        cached = decode(Walk(denoiser, schedule)(x, cond)).cpu()
-        print(_table(denoiser, schedule, x, cond, plain, cached))
+        schedule = _schedule(denoiser, args) if schedule is None else schedule
+        schedule.save(args.out / "schedule.json")  # first of all: it may have taken hours
+        count = args.images or (HELD_OUT if _bundled(denoiser) else 4)
+        x, cond = denoiser.draw(count, torch.Generator().manual_seed(1_000_003))
+        walks = {"uncached": sample(denoiser, x, cond), "cached": Walk(denoiser, schedule)(x, cond)}
+        refinable = isinstance(denoiser, Refinable) and not denoiser.draws_noise
+        if args.weights != "random" and refinable:
+            walks = {"reference": sample(finer_walk(denoiser), x, cond), **walks}
+        images = {name: decode(end).cpu() for name, end in walks.items()}
+        print("\n".join(_report(denoiser, schedule, x, cond, images)))
         if args.weights == "random":
             print("  weights are random: the timing is real, the pictures are noise")
-        shown = _shown(denoiser, cond)
-        title = (
-            "same noise, same conditions"
-            if args.weights != "random"
-            else "latents under random weights"
-        )
-        images = plots.comparison(
-            plain[shown], cached[shown], labels=_captions(denoiser, cond[shown]), title=title
-        )
-        pictures = {"images": images, **_pictures(denoiser, schedule, x[:8], cond[:8])}
-        if args.weights != "random":  # λ takes T(T+1)/2 predictions, and of noise it says nothing
-            pictures["lambda"] = _lambda(denoiser, schedule, router, x[:8], cond[:8])
-        for name, figure in pictures.items():
-            plots.save(figure, args.out / f"{name}.png")
+        for name, figure in _pictures(denoiser, schedule, x, cond, images).items():
+            pictures.save(figure, args.out / f"{name}.png")
         print(f"schedule.json and pictures are in {args.out}")
 
 
-def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Return how to train: quickly for the bundled model, as the authors did for the others; raise
-    on bad numbers.
-    """
-    given = {
-        name: getattr(args, name)
-        for name in ("iterations", "beta")
-        if getattr(args, name) is not None
-    }
-    settings = {**(QUICK if args.model == "tiny" else AUTHORS), **given}
-    if (
-        not 0.0 <= args.tau < 1.0
-        or not 0.0 <= settings["beta"] < float("inf")
-        or settings["iterations"] < 1
-        or (args.images is not None and args.images < 1)
-    ):
-        found = f"--tau {args.tau} --beta {settings['beta']} --iterations {settings['iterations']} --images {args.images}"
-        raise ValueError(
-            f"found {found}; expected 0 <= tau < 1, beta >= 0, iterations and images >= 1"
-        )
-    check_target(args.target, args.beta, args.order)
-    if args.target is not None:
-        settings = {name: value for name, value in settings.items() if name != "beta"}
-        settings |= {"target_speedup": args.target, "order": args.order}
+def _check(args: argparse.Namespace) -> None:
+    """Raise ValueError for numbers out of range, before anything is loaded."""
+    for name in ("iterations", "images"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} {value}: expected 1 or more")
+    if not 0.0 <= args.tau < 1.0:
+        raise ValueError(f"--tau {args.tau}: expected at least 0 and below 1")
+    if args.beta is not None and (args.method != "sdt" or not 0.0 <= args.beta < float("inf")):
+        raise ValueError(f"--beta {args.beta}: expected 0 or more, with --method sdt")
+    check_target(args.target, args.beta, 0)
     check_device(args.device)
-    return settings
 
 
-def _every_other_step(denoiser: Denoiser) -> Schedule:
-    """Return a table for timing alone: everything at even steps, nothing at odd ones."""
-    rows = whole_steps(denoiser, range(0, denoiser.steps, 2))  # (T, N)
-    return Schedule(
-        rows,
-        sites=tuple(denoiser.sites),
-        **denoiser.about,
-        provenance={"method": "every other step"},
-    )
-
-
-def _train(denoiser: Denoiser, args: argparse.Namespace, settings: dict[str, Any]) -> Router:
+def _schedule(denoiser: Denoiser, args: argparse.Namespace) -> Schedule:
+    """Make a table by the method asked for; with random weights every other step computes."""
+    if args.weights == "random" and args.iterations is None:
+        rows = whole_steps(denoiser, range(0, denoiser.steps, 2))  # (T, N)
+        made = {"method": "every other step"}
+        return Schedule(rows, tuple(denoiser.sites), **denoiser.about, provenance=made)
     generator = torch.Generator().manual_seed(args.seed)
-    return train_sdt(denoiser, **settings, tau=args.tau, generator=generator)
+    bundled = _bundled(denoiser)
+    if args.method == "sdt":
+        settings: dict[str, Any] = dict(QUICK if bundled else AUTHORS)
+        if args.target is not None:
+            del settings["beta"]
+        given = {"beta": args.beta, "target_speedup": args.target, "iterations": args.iterations}
+        settings |= {name: value for name, value in given.items() if value is not None}
+        router = train_sdt(denoiser, **settings, tau=args.tau, generator=generator)
+        return router.schedule(args.tau)
+    pool = references(denoiser, noises=POOL if bundled else 16, generator=generator)
+    few = pool[slice(CHOOSING)]
+    table = dynamic_programming(denoiser, few.x, few.cond, speedup=args.target or 2.0)
+    return learn_weights(denoiser, table, pool, iterations=args.iterations or UPDATES)
 
 
-def _table(
-    denoiser: Denoiser, schedule: Schedule, x: Tensor, cond: Tensor, plain: Tensor, cached: Tensor
-) -> str:
+def _report(
+    denoiser: Denoiser, schedule: Schedule, x: Tensor, cond: Tensor, images: dict[str, Tensor]
+) -> list[str]:
+    """Return the lines of the table that is printed."""
     from harmonica.evaluation.distances import image_mse
+    from harmonica.evaluation.judge import judge_of
 
-    theory = schedule.speedup(macs(denoiser))
-    timed = len(x[:TIMED])
-    repeats, walk = 5 if _bundled(denoiser) else 3, Walk(denoiser, schedule)
-    clock = measure(denoiser, schedule, x[:TIMED], cond[:TIMED], repeats=repeats, walk=walk)
-    rows = (
-        ("cache utilisation (CUR)", f"{schedule.cur:.1%}"),
-        ("theoretical speedup", f"{theory:.2f}x"),
-        (
-            "measured speedup",
-            f"{clock.speedup:.2f}x  ({clock.plain:.3f} s -> {clock.cached:.3f} s, batch {timed})",
-        ),
-        ("measured / theoretical", f"{clock.speedup / theory:.2f}"),
-        ("image error (mean squared)", f"{image_mse(cached, plain):.2e}  of a pixel range of 2"),
-        *_labels_kept(denoiser, cond, plain, cached),
-    )
+    theory, walk = schedule.speedup(macs(denoiser)), Walk(denoiser, schedule)
+    timed = x[:TIMED], cond[:TIMED]
+    clock = measure(denoiser, schedule, *timed, repeats=3, walk=walk)
+    seconds = f"{clock.plain:.3f} s -> {clock.cached:.3f} s, batch {len(timed[0])}"
+    plain, cached = images["uncached"], images["cached"]
+    rows = {
+        "made by": schedule.provenance.get("method", "an unnamed method"),
+        "cache utilisation (CUR)": f"{schedule.cur:.1%}",
+        "theoretical speedup": f"{theory:.2f}x",
+        "measured speedup": f"{clock.speedup:.2f}x  ({seconds})",
+        "measured / theoretical": f"{clock.speedup / theory:.2f}",
+        "distance to uncached": f"{image_mse(cached, plain):.2e}",
+    }
+    if "weights_history" in schedule.provenance:
+        rows["made by"] = f"{rows['made by']}, then weights learned (beyond the paper)"
+    if "reference" in images:
+        near, far = (image_mse(some, images["reference"]) for some in (cached, plain))
+        rows["distance to the reference"] = f"{near:.2e}  (uncached {far:.2e})"
+    if _bundled(denoiser):
+        judge = judge_of(str(denoiser.about["model"]))
+        after, before = (judge.agreement(some, cond) for some in (cached, plain))
+        rows["images that show their label"] = f"{after:.1%}  (uncached {before:.1%})"
     head = f"{denoiser.about['model']}, {denoiser.about['sampler']}, T = {denoiser.steps}"
-    return "\n".join(
-        [f"{head}, {len(x)} held-out noises", *(f"  {name:29}{value}" for name, value in rows)]
-    )
+    about = f"{head}, {len(x)} noises that nothing was tuned on; distances are mean squared"
+    return [about, *(f"  {name:29}{value}" for name, value in rows.items())]
 
 
 def _bundled(denoiser: Denoiser) -> bool:
-    return bool(denoiser.about["model"] == "tiny")
+    return denoiser.about["model"] in ("tiny", "garments")
 
 
-def _labels_kept(
-    denoiser: Denoiser, cond: Tensor, plain: Tensor, cached: Tensor
-) -> list[tuple[str, str]]:
-    """Return the row that only digits can have: we know what they should look like."""
-    if not _bundled(denoiser):
-        return []
-    from harmonica.evaluation.judge import judge_of
-
-    judge = judge_of(str(denoiser.about["model"]))
-    before, after = (judge.agreement(images, cond) for images in (plain, cached))
-    return [("samples keeping their label", f"{after:.1%}  (without cache {before:.1%})")]
-
-
-def _shown(denoiser: Denoiser, cond: Tensor) -> Tensor:
-    """Return which samples to show: of the digits one of each, else the first few."""
-    if not _bundled(denoiser):
-        return torch.arange(min(SHOWN, len(cond)))
-    return torch.cat([(cond.cpu() == digit).nonzero()[:1, 0] for digit in range(10)])
-
-
-def _captions(denoiser: Denoiser, cond: Tensor) -> list[str]:
-    """Return what each image is of: the class, or the beginning of the prompt."""
+def _pictures(
+    denoiser: Denoiser, schedule: Schedule, x: Tensor, cond: Tensor, images: dict[str, Tensor]
+) -> dict[str, Figure]:
+    """Return the images in rows, the table, and the error along the walk."""
+    from harmonica.evaluation import pictures
     from harmonica.models import PixArtDenoiser
 
+    shown = torch.arange(min(SHOWN, len(cond)))
+    if _bundled(denoiser):  # one of each class
+        firsts = [(cond.cpu() == label).nonzero()[:1, 0] for label in range(SHOWN)]
+        shown = torch.cat(firsts)
+    labels = [str(label) for label in cond[shown].tolist()]
     if isinstance(denoiser, PixArtDenoiser):
-        return [denoiser.prompts.texts[i][:14] for i in cond.tolist()]
-    return [str(label) for label in cond.tolist()]
-
-
-def _pictures(denoiser: Denoiser, schedule: Schedule, x: Tensor, cond: Tensor) -> dict[str, Figure]:
-    from harmonica.evaluation import pictures as plots
-
-    plain = list(denoise(denoiser, x, cond))
-    cached = list(denoise(denoiser, x, cond, gates_of(schedule, {})))
-    about = denoiser.about
+        labels = [denoiser.prompts.texts[i][:14] for i in cond[shown].tolist()]
+    few = x[:8], cond[:8]
+    plain = list(denoise(denoiser, *few))
+    cached = list(denoise(denoiser, *few, gates_of(schedule, {})))
+    title = f"{schedule.model}, {schedule.sampler}, T = {schedule.steps}"
+    rows = {name: some[shown] for name, some in images.items()}
     return {
-        "router": plots.router_heatmap(
-            schedule, title=f"{about['model']}, {about['sampler']}, T = {schedule.steps}"
-        ),
-        "error": plots.error_along_walk(plain, {f"HarmoniCa, CUR {schedule.cur:.0%}": cached}),
+        "images": pictures.rows(rows, labels=labels, title="the same noises"),
+        "router": pictures.router_heatmap(schedule, title=title),
+        "error": pictures.error_along_walk(plain, {f"cached, CUR {schedule.cur:.0%}": cached}),
     }
-
-
-def _lambda(
-    denoiser: Denoiser, schedule: Schedule, router: Router | None, x: Tensor, cond: Tensor
-) -> Figure:
-    from harmonica.evaluation import pictures as plots
-
-    tables = {"leave-one-out": schedule.compute.float()}
-    if router is not None:
-        tables = {"soft, as trained": router().detach(), "hard, as run": schedule.compute.float()}
-    tau = 0.1 if schedule.threshold is None else schedule.threshold
-    lams = {
-        name: image_error(denoiser, r.to(x.device), x, cond, tau=tau) for name, r in tables.items()
-    }
-    return plots.lambda_per_step(lams)
 
 
 if __name__ == "__main__":

@@ -33,15 +33,25 @@ def unpainted(monkeypatch):
     monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: Path(path).touch())
 
 
-def test_the_demo_trains_measures_and_saves(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "HELD_OUT", 20)
-    monkeypatch.setattr(demo, "TIMED", 2)
+@pytest.fixture
+def small(monkeypatch):
+    """Draw few noises, and learn for two updates."""
+    few = {"HELD_OUT": 20, "TIMED": 2, "POOL": 4, "CHOOSING": 2, "UPDATES": 2}
+    for name, value in few.items():
+        monkeypatch.setattr(demo, name, value)
+
+
+FILES = ["error.png", "images.png", "router.png", "schedule.json"]
+
+
+@pytest.mark.parametrize("options", [(), ("--method", "sdt", "--iterations", "20")])
+def test_the_demo_makes_a_table_measures_and_saves(options, tmp_path, small, capsys):
     out = tmp_path / "with space"
-    assert demo.main(["--steps", "4", "--iterations", "20", "--out", str(out)]) == 0
-    names = ["error.png", "images.png", "lambda.png", "router.png", "schedule.json"]
-    assert sorted(p.name for p in out.iterdir()) == names
+    assert demo.main(["--steps", "4", *options, "--out", str(out)]) == 0
+    assert sorted(p.name for p in out.iterdir()) == FILES
     schedule = Schedule.load(out / "schedule.json")
     assert (schedule.steps, schedule.model, schedule.sampler) == (4, "tiny", "ddim")
+    assert ("beyond the paper" in capsys.readouterr().out) == (not options)
     # and again with the schedule it saved, on another number of steps and on the same
     again = ["--schedule", str(out / "schedule.json"), "--out", str(tmp_path / "again")]
     assert demo.main(["--steps", "4", *again]) == 0
@@ -49,26 +59,18 @@ def test_the_demo_trains_measures_and_saves(tmp_path, monkeypatch):
     assert demo.main(["--steps", "5", *again]) == 2
 
 
-def test_the_demos_table_shows_theory_and_clock_side_by_side(
-    tmp_path, capsys, monkeypatch, unpainted
-):
-    monkeypatch.setattr(demo, "HELD_OUT", 20)
-    monkeypatch.setattr(demo, "TIMED", 2)
+def test_the_demos_table_shows_theory_and_clock_side_by_side(tmp_path, capsys, small, unpainted):
     names = [f"blocks.{i}.{kind}" for i in range(8) for kind in ("attn", "mlp")]
     Schedule([[1] * 16, [0] * 16, [1] * 16, [0] * 16], sites=tuple(names)).save(tmp_path / "s.json")
-    assert (
-        demo.main(["--steps", "4", "--schedule", str(tmp_path / "s.json"), "--out", str(tmp_path)])
-        == 0
-    )
+    options = ["--schedule", str(tmp_path / "s.json"), "--out", str(tmp_path)]
+    assert demo.main(["--steps", "4", *options]) == 0
     said = capsys.readouterr().out
     assert re.search(r"CUR\)\s+50.0%", said)
+    assert re.search(r"distance to the reference\s+\S+  \(uncached \S+\)", said)
     for row in (
-        "theoretical speedup",
-        "measured speedup",
-        "measured / theoretical",
-        "image error",
-        "keeping their label",
-    ):
+        "theoretical speedup", "measured speedup", "measured / theoretical", "distance to uncached",
+        "images that show their label",
+    ):  # fmt: skip
         assert row in said
     assert str(tmp_path) in said
 
@@ -83,6 +85,8 @@ def test_the_demos_table_shows_theory_and_clock_side_by_side(
         (["--schedule", "no such file.json"], "no such file.json: no such file"),
         (["--out", "/dev/null/here"], "Not a directory"),
         (["--tau", "1.5"], "--tau 1.5"),
+        (["--iterations", "0"], "--iterations 0"),
+        (["--beta", "1e-7"], "--beta 1e-07: expected 0 or more, with --method sdt"),
         (["--device", "teapot"], "--device teapot: "),
         (["--device", "meta"], "--device meta: "),
         (["--device", "cuda:99"], "--device cuda:99: "),
@@ -111,10 +115,8 @@ def test_a_schedule_for_another_number_of_steps_is_refused_before_anything_runs(
 
 
 def test_the_threshold_of_the_command_freezes_a_router_given_as_schedule(
-    tmp_path, capsys, monkeypatch, unpainted
+    tmp_path, capsys, small, unpainted
 ):
-    monkeypatch.setattr(demo, "HELD_OUT", 20)
-    monkeypatch.setattr(demo, "TIMED", 2)
     logits = torch.zeros(2, 16)
     Router(3, 16, logits=logits).save(tmp_path / "router.safetensors")
     options = [
@@ -129,12 +131,15 @@ def test_the_threshold_of_the_command_freezes_a_router_given_as_schedule(
     assert re.search(r"CUR\)\s+66.7%", capsys.readouterr().out)
 
 
-def test_what_was_trained_is_saved_before_anything_else_can_go_wrong(tmp_path, monkeypatch, capsys):
+def test_what_was_made_is_saved_before_anything_else_can_go_wrong(tmp_path, monkeypatch, capsys):
     def full(*_):
         raise torch.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr(demo, "sample", full)
-    assert demo.main(["--steps", "3", "--iterations", "2", "--out", str(tmp_path)]) == 2
+    assert (
+        demo.main(["--method", "sdt", "--steps", "3", "--iterations", "2", "--out", str(tmp_path)])
+        == 2
+    )
     assert Schedule.load(tmp_path / "schedule.json").steps == 3
 
 
@@ -174,14 +179,10 @@ def test_random_weights_are_timed_and_said_to_be_noise(
     assert re.search(
         r"CUR\)\s+50.0%", said
     )  # no training: everything at even steps, nothing at odd ones
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "error.png",
-        "images.png",
-        "router.png",
-        "schedule.json",
-    ]
+    assert sorted(p.name for p in tmp_path.iterdir()) == FILES
     assert demo.main([*arguments, "--schedule", str(tmp_path / "schedule.json")]) == 0
-    assert demo.main([*arguments, "--iterations", "3"]) == 0  # asked to, it trains
+    trained = ["--method", "sdt", "--iterations", "3"]
+    assert demo.main([*arguments, *trained]) == 0
 
 
 def test_a_real_folder_is_trained_decoded_and_pictured(tmp_path, small_models):
@@ -200,14 +201,15 @@ def test_a_real_folder_is_trained_decoded_and_pictured(tmp_path, small_models):
     arguments += [
         "--prompts",
         str(tmp_path / "prompts.txt"),
+        "--method",
+        "sdt",
         "--iterations",
         "2",
         "--out",
         str(tmp_path / "out"),
     ]
     assert demo.main(arguments) == 0
-    names = ["error.png", "images.png", "lambda.png", "router.png", "schedule.json"]
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == names
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == FILES
     assert Schedule.load(tmp_path / "out" / "schedule.json").model == "pixart-alpha-256"
 
 
@@ -220,6 +222,8 @@ def test_help_names_every_option(capsys):
         "weights",
         "vae",
         "sampler",
+        "method",
+        "target",
         "guidance",
         "prompts",
         "images",

@@ -219,7 +219,7 @@ COMMANDS = {
     "train to a target": (
         train_main, ["--steps", "3", "--iterations", "2", "--batch-size", "2", "--target", "1.3", "--refine", "0", "--out", "OUT"],
     ),
-    "demo": (demo_main, ["--steps", "3", "--iterations", "2", "--images", "2", "--out", "OUT"]),
+    "demo": (demo_main, ["--steps", "3", "--method", "sdt", "--iterations", "2", "--images", "2", "--out", "OUT"]),
     "image_sets": (image_sets_main, ["--model", "tiny", "--steps", "3", "--count", "4", "--batch-size", "2", "--out", "OUT"]),
 }  # fmt: skip
 

@@ -26,7 +26,7 @@ from harmonica.storage.files import exclusive_lock
 ROOT = Path(__file__).parent.parent
 SHORT = ["--steps", "4", "--iterations", "4"]
 COMMANDS = {
-    "demo": (demo, [*SHORT, "--images", "2"]),
+    "demo": (demo, [*SHORT, "--images", "2", "--method", "sdt"]),
     "train": (train, [*SHORT, "--batch-size", "2"]),
     "image sets": (image_sets, ["--steps", "2", "--count", "4"]),
     "tiny": (tiny, ["--updates", "3"]),

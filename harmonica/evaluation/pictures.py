@@ -158,7 +158,8 @@ def lines(
             ax.xaxis.set_major_locator(MaxNLocator(integer=isinstance(drawn[0][0], int)))
     ax.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if log else "linear")
     ax.grid(alpha=0.3)
-    ax.legend()
+    if ax.lines:
+        ax.legend()
     return fig
 
 
