@@ -20,7 +20,6 @@ from conftest import make, press_ctrl_c
 
 from harmonica import Router, Schedule, demo, image_sets, train, train_sdt
 from harmonica.evaluation import pictures as plots
-from harmonica.models import tiny
 from harmonica.storage.files import exclusive_lock
 
 ROOT = Path(__file__).parent.parent
@@ -29,7 +28,6 @@ COMMANDS = {
     "demo": (demo, [*SHORT, "--images", "2", "--method", "sdt"]),
     "train": (train, [*SHORT, "--batch-size", "2"]),
     "image sets": (image_sets, ["--steps", "2", "--count", "4"]),
-    "tiny": (tiny, ["--updates", "3"]),
 }
 
 
@@ -42,7 +40,7 @@ def said(name, out, capsys, *more):
 
 def where(name, folder):
     """Return the --out of a command: a folder, or a file in it."""
-    return folder / {"image sets": "images.npz", "tiny": "w.safetensors"}.get(name, "run")
+    return folder / "images.npz" if name == "image sets" else folder / "run"
 
 
 # ------------------------------------------------------------ a full disk
@@ -157,16 +155,12 @@ def test_a_lock_of_a_killed_run_holds_nobody(tmp_path):
 # ------------------------------------------------------------ Ctrl-C, and a reader that goes away
 
 
-@pytest.mark.parametrize("name", ["demo", "samples", "tiny"])
+@pytest.mark.parametrize("name", ["demo", "image sets"])
 def test_ctrl_c_while_a_command_works_is_130_and_one_line(name, tmp_path, capsys, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    where_it_works = {
-        "demo": (demo, "train_sdt"),
-        "image sets": (image_sets, "_write_batch"),
-        "tiny": (tiny, "train"),
-    }
+    where_it_works = {"demo": (demo, "train_sdt"), "image sets": (image_sets, "draw_images")}
     monkeypatch.setattr(*where_it_works[name], interrupted)
     code, out, err = said(name, where(name, tmp_path), capsys)
     assert code == 130
