@@ -49,7 +49,7 @@ from harmonica.train import AUTHORS, QUICK, TARGET
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-HELD_OUT, POOL, CHOOSING, UPDATES = 128, 192, 32, 72
+HELD_OUT, POOL, CHOOSING, UPDATES = 128, 192, 32, 48
 """Noises of the bundled model that judge, that weights are learned from, that choose the steps; and
 updates of the weights."""
 
@@ -151,7 +151,8 @@ def _schedule(denoiser: Denoiser, args: argparse.Namespace) -> Schedule:
     pool = references(denoiser, noises=POOL if bundled else 16, generator=generator)
     few = pool[slice(CHOOSING)]
     table = dynamic_programming(denoiser, few.x, few.cond, speedup=args.target or 2.0)
-    return learn_weights(denoiser, table, pool, iterations=args.iterations or UPDATES)
+    updates = args.iterations or UPDATES
+    return learn_weights(denoiser, table, pool, iterations=updates, lr=0.006)  # few updates: small
 
 
 def _report(
