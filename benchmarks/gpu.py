@@ -41,7 +41,8 @@ from harmonica.inference.graph import GraphWalk
 from harmonica.inference.timing import Timer, by_turns, milliseconds
 from harmonica.inference.walk import Walk
 from harmonica.models import load
-from harmonica.search.flip_effects import around
+from harmonica.search.flip_effects import flip_effects_at
+from harmonica.search.references import Pool
 
 GIB = 2**30
 
@@ -207,7 +208,7 @@ def refinement(card: Card) -> dict[str, Any]:
     x, cond = drawn(d, 1)
     plain = sample(d, x, cond)
     with card.peak(figures), Timer(x) as timer:
-        around(d, half_reused(d), x, cond, plain, torch.ones_like(x))
+        flip_effects_at(d, half_reused(d), Pool(x, cond, plain), torch.ones_like(x))
     return figures | {"seconds": round(timer.milliseconds() / 1e3, 3)} | predicted(card, 1, False)
 
 

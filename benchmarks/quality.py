@@ -1,14 +1,20 @@
-"""Every method on one bench: image error and Fréchet distance at equal theoretical speedup, bundled model.
+"""Every method on one bench: three distances at equal theoretical speedup, on a bundled model.
 
-    python benchmarks/quality.py                       T = 20, DDIM, 1.4x, 2x, 2.5x, three seeds of what is trained
-    python benchmarks/quality.py --steps 10 20 50 --samplers ddim dpm-solver++ --speedups 1.1 1.2 1.4 1.6 2 2.5 3
+    python benchmarks/quality.py                       T = 20, DDIM, 1.4x, 2x, 2.5x, 3x, three seeds of what is trained
+    python benchmarks/quality.py --steps 10 50 --speedups 2 --samplers ddim dpm-solver++
     python benchmarks/quality.py --noises 64 --updates 40 --seeds 1     to see it run
 
+    image_error     to the uncached image of the same noise
+    to_reference    to the image of the same sampler with ten times the steps
+    frechet         Fréchet distance to real pictures
+
+Each is [value, low, high] of a bootstrap. "…_difference" is the method's value minus the uncached walk's, resampled
+over the same noises, so an interval below zero means that the method is better than not caching at all.
 All methods return a schedule; one engine runs it on the same held-out noises. Methods that measure see 96 noises that
-are not among those (greedy search 8, for its price; refined tables are judged on 128). Each finished row is a file in
---out: the same command continues.
-"forecasts" continue skipped outputs by one difference (FORA with forecasts is TaylorSeer), the others repeat them.
-Writes results/quality.json and, for each T and sampler, results/quality-T-SAMPLER.png: error against speedup.
+are not among those (greedy search 8, for its price; refined tables are judged on 128, weights learned on 384). Each
+finished row, pool and trained table is a file in --out: the same command continues.
+"order 1" and "order 2" are TaylorSeer's forecasts. Writes results/quality.json and, for each T and sampler,
+results/quality-T-SAMPLER.png: error to the uncached image against speedup.
 """
 
 from __future__ import annotations
@@ -19,42 +25,45 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from multiprocessing import Pool
+from multiprocessing import Pool as Workers
 from pathlib import Path
 from typing import Any
 
 import torch
 from bootstrap import bootstrap
 from record import RESULTS, ended, record
+from torch import Tensor
 
-from harmonica import Denoiser, Router, Schedule, macs, sample, train_sdt
-from harmonica.evaluation.distances import frechet_distance, image_mse
-from harmonica.evaluation.judge import digits
+from harmonica import Denoiser, Router, Schedule, macs, references, sample, train_sdt
+from harmonica.evaluation.distances import image_mse
+from harmonica.evaluation.judge import digits, judge_of
 from harmonica.evaluation.pictures import save, tradeoff
 from harmonica.inference.walk import Walk
 from harmonica.models import load
-from harmonica.search import baselines
+from harmonica.search import baselines, measured
 from harmonica.search.budget import Target
-from harmonica.search.refine import reach
+from harmonica.search.learn import learn_weights
+from harmonica.search.references import Pool
+from harmonica.search.refine_router import refine_router
 from harmonica.storage.files import read_json, write_json
 
-FORECASTS = ", forecasts"
-LEARNED = (
+ORDERS = {", order 1": 1, ", order 2": 2}
+TRAINED = (
     "HarmoniCa, lambda = 1",
     "HarmoniCa",
     "Learning-to-Cache",
-    "HarmoniCa, refined",
-    "HarmoniCa, refined, forecasts",
+    "HarmoniCa, refined, order 1",
+    "refined towards the reference, order 1",
+    "weights on dynamic programming",
+    "weights on the refined table",
+    "weights, everything computed",
 )
-TABLES = ("FORA", "SmoothCache", "Delta-DiT", "dynamic programming", "random", "greedy")
-METHODS = (
-    "uncached",
-    "fewer steps",
-    *TABLES,
-    "FORA" + FORECASTS,
-    "dynamic programming" + FORECASTS,
-    *LEARNED,
+MEASURED = (
+    *("FORA", "FORA, order 1", "FORA, order 2", "SmoothCache", "Delta-DiT", "random", "greedy"),
+    *("dynamic programming", "dynamic programming, order 1", "dynamic programming, order 2"),
+    *("L2P", "L2P on dynamic programming", "InvarDiff"),
 )
+METHODS = ("uncached", "fewer steps", "fewer steps of dpm-solver++", *MEASURED, *TRAINED)
 SEEN = 96
 
 Job = tuple[int, str, str, float, int, argparse.Namespace]
@@ -64,21 +73,29 @@ Job = tuple[int, str, str, float, int, argparse.Namespace]
 def jobs(args: argparse.Namespace) -> Iterator[Job]:
     """Yield what is to be measured, cheap methods and first seeds first."""
     for seed in range(args.seeds):
-        for method in METHODS if seed == 0 else LEARNED:
+        for method in METHODS if seed == 0 else TRAINED:
             if method not in args.methods:
                 continue
             for steps in args.steps:
                 for sampler in args.samplers:
-                    for speedup in (1.0,) if method == "uncached" else args.speedups:
+                    alone = method == "uncached" or method.endswith("everything computed")
+                    for speedup in (1.0,) if alone else args.speedups:
                         yield steps, sampler, method, speedup, seed, args
 
 
-def made(
-    denoiser: Denoiser, method: str, speedup: float, seed: int, args: argparse.Namespace
-) -> Schedule:
+def table_of(denoiser: Denoiser, method: str, speedup: float, job: Job) -> Schedule:
     """Return the schedule of a method at a speedup; raises ValueError where that is out of its reach."""
     few, cond = denoiser.draw(SEEN, torch.Generator().manual_seed(20_000_003))
+    *_, seed, args = job
     generator = torch.Generator().manual_seed(seed)
+
+    def of(name: str) -> Schedule:
+        return table_of(denoiser, name, speedup, job)
+
+    def everything() -> Schedule:
+        compute = torch.ones(denoiser.steps, len(denoiser.sites))
+        return Schedule(compute, sites=tuple(denoiser.sites), **denoiser.about)
+
     ways: dict[str, Callable[[], Schedule]] = {
         "FORA": lambda: baselines.every(denoiser, speedup=speedup),
         "SmoothCache": lambda: baselines.smoothcache(denoiser, few, cond, speedup=speedup),
@@ -88,29 +105,51 @@ def made(
         ),
         "greedy": lambda: baselines.greedy(denoiser, few[:8], cond[:8], speedup=speedup),
         "random": lambda: baselines.random_table(denoiser, generator, speedup=speedup),
-        "Learning-to-Cache": lambda: baselines.learning_to_cache(
-            denoiser,
-            *digits(),
-            speedup=speedup,
-            updates=args.updates,
-            batch_size=8,
-            lr=0.1,
-            generator=generator,
+        "L2P": lambda: measured.l2p(denoiser, few, cond, speedup=speedup),
+        "L2P on dynamic programming": lambda: measured.l2p(
+            denoiser, few, cond, schedule=of("dynamic programming")
         ),
-    }
-    table = method.removesuffix(FORECASTS)
-    if table in ways:
-        return replace(ways[table](), order=int(table != method))
-    return _harmonica(denoiser, method, speedup, seed, args)
+        "InvarDiff": lambda: measured.invardiff(denoiser, few, cond, speedup=speedup),
+        "Learning-to-Cache": lambda: baselines.learning_to_cache(
+            denoiser, *digits(), speedup=speedup, updates=args.updates, batch_size=8, lr=0.1, generator=generator
+        ),
+        "weights on dynamic programming": lambda: weighted(of("dynamic programming"), denoiser, job),
+        "weights on the refined table": lambda: weighted(
+            of("refined towards the reference, order 1"), denoiser, job
+        ),
+        "weights, everything computed": lambda: weighted(everything(), denoiser, job),
+    }  # fmt: skip
+    if method in ways:
+        return ways[method]()
+    for suffix, order in ORDERS.items():
+        name = method.removesuffix(suffix)
+        if name != method and name in ways:
+            return replace(ways[name](), order=order)
+    return harmonica(denoiser, method, speedup, job)
 
 
-def _harmonica(
-    denoiser: Denoiser, method: str, speedup: float, seed: int, args: argparse.Namespace
-) -> Schedule:
+def weighted(schedule: Schedule, denoiser: Denoiser, job: Job) -> Schedule:
+    """Learn weights towards the reference, on a pool that all methods share."""
+    *_, seed, args = job
+    generator = torch.Generator().manual_seed(seed)
+    return learn_weights(
+        denoiser, schedule, pool_of(denoiser, 384, None, args), generator=generator
+    )
+
+
+def pool_of(denoiser: Denoiser, noises: int, seed: int | None, args: argparse.Namespace) -> Pool:
+    """Return references, from their file as far as it goes."""
+    name = f"references-{denoiser.steps}-{denoiser.about['sampler']}-{noises}-{seed}.safetensors"
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    return references(denoiser, noises=noises, generator=generator, path=args.out / name)
+
+
+def harmonica(denoiser: Denoiser, method: str, speedup: float, job: Job) -> Schedule:
     """Train, or read what was trained for the same table unrefined, and refine if the method does."""
-    proxy = None if method.endswith("1") else "leave-one-out"
-    name = f"{denoiser.steps}-{denoiser.about['sampler']}-{speedup:g}-{seed}-{args.updates}-{proxy}.safetensors"
-    path = args.out / name
+    *_, seed, args = job
+    proxy = None if method.endswith("lambda = 1") else "leave-one-out"
+    name = f"{denoiser.steps}-{denoiser.about['sampler']}-{speedup:g}-{seed}-{args.updates}-{proxy}"
+    path = args.out / f"{name}.safetensors"
     if not path.exists():
         began = time.perf_counter()
         router = train_sdt(
@@ -122,65 +161,76 @@ def _harmonica(
     router = Router.load(path)
     if "refined" in method:
         target = Target(speedup, macs(denoiser), denoiser.steps)
-        reach(denoiser, router, target, batch_size=64, order=int(method.endswith(FORECASTS)))
+        toward = "reference" if "reference" in method else "uncached"
+        refine_router(denoiser, router, target, batch_size=64, order=1, toward=toward)
     return router.schedule(0.1)
 
 
-def measured(job: Job) -> dict[str, Any]:
+def row_of(job: Job) -> dict[str, Any]:
     """Measure one row, or read it."""
     steps, sampler, method, speedup, seed, args = job
-    path = (
-        args.out
-        / f"{steps}-{sampler}-{method}-{speedup:g}-{seed}-{args.updates}-{args.noises}.json"
+    path = args.out / (
+        f"{args.model}-{steps}-{sampler}-{method}-{speedup:g}-{seed}-{args.updates}-{args.noises}.json"
     )
     if path.exists():
         return read_json(path)
     torch.set_num_threads(1)
-    denoiser, real, began = (
-        load("tiny", steps=steps, sampler=sampler),
-        digits()[0],
-        time.perf_counter(),
+    denoiser, began = load(args.model, steps=steps, sampler=sampler), time.perf_counter()
+    pool = pool_of(denoiser, args.noises, 1_000_003, args)
+    plain = uncached(
+        denoiser, pool, args.out / f"plain-{args.model}-{steps}-{sampler}-{args.noises}.pt"
     )
-    x, cond = denoiser.draw(args.noises, torch.Generator().manual_seed(1_000_003))
-    plain = _plain(denoiser, x, cond, args.out / f"plain-{steps}-{sampler}-{args.noises}.pt")
     row: dict[str, Any] = {
-        "T": steps,
-        "sampler": sampler,
-        "method": method,
-        "asked": speedup,
-        "seed": seed,
-    }
+        "model": args.model, "T": steps, "sampler": sampler, "method": method, "asked": speedup, "seed": seed,
+    }  # fmt: skip
     try:
         if method == "uncached":
             row["speedup"], images = 1.0, plain
-        elif method == "fewer steps":
+        elif method.startswith("fewer steps"):
             fewer = baselines.fewer_steps(steps, speedup)
-            row["speedup"], images = (
-                steps / fewer,
-                sample(load("tiny", steps=fewer, sampler=sampler), x, cond),
-            )
+            solver = method.partition(" of ")[2] or sampler
+            row["speedup"] = steps / fewer
+            images = sample(load(args.model, steps=fewer, sampler=solver), pool.x, pool.cond)
         else:
-            schedule = made(denoiser, method, speedup, seed, args)
+            schedule = table_of(denoiser, method, speedup, job)
             row |= {"speedup": schedule.speedup(macs(denoiser)), "made": dict(schedule.provenance)}
             row["seconds_to_make"] = round(time.perf_counter() - began, 1)
-            images = Walk(denoiser, schedule)(x, cond)
+            images = Walk(denoiser, schedule)(pool.x, pool.cond)
     except ValueError as out_of_reach:
         row["refused"] = str(out_of_reach)
         write_json(path, row)
         return row
-    again = torch.Generator().manual_seed(0)
-    row["image_error"] = bootstrap(image_mse, images, plain, generator=again)
-    row["frechet"] = bootstrap(
-        lambda some: frechet_distance(some, real), images, resamples=100, generator=again
-    )
+    row |= judged(images, plain, pool.images, args.model)
     write_json(path, row)
     return row
 
 
-def _plain(denoiser: Denoiser, x: torch.Tensor, cond: torch.Tensor, path: Path) -> torch.Tensor:
+def judged(images: Tensor, plain: Tensor, finer: Tensor, model: str) -> dict[str, Any]:
+    """Return three distances of a set of images, and two differences to the uncached one, paired."""
+    judge, again = judge_of(model), torch.Generator().manual_seed(0)
+    mine, theirs = judge.features(images), judge.features(plain)
+
+    def farther(a: Tensor, b: Tensor, c: Tensor) -> float:
+        return image_mse(a, c) - image_mse(b, c)
+
+    def less_real(a: Tensor, b: Tensor) -> float:
+        return judge.frechet_of_features(a) - judge.frechet_of_features(b)
+
+    return {
+        "image_error": bootstrap(image_mse, images, plain, generator=again),
+        "to_reference": bootstrap(image_mse, images, finer, generator=again),
+        "to_reference_over_uncached": image_mse(images, finer) / image_mse(plain, finer),
+        "to_reference_difference": bootstrap(farther, images, plain, finer, generator=again),
+        "frechet": bootstrap(judge.frechet_of_features, mine, resamples=100, generator=again),
+        "frechet_difference": bootstrap(less_real, mine, theirs, resamples=200, generator=again),
+    }
+
+
+def uncached(denoiser: Denoiser, pool: Pool, path: Path) -> Tensor:
+    """Return the uncached images, from their file if it is there."""
     if path.exists():
         return torch.load(path)  # type: ignore[no-any-return]
-    images = sample(denoiser, x, cond)
+    images = sample(denoiser, pool.x, pool.cond)
     torch.save(images, path)
     return images
 
@@ -190,9 +240,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--model", default="tiny", help="a bundled one")
     parser.add_argument("--steps", type=int, nargs="+", default=[20])
     parser.add_argument("--samplers", nargs="+", default=["ddim"])
-    parser.add_argument("--speedups", type=float, nargs="+", default=[1.4, 2.0, 2.5])
+    parser.add_argument("--speedups", type=float, nargs="+", default=[1.4, 2.0, 2.5, 3.0])
     parser.add_argument(
         "--methods",
         nargs="+",
@@ -202,7 +253,9 @@ def main() -> None:
         help=", ".join(METHODS),
     )
     parser.add_argument("--noises", type=int, default=1000, help="held-out ones")
-    parser.add_argument("--updates", type=int, default=1500, help="of what is trained")
+    parser.add_argument(
+        "--updates", type=int, default=1500, help="of what the paper's method trains"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="of what is trained")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument(
@@ -216,37 +269,33 @@ def main() -> None:
         rows = [read_json(path) for path in sorted(args.out.glob("*.json"))]
     else:
         # workers leave Ctrl-C to this process, which ends them
-        with Pool(args.workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+        with Workers(args.workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as workers:
             rows = []
-            for row in pool.imap(measured, jobs(args)):
+            for row in workers.imap(row_of, jobs(args)):
                 rows.append(row)
-                print(
-                    json.dumps({key: value for key, value in row.items() if key != "made"}),
-                    flush=True,
-                )
+                short = {key: value for key, value in row.items() if key != "made"}
+                print(json.dumps(short), flush=True)
     args.results.mkdir(parents=True, exist_ok=True)
     for steps, sampler in sorted({(row["T"], row["sampler"]) for row in rows}):
-        _draw(
-            [row for row in rows if (row["T"], row["sampler"]) == (steps, sampler)],
-            steps,
-            sampler,
-            args.results,
-        )
+        draw([row for row in rows if (row["T"], row["sampler"]) == (steps, sampler)], args.results)
     record("quality", {"noises": args.noises, "updates": args.updates, "rows": rows}, args.results)
 
 
-def _draw(rows: list[dict[str, Any]], steps: int, sampler: str, folder: Path) -> None:
-    """Draw error against speedup, first seeds; chance and lambda = 1 are left to the table."""
-    shown = [row for row in rows if "image_error" in row and row["seed"] == 0]
+def draw(rows: list[dict[str, Any]], folder: Path) -> None:
+    """Draw the distance to the reference against speedup, first seeds; chance is left to the table."""
+    shown = [row for row in rows if "to_reference" in row and row["seed"] == 0]
     points = {
         method: [
-            (row["speedup"], row["image_error"][0]) for row in shown if row["method"] == method
+            (row["speedup"], row["to_reference"][0]) for row in shown if row["method"] == method
         ]
         for method in reversed(METHODS)
         if method not in ("uncached", "random", "HarmoniCa, lambda = 1")
     }
+    points = {method: each for method, each in points.items() if each}
+    model, steps, sampler = (rows[0][key] for key in ("model", "T", "sampler"))
     figure = tradeoff({name: points[name] for name in list(points)[:6]})
-    figure.axes[0].set_title(f"tiny, {sampler}, T = {steps}")
+    figure.axes[0].set_title(f"{model}, {sampler}, T = {steps}")
+    figure.axes[0].set_ylabel("distance to the reference")
     save(figure, folder / f"quality-{steps}-{sampler.replace('+', 'p')}.png")
 
 

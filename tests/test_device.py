@@ -30,7 +30,8 @@ from harmonica.models.pipelines.numerics import StockDiT
 from harmonica.models.sites import sites
 from harmonica.samplers import DDIM
 from harmonica.search import baselines
-from harmonica.search.flip_effects import around
+from harmonica.search.flip_effects import flip_effects_at
+from harmonica.search.references import Pool
 from harmonica.train import main as train_main
 from harmonica.train import parser as train_parser
 
@@ -199,7 +200,8 @@ def test_a_baseline_makes_the_cpus_table(name):
 def flip_effects(place, order=0):
     d = loaded("dit-xl", steps=3, device=place)
     x, y = d.draw(2, torch.Generator().manual_seed(0))
-    model = around(d, ordered(d, order), x, y, sample(d, x, y), torch.ones_like(x))
+    pool = Pool(x, y, sample(d, x, y))
+    model = flip_effects_at(d, ordered(d, order), pool, torch.ones_like(x))
     return model.gradient, model.curvature
 
 

@@ -9,16 +9,23 @@ is fitted to errors counts such a noise less (`outlier_weights`).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
+from harmonica.cache import Compute, Feature, gated
+from harmonica.denoise import Denoiser
 from harmonica.memory import is_out_of_memory
 
 CAP = 4.0
 """A noise whose error is more than so many times the median counts in proportion less."""
+
+PORTION = 64
+"""Noises walked at a time, where there is room."""
 
 R = TypeVar("R")
 
@@ -65,3 +72,28 @@ def in_portions(run: Callable[[int, int], R], total: int, size: int) -> Iterator
             continue
         yield result
         first += size
+
+
+def noises_that_fit(denoiser: Denoiser, x: Tensor, cond: Any) -> int:
+    """Return how many noises, PORTION at most, leave half of the free memory when the features of
+    all T steps are alive, as they are while a walk is differentiated. Costs a prediction of x.
+    """
+    features: list[int] = []
+
+    def gate(site: int, compute: Compute) -> Feature:
+        feature = compute()
+        leaves = [leaf for leaf in tree_leaves(feature) if isinstance(leaf, Tensor)]
+        features.append(sum(leaf.numel() * leaf.element_size() for leaf in leaves))
+        return feature
+
+    with torch.no_grad(), gated(denoiser.sites, gate):
+        denoiser.predict(x, 0, cond)
+    each = denoiser.steps * sum(features) // len(x)
+    return max(1, min(PORTION, free_bytes(x.device) // 2 // max(each, 1)))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return how much of a device's memory is free."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

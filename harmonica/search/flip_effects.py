@@ -4,7 +4,7 @@ through one walk.
     e       an entry (k, i) with k ≥ 1                                              E = (T−1)·N of them
     z       1 = turned over: reuse where the table computes, or the other way       (E,)
     v_e     ∂image/∂z_e, what turning e over does to the image, sign included       (B, C, H, W)
-    d       image(table) − image without a cache                                    (B, C, H, W)
+    d       image(table) − what it should be, a pool's image                        (B, C, H, W)
 
 Near a table, what several entries do adds up as vectors, so entries that cancel each other are
 seen, and so is a refresh that helps the steps after it (λ and a router's gradient know only the
@@ -27,7 +27,7 @@ noises are weighed down (`CAP`). This file does not know routers, nor how a tabl
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,14 +40,13 @@ from harmonica.cache import Compute, Feature, History, gated, weighted_sum
 from harmonica.denoise import Denoiser
 from harmonica.router import Schedule
 from harmonica.search.budget import Target
+from harmonica.search.errors import CAP, PORTION, image_errors, in_portions, outlier_weights
+from harmonica.search.references import Pool
 from harmonica.table import taylor_forecasts
 
 WALKS = 7
-"""What `around` costs, in walks: one forward, then one again and a backward pass (worth two) from d
+"""What `flip_effects_at` costs, in walks: one forward, then one again and a backward pass (worth two) from d
 and from ξ."""
-
-CAP = 4.0
-"""A noise whose error is more than so many times the batch's median counts in proportion less."""
 
 
 @dataclass(frozen=True)
@@ -58,48 +57,47 @@ class Quadratic:
     curvature: Tensor  # G, (E, E) float64
 
     def __call__(self, z: Tensor) -> float:
-        """Return what turning over z (E,), bool, adds to the error."""
+        """Return what flipping z (E,), bool, adds to the error."""
         on = z.nonzero().flatten()
         return float(2 * self.gradient[on].sum() + self.curvature[on][:, on].sum())
 
 
-def around(
-    denoiser: Denoiser, schedule: Schedule, x: Tensor, cond: Any, plain: Tensor, signs: Tensor
+def flip_effects_at(
+    denoiser: Denoiser, schedule: Schedule, pool: Pool, signs: Tensor, *, portion: int = PORTION
 ) -> Quadratic:
-    """Return the quadratic around a schedule's table, mean over the noises of a batch, weighed by CAP.
+    """Return the quadratic around a schedule's table, mean over a pool's noises, on their device.
 
-    Memory is that of one step's gradient and the features at T steps. Guidance's halves are taken
-    to follow one another, as in cat([x, x]); under another order h stays right and G mixes noises.
+    Noises whose error is far above the median count less (CAP). Memory is that of one step's
+    gradient and the features at T steps, for `portion` noises at a time. Guidance's halves are
+    taken to follow one another, as in cat([x, x]); under another order h stays right and G mixes
+    noises.
 
     Args:
         denoiser: model, sampler, guidance.
-        schedule: table, order and weights; weights stay as they are where nothing is turned over.
-        x: (B, C, H, W) pure noise.
-        cond: conditions for the batch.
-        plain: (B, C, H, W) the images without a cache.
-        signs: (B, C, H, W) of ±1, ξ of each noise.
+        schedule: table, order and weights; weights stay as they are where nothing flips.
+        pool: M noises, and the images that they should become.
+        signs: (M, C, H, W) of ±1, ξ of each noise.
+        portion: noises at a time, fewer where memory runs out; the same result to rounding.
     """
-    batch, pixels, table = len(x), x[0].numel(), schedule.compute
-    wide = torch.promote_types(x.dtype, torch.float32)
-    s = table.to(x.device, wide)[:, :, None].repeat(1, 1, batch).requires_grad_()  # (T, N, B)
-    image = _walk(denoiser, s, x, cond, schedule)
-    away = (image - plain).detach()
-    scale = (
-        away.square().mean().sqrt().clamp_min(1e-30)
-    )  # half precision would lose small gradients
-    along = [away / scale, signs.to(away)]
-    turned = torch.where(table, -1.0, 1.0)[1:].double()[:, :, None]  # ∂s/∂z, (T−1, N, 1)
-    dots = [
-        (
-            turned
-            * torch.autograd.grad(image, s, to, retain_graph=to is along[0])[0][1:].double().cpu()
-        ).flatten(0, 1)
-        for to in along
-    ]  # d·v and ξ·v, (E, B) each
-    error = away.square().flatten(1).mean(1).double().cpu()  # (B,)
-    most = CAP * error.median()
-    weight = torch.where(error > most, most / error, 1.0) / (batch * pixels)  # (B,)
-    return Quadratic(dots[0] @ weight * float(scale), (dots[1] * weight) @ dots[1].T)
+    table, wide = schedule.compute, torch.promote_types(pool.x.dtype, torch.float32)
+    flipped = torch.where(table, -1.0, 1.0)[1:].double()[:, :, None]  # ∂s/∂z, (T−1, N, 1)
+
+    def run(first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
+        part = pool[slice(first, last)]
+        s = table.to(part.x.device, wide)[:, :, None].repeat(1, 1, last - first).requires_grad_()
+        image = _walk(denoiser, s, part.x, part.cond, schedule)
+        away = (image - part.images).detach()
+        scale = away.square().mean().sqrt().clamp_min(1e-30)  # half precision would lose small ones
+        dots: list[Tensor] = []
+        for along in (away / scale, signs[first:last].to(away)):
+            gradient = torch.autograd.grad(image, s, along, retain_graph=not dots)[0]
+            dots.append((flipped.to(s.device) * gradient[1:].double()).flatten(0, 1))
+        return dots[0] * scale, dots[1], image_errors(image.detach(), part.images)
+
+    portions = zip(*in_portions(run, len(pool), portion), strict=True)
+    away, random, errors = (torch.cat(parts, dim=-1) for parts in portions)  # d·v and ξ·v, (E, M)
+    weight = outlier_weights(errors, CAP * float(errors.median())) / pool.x.numel()  # (M,)
+    return Quadratic(away @ weight, (random * weight) @ random.T)
 
 
 def _walk(denoiser: Denoiser, s: Tensor, x: Tensor, cond: Any, schedule: Schedule) -> Tensor:
@@ -148,7 +146,7 @@ def _walk(denoiser: Denoiser, s: Tensor, x: Tensor, cond: Any, schedule: Schedul
 def both_weights(schedule: Schedule) -> tuple[list[list[list[float]]], list[list[list[float]]]]:
     """Return each entry's weights if it computes, (T, N, 1 + m), and if it skips, (T, N, m).
 
-    The schedule knows one of the two. A skipped entry that is turned over gets (1, 0, …), a computed
+    The schedule knows one of the two. A skipped entry that is flipped gets (1, 0, …), a computed
     one the forecast of the schedule's order.
     """
     compute = schedule.compute[:, :, None]
@@ -164,6 +162,25 @@ def both_weights(schedule: Schedule) -> tuple[list[list[list[float]]], list[list
     fresh = torch.where(compute, mine, fresh)
     skipped = torch.where(compute, skipped, mine[:, :, 1:])
     return fresh.tolist(), skipped.tolist()
+
+
+def with_table(schedule: Schedule, table: Tensor) -> Schedule:
+    """Return a schedule with another table (T, N).
+
+    Without learned weights its order goes on to fill the gaps. Learned weights stay where the
+    decision does; a flipped entry gets those of `both_weights`. The weight of an output that is not
+    computed any more goes to the oldest one that is.
+    """
+    if schedule.weights is None:
+        return replace(schedule, compute=table)
+    computed, skipped = (torch.tensor(each) for each in both_weights(schedule))
+    weights = torch.where(table[:, :, None], computed, F.pad(skipped, (1, 0)))
+    known = (table.cumsum(0) - table.long())[:, :, None]  # outputs computed before each entry
+    lost = torch.arange(weights.shape[2]) > known
+    moved = (weights * lost).sum(2, keepdim=True)
+    weights = torch.where(lost, 0.0, weights)
+    oldest = known.clamp(max=weights.shape[2] - 1)
+    return replace(schedule, compute=table, weights=weights.scatter_add(2, oldest, moved))
 
 
 def _between(kept: Feature, fresh: Feature, s: Tensor) -> Feature:
@@ -182,7 +199,7 @@ def _between(kept: Feature, fresh: Feature, s: Tensor) -> Feature:
     return tree_map(between, kept, fresh)
 
 
-def choose(model: Quadratic, table: Tensor, target: Target, *, most: int) -> Tensor:
+def best_flips(model: Quadratic, table: Tensor, target: Target, *, most: int) -> Tensor:
     """Return the table (T, N) that the quadratic likes best: on target, at most `most` flips away;
     greedy with pairs.
 

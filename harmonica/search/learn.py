@@ -27,10 +27,10 @@ from torch.optim import Adam
 from torch.utils.checkpoint import checkpoint
 
 from harmonica.cache import Cache, Compute, Feature, gated, weighted_sum
-from harmonica.denoise import Denoiser, sample
+from harmonica.denoise import Denoiser
 from harmonica.router import Schedule
 from harmonica.search.errors import CAP, image_errors, in_portions, outlier_weights
-from harmonica.search.references import PORTION, Pool
+from harmonica.search.references import Pool, pool_errors
 from harmonica.table import check_fit, taylor_weights
 
 SHARE = 6
@@ -108,16 +108,6 @@ def learn_weights(
             break
     facts = {"weights_history": history, "weights_pool": len(pool), "weights_error": lowest}
     return replace(best, provenance={**schedule.provenance, **facts})
-
-
-def pool_errors(denoiser: Denoiser, pool: Pool, schedule: Schedule | None = None) -> Tensor:
-    """Return the error of each noise of a pool under a schedule, (M,) float64 on the CPU."""
-
-    def run(first: int, last: int) -> Tensor:
-        part = pool[slice(first, last)]
-        return image_errors(sample(denoiser, part.x, part.cond, schedule), part.images).cpu()
-
-    return torch.cat(list(in_portions(run, len(pool), PORTION)))
 
 
 def _best_start(

@@ -29,7 +29,9 @@ from harmonica.search.errors import image_mse
 Fork = tuple[Tensor, Cache, dict[str, Any]]
 
 
-def onward(denoiser: Denoiser, cond: Any, table: Tensor, fork: Fork, start: int) -> Iterator[Fork]:
+def continue_walk(
+    denoiser: Denoiser, cond: Any, table: Tensor, fork: Fork, start: int
+) -> Iterator[Fork]:
     """Walk on from a fork before step `start` under a table (T, N), yielding a fork after each
     step.
 
@@ -43,18 +45,20 @@ def onward(denoiser: Denoiser, cond: Any, table: Tensor, fork: Fork, start: int)
         yield after, cache.copy(), memory.copy()
 
 
-def turned_over(denoiser: Denoiser, cond: Any, table: Tensor, k: int, i: int, fork: Fork) -> Tensor:
-    """Return the image (B, C, H, W) of a table (T, N) whose entry k, i is turned over, from the
+def image_if_flipped(
+    denoiser: Denoiser, cond: Any, table: Tensor, k: int, i: int, fork: Fork
+) -> Tensor:
+    """Return the image (B, C, H, W) of a table (T, N) with entry k, i flipped, from the
     fork before step k.
     """
     table = table.clone()
     table[k, i] = ~table[k, i]
-    *_, (image, _, _) = onward(denoiser, cond, table, fork, k)
+    *_, (image, _, _) = continue_walk(denoiser, cond, table, fork, k)
     return image
 
 
 def predictions_of_all(denoiser: Denoiser) -> int:
-    """Return the predictions of one walk and of turning over each entry by itself: T +
+    """Return the predictions of one walk and of flipping each entry by itself: T +
     N·T(T−1)/2.
     """
     return denoiser.steps + len(denoiser.sites) * denoiser.steps * (denoiser.steps - 1) // 2
@@ -102,12 +106,12 @@ def switches(
     start: Fork = (x, {}, {})
     forks = [
         start,
-        *onward(denoiser, cond, table, start, 0),
+        *continue_walk(denoiser, cond, table, start, 0),
     ]  # T + 1; forks[k] stands before step k
     plain, error, taken = forks[-1][0], 0.0, 0
 
     def score(k: int, i: int) -> float:
-        image = turned_over(denoiser, cond, table, k, i, forks[k])
+        image = image_if_flipped(denoiser, cond, table, k, i, forks[k])
         return (image_mse(image, plain) - error) / max(
             float(prices[i]), 1e-30
         )  # what is free to compute comes last
@@ -121,7 +125,7 @@ def switches(
             heappush(queue, (score(k, i), k, i, taken))
             continue
         table[k, i] = False
-        forks[k + 1 :] = onward(denoiser, cond, table, forks[k], k)
+        forks[k + 1 :] = continue_walk(denoiser, cond, table, forks[k], k)
         error, taken = image_mse(forks[-1][0], plain), taken + 1
         yield k, i, spent
     yield from ((k, i, spent) for _, k, i, _ in sorted(queue))
@@ -137,11 +141,11 @@ def step_costs(denoiser: Denoiser, x: Tensor, cond: Any) -> Tensor:
     steps = denoiser.steps
     start: Fork = (x, {}, {})
     everything = torch.ones(steps, len(denoiser.sites), dtype=torch.bool)
-    plain = [after for after, _, _ in onward(denoiser, cond, everything, start, 0)]
+    plain = [after for after, _, _ in continue_walk(denoiser, cond, everything, start, 0)]
     costs = torch.zeros(steps, steps, dtype=torch.float64)
-    for j, fork in enumerate(onward(denoiser, cond, everything, start, 0)):
+    for j, fork in enumerate(continue_walk(denoiser, cond, everything, start, 0)):
         for k, (after, _, _) in enumerate(
-            onward(denoiser, cond, ~everything, fork, j + 1), start=j + 1
+            continue_walk(denoiser, cond, ~everything, fork, j + 1), start=j + 1
         ):
             costs[j, k] = image_mse(after, plain[k])
     return costs

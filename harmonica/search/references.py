@@ -23,17 +23,15 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from harmonica.denoise import Denoiser, Refinable, sample
-from harmonica.search.errors import in_portions
+from harmonica.search.errors import PORTION, image_errors, in_portions
 from harmonica.storage.files import StrPath, read_tensors, write_tensors
+from harmonica.table import Table
 
 Toward = Literal["reference", "uncached"]
 """What images should be near: the reference of a finer walk, or the uncached walk's image."""
 
 SEED = 30_000_001
 """Of the noises, if nobody brings a generator."""
-
-PORTION = 64
-"""Noises walked at a time, where there is room."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +61,27 @@ class Pool:
         rows = which.to(self.x.device) if isinstance(which, Tensor) else which
         cond = tree_map_only(Tensor, lambda leaf: leaf[rows], self.cond)
         return Pool(self.x[rows], cond, self.images[rows])
+
+
+def with_images(denoiser: Denoiser, x: Tensor, cond: Any) -> Pool:
+    """Return a pool of the noises x (M, C, H, W) and the images that the denoiser makes of them."""
+    noises = Pool(x, cond, x)
+
+    def run(first: int, last: int) -> Tensor:
+        part = noises[slice(first, last)]
+        return sample(denoiser, part.x, part.cond)
+
+    return Pool(x, cond, torch.cat(list(in_portions(run, len(x), PORTION))))
+
+
+def pool_errors(denoiser: Denoiser, pool: Pool, schedule: Table | None = None) -> Tensor:
+    """Return how far the images under a schedule are from the pool's, (M,) float64."""
+
+    def run(first: int, last: int) -> Tensor:
+        part = pool[slice(first, last)]
+        return image_errors(sample(denoiser, part.x, part.cond, schedule), part.images)
+
+    return torch.cat(list(in_portions(run, len(pool), PORTION)))
 
 
 def references(

@@ -19,7 +19,7 @@ from harmonica.processes import local_part, rank, world
 from harmonica.router import Router
 from harmonica.sdt import BETA, Update, sdt
 from harmonica.search.budget import Target, target_of
-from harmonica.search.refine import reach
+from harmonica.search.refine_router import refine_router
 from harmonica.storage.files import StrPath
 from harmonica.training.checkpoint import Checkpoint
 from harmonica.training.state import Settings, TrainingState, fingerprint, start
@@ -140,7 +140,7 @@ def _refine(
     progress: bool,
 ) -> None:
     """Put the router on target and refine it; without enough memory for that, only put it there."""
-    how = partial(reach, denoiser, router, target, tau=settings.tau, order=order)
+    how = partial(refine_router, denoiser, router, target, tau=settings.tau, order=order)
     try:
         how(batch_size=settings.batch_size, budget=budget, progress=progress)
     except (MemoryError, RuntimeError) as error:

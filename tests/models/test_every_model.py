@@ -18,7 +18,8 @@ from harmonica.models.dit import DiT
 from harmonica.models.pixart import Variant
 from harmonica.models.uvit import UViT
 from harmonica.samplers import SAMPLERS
-from harmonica.search.flip_effects import around
+from harmonica.search.flip_effects import flip_effects_at
+from harmonica.search.references import Pool
 
 SMALL_DIT = {"input_size": 8, "patch_size": 2, "hidden_size": 16, "depth": 2, "num_heads": 2}
 SMALL_PIXART = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2}
@@ -79,9 +80,8 @@ def test_it_walks_is_exact_trains_and_has_a_lambda(name, sampler):
     assert image.shape == x.shape
     plain = sample(d, x, cond)
     assert not torch.equal(image, plain)
-    model = around(
-        d, schedule.compute, x, cond, plain, torch.ones_like(x)
-    )  # a walk can be differentiated
+    pool = Pool(x, cond, plain)
+    model = flip_effects_at(d, schedule, pool, torch.ones_like(x))  # a walk can be differentiated
     assert bool((model.gradient.view(3, -1) != 0).any(1).all())
     assert bool(model.gradient.isfinite().all())
     schedule.check(d.steps, tuple(d.sites), d.about["timesteps"])

@@ -25,7 +25,7 @@ from harmonica.search.baselines import (
     random_table,
     smoothcache,
 )
-from harmonica.search.paths import cheapest_path, onward, step_costs, switches
+from harmonica.search.paths import cheapest_path, continue_walk, step_costs, switches
 
 STEPS = 8
 
@@ -195,7 +195,7 @@ def test_smoothcache_at_alpha_zero_computes_everything_and_at_infinity_every_fou
 def test_drift_is_the_relative_change_of_outputs_that_separate_runs_see(walker):
     x, labels = start(walker)
     table = torch.ones(STEPS, 4, dtype=torch.bool)
-    features = [cache for _, cache, _ in onward(walker, labels, table, (x, {}, {}), 0)]
+    features = [cache for _, cache, _ in continue_walk(walker, labels, table, (x, {}, {}), 0)]
     names = list(walker.sites)
     drifts = drift(walker, x, labels, 2)
     assert set(drifts) == {"attn", "mlp"}
@@ -323,11 +323,11 @@ def test_a_step_costs_what_a_walk_of_its_own_says(remembers):
     x, labels = start(d)
     plain, costs = [], step_costs(d, x, labels)
     full, (k, j) = torch.ones(5, 4, dtype=torch.bool), (3, 1)
-    for after, _, _ in onward(d, labels, full, (x, {}, {}), 0):
+    for after, _, _ in continue_walk(d, labels, full, (x, {}, {}), 0):
         plain.append(after)
     table = full.clone()
     table[j + 1 :] = False
-    walk = [after for after, _, _ in onward(d, labels, table, (x, {}, {}), 0)]
+    walk = [after for after, _, _ in continue_walk(d, labels, table, (x, {}, {}), 0)]
     assert float(costs[j, k]) == pytest.approx(image_mse(walk[k], plain[k]), rel=1e-9)
     assert float(costs[j, k]) > 0
     assert torch.equal(costs.tril(), torch.zeros_like(costs))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from itertools import combinations, islice, repeat
+from itertools import combinations, repeat
 
 import pytest
 import torch
@@ -15,8 +15,11 @@ from harmonica import Macs, Router, Schedule, macs, sample, train_sdt
 from harmonica.evaluation.distances import image_mse
 from harmonica.models import load
 from harmonica.search.budget import Target, target_of
-from harmonica.search.flip_effects import around
-from harmonica.search.refine import PAIRS, ROUND, ROUNDS, _Judge, reach, refine
+from harmonica.search.learn import learn_weights
+from harmonica.search.paths import whole_steps
+from harmonica.search.references import pool_errors, references, with_images
+from harmonica.search.refine import PAIRS, ROUND, _Judge, few_of, refine
+from harmonica.search.refine_router import NOISES, ROUNDS, refine_router
 
 QUICK = {"batch_size": 2, "lr": 0.2, "refresh_every": 2, "progress": False}
 COST = Macs(torch.tensor([1.0, 2.0, 1.0, 2.0], dtype=torch.float64), 0.5)
@@ -109,28 +112,30 @@ def test_another_target_is_not_resumed(tmp_path):
 @given(seed=seeds, speedup=st.floats(1.1, 1.9))
 def test_refining_never_ends_worse_than_the_best_start_and_never_off_target(seed, speedup):
     d = make(seed=seed % 7)
-    target, batch = Target(speedup, macs(d), d.steps), start(d, 2, seed)
+    target, pool = Target(speedup, macs(d), d.steps), with_images(d, *start(d, 2, seed))
     landed = target.fit_budget(
         torch.rand(4, 4, generator=torch.Generator().manual_seed(seed)), torch.ones(4, 4).bool()
     )
-    found = list(refine(d, [landed], repeat(batch), target, batches=1, budget=1000))
+    found = list(refine(d, [landed], pool, repeat(pool), target, budget=2000))
     errors = [each.error for each in found]
-    plain = sample(d, *batch)
+
+    def error(table):
+        image = sample(d, pool.x, pool.cond, Schedule(table, sites=tuple(d.sites)))
+        return image_mse(image, pool.images)
+
     assert errors == sorted(errors, reverse=True)
-    assert errors[-1] <= image_mse(sample(d, *batch, Schedule(landed, sites=tuple(d.sites))), plain)
+    assert errors[-1] <= error(landed)
     assert all(target.speed(each.table) >= speedup * (1 - 1e-9) for each in found)
-    assert found[-1].error == image_mse(
-        sample(d, *batch, Schedule(found[-1].table, sites=tuple(d.sites))), plain
-    )
+    assert found[-1].error == pytest.approx(error(found[-1].table), rel=1e-12)
 
 
 def test_where_the_search_ends_no_exchange_of_two_rows_and_no_single_flip_on_target_is_better():
     """The quadratic ranks what is walked; with so few steps all pairs are."""
     d = make(steps=5)
-    target, batch = Target(1.5, macs(d), 5), start(d, 3)
-    judge = _Judge(d, repeat(batch), 1, target)
+    target, pool = Target(1.5, macs(d), 5), with_images(d, *start(d, 3))
+    judge = _Judge(d, pool, repeat(pool), target, 0)
     table = judge.paths()[0]
-    *_, end = refine(d, [table], repeat(batch), target, batches=1, budget=10**6)
+    *_, end = refine(d, [table], pool, repeat(pool), target, budget=10**6)
     pairs = list(combinations(range(1, 5), 2))
     assert len(pairs) <= PAIRS
     for j, k in pairs:
@@ -143,7 +148,8 @@ def test_where_the_search_ends_no_exchange_of_two_rows_and_no_single_flip_on_tar
 def test_a_table_that_is_too_slow_is_brought_on_target():
     d = make(steps=5)
     target = Target(1.6, macs(d), 5)
-    judge = _Judge(d, repeat(start(d, 3)), 1, target)
+    pool = with_images(d, *start(d, 3))
+    judge = _Judge(d, pool, repeat(pool), target, 0)
     after = judge.improve(judge.round(torch.ones(5, 4, dtype=torch.bool)))
     while after is not None and not after.on_target:
         after = judge.improve(after)
@@ -151,49 +157,61 @@ def test_a_table_that_is_too_slow_is_brought_on_target():
     assert target.speed(after.table) >= 1.6
 
 
-def test_tables_are_judged_on_the_first_noises_and_each_quadratic_sees_new_ones(monkeypatch):
+def test_a_search_towards_the_reference_ends_nearer_to_it_than_any_start():
+    d = make(steps=5)
+    target, pool = Target(1.5, macs(d), 5), references(d, noises=4, factor=4)
+    found = list(refine(d, [], pool, repeat(pool), target, budget=4000))
+    starts = [
+        judge.error for judge in map(_Judge(d, pool, repeat(pool), target, 0).round, _paths(d))
+    ]
+    assert found[-1].error <= min(starts)
+
+
+def _paths(d):
+    return [whole_steps(d, path) for path in ((0, 2, 4), (0, 1, 3))]
+
+
+def test_learned_weights_are_kept_while_the_table_is_refined():
+    d = make(steps=5)
+    target, pool = Target(1.4, macs(d), 5), references(d, noises=6, factor=4)
+    table = whole_steps(d, (0, 2, 4))
+    learned = learn_weights(d, Schedule(table, sites=tuple(d.sites)), pool, iterations=4)
+    *_, end = refine(d, [table], pool, repeat(pool), target, budget=4000, gate=learned)
+    assert end.error <= float(pool_errors(d, pool, learned).mean()) * (1 + 1e-9)
+
+
+def test_a_candidate_that_is_worse_on_few_noises_is_not_walked_on_all(monkeypatch):
+    d = make()
+    pool = with_images(d, *start(d, 40))
+    judge = _Judge(d, pool, repeat(pool), Target(1.4, macs(d), 4), 0)
+    at = judge.round(torch.ones(4, 4).bool())
+    spent = judge.spent
+    worse = torch.tensor([[True] * 4, *[[False] * 4] * 3])
+    assert judge.better(worse, at) is None
+    assert judge.spent - spent == 2 * few_of(40) * 4 == 2 * 32 * 4
+
+
+def test_a_larger_budget_judges_on_more_noises(monkeypatch):
     d, seen = make(), []
-    noise = [start(d, 2, seed) for seed in range(30)]
 
-    def watched(denoiser, table, x, cond, plain, signs, order):
-        seen.append(next(n for n, (each, _) in enumerate(noise) if each is x))
-        return around(denoiser, table, x, cond, plain, signs, order=order)
-
-    monkeypatch.setattr("harmonica.search.refine.around", watched)
-    judge = _Judge(d, iter(noise), 3, Target(1.4, macs(d), 4))
-    for _ in range(2):
-        judge.improve(judge.round(judge.paths()[0]))
-    assert [x is first for (x, _), (first, _) in zip(judge.batches, noise, strict=False)] == [
-        True
-    ] * 3
-    assert seen == [3, 4, 5, 6, 7, 8]
-
-
-def test_a_larger_budget_judges_on_more_noises_of_the_same_batch_size(monkeypatch):
-    d, seen = make(), []
-
-    def watched(denoiser, tables, noise, target, *, batches, budget, order):
-        seen.append([len(x) for x, _ in islice(noise, batches)])
+    def watched(denoiser, tables, judged, others, target, *, budget, gate):
+        seen.append((len(judged), len(next(others))))
         return iter(())
 
-    monkeypatch.setattr("harmonica.search.refine.refine", watched)
+    monkeypatch.setattr("harmonica.search.refine_router.refine", watched)
     one = ROUNDS * ROUND * 4
-    for budget in (None, 10, 8 * one, 11 * one):
-        router = Router(
-            4, d.sites, generator=torch.Generator().manual_seed(0), about={"provenance": {}}
-        )
-        reach(d, router, Target(1.6, macs(d), 4), batch_size=16, budget=budget)
-    assert seen == [[16] * 8, [16] * 8, [16] * 8, [16] * 11]
+    for budget in (None, 10, NOISES * one / 16, 2 * NOISES * one / 16):
+        router = Router(4, d.sites, generator=torch.Generator().manual_seed(0))
+        refine_router(d, router, Target(1.6, macs(d), 4), batch_size=16, budget=budget)
+    assert seen == [(128, 32), (128, 32), (128, 32), (256, 64)]
 
 
 @pytest.mark.parametrize("budget", [0, 50, 4000])
 def test_refining_stays_within_its_budget_and_says_what_it_spent(budget):
     d = make()
-    router = Router(
-        4, d.sites, generator=torch.Generator().manual_seed(0), about={"provenance": {}}
-    )
-    reach(d, router, Target(1.6, macs(d), 4), batch_size=16, budget=budget)
-    judging = 8 * (4 + 8 + 6 + 5 * 4)  # plain walks, step costs and five starts, of eight batches
+    router = Router(4, d.sites, generator=torch.Generator().manual_seed(0))
+    refine_router(d, router, Target(1.6, macs(d), 4), batch_size=16, budget=budget)
+    judging = 8 * (4 + 8 + 6 + 5 * 4)  # targets, step costs and five starts, of 128 noises
     assert router.about["provenance"]["refined_for"] <= max(budget, judging if budget else 0)
     assert router.schedule(0.1).speedup(macs(d)) >= 1.6
 
@@ -201,7 +219,7 @@ def test_refining_stays_within_its_budget_and_says_what_it_spent(budget):
 def test_a_target_at_tau_zero_is_refused():
     d = make()
     with pytest.raises(ValueError, match="tau is 0"):
-        reach(d, Router(4, d.sites), Target(1.5, macs(d), 4), tau=0.0)
+        refine_router(d, Router(4, d.sites), Target(1.5, macs(d), 4), tau=0.0)
 
 
 def test_the_commands_land_on_a_target_and_refuse_one_with_a_beta(tmp_path, capsys):

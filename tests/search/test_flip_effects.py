@@ -16,12 +16,26 @@ from harmonica.models import load
 from harmonica.samplers import SAMPLERS
 from harmonica.search import flip_effects as quadratic
 from harmonica.search.budget import Target
-from harmonica.search.flip_effects import Quadratic, _walk, around, choose
+from harmonica.search.flip_effects import Quadratic, _walk, best_flips, flip_effects_at, with_table
+from harmonica.search.references import Pool
 
 TABLE = torch.tensor(
     [[True] * 4, [True, False, True, True], [False, True, True, False], [True, False] * 2]
 )
 ENTRIES = [(1 + e // 4, e % 4) for e in range(12)]
+
+
+def weigh(table, past, seed):
+    """Return a schedule with random weights wherever its table allows them."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.randn(*table.compute.shape, 1 + past, generator=generator)
+    weights *= torch.arange(1 + past) <= past_of(table)[:, :, None]
+    weights[:, :, 0] *= table.compute
+    return replace(table, weights=weights)
+
+
+def effects(d, schedule, x, cond, images, signs, **how):
+    return flip_effects_at(d, schedule, Pool(x, cond, images), signs, **how)
 
 
 def along(d, x, cond, k, i, by=1e-5, order=0):
@@ -78,7 +92,7 @@ def test_h_and_g_are_derivatives_of_the_image(remembers, order, monkeypatch):
     found = []
     for p in range(pixels):  # unit vectors for signs, all of them: then G is exact
         unit = torch.zeros(3, pixels).index_fill_(1, torch.tensor([p]), 1.0).view_as(x)
-        found.append(around(d, Schedule(TABLE, order=order), x, cond, plain, unit))
+        found.append(effects(d, Schedule(TABLE, order=order), x, cond, plain, unit))
     g = sum(each.curvature for each in found)
     flat = v.flatten(1)
     assert torch.allclose(
@@ -94,7 +108,7 @@ def test_random_signs_give_g_on_average(monkeypatch):
     plain, generator = sample(d, x, cond), torch.Generator().manual_seed(0)
     v = torch.stack([along(d, x, cond, k, i) for k, i in ENTRIES]).flatten(1)
     signs = torch.randint(2, x.shape, generator=generator) * 2 - 1
-    g = around(d, Schedule(TABLE), x, cond, plain, signs).curvature
+    g = effects(d, Schedule(TABLE), x, cond, plain, signs).curvature
     assert float((g - v @ v.T / x.numel()).norm() / g.norm()) < 0.1
 
 
@@ -106,25 +120,55 @@ def test_a_noise_that_went_elsewhere_counts_no_more_than_cap_times_the_median():
     plain, hs = image - 0.1, []
     for away in (0.2, 100.0):
         plain[0] = image[0] - away
-        hs.append(around(d, Schedule(TABLE), x, cond, plain, torch.ones_like(x)).gradient)
+        hs.append(effects(d, Schedule(TABLE), x, cond, plain, torch.ones_like(x)).gradient)
     rest = (
-        around(d, Schedule(TABLE), x[1:], cond[1:], plain[1:], torch.ones_like(x[1:])).gradient
+        effects(d, Schedule(TABLE), x[1:], cond[1:], plain[1:], torch.ones_like(x[1:])).gradient
         * 2
         / 3
     )
     assert float((hs[0] - rest).norm()) > 1e-3 * float(rest.norm())
     first = (
-        around(d, Schedule(TABLE), x[:1], cond[:1], plain[:1], torch.ones_like(x[:1])).gradient / 3
+        effects(d, Schedule(TABLE), x[:1], cond[:1], plain[:1], torch.ones_like(x[:1])).gradient / 3
     )
     assert torch.allclose(
         hs[1], rest + first * quadratic.CAP * 0.1**2 / 100.0**2, rtol=1e-6, atol=1e-9
     )
 
 
+def test_portions_of_a_pool_give_the_same_effects_to_rounding():
+    d = make()
+    x, cond = start(d, 5)
+    images, schedule = sample(d, x, cond) + 0.1, Schedule(TABLE, order=1)
+    whole = effects(d, schedule, x, cond, images, torch.ones_like(x))
+    parts = effects(d, schedule, x, cond, images, torch.ones_like(x), portion=2)
+    assert torch.allclose(parts.gradient, whole.gradient, rtol=1e-9, atol=1e-15)
+    assert torch.allclose(parts.curvature, whole.curvature, rtol=1e-9, atol=1e-15)
+
+
+@given(table=tables(), other=tables(), past=st.integers(1, 3), seed=seeds)
+def test_another_table_keeps_learned_weights_where_its_decisions_are_the_same(
+    table, other, past, seed
+):
+    d = make()
+    x, cond = start(d, 2, seed)
+    learned = weigh(table, past, seed)
+    moved = with_table(learned, other.compute)
+    assert torch.equal(moved.compute, other.compute)  # and its weights are legal, or it would raise
+    assert with_table(learned, table.compute) == learned
+    same = (other.compute == table.compute) & (past_of(other) >= past)
+    assert torch.equal(moved.weights[same], learned.weights[same])
+    s = table.compute.double()[:, :, None].repeat(1, 1, 2)
+    assert torch.allclose(_walk(d, s, x, cond, learned), sample(d, x, cond, learned))
+
+
+def past_of(table):
+    return table.compute.cumsum(0) - table.compute.long()
+
+
 def test_where_nothing_is_reused_yet_the_curvature_is_known():
     d = make()
     x, cond = start(d, 2)
-    model = around(d, Schedule(torch.ones(4, 4)), x, cond, sample(d, x, cond), torch.ones_like(x))
+    model = effects(d, Schedule(torch.ones(4, 4)), x, cond, sample(d, x, cond), torch.ones_like(x))
     assert float(model.gradient.abs().max()) == 0.0
     assert bool((model.curvature.diagonal() > 0).all())
 
@@ -135,7 +179,7 @@ def test_every_sampler_passes_gradients_on(sampler):
     table = torch.ones(4, 16, dtype=torch.bool)
     table[1:3] = False
     x, cond = d.draw(2, torch.Generator().manual_seed(0))
-    model = around(d, Schedule(table), x, cond, sample(d, x, cond), torch.ones_like(x))
+    model = effects(d, Schedule(table), x, cond, sample(d, x, cond), torch.ones_like(x))
     assert bool((model.curvature.diagonal() > 0).all())
     assert bool((model.gradient != 0).all())
 
@@ -145,7 +189,7 @@ def test_batches_in_half_precision_keep_small_gradients():
     x, cond = start(d, 2)
     x = x.bfloat16()
     near = sample(d, x, cond) * (1 - 2**-6)
-    gradient = around(d, Schedule(torch.ones(4, 4)), x, cond, near, torch.ones_like(x)).gradient
+    gradient = effects(d, Schedule(torch.ones(4, 4)), x, cond, near, torch.ones_like(x)).gradient
     assert bool((gradient[:8] != 0).any())
     assert bool(gradient.isfinite().all())
 
@@ -154,7 +198,7 @@ def test_weights_get_no_gradient_and_the_model_is_left_as_it_was():
     d = make()
     x, cond = start(d, 2)
     before = {name: vars(site).get("forward") for name, site in d.sites.items()}
-    around(d, Schedule(TABLE), x, cond, sample(d, x, cond), torch.ones_like(x))
+    effects(d, Schedule(TABLE), x, cond, sample(d, x, cond), torch.ones_like(x))
     assert all(p.grad is None for p in d.model.parameters())
     assert before == {name: vars(site).get("forward") for name, site in d.sites.items()}
 
@@ -175,9 +219,9 @@ def test_flips_that_cancel_are_found_together():
     v = torch.tensor([[1.0, 0.0], [-1.0, 0.01], [0.0, 0.5], [0.3, 0.3]], dtype=torch.float64)
     model = Quadratic(torch.zeros(4, dtype=torch.float64), v @ v.T)
     flat = Macs(torch.ones(4, dtype=torch.float64), 0.0)
-    chosen = choose(model, table, Target(8 / 6, flat, 2), most=4)  # two entries must go
+    chosen = best_flips(model, table, Target(8 / 6, flat, 2), most=4)  # two entries must go
     assert int((~chosen).sum()) == 2
-    pair = choose(
+    pair = best_flips(
         Quadratic(-0.9 * (v @ v.T).sum(1), v @ v.T),
         ~table | (torch.arange(2) < 1)[:, None],
         Target(1, flat, 2),
@@ -193,7 +237,7 @@ def test_what_is_chosen_is_on_target_and_no_further_away_than_allowed(seed, spee
     model = Quadratic(torch.randn(12, generator=generator, dtype=torch.float64), v @ v.T)
     target = Target(speedup, Macs(torch.tensor([1.0, 2.0, 1.0, 2.0], dtype=torch.float64), 0.5), 4)
     landed = target.fit_budget(Router(4, 4, generator=generator)().detach(), TABLE)
-    chosen = choose(model, landed, target, most=most)
+    chosen = best_flips(model, landed, target, most=most)
     assert target.spent(chosen) <= target.allowed
     assert int((chosen != landed).sum()) <= most
     assert bool(chosen[0].all())
