@@ -90,10 +90,10 @@ class Card:
             yield
             return
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(self.device)
         yield
-        torch.cuda.synchronize()
-        figures["peak_gib"] = round(torch.cuda.max_memory_allocated() / GIB, 2)
+        torch.cuda.synchronize(self.device)
+        figures["peak_gib"] = round(torch.cuda.max_memory_allocated(self.device) / GIB, 2)
 
 
 def drawn(d: Any, size: int) -> tuple[torch.Tensor, Any]:

@@ -4,7 +4,7 @@
     python benchmarks/predicted.py --only tiny --repeats 3      a minute
     python benchmarks/predicted.py --device cuda --dtype float16
 
-MACs are counted; milliseconds are measured once, site by site, on walks without reuse (`fast.milliseconds`), before any
+MACs are counted; milliseconds are measured once, site by site, on walks without reuse (`milliseconds`), before any
 of the tables runs. The tables: every second step, every third, attention alone at every second step. Walks of all of
 them and the walk without reuse are timed by turns. `order` is the schedule's: 0 reuses, 1 and 2 forecast.
 """
