@@ -154,7 +154,7 @@ def _batches(
 # -------------------------------------------------------------------------------------- the judge
 
 
-def train_judge(epochs: int = 10, batch_size: int = 100, peak: float = 2e-3) -> Classifier:
+def train_judge(epochs: int = 5, batch_size: int = 100, peak: float = 3e-3) -> Classifier:
     """Train the judge of garments: AdamW, a learning rate that rises and falls, dropout before the logits."""
     generator = torch.Generator().manual_seed(0)
     images, labels = photographs("train")
@@ -166,9 +166,7 @@ def train_judge(epochs: int = 10, batch_size: int = 100, peak: float = 2e-3) -> 
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, steps)
         for _ in tqdm(range(epochs), desc="judge"):
             for rows in torch.randperm(len(images), generator=generator).split(batch_size):
-                flip = torch.rand(len(rows), 1, 1, 1, generator=generator) < 0.5
-                batch = torch.where(flip, images[rows].flip(3), images[rows])
-                logits = network.logits(F.dropout(network.hidden(batch), 0.3))
+                logits = network.logits(F.dropout(network.hidden(images[rows]), 0.3))
                 loss = F.cross_entropy(logits, labels[rows])
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
