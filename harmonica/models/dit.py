@@ -20,16 +20,22 @@ loads strictly.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from harmonica.models.guided import Guided, check_inputs
+from harmonica.models.layers import (
+    Attention,
+    Mlp,
+    PatchEmbedder,
+    check_divisible,
+    run_block,
+    sinusoids,
+    unpatchify,
+)
 from harmonica.samplers import Sampler
 
 
@@ -46,37 +52,6 @@ class Size:
 _WIDTHS = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 SIZES: dict[str, Size] = {f"DiT-{w}/{p}": Size(*_WIDTHS[w], p) for w in _WIDTHS for p in (2, 4, 8)}
 """The original twelve sizes by their original names, `DiT-S/8` to `DiT-XL/2`."""
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention: (B, N, D) -> (B, N, D)."""
-
-    def __init__(self, dim: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Attend over the N tokens."""
-        q, k, v = (
-            self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        )  # (B, heads, N, D/heads)
-        attended = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(attended.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
-
-
-class Mlp(nn.Module):
-    """Feed-forward network with tanh-approximated GELU: (B, N, D) -> (B, N, D)."""
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Transform each token by itself."""
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):
@@ -100,9 +75,7 @@ class Block(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """Timestep to vector: sinusoids of 256 frequencies, then a two-layer network. (B,) -> (B,
-    D).
-    """
+    """Timestep to vector, by 256 sinusoids and two layers: (B,) -> (B, D)."""
 
     FREQUENCIES = 256
 
@@ -112,19 +85,12 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """Embed timesteps t (B,), in the model's own clock 0 … 999."""
-        half = self.FREQUENCIES // 2
-        rates = torch.exp(
-            -math.log(10000.0) * torch.arange(half, device=t.device, dtype=torch.float32) / half
-        )
-        angles = t[:, None].float() * rates  # (B, 128)
-        waves = torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, 256)
+        waves = sinusoids(t, self.FREQUENCIES)  # (B, 256)
         return self.mlp(waves.to(next(self.mlp.parameters()).dtype))  # type: ignore[no-any-return]
 
 
 class LabelEmbedder(nn.Module):
-    """Class label to vector; the row after the last class is the null class of guidance. (B,) ->
-    (B, D).
-    """
+    """Class label to vector; the last row is guidance's null class: (B,) -> (B, D)."""
 
     def __init__(self, num_classes: int, dim: int) -> None:
         super().__init__()
@@ -133,21 +99,6 @@ class LabelEmbedder(nn.Module):
     def forward(self, y: Tensor) -> Tensor:
         """Look labels y (B,) up."""
         return self.embedding_table(y)  # type: ignore[no-any-return]
-
-
-class PatchEmbedder(nn.Module):
-    """Cut into P×P patches and project each to a token: (B, C, H, W) -> (B, N, D)."""
-
-    def __init__(self, in_channels: int, patch_size: int, dim: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Patchify x."""
-        tokens: Tensor = self.proj(x).flatten(2).transpose(1, 2)  # (B, N, D)
-        return (
-            tokens.contiguous()
-        )  # else the strides of the transposition stay, and slow every norm and sum down
 
 
 class FinalLayer(nn.Module):
@@ -192,6 +143,10 @@ class DiT(nn.Module):
             bundled one does not).
         mlp_ratio: width of the feed-forward network over D.
 
+    Attributes:
+        activation_checkpointing: in training, run blocks again instead of keeping what they
+            computed (see `run_block`).
+
     Raises:
         ValueError: if a size does not divide another.
     """
@@ -210,13 +165,11 @@ class DiT(nn.Module):
         mlp_ratio: float = 4.0,
     ) -> None:
         super().__init__()
-        for what, value, by, divisor in (
+        check_divisible(
             ("input_size", input_size, "patch_size", patch_size),
             ("hidden_size", hidden_size, "num_heads", num_heads),
             ("hidden_size", hidden_size, "the four parts of a position embedding,", 4),
-        ):
-            if value % divisor:
-                raise ValueError(f"{what} is {value}; it must be divisible by {by} {divisor}")
+        )
         self.input_size, self.in_channels, self.num_classes = input_size, in_channels, num_classes
         self.patch_size, self.out_channels = patch_size, in_channels * (2 if learn_sigma else 1)
         self.x_embedder = PatchEmbedder(in_channels, patch_size, hidden_size)
@@ -226,9 +179,7 @@ class DiT(nn.Module):
         self.pos_embed = nn.Parameter(positions, requires_grad=False)  # (1, N, D)
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
-        self.activation_checkpointing = (
-            False  # in training, run blocks again instead of keeping what they computed
-        )
+        self.activation_checkpointing = False
         self._initialise()
 
     def _initialise(self) -> None:
@@ -250,19 +201,8 @@ class DiT(nn.Module):
         h = self.x_embedder(x) + self.pos_embed  # (B, N, D)
         c = self.t_embedder(t) + self.y_embedder(y)  # (B, D)
         for block in self.blocks:
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                h = checkpoint(block, h, c, use_reentrant=False, preserve_rng_state=False)
-            else:
-                h = block(h, c)
-        return self._unpatchify(self.final_layer(h, c))
-
-    def _unpatchify(self, tokens: Tensor) -> Tensor:
-        """Lay (B, N, P·P·C_out) patches back onto the grid: (B, C_out, H, W)."""
-        p, grid = self.patch_size, self.input_size // self.patch_size
-        patches = tokens.view(len(tokens), grid, grid, p, p, self.out_channels)
-        return patches.permute(0, 5, 1, 3, 2, 4).reshape(
-            -1, self.out_channels, self.input_size, self.input_size
-        )
+            h = run_block(block, h, c, again=self.activation_checkpointing)
+        return unpatchify(self.final_layer(h, c), self.patch_size, self.out_channels)
 
 
 class DiTDenoiser(Guided):

@@ -25,15 +25,12 @@ This file does not know caches or routers. A checkpoint of the original
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from harmonica.models.dit import PatchEmbedder
+from harmonica.models import layers
 from harmonica.models.guided import Guided, check_inputs
 from harmonica.samplers import Sampler
 
@@ -65,41 +62,26 @@ def each(function: Callable[..., Tensor], *streams: Streams) -> Streams:
     return tuple(function(*parts) for parts in zip(*streams, strict=True))
 
 
-class Attention(nn.Module):
+class Attention(layers.Attention):
     """Multi-head self-attention within each stream: S × (B, L, D) -> S × (B, L, D)."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.proj = nn.Linear(dim, dim)
+        super().__init__(dim, num_heads, bias=False)
 
-    def forward(self, h: Streams) -> Streams:
+    def forward(self, h: Streams) -> Streams:  # type: ignore[override]
         """Attend over the L tokens."""
-        return each(self._attend, h)
-
-    def _attend(self, h: Tensor) -> Tensor:
-        q, k, v = (
-            self.qkv(h).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        )  # (B, heads, L, D/heads)
-        attended = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(attended.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+        return each(super().forward, h)
 
 
-class Mlp(nn.Module):
+class Mlp(layers.Mlp):
     """Feed-forward network with exact GELU: S × (B, L, D) -> S × (B, L, D)."""
 
     def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        super().__init__(dim, hidden, approximate="none")
 
-    def forward(self, h: Streams) -> Streams:
+    def forward(self, h: Streams) -> Streams:  # type: ignore[override]
         """Transform each token by itself."""
-        return each(self._transform, h)
-
-    def _transform(self, h: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(h)))  # type: ignore[no-any-return]
+        return each(super().forward, h)
 
 
 class Block(nn.Module):
@@ -130,21 +112,6 @@ def concatenate(h: Tensor, skip: Tensor) -> Tensor:
     return torch.cat([h, skip], dim=-1)
 
 
-def sinusoids(t: Tensor, dim: int) -> Tensor:
-    """Return cosines, then sines, of timesteps t (B,) at dim/2 rates from 1 down to almost 1e-4:
-    (B, dim) float32.
-
-    >>> sinusoids(torch.zeros(1), 4)
-    tensor([[1., 1., 0., 0.]])
-    """
-    half = dim // 2
-    rates = torch.exp(
-        -math.log(10000.0) * torch.arange(half, device=t.device, dtype=torch.float32) / half
-    )
-    angles = t[:, None].float() * rates  # (B, dim/2)
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
-
-
 class UViT(nn.Module):
     """A U-ViT conditioned on a class. It predicts noise alone, no variance.
 
@@ -161,9 +128,8 @@ class UViT(nn.Module):
         mlp_time_embed: pass the timestep's sinusoids through two layers; U-ViT-H/2 uses them as
             they are.
         conv: end in a 3×3 convolution; U-ViT-H/2 does not.
-        activation_checkpointing: when gradients are on, keep only what enters each block and
-            compute the block again in backward. Less memory, one more forward pass, the same
-            gradients bit for bit.
+        activation_checkpointing: in training, run blocks again instead of keeping what they
+            computed (see `run_block`).
 
     Raises:
         ValueError: if a size does not divide another, or depth is odd.
@@ -191,20 +157,18 @@ class UViT(nn.Module):
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        for what, value, by, divisor in (
+        layers.check_divisible(
             ("input_size", input_size, "patch_size", patch_size),
             ("hidden_size", hidden_size, "num_heads", num_heads),
             ("hidden_size", hidden_size, "the two halves of the sinusoids,", 2),
             ("depth", depth, "the two sides of the middle block, which is not counted,", 2),
-        ):
-            if value % divisor:
-                raise ValueError(f"{what} is {value}; it must be divisible by {by} {divisor}")
+        )
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.num_classes, self.activation_checkpointing = num_classes, activation_checkpointing
-        self.patch_embed = PatchEmbedder(in_channels, patch_size, hidden_size)
+        self.patch_embed = layers.PatchEmbedder(in_channels, patch_size, hidden_size)
         widths = (hidden_size, 4 * hidden_size)
-        layers = nn.Linear(*widths), nn.SiLU(), nn.Linear(*widths[::-1])
-        self.time_embed: nn.Module = nn.Sequential(*layers) if mlp_time_embed else nn.Identity()
+        two = nn.Linear(*widths), nn.SiLU(), nn.Linear(*widths[::-1])
+        self.time_embed: nn.Module = nn.Sequential(*two) if mlp_time_embed else nn.Identity()
         self.label_emb = nn.Embedding(num_classes + 1, hidden_size)
         tokens = EXTRAS + (input_size // patch_size) ** 2
         self.pos_embed = nn.Parameter(torch.zeros(1, tokens, hidden_size))  # (1, 2 + N, D)
@@ -246,7 +210,7 @@ class UViT(nn.Module):
             S × (B, C, H, W).
         """
         patches = self.patch_embed(x)  # (B, N, D)
-        time = self.time_embed(sinusoids(t, patches.shape[2]).to(patches.dtype))[
+        time = self.time_embed(layers.sinusoids(t, patches.shape[2]).to(patches.dtype))[
             :, None
         ]  # (B, 1, D)
         named = (self.label_emb(y)[:, None] for y in labels)  # S × (B, 1, D)
@@ -254,33 +218,21 @@ class UViT(nn.Module):
             torch.cat([label, time, patches], dim=1) + self.pos_embed for label in named
         )
         skips: list[Streams] = []
+        again = self.activation_checkpointing
         for block in self.in_blocks:
-            h = self._run(block, h)
+            h = layers.run_block(block, h, again=again)
             skips.append(h)
-        h = self._run(self.mid_block, h)
+        h = layers.run_block(self.mid_block, h, again=again)
         for block in self.out_blocks:
-            h = self._run(block, h, skips.pop())
+            h = layers.run_block(block, h, skips.pop(), again=again)
         return each(self._decode, h)
-
-    def _run(self, block: nn.Module, *streams: Streams) -> Streams:
-        """Run a block, twice under activation checkpointing: now without keeping anything, and in
-        backward.
-        """
-        if self.activation_checkpointing and torch.is_grad_enabled():
-            # Nothing here is random, so there is no random state to put back for the second run.
-            return checkpoint(block, *streams, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
-        return block(*streams)  # type: ignore[no-any-return]
 
     def _decode(self, h: Tensor) -> Tensor:
         """Project each patch token to its patch and lay the patches onto the grid: (B, 2 + N, D) ->
         (B, C, H, W).
         """
-        p, grid, channels = self.patch_size, self.input_size // self.patch_size, self.in_channels
         flat = self.decoder_pred(self.norm(h))[:, EXTRAS:]  # (B, N, P·P·C)
-        patches = flat.view(len(h), grid, grid, p, p, channels).permute(
-            0, 5, 1, 3, 2, 4
-        )  # (B, C, H/P, P, W/P, P)
-        return self.final_layer(patches.reshape(len(h), channels, grid * p, grid * p))  # type: ignore[no-any-return]
+        return self.final_layer(layers.unpatchify(flat, self.patch_size, self.in_channels))  # type: ignore[no-any-return]
 
 
 class UViTDenoiser(Guided):

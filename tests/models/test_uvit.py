@@ -24,7 +24,8 @@ from harmonica import (
     sample,
     sdt,
 )
-from harmonica.models.uvit import UVIT_H, UViT, UViTDenoiser, sinusoids
+from harmonica.models.layers import sinusoids
+from harmonica.models.uvit import UVIT_H, UViT, UViTDenoiser
 from harmonica.samplers import DDIM
 
 SMALL = {
