@@ -44,7 +44,7 @@ def add_model_options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--model",
         default="tiny",
-        help="a name that harmonica.models.load knows (tiny, which is bundled)",
+        help="a name that harmonica.models.load knows (tiny; garments is bundled as well)",
     )
     p.add_argument(
         "--weights",

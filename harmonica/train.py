@@ -30,6 +30,7 @@ from harmonica.command_line import (
     whole,
 )
 from harmonica.iepo import Proxy
+from harmonica.models import BUNDLED
 from harmonica.models.prompts import read_prompts
 from harmonica.processes import batch_per_rank, processes, rank, started_as
 from harmonica.search.budget import check_target
@@ -85,7 +86,7 @@ def _add_settings(p: Parser) -> None:
     """Add what train_sdt takes, without defaults: they depend on the model."""
 
     def default(name: str) -> str:
-        return f"({AUTHORS[name]:g}; tiny: {QUICK[name]:g})"
+        return f"({AUTHORS[name]:g}; bundled models: {QUICK[name]:g})"
 
     p.add_argument(
         "--iterations", type=whole, help=f"updates of the router, in all {default('iterations')}"
@@ -160,7 +161,7 @@ def _fill_in_and_check(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--refine is {args.refine} and --target {args.target}; expected 0 or more, and a target"
         )
-    for name, value in (QUICK if args.model == "tiny" else AUTHORS).items():
+    for name, value in (QUICK if args.model in BUNDLED else AUTHORS).items():
         if getattr(args, name) is None and not (name == "beta" and args.target is not None):
             setattr(args, name, value)
     if (

@@ -2,6 +2,7 @@
 
     name                  model              on what                            default sampler
     tiny                  DiT, bundled       8×8 digits, no autoencoder         ddim, T = 20, guidance 1.5
+    garments              DiT, bundled       28×28 photographs of clothes       ddim, T = 20, guidance 1.5
     dit-xl, dit-xl-256    DiT-XL/2           32×32 latent of 256×256 images     ddim, T = 20, guidance 1.5
     dit-xl-512            DiT-XL/2           64×64 latent                       ddim, T = 20, guidance 1.5
     pixart-alpha-256      PixArt-α           32×32 latent and a prompt          dpm-solver++, T = 20, guidance 4.5
@@ -42,13 +43,14 @@ _BUNDLED = {"in_channels": 1, "num_classes": 10, "num_heads": 4, "depth": 8, "le
 _XL = {"depth": 28, "hidden_size": 1152, "num_heads": 16, "patch_size": 2}
 DITS: dict[str, dict[str, Any]] = {
     "tiny": {**_BUNDLED, "input_size": 8, "patch_size": 2, "hidden_size": 64},
+    "garments": {**_BUNDLED, "input_size": 28, "patch_size": 4, "hidden_size": 96},
     "dit-xl": {**_XL, "input_size": 32},
     "dit-xl-256": {**_XL, "input_size": 32},
     "dit-xl-512": {**_XL, "input_size": 64},
 }
 """Arguments of `DiT` by model name."""
 
-BUNDLED = {name: Path(__file__).with_name(f"{name}.safetensors") for name in ("tiny",)}
+BUNDLED = {name: Path(__file__).with_name(f"{name}.safetensors") for name in ("tiny", "garments")}
 """Files of the weights that come with the package, by model name; they draw pixels, no latents."""
 
 MODELS = (*DITS, *PIXART, "uvit-h")
@@ -249,6 +251,7 @@ def _uvit(
 _Build = Callable[[str, Sampler, float, "StrPath | None", _Place], Guided]
 _FAMILIES: dict[str, tuple[str, float, _Build]] = {
     "tiny": ("ddim", 1.5, _dit),
+    "garments": ("ddim", 1.5, _dit),
     "dit": ("ddim", 1.5, _dit),
     "pixart": ("dpm-solver++", 4.5, _pixart),
     "uvit": ("dpm-solver++", 1.4, _uvit),

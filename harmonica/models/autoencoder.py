@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from harmonica.models import BUNDLED
 from harmonica.models.pixart import PIXART
 from harmonica.models.weights import component, from_diffusers
 from harmonica.storage.files import StrPath
@@ -49,7 +50,7 @@ def decoder(
         FileNotFoundError: if it is not on this machine and cannot be fetched.
         FileNotFoundError: if a folder has no autoencoder.
     """
-    if name == "tiny":
+    if name in BUNDLED:
         return lambda x: x
     if vae is None and weights == "random":
         return lambda x: x[:, :3] / x[:, :3].abs().amax(dim=(1, 2, 3), keepdim=True)

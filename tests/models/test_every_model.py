@@ -12,7 +12,7 @@ import torch
 
 from harmonica import Router, check_denoiser, image_error, sample, sdt, train_sdt
 from harmonica.inference.walk import Walk
-from harmonica.models import DITS, MODELS, PIXART, load, pixart
+from harmonica.models import BUNDLED, DITS, MODELS, PIXART, load, pixart
 from harmonica.models import __dict__ as models
 from harmonica.models.dit import DiT
 from harmonica.models.pixart import Variant
@@ -39,7 +39,7 @@ SMALL_UVIT |= {"num_classes": 5}
 def small(monkeypatch):
     """Shrink every model but the bundled one; class, loading and everything else stay."""
     for name in DITS:
-        if name != "tiny":
+        if name not in BUNDLED:
             monkeypatch.setitem(DITS, name, SMALL_DIT)
     for name, variant in PIXART.items():
         small = Variant(8, 6, variant.micro_conditions, variant.transformer, variant.rest)
@@ -50,15 +50,18 @@ def small(monkeypatch):
 
 def loaded(name: str, sampler: str | None = None, steps: int = 4, **more):
     d = load(
-        name, sampler=sampler, steps=steps, weights=None if name == "tiny" else "random", **more
+        name, sampler=sampler, steps=steps, weights=None if name in BUNDLED else "random", **more
     )
-    if name != "tiny":
+    if name not in BUNDLED:
         randomised(d.model)  # DiT starts with gates of zero, under which no site matters
     return d
 
 
+NAMES = [name for name in MODELS if name != "garments"]  # it is tiny's class, and larger
+
+
 @pytest.mark.parametrize("sampler", sorted(SAMPLERS))
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NAMES)
 def test_it_walks_is_exact_trains_and_has_a_lambda(name, sampler):
     d = loaded(name, sampler)
     check_denoiser(
@@ -85,6 +88,10 @@ def test_it_walks_is_exact_trains_and_has_a_lambda(name, sampler):
     assert bool((model.gradient.view(3, -1) != 0).any(1).all())
     assert bool(model.gradient.isfinite().all())
     schedule.check(d.steps, tuple(d.sites), d.about["timesteps"])
+    longer = d.with_steps(6)  # the same weights and conditions; the sampler of a load with 6 steps
+    assert (longer.steps, d.steps, longer.draws_noise) == (6, 4, d.draws_noise)
+    assert longer.about == {**d.about, "timesteps": loaded(name, sampler, 6).about["timesteps"]}
+    assert not torch.equal(sample(longer, x, cond), plain)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -98,6 +105,7 @@ def test_the_defaults_are_the_models_own(name):
     d = loaded(name, steps=2)
     expected = {
         "t": ("ddim", 1.5),
+        "g": ("ddim", 1.5),
         "d": ("ddim", 1.5),
         "p": ("dpm-solver++", 4.5),
         "u": ("dpm-solver++", 1.4),
@@ -106,7 +114,7 @@ def test_the_defaults_are_the_models_own(name):
     assert d.about["model"] == {"dit-xl-256": "dit-xl"}.get(name, name)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NAMES)
 def test_activation_checkpointing_gives_the_same_gradients_bit_for_bit(name):
     routers = []
     for again in (False, True):
@@ -192,7 +200,7 @@ def offline(monkeypatch):
     return asked
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "tiny"])
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in BUNDLED])
 def test_offline_without_weights_is_one_sentence_with_the_ways_out(name, offline):
     errors = (ValueError, FileNotFoundError)
     with pytest.raises(errors, match='pass weights=.*or weights="random" to time it') as error:

@@ -12,8 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harmonica import Router, Schedule, gated, macs, reuse, sample
-from harmonica.evaluation.distances import frechet_distance, image_mse
-from harmonica.evaluation.judge import digits, judge_of
 from harmonica.inference.timing import measure
 from harmonica.models import DITS, load
 from harmonica.models.dit import SIZES, DiT, DiTDenoiser, sincos_positions
@@ -343,28 +341,6 @@ def test_measured_time_is_of_both_walks(small):
     timing = measure(small, Schedule([[1] * 4, [0] * 4, [0] * 4, [0] * 4]), x, y, repeats=3)
     assert timing.plain > 0
     assert timing.speedup == timing.plain / timing.cached
-
-
-# ---------------------------------------------------------------------------------------------- bundled model, metrics
-
-
-def test_the_bundled_model_draws_digits():
-    d = load("tiny")
-    labels = torch.arange(100) % 10
-    x, _ = d.draw(100, torch.Generator().manual_seed(11))
-    images = sample(d, x, labels)
-    assert judge_of("tiny").agreement(images, labels) >= 0.97
-    assert frechet_distance(images, digits()[0]) < 2.0
-
-
-def test_metrics_by_hand():
-    real, labels = digits()
-    assert real.shape == (1797, 1, 8, 8)
-    assert (real.min().item(), real.max().item()) == (-1.0, 1.0)
-    assert judge_of("tiny").agreement(real, labels) > 0.98
-    assert frechet_distance(real, real) == pytest.approx(0.0, abs=1e-6)
-    assert frechet_distance(real + 0.5, real) == pytest.approx(64 * 0.25, rel=1e-5)
-    assert image_mse(real + 0.5, real) == pytest.approx(0.25)
 
 
 def test_a_gate_that_never_computes_needs_no_model(small):

@@ -1,0 +1,46 @@
+"""Judges: what the bundled models draw is recognised, and real pictures are at distance zero."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from harmonica import check_denoiser, sample
+from harmonica.evaluation.judge import GARMENTS, digits, judge_of
+from harmonica.models import BUNDLED, load
+
+
+@pytest.mark.parametrize(("model", "goal"), [("tiny", 0.97), ("garments", 0.8)])
+def test_what_a_bundled_model_draws_is_recognised(model, goal):
+    denoiser, judge = load(model, steps=10), judge_of(model)
+    labels = torch.arange(100) % 10
+    x, _ = denoiser.draw(100, torch.Generator().manual_seed(11))
+    images = sample(denoiser, x, labels)
+    assert judge.agreement(images, labels) >= goal
+    assert judge.agreement(images, (labels + 1) % 10) < 0.2
+    near, far = judge.frechet(images), judge.frechet(torch.randn_like(images))
+    assert 0.0 < near < far / 2
+    assert judge.frechet_of_features(judge.features(images)) == near
+
+
+def test_garments_are_a_denoiser_in_a_small_file():
+    check_denoiser(load("garments", steps=2))
+    assert BUNDLED["garments"].stat().st_size <= 3_000_000
+    assert len(GARMENTS) == 10
+
+
+def test_real_digits_are_at_distance_zero_and_recognised():
+    images, labels = digits()
+    assert (tuple(images.shape), images.min().item(), images.max().item()) == (
+        (1797, 1, 8, 8),
+        -1,
+        1,
+    )
+    assert judge_of("tiny").frechet(images) == pytest.approx(0.0, abs=1e-6)
+    assert judge_of("tiny").frechet(images + 0.5) == pytest.approx(64 * 0.25, rel=1e-5)
+    assert judge_of("tiny").agreement(images, labels) > 0.98
+
+
+def test_a_model_without_a_judge_is_named():
+    with pytest.raises(ValueError, match="no judge knows the pictures of 'uvit-h'"):
+        judge_of("uvit-h")
