@@ -9,10 +9,8 @@
 
 diffusers' schedulers remember where a walk is, so pipelines that run at once need one each. They
 share everything else: the server holds one transformer and a few light pipelines around it, and a
-request waits for a free one. Each is cached once, when the server starts. A walk that is cancelled
-leaves nothing behind, so its pipeline serves the next request.
-
-Replace `model()` and `tables()` by your own.
+request waits for a free one. Each is cached once, when the server starts. A cancelled walk leaves
+nothing behind, so its pipeline serves the next request. Put your own in `model()` and `tables()`.
 """
 
 from __future__ import annotations
@@ -72,11 +70,8 @@ def app() -> FastAPI:
     schedules = tables(first)
     offered = [schedule.steps for schedule in schedules]
     free: Queue[Any] = Queue()
-    sessions, stops, counts = (
-        [],
-        dict[str, threading.Event](),
-        dict.fromkeys(("images", "cancelled"), 0),
-    )
+    sessions, stops = [], dict[str, threading.Event]()
+    counts = {"images": 0, "cancelled": 0}
     for _ in range(PIPELINES):
         scheduler = StoppableScheduler.from_config(first.scheduler.config)
         pipe = type(first)(first.transformer, first.vae, scheduler)
@@ -103,8 +98,7 @@ def app() -> FastAPI:
             free.put(pipe)
             stops.pop(name, None)
         counts["images"] += 1
-        file = io.BytesIO()
-        np.save(file, images)
+        np.save(file := io.BytesIO(), images)
         return Response(file.getvalue(), media_type="application/octet-stream")
 
     @server.delete("/images/{name}")

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from harmonica.cache import Cache, Compute, Feature, Gate, weighted_sum
 from harmonica.denoise import Denoiser
 from harmonica.inference.lifetimes import Plan, fused_sum
-from harmonica.models.blocks import EXACT, FUSED, Compiled, gated_blocks
+from harmonica.models.arithmetic import EXACT, FUSED, Compiled
+from harmonica.models.blocks import gated_blocks
 from harmonica.models.dit import DiTDenoiser
 from harmonica.models.memo import Memo
 from harmonica.models.pipelines.denoiser import StockDiT

@@ -28,92 +28,11 @@ from torch import Tensor, nn
 
 from harmonica.cache import Compute, Feature, Gate, called_by, gated
 from harmonica.models import dit, uvit
+from harmonica.models.arithmetic import EXACT, Arithmetic
 from harmonica.override import Answer, is_overridden, overridden
 
 Ask = Callable[[str, Compute], Feature]
 """(name of a block's site, branch) -> feature; a module that is no site computes."""
-
-
-class Arithmetic:
-    """The element-wise work of a block, as the models write it: exact.
-
-    h tokens (B, N, D)   scale, shift, gate (B, 1, D)   out, what a site returned (B, N, D)
-    """
-
-    def branch(
-        self,
-        site: Callable[[Tensor], Tensor],
-        norm: nn.Module,
-        h: Tensor,
-        scale: Tensor,
-        shift: Tensor,
-    ) -> Any:
-        """Return site(norm(h)·(1 + scale) + shift)."""
-        return site(norm(h) * (1 + scale) + shift)
-
-    def add(self, h: Tensor, gate: Tensor, out: Tensor) -> Tensor:
-        """Return gate·out + h, in this order: a sum lies in memory as its first part does."""
-        return gate * out + h
-
-
-class Fused(Arithmetic):
-    """The same in fewer passes over memory: a product and a sum are rounded once, not twice."""
-
-    def branch(
-        self,
-        site: Callable[[Tensor], Tensor],
-        norm: nn.Module,
-        h: Tensor,
-        scale: Tensor,
-        shift: Tensor,
-    ) -> Any:
-        """Return site(norm(h)·(1 + scale) + shift)."""
-        return site(torch.addcmul(shift, norm(h), 1 + scale))
-
-    def add(self, h: Tensor, gate: Tensor, out: Tensor) -> Tensor:
-        """Return gate·out + h."""
-        return torch.addcmul(h.contiguous(), gate, out)
-
-
-class Compiled(Arithmetic):
-    """The same, compiled: one graph for each kind of branch, one for the sum; what decides stays
-    Python.
-
-    Args:
-        options: of torch.compile.
-    """
-
-    def __init__(self, **options: Any) -> None:
-        self._branch = torch.compile(_branch, dynamic=False, **options)
-        self._add = torch.compile(_add, dynamic=False, **options)
-
-    def branch(
-        self,
-        site: Callable[[Tensor], Tensor],
-        norm: nn.Module,
-        h: Tensor,
-        scale: Tensor,
-        shift: Tensor,
-    ) -> Any:
-        """Return site(norm(h)·(1 + scale) + shift)."""
-        return self._branch(site, norm, h, scale, shift)
-
-    def add(self, h: Tensor, gate: Tensor, out: Tensor) -> Tensor:
-        """Return gate·out + h, contiguous, so that strides do not double the number of graphs."""
-        return self._add(h.contiguous(), gate, out)
-
-
-def _branch(
-    site: Callable[[Tensor], Any], norm: nn.Module, h: Tensor, scale: Tensor, shift: Tensor
-) -> Any:
-    return site(norm(h) * (1 + scale) + shift)
-
-
-def _add(h: Tensor, gate: Tensor, out: Tensor) -> Tensor:
-    return gate * out + h
-
-
-EXACT, FUSED = Arithmetic(), Fused()
 
 
 # ------------------------------------------------------------ blocks

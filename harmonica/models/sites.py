@@ -29,24 +29,17 @@ This file does not know pipelines, samplers or routers.
 
 from __future__ import annotations
 
-import copy
-import logging
 import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from torch import nn
-from torch.utils._pytree import tree_map
 
-from harmonica.cost import Count, Macs, count
-
-Uncovered = tuple[tuple[str, float], ...]
-"""(name, MACs) of modules."""
+from harmonica.cost import Macs
+from harmonica.models.site_costs import ADVICE, NOT_A_SITE, Uncovered, counted, estimated
 
 ATTENTION, CROSS, FEED_FORWARD, BOTH = "attention", "cross-attention", "feed-forward", "both"
 
@@ -54,9 +47,6 @@ _ATTENTION = re.compile(r"\w*(attn|attention)\d*|mhb?a")
 _FEED_FORWARD = re.compile(r"ffn?\d*|mlp\d*|feedforward|densereludense|transition")
 _CROSS = re.compile(r"\w*cross\w*|attn2|to")
 _INLINED = ("gate_proj", "up_proj", "down_proj")
-_NOT_A_SITE = re.compile(
-    r"\w*norm\d*|adaln\w*|act|mod|modulation|drop(out)?|emb\w*|time\w*|film\w*"
-)
 _NOT_THE_DENOISER = re.compile(
     r"refine|embed|encoder|extractor|projection|projector|fus(ion|er)|perceiver$|^(text|txt|context|caption)_"
 )
@@ -67,7 +57,6 @@ _TWICE = {
 }
 """Blocks that call a module on the image's tokens and then on the text's, unless they have another
 one for the text."""
-_ADVICE = "give the modules yourself, as cached(pipe, schedule, sites={name: module, …})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,16 +150,16 @@ def sites(transformer: nn.Module, inputs: Mapping[str, Any] | None = None) -> Si
     _refuse_what_cannot_be_cached(transformer, blocks, found)
     modules = {name: site for name, (site, _) in found.items()}
     if inputs is None:
-        macs, uncovered = _estimated(blocks, modules)
+        macs, uncovered = estimated(blocks, modules)
     else:
-        modules, macs, uncovered = _counted(transformer, modules, inputs)
+        modules, macs, uncovered = counted(transformer, modules, inputs)
     kinds = tuple(found[name][1] for name in modules)
     result = Sites(MappingProxyType(modules), kinds, macs, inputs is not None, uncovered)
     if macs.covered < 0.5:
         largest = ", ".join(f"{name} ({100 * size / macs.total:.1f} %)" for name, size in uncovered)
         share = f"the {len(result)} sites of {type(transformer).__name__} cover {100 * macs.covered:.1f} % of its MACs"
         warnings.warn(
-            f"{share}; the largest modules left out are {largest}; to add some, {_ADVICE}",
+            f"{share}; the largest modules left out are {largest}; to add some, {ADVICE}",
             stacklevel=2,
         )
     return result
@@ -184,7 +173,7 @@ def kind_of(name: str) -> str | None:
     ('feed-forward', 'cross-attention', None)
     """
     words = name.lower().replace("feed_forward", "feedforward").split("_")
-    if any(map(_NOT_A_SITE.fullmatch, words)):
+    if any(map(NOT_A_SITE.fullmatch, words)):
         return None
     if any(map(_ATTENTION.fullmatch, words)):
         return CROSS if any(map(_CROSS.fullmatch, words)) else ATTENTION
@@ -240,13 +229,13 @@ def _refuse_what_cannot_be_cached(
             or "no list of blocks"
         )
         looked = f"attention and feed-forward modules (attn…, ff…, mlp …) inside the blocks of its lists ({lists})"
-        raise ValueError(f"{name} has no sites that the rule knows; looked for {looked}; {_ADVICE}")
+        raise ValueError(f"{name} has no sites that the rule knows; looked for {looked}; {ADVICE}")
     first: dict[int, str] = {}
     for here, (site, _) in found.items():
         other = first.setdefault(id(site), here)
         if other != here:
             raise ValueError(
-                f"{name}: {other} and {here} are one module, which would need two features; {_ADVICE}"
+                f"{name}: {other} and {here} are one module, which would need two features; {ADVICE}"
             )
     for path, block in blocks.items():
         if getattr(block, "_chunk_size", None) is not None:
@@ -254,135 +243,6 @@ def _refuse_what_cannot_be_cached(
                 f"{name}: the feed-forward of {path} runs in chunks, so it is called several times in a forward; "
                 "call set_chunk_feed_forward(None, 0) on the blocks"
             )
-
-
-def count_calls(
-    transformer: nn.Module, modules: Mapping[str, nn.Module], inputs: Mapping[str, Any]
-) -> Count | None:
-    """Count one forward, for modules of one's own choice; None if torch cannot count this model's
-    operations.
-    """
-    return _count(transformer, modules, inputs, fake=True) or _count(
-        transformer, modules, inputs, fake=False
-    )
-
-
-def _counted(
-    transformer: nn.Module, modules: Mapping[str, nn.Module], inputs: Mapping[str, Any]
-) -> tuple[dict[str, nn.Module], Macs, Uncovered]:
-    """Count one forward of a twin, so that nothing the model keeps between calls stays behind in
-    it.
-    """
-    name = type(transformer).__name__
-    result = count_calls(transformer, modules, inputs)
-    if result is None:
-        raise ValueError(
-            f"{name}: torch cannot count its operations; leave `inputs` out for an estimate"
-        )
-    calls = dict(zip(modules, result.calls, strict=True))
-    for site, times in calls.items():
-        if times > 1:
-            raise ValueError(
-                f"{name}: {site} is called {times} times in a forward and has one feature; {_ADVICE}"
-            )
-    called = {site: module for site, module in modules.items() if calls[site]}
-    if not called:
-        raise ValueError(
-            f"{name}: none of the {len(modules)} modules that look like sites is called; {_ADVICE}"
-        )
-    each = result.macs.sites[[times == 1 for times in result.calls]]
-    by_name = {
-        path.removeprefix(f"{name}."): size for path, size in result.modules.items() if "." in path
-    }
-    return called, Macs(each, result.macs.rest), _largest(by_name, called)
-
-
-def _count(
-    transformer: nn.Module,
-    modules: Mapping[str, nn.Module],
-    inputs: Mapping[str, Any],
-    *,
-    fake: bool,
-) -> Count | None:
-    """Count one forward; None if it cannot be: fake tensors have no values to look at, flex
-    attention no counter.
-    """
-    twin = _twin(transformer)
-    paths = {id(module): path for path, module in transformer.named_modules()}
-    if any(id(module) not in paths for module in modules.values()):
-        return None
-    mine = {name: twin.get_submodule(paths[id(module)]) for name, module in modules.items()}
-    own = tree_map(
-        lambda leaf: leaf, dict(inputs)
-    )  # dicts and lists of our own: some models take things out of them
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    log.disabled, before = True, log.disabled  # it would print the stack of what is caught here
-    try:
-        return count(lambda: twin(**own), mine, fake=fake)
-    except (RuntimeError, TypeError):
-        if not fake:
-            _twin(transformer)(
-                **inputs
-            )  # raises what is wrong with the inputs, if that is what it was
-        return None
-    finally:
-        log.disabled = before
-
-
-def _twin(transformer: nn.Module) -> nn.Module:
-    """Return a copy that shares the weights, and whose modules run the forward of their class."""
-    tensors = {
-        id(tensor): tensor for tensor in chain(transformer.parameters(), transformer.buffers())
-    }
-    twin = copy.deepcopy(transformer, tensors)
-    for module in twin.modules():
-        module.__dict__.pop("forward", None)  # a wrapper that was copied still calls the original
-    return twin
-
-
-def _estimated(
-    blocks: Mapping[str, nn.Module], modules: Mapping[str, nn.Module]
-) -> tuple[Macs, Uncovered]:
-    """Estimate MACs per token: one for each entry of each matrix or kernel in the blocks that hold
-    sites.
-    """
-    sizes: dict[str, float] = {}
-    for path, block in blocks.items():
-        if any(name == path or name.startswith(f"{path}.") for name in modules):
-            for name, module in block.named_modules(prefix=path):
-                sizes[name] = float(sum(p.numel() for p in module.parameters() if p.dim() > 1))
-    each = torch.tensor([sizes[name] for name in modules], dtype=torch.float64)
-    largest = _largest(
-        {name: size for name, size in sizes.items() if not _once_per_image(name)}, modules, None
-    )
-    return Macs(each, sum(size for _, size in largest)), largest[:3]
-
-
-def _once_per_image(name: str) -> bool:
-    """Tell whether part of a name says modulation, normalisation or embedding: run for an image,
-    not for each token.
-    """
-    return any(_NOT_A_SITE.fullmatch(word) for word in re.split(r"[._]", name.lower()))
-
-
-def _largest(
-    sizes: Mapping[str, float], modules: Mapping[str, nn.Module], most: int | None = 3
-) -> Uncovered:
-    """Return the largest modules that neither hold a site, nor are one, nor are part of a module
-    returned.
-    """
-    holds = {name.rsplit(".", depth)[0] for name in modules for depth in range(name.count(".") + 1)}
-    outermost: dict[str, float] = {}
-    for name in sorted(sizes, key=lambda name: name.count(".")):
-        above = {name.rsplit(".", depth)[0] for depth in range(name.count(".") + 1)}
-        if (
-            name
-            and sizes[name]
-            and name not in holds
-            and not above & (modules.keys() | outermost.keys())
-        ):
-            outermost[name] = sizes[name]
-    return tuple(sorted(outermost.items(), key=lambda item: -item[1]))[:most]
 
 
 def _short(macs: float) -> str:

@@ -13,7 +13,7 @@ from test_every_model import loaded, small  # noqa: F401 (small is a fixture: ev
 
 from harmonica.inference.graph import GraphWalk, key_of
 from harmonica.inference.walk import Walk
-from harmonica.models.blocks import Compiled
+from harmonica.models.arithmetic import Compiled
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

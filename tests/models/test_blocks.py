@@ -14,7 +14,8 @@ from torch import nn
 
 from harmonica import Schedule, gated, reuse, sample
 from harmonica.denoise import final_image
-from harmonica.models.blocks import FUSED, form_of, gated_blocks
+from harmonica.models.arithmetic import FUSED
+from harmonica.models.blocks import form_of, gated_blocks
 from harmonica.models.dit import DiTDenoiser
 from harmonica.models.pipelines.denoiser import StockDiT
 from harmonica.models.pixart import PixArtDenoiser, random_prompts

@@ -716,7 +716,7 @@ def test_counts_are_of_what_ran_and_a_summary_never_raises(monkeypatch, caplog, 
             pipe(steps=6, batch=lambda k: 2 if k < 4 else 1)
         assert "said once" not in caplog.text  # but at the first walk
         assert "50.0%" in str(session)
-    monkeypatch.setattr(session_module, "count_calls", lambda *_: 1 / 0)
+    monkeypatch.setattr(session_module, "cost_of_call", lambda *_: 1 / 0)
     with cached(pipe, table(pipe)) as session:
         pipe()
         assert "2.00x" not in str(session)

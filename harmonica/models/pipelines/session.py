@@ -1,15 +1,14 @@
 """Session: what one open `cached` follows, walk by walk, and what has happened so far.
 
-During a walk, and in its thread or task alone,
+During a walk, in its thread or task alone:
 
     scheduler.set_timesteps, scheduler.step    tell the tracker (copies of the scheduler too)
     transformer                                tells the tracker
     blocks and sites of the transformer        ask the tracker, which reuses or computes
     embeddings, text projections               are answered ahead (harmonica.models.precompute)
 
-Between walks nothing stands on the transformer: it can be called, saved, copied, compiled and
-changed like any other. Every walk begins with the pipeline as it is then: scheduler, transformer
-and adapters may be others than at the walk before. What may be reused is the tracker's to say.
+Between walks nothing stands on the transformer: it can be called, saved, copied and changed like
+any other. Every walk takes the scheduler, the transformer and the adapters that it finds.
 """
 
 from __future__ import annotations
@@ -24,15 +23,18 @@ from typing import Any
 from weakref import ref
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._pytree import tree_map
 
 from harmonica.cache import called_by
-from harmonica.models.blocks import EXACT, FUSED, gated_blocks
+from harmonica.models.arithmetic import EXACT, FUSED
+from harmonica.models.blocks import gated_blocks
 from harmonica.models.pipelines.checks import TRANSFORMERS, check_pipeline, transformers_of
-from harmonica.models.pipelines.tracker import Table, Tracker, current
+from harmonica.models.pipelines.kept import Table
+from harmonica.models.pipelines.tracker import Tracker, current
 from harmonica.models.precompute import precomputed
-from harmonica.models.sites import count_calls, sites
+from harmonica.models.site_costs import cost_of_call, without_numbers
+from harmonica.models.sites import sites
 from harmonica.override import Answer, Method, overridden, patched
 from harmonica.router import Schedule
 
@@ -78,8 +80,6 @@ class Session:
         self._ended = Tracker(lambda times: None, len(self.sites))
         self._lock, self._told = threading.Lock(), set[str]()
 
-    # ------------------------------------------------------------ one walk
-
     @contextmanager
     def walk(self) -> Iterator[None]:
         """Follow what runs in this `with`, in this thread or task, as a call of the pipeline.
@@ -90,7 +90,7 @@ class Session:
         """
         pipe: Any = self.pipe()
         check_pipeline(pipe)
-        transformers, scheduler = transformers_of(pipe), pipe.scheduler
+        models, scheduler = transformers_of(pipe), pipe.scheduler
         tracker = Tracker(
             lambda times: self._choose(scheduler, times),
             len(self.sites),
@@ -104,13 +104,14 @@ class Session:
                 stack.enter_context(patched(type(scheduler), name, told))
             calls = [
                 (model, called_by(model), self._told_of_calls(tracker, name))
-                for name, model in transformers.items()
+                for name, model in models.items()
             ]
             stack.enter_context(overridden(calls))
             math = EXACT if self._exact else FUSED
-            both = nn.ModuleList(transformers.values())
+            both = nn.ModuleList()
+            both._modules.update(models)  # not added one by one, which would look like a change
             stack.enter_context(gated_blocks(both, self._modules(pipe), tracker.ask, math=math))
-            for model in transformers.values():
+            for model in models.values():
                 stack.enter_context(precomputed(model, tracker.memo))
             with self._lock:
                 self.walks += 1
@@ -139,7 +140,7 @@ class Session:
         def answer(forward: Method, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if current.get() is tracker:
                 if name not in self._inputs:
-                    self._inputs[name] = tree_map(_without_numbers, (args, kwargs))
+                    self._inputs[name] = tree_map(without_numbers, (args, kwargs))
                 tracker.call(name, (args, kwargs))
             return forward(*args, **kwargs)
 
@@ -188,8 +189,6 @@ class Session:
             self._told.add(key or text)
             log.warning("%s (said once)", text)
 
-    # ------------------------------------------------------------ what has happened
-
     @property
     def asked(self) -> int:
         """How often sites were asked for their output."""
@@ -222,7 +221,7 @@ class Session:
 
     def __str__(self) -> str:
         pipe, told = self.pipe(), self.report()
-        name = "a pipeline that is gone" if pipe is None else type(pipe).__name__
+        name = "a pipeline" if pipe is None else type(pipe).__name__
         lines = [
             f"{name}, {each.steps} steps × {len(self.sites)} sites, CUR {each.cur:.1%}"
             for each in self.schedules
@@ -267,14 +266,13 @@ class Session:
             try:
                 modules = self._modules(pipe)
                 mine = {self.sites[column]: modules[column] for column in columns}
-                self._costs[name] = _count(transformers_of(pipe)[name], mine, self._inputs[name])
+                self._costs[name] = cost_of_call(
+                    transformers_of(pipe)[name], mine, self._inputs[name]
+                )
             except Exception as error:  # a summary must not fail where the pipeline ran
                 self._say_once(f"the operations of {name} cannot be counted: {error}")
                 self._costs[name] = None
         return self._costs.get(name)
-
-
-# ------------------------------------------------------------ helpers
 
 
 def _set_timesteps(method: Method, scheduler: Any, /, *args: Any, **kwargs: Any) -> Any:
@@ -298,24 +296,6 @@ def _sites_of(pipe: Any) -> list[str]:
     for name, model in transformers_of(pipe).items():
         names += [f"{'' if name == 'transformer' else f'{name}.'}{site}" for site in sites(model)]
     return names
-
-
-def _without_numbers(leaf: Any) -> Any:
-    return leaf.to("meta") if isinstance(leaf, Tensor) else leaf
-
-
-def _count(model: nn.Module, modules: Mapping[str, nn.Module], inputs: Any) -> Any:
-    """Count a call with zeros for its tensors; None if torch cannot."""
-    device = next(model.parameters()).device
-
-    def zeros(leaf: Any) -> Any:
-        return torch.zeros_like(leaf, device=device) if isinstance(leaf, Tensor) else leaf
-
-    args, kwargs = tree_map(zeros, inputs)
-    names = list(inspect.signature(type(model).forward).parameters)[1:]
-    with torch.no_grad():
-        counted = count_calls(model, modules, {**dict(zip(names, args, strict=False)), **kwargs})
-    return None if counted is None else counted.macs
 
 
 def _span(times: Sequence[float]) -> str:

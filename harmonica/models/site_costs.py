@@ -1,0 +1,175 @@
+"""Site costs: the multiply-accumulates of a transformer's sites, counted in a forward or estimated.
+
+Counting runs a twin of the transformer that shares its weights, on fake tensors where the model
+allows that. Estimating reads the sizes of the weights. This file does not know how sites are found.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import re
+from collections.abc import Mapping
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from harmonica.cost import Count, Macs, count
+
+Uncovered = tuple[tuple[str, float], ...]
+"""(name, MACs) of modules."""
+
+NOT_A_SITE = re.compile(r"\w*norm\d*|adaln\w*|act|mod|modulation|drop(out)?|emb\w*|time\w*|film\w*")
+ADVICE = "give the modules yourself, as cached(pipe, schedule, sites={name: module, …})"
+
+
+def count_calls(
+    transformer: nn.Module, modules: Mapping[str, nn.Module], inputs: Mapping[str, Any]
+) -> Count | None:
+    """Count one forward, for modules of one's own choice; None if torch cannot count this model's
+    operations.
+    """
+    return _count(transformer, modules, inputs, fake=True) or _count(
+        transformer, modules, inputs, fake=False
+    )
+
+
+def counted(
+    transformer: nn.Module, modules: Mapping[str, nn.Module], inputs: Mapping[str, Any]
+) -> tuple[dict[str, nn.Module], Macs, Uncovered]:
+    """Count one forward of a twin, so that nothing the model keeps between calls stays behind in
+    it.
+    """
+    name = type(transformer).__name__
+    result = count_calls(transformer, modules, inputs)
+    if result is None:
+        raise ValueError(
+            f"{name}: torch cannot count its operations; leave `inputs` out for an estimate"
+        )
+    calls = dict(zip(modules, result.calls, strict=True))
+    for site, times in calls.items():
+        if times > 1:
+            raise ValueError(
+                f"{name}: {site} is called {times} times in a forward and has one feature; {ADVICE}"
+            )
+    called = {site: module for site, module in modules.items() if calls[site]}
+    if not called:
+        raise ValueError(
+            f"{name}: none of the {len(modules)} modules that look like sites is called; {ADVICE}"
+        )
+    each = result.macs.sites[[times == 1 for times in result.calls]]
+    by_name = {
+        path.removeprefix(f"{name}."): size for path, size in result.modules.items() if "." in path
+    }
+    return called, Macs(each, result.macs.rest), _largest(by_name, called)
+
+
+def _count(
+    transformer: nn.Module,
+    modules: Mapping[str, nn.Module],
+    inputs: Mapping[str, Any],
+    *,
+    fake: bool,
+) -> Count | None:
+    """Count one forward; None if it cannot be: fake tensors have no values to look at, flex
+    attention no counter.
+    """
+    twin = _twin(transformer)
+    paths = {id(module): path for path, module in transformer.named_modules()}
+    if any(id(module) not in paths for module in modules.values()):
+        return None
+    mine = {name: twin.get_submodule(paths[id(module)]) for name, module in modules.items()}
+    own = tree_map(
+        lambda leaf: leaf, dict(inputs)
+    )  # dicts and lists of our own: some models take things out of them
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    log.disabled, before = True, log.disabled  # it would print the stack of what is caught here
+    try:
+        return count(lambda: twin(**own), mine, fake=fake)
+    except (RuntimeError, TypeError):
+        if not fake:
+            _twin(transformer)(
+                **inputs
+            )  # raises what is wrong with the inputs, if that is what it was
+        return None
+    finally:
+        log.disabled = before
+
+
+def _twin(transformer: nn.Module) -> nn.Module:
+    """Return a copy that shares the weights, and whose modules run the forward of their class."""
+    tensors = {
+        id(tensor): tensor for tensor in chain(transformer.parameters(), transformer.buffers())
+    }
+    twin = copy.deepcopy(transformer, tensors)
+    for module in twin.modules():
+        module.__dict__.pop("forward", None)  # a wrapper that was copied still calls the original
+    return twin
+
+
+def estimated(
+    blocks: Mapping[str, nn.Module], modules: Mapping[str, nn.Module]
+) -> tuple[Macs, Uncovered]:
+    """Estimate MACs per token: one for each entry of each matrix or kernel in the blocks that hold
+    sites.
+    """
+    sizes: dict[str, float] = {}
+    for path, block in blocks.items():
+        if any(name == path or name.startswith(f"{path}.") for name in modules):
+            for name, module in block.named_modules(prefix=path):
+                sizes[name] = float(sum(p.numel() for p in module.parameters() if p.dim() > 1))
+    each = torch.tensor([sizes[name] for name in modules], dtype=torch.float64)
+    largest = _largest(
+        {name: size for name, size in sizes.items() if not _once_per_image(name)}, modules, None
+    )
+    return Macs(each, sum(size for _, size in largest)), largest[:3]
+
+
+def _once_per_image(name: str) -> bool:
+    """Tell whether part of a name says modulation, normalisation or embedding: run for an image,
+    not for each token.
+    """
+    return any(NOT_A_SITE.fullmatch(word) for word in re.split(r"[._]", name.lower()))
+
+
+def _largest(
+    sizes: Mapping[str, float], modules: Mapping[str, nn.Module], most: int | None = 3
+) -> Uncovered:
+    """Return the largest modules that neither hold a site, nor are one, nor are part of a module
+    returned.
+    """
+    holds = {name.rsplit(".", depth)[0] for name in modules for depth in range(name.count(".") + 1)}
+    outermost: dict[str, float] = {}
+    for name in sorted(sizes, key=lambda name: name.count(".")):
+        above = {name.rsplit(".", depth)[0] for depth in range(name.count(".") + 1)}
+        if (
+            name
+            and sizes[name]
+            and name not in holds
+            and not above & (modules.keys() | outermost.keys())
+        ):
+            outermost[name] = sizes[name]
+    return tuple(sorted(outermost.items(), key=lambda item: -item[1]))[:most]
+
+
+def without_numbers(leaf: Any) -> Any:
+    """Return a tensor of the same shape that holds nothing, or what is no tensor itself."""
+    return leaf.to("meta") if isinstance(leaf, Tensor) else leaf
+
+
+def cost_of_call(model: nn.Module, modules: Mapping[str, nn.Module], inputs: Any) -> Macs | None:
+    """Count a call (args, kwargs) with zeros for its tensors; None if torch cannot."""
+    device = next(model.parameters()).device
+
+    def zeros(leaf: Any) -> Any:
+        return torch.zeros_like(leaf, device=device) if isinstance(leaf, Tensor) else leaf
+
+    args, kwargs = tree_map(zeros, inputs)
+    names = list(inspect.signature(type(model).forward).parameters)[1:]
+    with torch.no_grad():
+        counted = count_calls(model, modules, {**dict(zip(names, args, strict=False)), **kwargs})
+    return None if counted is None else counted.macs
