@@ -66,7 +66,7 @@ class Session:
         offload: bool = False,
     ) -> None:
         check_pipeline(pipe)
-        self.pipe, self.walks = ref(pipe), 0
+        self.pipe, self._kind, self.walks = ref(pipe), type(pipe).__name__, 0
         self._exact, self._otherwise, self._offload = exact, otherwise, offload
         self._given = modules
         self.sites = tuple(_sites_of(pipe) if modules is None else modules)
@@ -220,8 +220,7 @@ class Session:
         }
 
     def __str__(self) -> str:
-        pipe, told = self.pipe(), self.report()
-        name = "a pipeline" if pipe is None else type(pipe).__name__
+        told, name = self.report(), self._kind
         lines = [
             f"{name}, {each.steps} steps × {len(self.sites)} sites, CUR {each.cur:.1%}"
             for each in self.schedules
