@@ -1,8 +1,29 @@
-"""Memory: how much a piece of work takes at most, counted without doing it, and when it ran out."""
+"""Memory: the most that a piece of work takes, counted without doing it, and when it ran out.
+
+On torch's meta device a tensor has a shape and no numbers, so a model of any size costs nothing
+there. `Meter` follows the storages that are alive while work runs. This file does not know models.
+"""
 
 from __future__ import annotations
 
+import math
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
 import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from harmonica.override import overridden
+
+aten = torch.ops.aten
+ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu
+BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
@@ -12,3 +33,105 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     return isinstance(error, RuntimeError) and any(
         name in str(error) for name in ("DefaultCPUAllocator", "bad_alloc")
     )
+
+
+class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of the storages that operations take or give, as long as they are alive.
+
+    Attributes:
+        alive, peak: bytes now, and at most.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.alive = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        self._follow(args)
+        self._follow(tuple(kwargs.values()))
+        out = _without_numbers(func, args, kwargs)
+        self._follow((out,))
+        return out
+
+    def _follow(self, values: Any) -> None:
+        for value in values:
+            if isinstance(value, Tensor):
+                storage = value.untyped_storage()
+                key = storage._cdata
+                if key not in self._known:
+                    size = storage.nbytes()
+                    self._known.add(key)
+                    weakref.finalize(storage, self._free, key, size)
+                    self.alive += size
+                    self.peak = max(self.peak, self.alive)
+            elif isinstance(value, list | tuple):
+                self._follow(value)
+
+    def _free(self, key: int, size: int) -> None:
+        self._known.remove(key)
+        self.alive -= size
+
+
+@contextmanager
+def metered() -> Iterator[Meter]:
+    """Count what runs inside, on meta tensors.
+
+    A number that is asked of a meta tensor is 1: a score of 1 computes and renews the cache, which
+    is the most that a step can take. Attention is one kernel that does not keep the scores of all
+    pairs of tokens, as it is on a CPU and a GPU.
+    """
+    fused = partial(_fused, F.scaled_dot_product_attention)
+    with overridden("scaled_dot_product_attention", [(F, fused)]), Meter() as meter:
+        yield meter
+
+
+def flop_counter() -> FlopCounterMode:
+    """Return a counter of floating-point operations that knows the attention of `metered`."""
+    sdpa = {ATTENTION: _forward_flops, BACKWARD: _backward_flops}
+    return FlopCounterMode(display=False, custom_mapping=sdpa)
+
+
+def _forward_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """Two products: of queries and keys, and of scores and values."""
+    return int(2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1]))
+
+
+def _backward_flops(gradient: Any, *shapes: Any, **__: Any) -> int:
+    """Five products of the same size: the scores again, and four gradients."""
+    return int(2.5 * _forward_flops(*shapes))
+
+
+def _fused(
+    attention: Callable[..., Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor:
+    if not query.is_meta:
+        return attention(query, key, value, attn_mask, *args, **kwargs)
+    result: Tensor = ATTENTION(query, key, value, attn_mask=attn_mask)[0]
+    return result
+
+
+def _without_numbers(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Run an operation; where it would need numbers of a meta tensor, they are 1."""
+    source = args[1] if func is aten.copy_.default else args[0] if args else None
+    if not isinstance(source, Tensor) or not source.is_meta:
+        return func(*args, **kwargs)
+    if func is aten._local_scalar_dense.default:
+        return torch.ones((), dtype=source.dtype).item()
+    if func is aten.equal.default:
+        return True
+    if func is aten.copy_.default and not args[0].is_meta:
+        return args[0].fill_(1)
+    place = torch.device(kwargs.get("device") or "meta")
+    if func is aten._to_copy.default and place.type != "meta":
+        return torch.ones(source.shape, dtype=kwargs.get("dtype") or source.dtype, device=place)
+    return func(*args, **kwargs)

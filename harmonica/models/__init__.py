@@ -138,9 +138,10 @@ class _Place:
     prompts: StrPath | Sequence[str] | None
 
 
-def _empty(weights: StrPath | None) -> Any:
+def _empty(weights: StrPath | None, place: _Place) -> Any:
     """Return torch's device context: nothing is initialised that a file will replace."""
-    return torch.device("cpu" if weights == "random" else "meta")
+    drawn = weights == "random" and torch.device(place.device).type != "meta"
+    return torch.device("cpu" if drawn else "meta")
 
 
 def _open(model: torch.nn.Module) -> None:
@@ -157,7 +158,7 @@ def _dit(
 ) -> DiTDenoiser:
     if weights is None:
         weights = BUNDLED[name] if name in BUNDLED else _dit_from_hub(name)
-    with _empty(weights):
+    with _empty(weights, place):
         model = DiT(**DITS[name])
     if weights != "random":
         state = _diffusers_dit(weights, model) if Path(weights).is_dir() else read_state(weights)
@@ -199,7 +200,8 @@ def _pixart(
     variant, texts = PIXART[name], prompts_from(place.prompts)
     if weights == "random":
         encoded = pixart.random_prompts(texts, variant.text_tokens, pixart.XL["caption_channels"])
-        transformer = pixart.transformer_of(variant)
+        with _empty(weights, place):
+            transformer = pixart.transformer_of(variant)
         _open(transformer)
         # diffusers' own `to` warns of modules that it does not have
         torch.nn.Module.to(transformer, place.dtype)
@@ -237,7 +239,7 @@ def _uvit(
         raise ValueError(
             f"{weights} is a folder; {name} takes the original file, imagenet256_uvit_huge.pth"
         )
-    with _empty(weights):
+    with _empty(weights, place):
         model = UViT(**UVIT_H)  # type: ignore[arg-type]
     if weights != "random":
         fill(model, read_state(weights), weights)

@@ -1,0 +1,172 @@
+"""Dry run: what a training run will take, counted before anything is computed.
+
+    prediction    one guided prediction of the whole batch
+    update        teacher, student and backward pass of one step
+    λ             T(T+1)/2 predictions, every `refresh_every` trajectories
+    search        what follows training to a target (harmonica.search.refine)
+
+The model lies on torch's meta device, `load(name, weights="random", device="meta")`, where nothing
+is computed. The real code of training runs on it, and `harmonica.memory` counts.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from harmonica.denoise import Denoiser, sample
+from harmonica.iepo import image_error
+from harmonica.memory import flop_counter, metered
+from harmonica.router import Router
+from harmonica.sdt import sdt
+from harmonica.search.flip_effects import around
+from harmonica.search.refine import NOISES, ROUND, ROUNDS
+
+GIB = 2**30
+H100 = 400e12
+"""Floating-point operations a second that a large model reaches in bf16 on one H100."""
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a training run will take.
+
+    Attributes:
+        predictions: of the whole batch, λ and the search included.
+        macs: multiply-accumulates, backward passes included.
+        weights: bytes of the model.
+        memory: bytes at most, for "update", "lambda" and, with a target, "search" of one noise.
+        batch_size: noises of this process.
+    """
+
+    predictions: int
+    macs: float
+    weights: int
+    memory: dict[str, int]
+    batch_size: int
+
+    def hours(self, flops: float = H100) -> float:
+        """Return the hours at `flops` floating-point operations a second."""
+        return 2 * self.macs / flops / 3600
+
+    def largest_batch(self, available: int) -> int:
+        """Return how many noises fit into `available` bytes."""
+        most = max(self.memory["update"], self.memory["lambda"]) - self.weights
+        return max(0, int((available - self.weights) * self.batch_size / most))
+
+    def check(self, available: int, *, checkpointing: bool) -> None:
+        """Raise ValueError, saying what to change, if the run does not fit into `available` bytes."""
+        most = max(self.memory.values())
+        if most <= available:
+            return
+        batch = self.largest_batch(available)
+        ways = [f"--batch-size {batch}"] if batch else []
+        ways += [] if checkpointing else ["--activation-checkpointing"]
+        todo = f"take {' or '.join(ways)}" if ways else "take a larger device"
+        raise ValueError(
+            f"training needs {most / GIB:.1f} GiB at batch size {self.batch_size} and the device "
+            f"has {available / GIB:.1f}; {todo}"
+        )
+
+    def __str__(self) -> str:
+        rows = {"predictions": f"{self.predictions:,} of {self.batch_size} noises"}
+        rows["multiply-accumulates"] = f"{self.macs:.2e}, backward passes included"
+        rows["hours at 400 TFLOP/s"] = f"{self.hours():.2f}"
+        rows["weights"] = f"{self.weights / GIB:.1f} GiB"
+        for name, size in self.memory.items():
+            what = ", one noise at a time" if name == "search" else ""
+            rows[f"peak memory, {name}"] = f"{size / GIB:.1f} GiB{what}"
+        return "\n".join(f"  {name:24}{value}" for name, value in rows.items())
+
+
+def dry_run(  # noqa: D417 (some arguments share a line)
+    denoiser: Denoiser,
+    *,
+    iterations: int = 20_000,
+    batch_size: int = 32,
+    refresh_every: int = 25,
+    proxy: bool = True,
+    target: bool = False,
+    refine: int | None = None,
+) -> DryRun:
+    """Count what `train_sdt` with these settings takes; only shapes matter.
+
+    Args:
+        denoiser: on the meta device, with more than one step.
+        iterations, batch_size, refresh_every, refine: as in `train_sdt`.
+        proxy: whether λ is measured.
+        target: whether training ends on a target, and so with a search.
+
+    Raises ValueError if the denoiser is not on the meta device.
+    """
+    start = denoiser.draw(batch_size, torch.Generator().manual_seed(0))
+    if not start[0].is_meta:
+        raise ValueError(
+            f"the denoiser is on {start[0].device}; a dry run takes one on the meta device, "
+            'load(name, weights="random", device="meta")'
+        )
+    T, memory = denoiser.steps, {}
+    memory["update"], weights, plain, update = _update(denoiser, start)
+    trajectories = -(-iterations // (T - 1))
+    predictions = 2 * iterations + trajectories
+    macs = iterations * update + trajectories * plain
+    if proxy:
+        memory["lambda"] = _lambda(denoiser, start)
+        predictions += -(-trajectories // refresh_every) * T * (T + 1) // 2
+        macs += -(-trajectories // refresh_every) * T * (T + 1) // 2 * plain
+    if target:
+        memory["search"] = _search(denoiser)
+        budget = -(-NOISES // batch_size) * ROUNDS * ROUND * T if refine is None else refine
+        predictions, macs = predictions + budget, macs + budget * plain
+    return DryRun(predictions, macs, weights, memory, batch_size)
+
+
+def _update(denoiser: Denoiser, start: tuple[Any, Any]) -> tuple[int, int, float, float]:
+    """Return the peak of training, the bytes of the weights, and the MACs of a plain prediction and
+    of an update.
+    """
+    router = Router(denoiser.steps, denoiser.sites).to("meta")
+    updates = sdt(denoiser, router, [start], proxy=None)
+    with metered() as meter, torch.no_grad(), flop_counter() as plain:
+        denoiser.predict(start[0], 0, start[1])
+    weights = meter.alive
+    with metered() as meter:
+        next(updates)
+        with flop_counter() as update:
+            next(updates, None)
+    return meter.peak, weights, plain.get_total_flops() / 2, update.get_total_flops() / 2
+
+
+def _lambda(denoiser: Denoiser, start: tuple[Any, Any]) -> int:
+    """Return the peak of λ on the first three steps; a longer walk keeps nothing more."""
+    short = _first_steps(denoiser, 3)
+    with metered() as meter:
+        image_error(short, torch.ones(short.steps, len(denoiser.sites), device="meta"), *start)
+    return meter.peak
+
+
+def _search(denoiser: Denoiser) -> int:
+    """Return the peak of the search's largest piece, the effects of all flips, on one noise.
+
+    It is counted on walks of two and three steps; each further step keeps as much again.
+    """
+    x, cond = denoiser.draw(1, torch.Generator().manual_seed(0))
+    peaks = []
+    for steps in (2, 3):
+        short = _first_steps(denoiser, steps)
+        table = torch.ones(short.steps, len(denoiser.sites), dtype=torch.bool)
+        with metered() as meter:
+            plain = sample(short, x, cond)
+            around(short, table, x, cond, plain, torch.ones_like(plain))
+        peaks.append(meter.peak)
+    return peaks[0] + (denoiser.steps - 2) * (peaks[1] - peaks[0])
+
+
+def _first_steps(denoiser: Denoiser, steps: int) -> Denoiser:
+    """Return the denoiser of a walk that is left after so many steps."""
+    short = copy.copy(denoiser)
+    short.steps = min(steps, denoiser.steps)
+    return short

@@ -1,0 +1,87 @@
+"""Dry run: what training will take is counted before anything is computed."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import make
+
+from harmonica import Router, macs, sdt, train, train_sdt
+from harmonica.memory import metered
+from harmonica.training.dry_run import DryRun, dry_run
+
+GIB = 2**30
+
+
+def on_meta(d):
+    there = copy.deepcopy(d)
+    there.model.to("meta")
+    return there
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_the_meta_device_counts_the_memory_that_the_cpu_takes(checkpointed):
+    d = make(depth=3, dtype=torch.float32)
+    d.model.activation_checkpointing = checkpointed
+    x, cond = d.draw(16, torch.Generator().manual_seed(0))
+    router = Router(d.steps, d.sites, logits=torch.full((3, len(d.sites)), 4.0))
+    with metered() as real:
+        for _ in sdt(d, router, [(x, cond)], proxy=None):
+            pass
+    assert dry_run(on_meta(d), batch_size=16).memory["update"] == pytest.approx(real.peak, rel=0.05)
+
+
+def test_it_counts_the_predictions_that_training_makes():
+    d, calls = make(dtype=torch.float32), []
+    predict = d.predict
+    d.predict = lambda x, k, cond: calls.append(k) or predict(x, k, cond)
+    how = {"iterations": 12, "batch_size": 2, "refresh_every": 2}
+    train_sdt(d, **how, progress=False)
+    d.predict = predict
+    assert dry_run(on_meta(d), **how).predictions == len(calls)
+
+
+def test_it_counts_the_multiply_accumulates_of_predictions_and_backward_passes():
+    d = make(dtype=torch.float32)
+    one = 2 * macs(d).total  # of both noises
+    how = {"iterations": 3, "batch_size": 2, "refresh_every": 1}
+    plain, lam = (dry_run(on_meta(d), **how, proxy=proxy).macs for proxy in (False, True))
+    assert lam - plain == pytest.approx(10 * one)  # T(T+1)/2 predictions
+    assert 3 * 2.7 < plain / one - 1 < 3 * 3.3  # teacher, student and backward; and step 0
+
+
+def test_a_search_is_counted_only_for_a_target():
+    d = on_meta(make(dtype=torch.float32))
+    assert set(dry_run(d).memory) == {"update", "lambda"}
+    with_search = dry_run(d, target=True, refine=100)
+    assert with_search.predictions == dry_run(d).predictions + 100
+    assert with_search.memory["search"] > with_search.weights
+
+
+def test_a_denoiser_that_holds_numbers_is_refused(small):
+    with pytest.raises(ValueError, match="the denoiser is on cpu; a dry run takes one on the meta"):
+        dry_run(small)
+
+
+def test_what_does_not_fit_is_said_with_the_numbers_and_what_to_change():
+    plan = DryRun(1, 1e15, 2 * GIB, {"update": 34 * GIB, "lambda": 10 * GIB}, 32)
+    plan.check(40 * GIB, checkpointing=False)
+    with pytest.raises(
+        ValueError, match=r"needs 34.0 GiB at batch size 32 and the device has 24.0"
+    ):
+        plan.check(24 * GIB, checkpointing=False)
+    with pytest.raises(ValueError, match="--batch-size 22 or --activation-checkpointing"):
+        plan.check(24 * GIB, checkpointing=False)
+    with pytest.raises(ValueError, match="take a larger device"):
+        plan.check(1 * GIB, checkpointing=True)
+
+
+def test_the_command_says_what_training_takes_and_writes_nothing(tmp_path, capsys):
+    out = ["--out", str(tmp_path / "x"), "--steps", "3", "--device", "cuda", "--dry-run"]
+    assert train.main(out) == 0  # on a machine that need not have the device
+    said = capsys.readouterr().out
+    for word in ("predictions", "multiply-accumulates", "hours", "peak memory, update", "lambda"):
+        assert word in said
+    assert not (tmp_path / "x").exists()
