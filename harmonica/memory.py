@@ -6,7 +6,6 @@ there. `Meter` follows the storages that are alive while work runs. This file do
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,13 +16,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from harmonica.override import overridden
 
 aten = torch.ops.aten
 ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu
 BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def _forward_flops(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    """Two products: of queries and keys, and of scores and values."""
+    return 2 * query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+
+
+def _backward_flops(gradient: Tensor, *tensors: Tensor, **_: Any) -> float:
+    """Five products of that size: the scores again, and four gradients."""
+    return 2.5 * _forward_flops(*tensors)
+
+
+FLOPS = {**flop_registry, ATTENTION: _forward_flops, BACKWARD: _backward_flops}
+"""Floating-point operations of a call, by operation; two are one multiply-accumulate."""
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
@@ -40,11 +53,13 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Attributes:
         alive, peak: bytes now, and at most.
+        macs: multiply-accumulates so far, those of backward passes included.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.alive = self.peak = 0
+        self.macs = 0.0
         self._known: set[int] = set()
 
     def __torch_dispatch__(
@@ -55,6 +70,8 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._follow(tuple(kwargs.values()))
         out = _without_numbers(func, args, kwargs)
         self._follow((out,))
+        if func._overloadpacket in FLOPS:
+            self.macs += FLOPS[func._overloadpacket](*args, **kwargs, out_val=out) / 2
         return out
 
     def _follow(self, values: Any) -> None:
@@ -87,22 +104,6 @@ def metered() -> Iterator[Meter]:
     fused = partial(_fused, F.scaled_dot_product_attention)
     with overridden("scaled_dot_product_attention", [(F, fused)]), Meter() as meter:
         yield meter
-
-
-def flop_counter() -> FlopCounterMode:
-    """Return a counter of floating-point operations that knows the attention of `metered`."""
-    sdpa = {ATTENTION: _forward_flops, BACKWARD: _backward_flops}
-    return FlopCounterMode(display=False, custom_mapping=sdpa)
-
-
-def _forward_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    """Two products: of queries and keys, and of scores and values."""
-    return int(2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1]))
-
-
-def _backward_flops(gradient: Any, *shapes: Any, **__: Any) -> int:
-    """Five products of the same size: the scores again, and four gradients."""
-    return int(2.5 * _forward_flops(*shapes))
 
 
 def _fused(

@@ -34,7 +34,7 @@ from harmonica.iepo import Proxy
 from harmonica.models.prompts import read_prompts
 from harmonica.processes import batch_per_rank, processes, rank, started_as
 from harmonica.search.budget import check_target
-from harmonica.storage.files import alone
+from harmonica.storage.files import exclusive_lock
 from harmonica.training.dry_run import DryRun, dry_run
 
 AUTHORS = {"iterations": 20_000, "batch_size": 32, "beta": 7e-8, "lr": 0.01, "refresh_every": 25}
@@ -43,11 +43,11 @@ AUTHORS = {"iterations": 20_000, "batch_size": 32, "beta": 7e-8, "lr": 0.01, "re
 QUICK = {"iterations": 1500, "batch_size": 8, "beta": 1e-7, "lr": 0.1, "refresh_every": 10}
 """Settings for the bundled model: a tenth of the updates on a thousandth of the model."""
 
-SMALLER: dict[str, int] = {}
+SMALLER = {"pixart-alpha-1024": 8, "pixart-sigma-1024": 8, "pixart-sigma-2k": 2}
 """Batch sizes of the models of which 32 noises do not fit into 80 GiB."""
 
-CHECKPOINTED: tuple[str, ...] = ()
-"""Models that run blocks again in backward, to fit into 80 GiB."""
+CHECKPOINTED = ("pixart-alpha-512", *SMALLER)
+"""Models that run blocks again in backward by default, to fit into 80 GiB."""
 
 TARGET = "theoretical speedup to end on, or just above"
 ORDER = "with --target: 1 … 9 continue skipped outputs by so many differences; 0 repeats them (0)"
@@ -121,7 +121,7 @@ def run(args: argparse.Namespace) -> None:
         return
     if first:
         _check_out(args)
-    with alone(args.out) if first else nullcontext(), processes(args.device) as device:
+    with exclusive_lock(args.out) if first else nullcontext(), processes(args.device) as device:
         batch_per_rank(args.batch_size)
         if device.type == "cuda":
             available, _ = torch.cuda.mem_get_info(device)

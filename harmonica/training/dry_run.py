@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 
 from harmonica.denoise import Denoiser, sample
 from harmonica.iepo import image_error
-from harmonica.memory import flop_counter, metered
-from harmonica.router import Router
+from harmonica.memory import metered
+from harmonica.router import Router, Schedule
 from harmonica.sdt import sdt
 from harmonica.search.flip_effects import around
 from harmonica.search.refine import NOISES, ROUND, ROUNDS
@@ -129,15 +130,13 @@ def _update(denoiser: Denoiser, start: tuple[Any, Any]) -> tuple[int, int, float
     of an update.
     """
     router = Router(denoiser.steps, denoiser.sites).to("meta")
-    updates = sdt(denoiser, router, [start], proxy=None)
-    with metered() as meter, torch.no_grad(), flop_counter() as plain:
+    with metered() as meter, torch.no_grad():
         denoiser.predict(start[0], 0, start[1])
-    weights = meter.alive
+    weights, plain, before = meter.alive, meter.macs, 0.0
     with metered() as meter:
-        next(updates)
-        with flop_counter() as update:
-            next(updates, None)
-    return meter.peak, weights, plain.get_total_flops() / 2, update.get_total_flops() / 2
+        for _ in islice(sdt(denoiser, router, [start], proxy=None), 2):
+            update, before = meter.macs - before, meter.macs
+    return meter.peak, weights, plain, update if denoiser.steps > 2 else update - plain
 
 
 def _lambda(denoiser: Denoiser, start: tuple[Any, Any]) -> int:
@@ -157,7 +156,7 @@ def _search(denoiser: Denoiser) -> int:
     peaks = []
     for steps in (2, 3):
         short = _first_steps(denoiser, steps)
-        table = torch.ones(short.steps, len(denoiser.sites), dtype=torch.bool)
+        table = Schedule(torch.ones(short.steps, len(denoiser.sites)), tuple(denoiser.sites))
         with metered() as meter:
             plain = sample(short, x, cond)
             around(short, table, x, cond, plain, torch.ones_like(plain))

@@ -23,10 +23,10 @@ def on_meta(d):
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_the_meta_device_counts_the_memory_that_the_cpu_takes(checkpointed):
-    d = make(depth=3, dtype=torch.float32)
+    d = make(3, dtype=torch.float32)
     d.model.activation_checkpointing = checkpointed
     x, cond = d.draw(16, torch.Generator().manual_seed(0))
-    router = Router(d.steps, d.sites, logits=torch.full((3, len(d.sites)), 4.0))
+    router = Router(d.steps, d.sites, logits=torch.full((2, len(d.sites)), 4.0))
     with metered() as real:
         for _ in sdt(d, router, [(x, cond)], proxy=None):
             pass
@@ -34,7 +34,7 @@ def test_the_meta_device_counts_the_memory_that_the_cpu_takes(checkpointed):
 
 
 def test_it_counts_the_predictions_that_training_makes():
-    d, calls = make(dtype=torch.float32), []
+    d, calls = make(3, 1, dtype=torch.float32), []
     predict = d.predict
     d.predict = lambda x, k, cond: calls.append(k) or predict(x, k, cond)
     how = {"iterations": 12, "batch_size": 2, "refresh_every": 2}
@@ -44,7 +44,7 @@ def test_it_counts_the_predictions_that_training_makes():
 
 
 def test_it_counts_the_multiply_accumulates_of_predictions_and_backward_passes():
-    d = make(dtype=torch.float32)
+    d = make(4, 1, dtype=torch.float32)
     one = 2 * macs(d).total  # of both noises
     how = {"iterations": 3, "batch_size": 2, "refresh_every": 1}
     plain, lam = (dry_run(on_meta(d), **how, proxy=proxy).macs for proxy in (False, True))
@@ -53,7 +53,7 @@ def test_it_counts_the_multiply_accumulates_of_predictions_and_backward_passes()
 
 
 def test_a_search_is_counted_only_for_a_target():
-    d = on_meta(make(dtype=torch.float32))
+    d = on_meta(make(3, 1, dtype=torch.float32))
     assert set(dry_run(d).memory) == {"update", "lambda"}
     with_search = dry_run(d, target=True, refine=100)
     assert with_search.predictions == dry_run(d).predictions + 100
