@@ -9,7 +9,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -101,23 +100,15 @@ def metered() -> Iterator[Meter]:
     is the most that a step can take. Attention is one kernel that does not keep the scores of all
     pairs of tokens, as it is on a CPU and a GPU.
     """
-    fused = partial(_fused, F.scaled_dot_product_attention)
-    with overridden("scaled_dot_product_attention", [(F, fused)]), Meter() as meter:
+    with overridden([(F, "scaled_dot_product_attention", _fused)]), Meter() as meter:
         yield meter
 
 
-def _fused(
-    attention: Callable[..., Tensor],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    *args: Any,
-    **kwargs: Any,
-) -> Tensor:
-    if not query.is_meta:
-        return attention(query, key, value, attn_mask, *args, **kwargs)
-    result: Tensor = ATTENTION(query, key, value, attn_mask=attn_mask)[0]
+def _fused(original: Callable[..., Tensor], args: Any, kwargs: Any) -> Tensor:
+    if not args[0].is_meta:
+        return original(*args, **kwargs)
+    mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
+    result: Tensor = ATTENTION(*args[:3], attn_mask=mask)[0]
     return result
 
 

@@ -25,6 +25,7 @@ from harmonica.command_line import (
     add_model_options,
     check_device,
     command,
+    dtype_of,
     load_model,
     make_writable,
     seed,
@@ -134,7 +135,8 @@ def run(args: argparse.Namespace) -> None:
 
 def count(args: argparse.Namespace) -> DryRun:
     """Count what training will take, for this process."""
-    args = argparse.Namespace(**{**vars(args), "weights": "random"})
+    dtype = str(dtype_of(args, args.device)).removeprefix("torch.")
+    args = argparse.Namespace(**{**vars(args), "weights": "random", "dtype": dtype})
     denoiser = load_model(args, "meta", activation_checkpointing=args.activation_checkpointing)
     return dry_run(
         denoiser,

@@ -18,13 +18,15 @@ from typing import Any
 
 import torch
 
-from harmonica.denoise import Denoiser, sample
+from harmonica.denoise import Denoiser
 from harmonica.iepo import image_error
 from harmonica.memory import metered
 from harmonica.router import Router, Schedule
 from harmonica.sdt import sdt
-from harmonica.search.flip_effects import around
-from harmonica.search.refine import NOISES, ROUND, ROUNDS
+from harmonica.search.flip_effects import flip_effects_at
+from harmonica.search.references import with_images
+from harmonica.search.refine import ROUND
+from harmonica.search.refine_router import NOISES, ROUNDS
 
 GIB = 2**30
 H100 = 400e12
@@ -109,7 +111,8 @@ def dry_run(  # noqa: D417 (some arguments share a line)
             f"the denoiser is on {start[0].device}; a dry run takes one on the meta device, "
             'load(name, weights="random", device="meta")'
         )
-    T, memory = denoiser.steps, {}
+    T = denoiser.steps
+    memory: dict[str, int] = {}
     memory["update"], weights, plain, update = _update(denoiser, start)
     trajectories = -(-iterations // (T - 1))
     predictions = 2 * iterations + trajectories
@@ -120,7 +123,8 @@ def dry_run(  # noqa: D417 (some arguments share a line)
         macs += -(-trajectories // refresh_every) * T * (T + 1) // 2 * plain
     if target:
         memory["search"] = _search(denoiser)
-        budget = -(-NOISES // batch_size) * ROUNDS * ROUND * T if refine is None else refine
+        whole = NOISES * ROUNDS * int(ROUND * T) // batch_size
+        budget = whole if refine is None else refine
         predictions, macs = predictions + budget, macs + budget * plain
     return DryRun(predictions, macs, weights, memory, batch_size)
 
@@ -148,7 +152,8 @@ def _lambda(denoiser: Denoiser, start: tuple[Any, Any]) -> int:
 
 
 def _search(denoiser: Denoiser) -> int:
-    """Return the peak of the search's largest piece, the effects of all flips, on one noise.
+    """Return the peak of the search's largest piece, the effects of all flips, on one noise; it
+    takes as many noises at a time as fit.
 
     It is counted on walks of two and three steps; each further step keeps as much again.
     """
@@ -158,8 +163,8 @@ def _search(denoiser: Denoiser) -> int:
         short = _first_steps(denoiser, steps)
         table = Schedule(torch.ones(short.steps, len(denoiser.sites)), tuple(denoiser.sites))
         with metered() as meter:
-            plain = sample(short, x, cond)
-            around(short, table, x, cond, plain, torch.ones_like(plain))
+            pool = with_images(short, x, cond)
+            flip_effects_at(short, table, pool, torch.ones_like(x))
         peaks.append(meter.peak)
     return peaks[0] + (denoiser.steps - 2) * (peaks[1] - peaks[0])
 

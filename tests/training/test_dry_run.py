@@ -49,7 +49,7 @@ def test_it_counts_the_multiply_accumulates_of_predictions_and_backward_passes()
     how = {"iterations": 3, "batch_size": 2, "refresh_every": 1}
     plain, lam = (dry_run(on_meta(d), **how, proxy=proxy).macs for proxy in (False, True))
     assert lam - plain == pytest.approx(10 * one)  # T(T+1)/2 predictions
-    assert 3 * 2.7 < plain / one - 1 < 3 * 3.3  # teacher, student and backward; and step 0
+    assert 3 * 2 < plain / one - 1 < 3 * 3  # step 0; teacher, student, and most of backward
 
 
 def test_a_search_is_counted_only_for_a_target():
