@@ -32,6 +32,7 @@ from harmonica.command_line import (
     whole,
 )
 from harmonica.iepo import Proxy
+from harmonica.models import BUNDLED
 from harmonica.models.prompts import read_prompts
 from harmonica.processes import batch_per_rank, processes, rank, started_as
 from harmonica.search.budget import check_target
@@ -42,7 +43,7 @@ AUTHORS = {"iterations": 20_000, "batch_size": 32, "beta": 7e-8, "lr": 0.01, "re
 """The authors' settings for DiT-XL/2, which are train_sdt's defaults."""
 
 QUICK = {"iterations": 1500, "batch_size": 8, "beta": 1e-7, "lr": 0.1, "refresh_every": 10}
-"""Settings for the bundled model: a tenth of the updates on a thousandth of the model."""
+"""Settings for a bundled model: a tenth of the updates on a thousandth of the model."""
 
 SMALLER = {"pixart-alpha-1024": 8, "pixart-sigma-1024": 8, "pixart-sigma-2k": 2}
 """Batch sizes of the models of which 32 noises do not fit into 80 GiB."""
@@ -57,7 +58,7 @@ ORDER = "with --target: 1 … 9 continue skipped outputs by so many differences;
 
 def defaults(model: str) -> dict[str, Any]:
     """Return the settings of training that are used for a model unless others are given."""
-    if model == "tiny":
+    if model in BUNDLED:
         return QUICK
     return {**AUTHORS, "batch_size": SMALLER.get(model, AUTHORS["batch_size"])}
 
@@ -86,7 +87,7 @@ def _add_settings(p: Parser) -> None:
     def add(name: str, kind: Any, text: str, **more: Any) -> None:
         key = name.replace("-", "_")
         if key in AUTHORS:
-            text += f" ({AUTHORS[key]:g}; tiny: {QUICK[key]:g})"
+            text += f" ({AUTHORS[key]:g}; bundled models: {QUICK[key]:g})"
         p.add_argument(f"--{name}", type=kind, help=text, **more)
 
     add("iterations", whole, "updates of the router, in all")
