@@ -145,11 +145,11 @@ def test_the_defaults_are_the_authors_but_for_the_bundled_model():
 def test_help_says_every_option_and_both_defaults():
     text = train.parser().format_help()
     options = "model weights sampler steps guidance prompts iterations batch-size beta lr refresh-every tau proxy out"
-    for option in (*options.split(), "resume", "checkpoint-every", "seed", "device", "dtype"):
+    for option in (*options.split(), "resume", "checkpoint-every", "seed", "dry-run", "dtype"):
         assert f"--{option}" in text
     assert "--activation-checkpointing" in text
-    assert "(20000; tiny: 1500)" in text
-    assert "(7e-08; tiny: 1e-07)" in text
+    assert "(20000; bundled models: 1500)" in text
+    assert "(7e-08; bundled models: 1e-07)" in text
 
 
 def test_every_option_of_the_model_reaches_load(tmp_path, monkeypatch, capsys):
