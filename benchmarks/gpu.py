@@ -13,7 +13,6 @@ keeps what it has. An item that does not run says why. Weights are drawn, zero n
     refinement      peak memory of the effects of flips, against the dry run
     milliseconds    the speedup that `milliseconds` predicts, against the clock
     pixart          as dit, PixArt-α 512 and 1024
-    compiled        compiled branches, eager and as a graph
     training        up to 2000 updates of DiT-XL/2 256 with a target, in the time that is left
 """
 
@@ -241,19 +240,6 @@ def pixart(card: Card) -> dict[str, Any]:
     }
 
 
-def compiled(card: Card) -> dict[str, Any]:
-    """Time compiled branches, eager and as a graph."""
-    if not card.cuda:
-        raise SkippedError("compiling takes minutes on a CPU")
-    d = card.model("dit-xl-256")
-    (x, cond), walk = drawn(d, 1), Walk(d, half_reused(d), compiled=True)
-    graph = GraphWalk(walk)
-    turns = by_turns({"compiled": walk, "graph": graph}, x, cond, repeats=5)
-    return {name: round(median(values), 4) for name, values in turns.items()} | {
-        "no_graph": graph.reason
-    }
-
-
 def training(card: Card) -> dict[str, Any]:
     """Train as many updates of DiT-XL/2 256 with a target as the time allows."""
     d = card.model("dit-xl-256")
@@ -272,7 +258,7 @@ def training(card: Card) -> dict[str, Any]:
 ITEMS: dict[str, tuple[Callable[[Card], dict[str, Any]], float]] = {
     "tests": (tests, 60), "target": (target, 20), "dit": (dit, 40), "update": (update, 30),
     "refinement": (refinement, 20), "milliseconds": (clocked, 15), "pixart": (pixart, 60),
-    "compiled": (compiled, 90), "training": (training, 30),
+    "training": (training, 30),
 }  # fmt: skip
 """Function, and the seconds that must be left to begin it on a GPU."""
 

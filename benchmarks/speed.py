@@ -12,7 +12,6 @@ no step is favoured. Its ways are timed by turns, one walk of each in a turn, af
     sites       `sample` under the schedule: sites overridden one by one, every feature kept
     exact       `fast.Walk(exact=True)`: norms and modulations skipped too, repeated work hoisted, the same bits
     fast        `fast.Walk`: and modulations made ahead, sums fused
-    compiled    the same on compiled branches                            (--compiled)
     graph       the fast walk as one CUDA graph                          (on CUDA)
 
 and for `-pipe` cases, which are stock diffusers pipelines:
@@ -50,7 +49,7 @@ from harmonica.cost import Macs, count
 from harmonica.evaluation.pictures import save
 from harmonica.inference.graph import GraphWalk
 from harmonica.inference.lifetimes import Plan
-from harmonica.inference.walk import Walk, model_of
+from harmonica.inference.walk import Accelerated, Walk
 from harmonica.models import load
 from harmonica.models.dit import SIZES, DiT, DiTDenoiser
 from harmonica.samplers import DDIM
@@ -135,7 +134,7 @@ def denoiser_of(case: Case, device: str, dtype: torch.dtype) -> Any:
     return DiTDenoiser(model, DDIM(case.steps), guided_channels=3, name=case.model)
 
 
-def of_denoiser(case: Case, device: str, dtype: torch.dtype, *, compiled: bool) -> Bench:
+def of_denoiser(case: Case, device: str, dtype: torch.dtype) -> Bench:
     """Make a case of a denoiser ready."""
     d = denoiser_of(case, device, dtype)
     schedule = schedule_of(case.steps, tuple(d.sites), case.cur)
@@ -147,8 +146,6 @@ def of_denoiser(case: Case, device: str, dtype: torch.dtype, *, compiled: bool) 
         "exact": Walk(d, schedule, exact=True),
         "fast": Walk(d, schedule),
     }
-    if compiled:
-        ways["compiled"] = Walk(d, schedule, compiled=True)
     if device.startswith("cuda"):
         ways["graph"] = GraphWalk(Walk(d, schedule))
     theory = dict.fromkeys([way for way in ways if way != "plain"], schedule.speedup(counted))
@@ -551,10 +548,7 @@ def run_case(
     if missing <= 0 and "waterfall" in known:
         return
     pipe = case.model.endswith("-pipe")
-    if pipe:
-        bench = of_pipeline(case, args.device, dtype)
-    else:
-        bench = of_denoiser(case, args.device, dtype, compiled=args.compiled)
+    bench = of_pipeline(case, args.device, dtype) if pipe else of_denoiser(case, args.device, dtype)
     turns = {way: list(known.get("turns", {}).get(way, [])) for way in bench.ways}
     short = min(map(len, turns.values()))
     turns = {way: column[:short] for way, column in turns.items()}
@@ -582,7 +576,7 @@ def run_case(
         known = known | done
     if not pipe and not bench.x.is_cuda:
         d = bench.ways["fast"].denoiser  # type: ignore[attr-defined]
-        assert model_of(d) is not None
+        assert isinstance(d, Accelerated)
         write(known | {"waterfall": waterfall(case, bench, d)})
     else:
         write(known | {"waterfall": {}})
@@ -598,9 +592,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--turns", type=int)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument(
-        "--compiled", action="store_true", help="also on compiled branches (needs a C++ compiler)"
-    )
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args(arguments)
     args.turns = args.turns or (2 if args.quick else 5)

@@ -272,7 +272,12 @@ class _Event:
 def _stubs(device: ShamDevice) -> dict[str, Any]:
     """Return what stands for torch.cuda's functions and classes."""
     answers = {"is_available": True, "is_initialized": True, "is_bf16_supported": True}
-    answers |= {"device_count": 1, "current_device": 0, "get_device_name": "sham"}
+    answers |= {
+        "mem_get_info": (2**36, 2**36),
+        "device_count": 1,
+        "current_device": 0,
+        "get_device_name": "sham",
+    }
     answers |= dict.fromkeys(("_lazy_init", "init", "set_device", "set_rng_state", "empty_cache"))
     answers |= {"get_sync_debug_mode": "default", "graph_pool_handle": (0, 0), "set_stream": None}
     stubs = {name: mock.Mock(return_value=answer) for name, answer in answers.items()}

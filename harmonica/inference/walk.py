@@ -18,24 +18,37 @@ walk saves, beside the sites that the schedule skips,
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from harmonica.cache import Cache, Compute, Feature, Gate, weighted_sum
-from harmonica.denoise import Denoiser
+from harmonica.cache import Cache, Compute, Feature, Gate, gated, weighted_sum
+from harmonica.denoise import Denoiser, Refinable
 from harmonica.inference.lifetimes import Plan, fused_sum
-from harmonica.models.arithmetic import EXACT, FUSED, Compiled
-from harmonica.models.blocks import gated_blocks
-from harmonica.models.dit import DiTDenoiser
-from harmonica.models.memo import Memo
-from harmonica.models.pipelines.denoiser import StockDiT
-from harmonica.models.pixart import PixArtDenoiser
-from harmonica.models.precompute import precomputed
-from harmonica.models.uvit import UViTDenoiser
 from harmonica.router import Schedule
+
+
+@runtime_checkable
+class Accelerated(Denoiser, Protocol):
+    """A denoiser that knows its model's blocks, and so can skip more than sites."""
+
+    def accelerated(
+        self, gate: Gate, *, exact: bool
+    ) -> AbstractContextManager[Callable[[int], None]]:
+        """Ask `gate` with all of a branch inside it, and know ahead what can be known, as long as
+        the `with` is open. It gives a function that is called with k before each step.
+        """
+        ...
+
+
+@contextmanager
+def _plainly(denoiser: Denoiser, gate: Gate) -> Iterator[Callable[[int], None]]:
+    """Do for any denoiser what `Accelerated` does, site by site."""
+    with gated(denoiser.sites, gate):
+        yield lambda k: None
 
 
 class Walk:
@@ -45,40 +58,24 @@ class Walk:
         denoiser: model, sampler, guidance; its weights must stay as they are while a walk runs.
         schedule: what is computed; None computes everything.
         exact: give the images of `sample` bit for bit. Otherwise they differ by rounding.
-        compiled: compile branches and sums (torch.compile; adaLN blocks only). Seconds to minutes
-            at the first batch.
 
-    Raises:
-        ValueError: if the schedule does not fit the denoiser, or both exact and compiled are asked
-            for.
+    Raises ValueError if the schedule does not fit the denoiser.
 
-    >>> from harmonica.models import load
-    >>> denoiser = load("tiny", steps=3)
+    >>>     >>> denoiser = load("tiny", steps=3)
     >>> x, labels = denoiser.draw(2, torch.Generator().manual_seed(0))
     >>> Walk(denoiser)(x, labels).shape
     torch.Size([2, 1, 8, 8])
     """
 
     def __init__(
-        self,
-        denoiser: Denoiser,
-        schedule: Schedule | None = None,
-        *,
-        exact: bool = False,
-        compiled: bool = False,
+        self, denoiser: Denoiser, schedule: Schedule | None = None, *, exact: bool = False
     ) -> None:
-        if exact and compiled:
-            raise ValueError(
-                "exact and compiled are both true; a compiled branch rounds in its own way, choose one"
-            )
         sites, timesteps = tuple(denoiser.sites), denoiser.about.get("timesteps", ())
         if schedule is None:
             schedule = Schedule(torch.ones(denoiser.steps, len(sites)), sites=sites)
         schedule.check(denoiser.steps, sites, timesteps)
         self.denoiser, self.schedule, self.exact = denoiser, schedule, exact
         self.plan = Plan.of(schedule)
-        self.model = model_of(denoiser)
-        self.math = Compiled() if compiled else EXACT if exact else FUSED
 
     def __call__(self, x: Tensor, cond: Any) -> Tensor:
         """Return the images (B, C, H, W) that noise x (B, C, H, W) becomes under conditions for
@@ -95,16 +92,19 @@ class Walk:
         cache: Cache = {}
         memory: dict[str, Any] = {}
         denoiser = self.denoiser
-        memo = Memo(denoiser.about.get("timesteps", ()), exact=self.exact)
         gate = gate_of(0, cache)
 
         def ask(site: int, compute: Compute) -> Feature:
             return gate(site, compute)
 
-        blocks = gated_blocks(self.model, denoiser.sites, ask, math=self.math)
-        with torch.no_grad(), precomputed(self.model, memo), blocks:
+        if isinstance(denoiser, Accelerated):
+            fast = denoiser.accelerated(ask, exact=self.exact)
+        else:
+            fast = _plainly(denoiser, ask)
+        with torch.no_grad(), fast as begin_step:
             for k in range(denoiser.steps):
-                memo.k, gate = k, gate_of(k, cache)
+                begin_step(k)
+                gate = gate_of(k, cache)
                 x = denoiser.step(x, denoiser.predict(x, k, cond), k, memory)
         return x
 
@@ -113,17 +113,4 @@ class Walk:
         """Whether the sampler adds noise of its own; false for a denoiser of somebody else's
         making.
         """
-        denoiser = self.denoiser
-        if isinstance(denoiser, DiTDenoiser | PixArtDenoiser | UViTDenoiser):
-            return denoiser.sampler.draws_noise
-        return False
-
-
-def model_of(denoiser: Denoiser) -> nn.Module | None:
-    """Return the model whose blocks may be known, or None: the denoiser is of somebody else's
-    making.
-    """
-    if not isinstance(denoiser, DiTDenoiser | PixArtDenoiser | UViTDenoiser):
-        return None
-    model: nn.Module = denoiser.model
-    return model.transformer if isinstance(model, StockDiT) else model
+        return isinstance(self.denoiser, Refinable) and self.denoiser.draws_noise

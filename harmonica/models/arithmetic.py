@@ -57,42 +57,4 @@ class Fused(Arithmetic):
         return torch.addcmul(h.contiguous(), gate, out)
 
 
-class Compiled(Arithmetic):
-    """The same, compiled: one graph for each kind of branch, one for the sum; what decides stays
-    Python.
-
-    Args:
-        options: of torch.compile.
-    """
-
-    def __init__(self, **options: Any) -> None:
-        self._branch = torch.compile(_branch, dynamic=False, **options)
-        self._add = torch.compile(_add, dynamic=False, **options)
-
-    def branch(
-        self,
-        site: Callable[[Tensor], Tensor],
-        norm: nn.Module,
-        h: Tensor,
-        scale: Tensor,
-        shift: Tensor,
-    ) -> Any:
-        """Return site(norm(h)·(1 + scale) + shift)."""
-        return self._branch(site, norm, h, scale, shift)
-
-    def add(self, h: Tensor, gate: Tensor, out: Tensor) -> Tensor:
-        """Return gate·out + h, contiguous, so that strides do not double the number of graphs."""
-        return self._add(h.contiguous(), gate, out)
-
-
-def _branch(
-    site: Callable[[Tensor], Any], norm: nn.Module, h: Tensor, scale: Tensor, shift: Tensor
-) -> Any:
-    return site(norm(h) * (1 + scale) + shift)
-
-
-def _add(h: Tensor, gate: Tensor, out: Tensor) -> Tensor:
-    return gate * out + h
-
-
 EXACT, FUSED = Arithmetic(), Fused()

@@ -27,9 +27,11 @@ import torch
 from torch import Tensor, nn
 
 from harmonica.cache import Compute, Feature, Gate, called_by, gated
-from harmonica.models import dit, uvit
 from harmonica.models.arithmetic import EXACT, Arithmetic
 from harmonica.override import Answer, is_overridden, overridden
+
+Streams = tuple[Tensor, ...]
+"""What a U-ViT runs side by side."""
 
 Ask = Callable[[str, Compute], Feature]
 """(name of a block's site, branch) -> feature; a module that is no site computes."""
@@ -38,7 +40,7 @@ Ask = Callable[[str, Compute], Feature]
 # ------------------------------------------------------------ blocks
 
 
-def dit_block(block: dit.Block, ask: Ask, math: Arithmetic, h: Tensor, c: Tensor) -> Tensor:
+def dit_block(block: Any, ask: Ask, math: Arithmetic, h: Tensor, c: Tensor) -> Tensor:
     """Do what `dit.Block.forward` does."""
     shift1, scale1, gate1, shift2, scale2, gate2 = block.adaLN_modulation(c)[:, None].chunk(
         6, dim=-1
@@ -51,14 +53,13 @@ def dit_block(block: dit.Block, ask: Ask, math: Arithmetic, h: Tensor, c: Tensor
     )
 
 
-def uvit_block(
-    block: uvit.Block, ask: Ask, math: Arithmetic, h: uvit.Streams, skip: uvit.Streams = ()
-) -> uvit.Streams:
+def uvit_block(block: Any, ask: Ask, math: Arithmetic, h: Streams, skip: Streams = ()) -> Streams:
     """Do what `uvit.Block.forward` does."""
     if block.skip_linear is not None:
-        h = uvit.each(block.skip_linear, uvit.each(uvit.concatenate, h, skip))
-    h = uvit.each(torch.add, h, ask("attn", lambda: block.attn(uvit.each(block.norm1, h))))
-    return uvit.each(torch.add, h, ask("mlp", lambda: block.mlp(uvit.each(block.norm2, h))))
+        pairs = zip(h, skip, strict=True)
+        h = tuple(block.skip_linear(torch.cat(pair, dim=-1)) for pair in pairs)
+    h = tuple(map(torch.add, h, ask("attn", lambda: block.attn(tuple(map(block.norm1, h))))))
+    return tuple(map(torch.add, h, ask("mlp", lambda: block.mlp(tuple(map(block.norm2, h))))))
 
 
 def ada_zero_block(

@@ -12,12 +12,18 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from harmonica.cache import Gate
+from harmonica.models.arithmetic import EXACT, FUSED
+from harmonica.models.blocks import gated_blocks
+from harmonica.models.memo import Memo
+from harmonica.models.precompute import precomputed
 from harmonica.samplers import Memory, Sampler
 
 Self = TypeVar("Self", bound="Guided")
@@ -72,6 +78,16 @@ class Guided(ABC):
         other = copy.copy(self)
         other.sampler, other.steps = self.sampler.with_steps(steps), steps
         return other
+
+    @contextmanager
+    def accelerated(self, gate: Gate, *, exact: bool) -> Iterator[Callable[[int], None]]:
+        """Ask `gate` with norm and modulation inside it, and know ahead what can be known, as
+        `harmonica.inference.walk.Accelerated` describes.
+        """
+        memo = Memo(self.sampler.timesteps, exact=exact)
+        blocks = gated_blocks(self.model, self.sites, gate, math=EXACT if exact else FUSED)
+        with precomputed(self.model, memo), blocks:
+            yield lambda k: setattr(memo, "k", k)
 
     @abstractmethod
     def predict(self, x: Tensor, k: int, cond: Tensor) -> Tensor:

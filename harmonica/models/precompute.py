@@ -249,10 +249,14 @@ MODELS: dict[str, Callable[[Any, Memo], Answers]] = {
 
 @contextmanager
 def precomputed(model: nn.Module | None, memo: Memo) -> Iterator[None]:
-    """Answer for what is known ahead in a model of a known class."""
-    kind = type(model)
-    answers_of = MODELS.get(f"{kind.__module__}.{kind.__qualname__}")
-    answers = [] if answers_of is None else answers_of(model, memo)
+    """Answer for what is known ahead in a model of a known class, or one that wraps such a model."""
+    answers: Answers = []
+    for module in () if model is None else model.modules():
+        kind = type(module)
+        answers_of = MODELS.get(f"{kind.__module__}.{kind.__qualname__}")
+        if answers_of is not None:
+            answers = answers_of(module, memo)
+            break
     with noticing_new_modules(), overridden((m, "forward", answer) for m, answer in answers):
         yield
 

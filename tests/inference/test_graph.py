@@ -8,12 +8,11 @@ import pytest
 import torch
 from conftest import make, start
 from sham import ShamDevice
-from test_blocks import in_double, table
+from test_blocks import table
 from test_every_model import loaded, small  # noqa: F401 (small is a fixture: every model on a small configuration)
 
 from harmonica.inference.graph import GraphWalk, key_of
 from harmonica.inference.walk import Walk
-from harmonica.models.arithmetic import Compiled
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -169,33 +168,6 @@ def test_a_capture_that_fails_falls_back_and_is_not_tried_again_but_for_memory()
         assert tape.captured == isinstance(error, torch.OutOfMemoryError)
 
 
-# ---------------------------------------------------------------------------------------------- compiled branches
-
-
-def test_a_schedule_compiles_at_most_four_graphs():
-    """Three: the attention's branch, the feed-forward's, the sum. Blocks and steps share them."""
-    from torch._dynamo.utils import counters
-
-    d = in_double(make(6, depth=3))
-    x, y = start(d)
-    torch._dynamo.reset()
-    counters.clear()
-    walk = Walk(d, table(d))
-    walk.math = Compiled(backend="eager")
-    compiled = walk(x, y)
-    graphs = counters["stats"]["unique_graphs"]
-    assert 1 <= graphs <= 4
-    walk(x, y)
-    assert counters["stats"]["unique_graphs"] == graphs
-    plain = Walk(d, table(d))(x, y)
-    assert float((compiled - plain).norm() / plain.norm()) < 1e-11
-
-
-def test_compiled_is_not_exact():
-    with pytest.raises(ValueError, match="exact and compiled are both true"):
-        Walk(make(), exact=True, compiled=True)
-
-
 # ---------------------------------------------------------------------------------------------- with a GPU
 
 
@@ -214,13 +186,3 @@ def test_a_replayed_graph_is_the_eager_walk_bit_for_bit(name, sampler):
         x, cond = d.draw(2, torch.Generator().manual_seed(seed))
         assert torch.equal(draw(x, cond), walk(x, cond))
         assert draw.reason is None
-
-
-@pytest.mark.gpu
-@needs_gpu
-def test_a_graph_on_compiled_branches_agrees_to_half_precisions_rounding():
-    d = loaded("tiny", device="cuda", dtype=torch.float16)
-    x, y = d.draw(4, torch.Generator().manual_seed(0))
-    draw, eager = GraphWalk(Walk(d, table(d), compiled=True)), Walk(d, table(d))
-    assert float((draw(x, y) - eager(x, y)).abs().mean()) < 1e-3
-    assert draw.reason is None
