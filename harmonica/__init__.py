@@ -34,7 +34,7 @@ from harmonica.training.train import train_sdt
 
 if TYPE_CHECKING:
     from harmonica.models import load
-    from harmonica.models.pipelines import cached, from_pipeline
+    from harmonica.models.pipelines import cached, from_pipeline, tune
     from harmonica.search.learn import learn_weights
     from harmonica.search.references import references
 
@@ -44,6 +44,7 @@ LAZY = {
     "learn_weights": "harmonica.search.learn",
     "load": "harmonica.models",
     "references": "harmonica.search.references",
+    "tune": "harmonica.models.pipelines",
 }
 """What is imported when it is first used, and the module that it is in."""
 
@@ -80,4 +81,5 @@ __all__ = [
     "sample",
     "sdt",
     "train_sdt",
+    "tune",
 ]

@@ -2,5 +2,6 @@
 
 from harmonica.models.pipelines.caching import cached, disable_cache, enable_cache, summary
 from harmonica.models.pipelines.denoiser import from_pipeline
+from harmonica.models.pipelines.tune import tune
 
-__all__ = ["cached", "disable_cache", "enable_cache", "from_pipeline", "summary"]
+__all__ = ["cached", "disable_cache", "enable_cache", "from_pipeline", "summary", "tune"]

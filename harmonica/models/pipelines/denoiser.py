@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from harmonica.models.pipelines.general import PipelineDenoiser
-from harmonica.models.pipelines.inputs import checked_inputs
+from harmonica.models.pipelines.inputs import Inputs, checked_inputs
 from harmonica.models.pipelines.numerics import StockDiT, original_numerics
 from harmonica.models.pipelines.probe import probed
 from harmonica.models.sites import sites
@@ -62,10 +62,9 @@ def from_pipeline(
         ValueError: if its walk cannot be followed, with the reason; `tune` then chooses whole
             steps.
     """
-    transformer = checked_parts(pipe)
     if guidance is not None:
         call["guidance_scale"] = guidance
-    inputs = checked_inputs(pipe, steps, prompts, dict(each or {}), call)
+    inputs, transformer = inputs_of(pipe, steps, prompts, each, call), pipe.transformer
     transformer.eval().requires_grad_(False)
     parameters = inspect.signature(type(pipe).__call__).parameters
     scale = call.get("guidance_scale", getattr(parameters.get("guidance_scale"), "default", None))
@@ -79,8 +78,14 @@ def from_pipeline(
     return probed(pipe, inputs, sites(transformer), about)
 
 
-def checked_parts(pipe: Any) -> nn.Module:
-    """Return the transformer; raises TypeError unless there is one, and a scheduler."""
+def inputs_of(
+    pipe: Any,
+    steps: int,
+    prompts: StrPath | Sequence[str] | None,
+    each: Mapping[str, Any] | None,
+    call: dict[str, Any],
+) -> Inputs:
+    """Return what the pipeline is called with; raises as `from_pipeline` does, before anything runs."""
     name = type(pipe).__name__
     for part in ("transformer", "scheduler"):
         if getattr(pipe, part, None) is None:
@@ -95,5 +100,4 @@ def checked_parts(pipe: Any) -> nn.Module:
         raise TypeError(
             "pipe.transformer is compiled; give the module that was compiled, pipe.transformer._orig_mod"
         )
-    transformer: nn.Module = pipe.transformer
-    return transformer
+    return checked_inputs(pipe, steps, prompts, dict(each or {}), call)

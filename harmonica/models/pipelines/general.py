@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -66,21 +66,26 @@ class PipelineDenoiser:
         about: Mapping[str, Any],
     ) -> None:
         self.sites, self.about, self.inputs = sites, dict(about), inputs
-        self.batched = False
+        self.steps, self.batched = 0, False
+        self.again: Callable[[int], PipelineDenoiser]  # with another num_inference_steps
         self.stand_ins, self.recorded = stand_ins, {1: recorded}
         self._learned = {1}  # batches whose answers are known from a prediction
         self._memos: OrderedDict[Hashable, Memo] = OrderedDict()
         self._arrivals: OrderedDict[tuple[int, int], tuple[Any, list[Arrival]]] = OrderedDict()
 
     @property
-    def steps(self) -> int:
-        """T."""
-        return len(self.recorded[1].steps)
-
-    @property
     def calls(self) -> int:
         """Calls of the transformer in a prediction of one sample."""
         return len(self.recorded[1].inputs)
+
+    @property
+    def draws_noise(self) -> bool:
+        """Whether a step of the scheduler draws noise."""
+        return self.recorded[1].draws_noise
+
+    def with_steps(self, steps: int) -> PipelineDenoiser:
+        """Return the same pipeline with about so many steps, as near as `num_inference_steps` comes."""
+        return self.again(round(self.inputs.call["num_inference_steps"] * steps / self.steps))
 
     def draw(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Draw prompts and seeds, cond (B, 2), and return the noise that the pipeline draws for

@@ -9,6 +9,8 @@ model or the scheduler is seen at the next step. What differs is named with the 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +26,8 @@ from harmonica.models.pipelines.recorded import (
     bind,
     digest,
     folded_out,
+    generators_in,
+    global_generators,
     pretended,
     same,
     scaled,
@@ -118,7 +122,11 @@ class Whole(Followed):
             "sample": digest(recorded.fold(sample)),
             "model_output": digest(folded_out(recorded, bound.arguments["model_output"], sample)),
         }
+        sources = [*generators_in(bound), *global_generators(self.device)]
+        before = [generator.get_state() for generator in sources]
         result = step(*args, **kwargs)
+        drew = (not torch.equal(g.get_state(), b) for g, b in zip(sources, before, strict=True))
+        recorded.draws_noise |= any(drew)
         if self.k == 0:
             recorded.returned = result
         recorded.after.append(digest(recorded.fold(tree_leaves(result)[0])))
@@ -144,10 +152,13 @@ class Whole(Followed):
 def probed(
     pipe: Any, inputs: Inputs, sites: Mapping[str, nn.Module], about: Mapping[str, Any]
 ) -> PipelineDenoiser:
-    """Return a denoiser that was verified; raises ValueError, with the reason, where none can be."""
+    """Return a denoiser that was verified; raises NotFollowedError, a ValueError that says the
+    reason, where none can be.
+    """
     name = type(pipe).__name__
     stand_ins, recorded = StandIns(pipe), Recorded(batch=1, random=True)
     denoiser = PipelineDenoiser(stand_ins, inputs, recorded, sites, about)
+    denoiser.again = partial(_unverified, denoiser)
     cond = torch.tensor([[0, SEEDS[0]], [min(1, inputs.rows - 1), SEEDS[1]]])
     try:
         with torch.no_grad():
@@ -158,7 +169,7 @@ def probed(
                 _watch(denoiser, recorded, cond[:1], None)
             _verify(denoiser, recorded, cond[:1])
     except NotFollowedError as mismatch:
-        raise ValueError(
+        raise NotFollowedError(
             f"{name} cannot be followed step by step: {mismatch}. Whole steps can still be chosen from runs of the "
             "pipeline, harmonica.tune(pipe, prompts, speedup=…), and cached(pipe, schedule) runs any table"
         ) from None
@@ -179,6 +190,18 @@ def probed(
     return denoiser
 
 
+def _unverified(denoiser: PipelineDenoiser, steps: int) -> PipelineDenoiser:
+    """Return the denoiser of another number of steps, of a pipeline that was verified with one."""
+    inputs = replace(denoiser.inputs, call={**denoiser.inputs.call, "num_inference_steps": steps})
+    recorded = _again(denoiser.recorded[1], 1, denoiser.recorded[1].answers)
+    other = PipelineDenoiser(denoiser.stand_ins, inputs, recorded, denoiser.sites, denoiser.about)
+    with torch.no_grad():
+        _watch(other, recorded, torch.tensor([[0, SEEDS[0]]]), None)
+    other.batched, other.again = denoiser.batched, denoiser.again
+    other.about["timesteps"] = recorded.timesteps
+    return other
+
+
 def _again(recorded: Recorded, batch: int, answers: Mapping[tuple[str, int], Any]) -> Recorded:
     """Return what to record another run in, in which no model need run."""
     return Recorded(batch, dict(answers), looping=recorded.looping, random=recorded.random)
@@ -197,6 +220,7 @@ def _watch(
         stand_ins.run(run, denoiser.inputs.of(samples))
     if not recorded.steps:
         raise NotFollowedError("it never steps its scheduler, or steps a copy of it")
+    denoiser.steps = len(recorded.steps)
     recorded.random = any(not torch.equal(*pair) for pair in zip(before, after, strict=True))
 
 

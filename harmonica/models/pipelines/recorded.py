@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 
-class NotFollowedError(Exception):
+class NotFollowedError(ValueError):
     """A run that cannot be followed, and why."""
 
 
@@ -40,6 +40,7 @@ class Recorded:
     doubled: bool = False  # the scheduler steps [x; x]
     entry: tuple[str, int, int] | None = None  # where x comes from: source, call, leaf
     timesteps: tuple[float, ...] = ()
+    draws_noise: bool = False  # a step of the scheduler does
     random: bool = False  # torch's global generators are drawn from
 
     def fold(self, x: Tensor) -> Tensor:

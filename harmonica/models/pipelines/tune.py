@@ -1,0 +1,206 @@
+"""tune: a table for a pipeline that is in memory, to use tonight.
+
+    whole steps     those whose runs of reuse change x least (dynamic programming)
+    refinement      single entries flip while the final image's error falls
+    weights         what fills a skipped site is learned towards a walk of ten times the steps
+
+Each stage starts from the one before, and is left out where the budget is too small for it. This
+file does not know how a stage works.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import repeat
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from harmonica.cost import Macs, macs
+from harmonica.inference.timing import milliseconds
+from harmonica.models.pipelines.caching import cached
+from harmonica.models.pipelines.denoiser import from_pipeline, inputs_of
+from harmonica.models.pipelines.general import PipelineDenoiser
+from harmonica.models.pipelines.inputs import Inputs
+from harmonica.models.pipelines.recorded import NotFollowedError
+from harmonica.models.sites import sites
+from harmonica.override import overridden
+from harmonica.router import Schedule
+from harmonica.search.budget import Target
+from harmonica.search.learn import learn_weights
+from harmonica.search.paths import cheapest_path
+from harmonica.search.references import finer_walk, references, with_images
+from harmonica.search.refine import refine
+from harmonica.storage.files import StrPath
+from harmonica.training.train import train_sdt
+
+WALKS, NOISES, FACTOR = 1000, 4, 10
+"""The budget in walks if none is given; noises that tables are judged on, and how many times T
+steps the walk has whose image they should become."""
+
+SEED = 20_000_007
+
+
+def tune(  # noqa: D417 (some arguments are described together)
+    pipe: Any,
+    prompts: StrPath | Sequence[str] | None = None,
+    *,
+    speedup: float,
+    order: int = 0,
+    method: Literal["auto", "sdt"] = "auto",
+    budget: int | None = None,
+    cost: Literal["milliseconds"] | None = None,
+    each: Mapping[str, Any] | None = None,
+    progress: bool = True,
+    **call: Any,
+) -> Schedule:
+    """Return a schedule that makes this pipeline `speedup` times as fast, in theory.
+
+        schedule = tune(pipe, prompts, speedup=1.5, num_inference_steps=28, guidance_scale=3.5)
+        with cached(pipe, schedule):
+            image = pipe("…", num_inference_steps=28, guidance_scale=3.5).images[0]
+
+    The bar says at its start how many predictions it will take at most. Ctrl-C returns the best
+    schedule so far. A pipeline that cannot be followed step by step gets whole steps, chosen from
+    plain runs of it, and a warning says so.
+
+    Args:
+        pipe, prompts, each: as in `from_pipeline`.
+        speedup: theoretical, of the transformer, 1 or more.
+        order: how skipped sites are filled before weights are learned, `Schedule.order`.
+        method: "auto", whole steps, refinement, weights; "sdt", the paper's training (`train_sdt`).
+        budget: predictions of one image that may be spent; 1000 walks' if None.
+        cost: None counts multiply-accumulates, "milliseconds" measures the sites on this device.
+        progress: show a bar.
+        **call: arguments of the pipeline, `num_inference_steps` among them.
+
+    Raises TypeError and ValueError as `from_pipeline` does, and ValueError for a speedup that no
+    table of this pipeline has.
+    """
+    if method not in ("auto", "sdt"):
+        raise ValueError(f"method is {method!r}; expected 'auto' or 'sdt', the paper's training")
+    default = inspect.signature(type(pipe).__call__).parameters.get("num_inference_steps")
+    steps = call.pop("num_inference_steps", getattr(default, "default", None))
+    try:
+        denoiser = from_pipeline(pipe, steps=steps, prompts=prompts, each=each, **call)
+    except NotFollowedError as reason:
+        warnings.warn(f"{reason}. Whole steps are chosen from runs of the pipeline", stacklevel=2)
+        return _from_runs(pipe, inputs_of(pipe, steps, prompts, each, call), speedup, progress)
+    measure = milliseconds(denoiser) if cost == "milliseconds" else macs(denoiser)
+    target = Target(speedup, measure, denoiser.steps)
+    budget = WALKS * denoiser.steps if budget is None else budget
+    size = NOISES if denoiser.batched else 1
+    if method == "sdt":
+        updates = budget // (
+            3 * size
+        )  # the teacher's, the student's, and about one of its backward
+        options: dict[str, Any] = {"target_speedup": speedup, "cost": measure, "order": order}
+        router = train_sdt(
+            denoiser, iterations=updates, batch_size=size, progress=progress, **options
+        )
+        return router.schedule()
+    return _searched(denoiser, target, order, budget, size, progress)
+
+
+def _searched(
+    denoiser: PipelineDenoiser, target: Target, order: int, budget: int, size: int, progress: bool
+) -> Schedule:
+    """Return the best schedule of the stages that the budget is enough for."""
+    from tqdm.auto import tqdm
+
+    generator, half = torch.Generator().manual_seed(SEED), budget // 2
+    finer = finer_walk(denoiser, FACTOR if NOISES * FACTOR * denoiser.steps <= half // 4 else 1)
+    pools = (with_images(finer, *denoiser.draw(NOISES, generator)) for _ in repeat(None))
+    best = None
+    with tqdm(total=budget, unit="prediction", desc="tune", disable=not progress) as bar:
+        try:
+            for stage in refine(denoiser, [], next(pools), pools, target, budget=half, gate=order):
+                best = _schedule(denoiser, target, order, stage.table, stage.spent)
+                bar.set_postfix(error=f"{stage.error:.2e}", refresh=False)
+                bar.update(stage.spent - bar.n)
+            assert best is not None
+            best = _weighted(denoiser, best, budget - half, size)
+            bar.update(budget - bar.n)
+        except KeyboardInterrupt:
+            if best is None:
+                raise
+    return best
+
+
+def _schedule(
+    denoiser: PipelineDenoiser, target: Target, order: int, table: Tensor, spent: float
+) -> Schedule:
+    made: dict[str, Any] = {"method": "tune", "speedup": target.speedup, "predictions": spent}
+    names = tuple(denoiser.sites)
+    return Schedule(table, sites=names, order=order, provenance=made, **denoiser.about)
+
+
+def _weighted(denoiser: PipelineDenoiser, schedule: Schedule, budget: int, size: int) -> Schedule:
+    """Return the schedule with learned weights, or as it is if the budget is too small for them.
+
+    Half of the budget goes into reference walks, half into updates, of about four walks each.
+    """
+    walks, factor = budget // denoiser.steps, 1 if denoiser.draws_noise else FACTOR
+    noises, updates = min(walks // (2 * factor), 64 * size), walks // (8 * size)
+    if noises < 2 * NOISES or updates < 1:
+        return schedule
+    pool = references(denoiser, noises=noises, factor=factor)
+    return learn_weights(denoiser, schedule, pool, iterations=updates, batch_size=size)
+
+
+# ---------------------------------------------------------------------------- without a denoiser
+
+
+def _from_runs(pipe: Any, inputs: Inputs, speedup: float, progress: bool) -> Schedule:
+    """Return whole steps chosen from T runs of the pipeline, which compute T(T+1)/2 steps."""
+    from tqdm.auto import tqdm
+
+    found = sites(pipe.transformer)
+    plain = list(_steps_of_run(pipe, inputs.of([(0, SEED)])))
+    steps, width = len(plain), len(found)
+    if not steps:
+        raise ValueError(f"{type(pipe).__name__} never steps its scheduler, so no table fits it")
+    count = _steps_that_fit(found.macs, steps, speedup)
+    costs = torch.zeros(steps, steps, dtype=torch.float64)
+    for j in tqdm(range(steps - 1), unit="run", desc="tune", disable=not progress):
+        rows = torch.arange(steps)[:, None].expand(-1, width) <= j
+        with cached(pipe, Schedule(rows, sites=tuple(found))):
+            for k, after in enumerate(_steps_of_run(pipe, inputs.of([(0, SEED)]))):
+                costs[j, k] = float((after.double() - plain[k].double()).square().mean())
+    path = cheapest_path(costs, count)
+    table = torch.tensor([[k in path] * width for k in range(steps)])
+    made: dict[str, Any] = {
+        "method": "tune, whole steps from runs",
+        "speedup": speedup,
+        "runs": steps,
+    }
+    kind, sampler = type(pipe).__name__, type(pipe.scheduler).__name__
+    return Schedule(table, sites=tuple(found), model=kind, sampler=sampler, provenance=made)
+
+
+def _steps_that_fit(cost: Macs, steps: int, speedup: float) -> int:
+    """Return how many whole steps may compute."""
+    target = Target(speedup, cost, steps)
+    return min(int(target.allowed / float(cost.sites.sum())), steps)
+
+
+def _steps_of_run(pipe: Any, call: Mapping[str, Any]) -> Iterator[Tensor]:
+    """Run the pipeline, and yield what its scheduler returned at each step."""
+    after: list[Tensor] = []
+    step = pipe.scheduler.step
+
+    def tap(*args: Any, **kwargs: Any) -> Any:
+        result = step(*args, **kwargs)
+        after.append(tree_leaves(result)[0].detach().clone())
+        return result
+
+    shadow = functools.partial(tap)
+    vars(shadow)["__signature__"] = inspect.signature(step)
+    with overridden("step", [(pipe.scheduler, shadow)]):
+        pipe(**call)
+    yield from after
