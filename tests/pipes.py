@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+
+from harmonica.override import overridden
 
 WORDS = [
     "a",
@@ -356,19 +357,14 @@ def walks() -> dict[str, Any]:
 def walked(pipe: Any, call: dict[str, Any], seed: int = 0) -> list[torch.Tensor]:
     """Return what the pipeline's scheduler returns at each step of its own run with these arguments."""
     after: list[torch.Tensor] = []
-    method = pipe.scheduler.step
 
-    @functools.wraps(method)
-    def step(*args: Any, **kwargs: Any) -> Any:
-        out = method(*args, **kwargs)
+    def note(_: Any, args: Any, kwargs: Any) -> Any:
+        # Looked up now: `cached` answers the method of the class while the pipeline runs.
+        out = type(pipe.scheduler).step(pipe.scheduler, *args, **kwargs)
         after.append((out[0] if isinstance(out, tuple) else out.prev_sample).clone())
         return out
 
-    pipe.scheduler.step = step
-    try:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            pipe(**call)
-    finally:
-        del pipe.scheduler.step
+    with torch.random.fork_rng(), overridden([(pipe.scheduler, "step", note)]):
+        torch.manual_seed(seed)
+        pipe(**call)
     return after

@@ -29,7 +29,7 @@ def test_a_tuned_schedule_is_on_target_and_runs(name):
     assert (schedule.model, schedule.timesteps) == (d.about["model"], d.about["timesteps"])
     with cached(pipe, schedule) as session:
         walked(pipe, d.inputs.of([(0, 7)]))
-    assert session.skipped > 0
+        assert session.skipped > 0
 
 
 def test_a_pipeline_that_cannot_be_followed_gets_whole_steps_and_is_told_so(monkeypatch):
