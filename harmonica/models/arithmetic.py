@@ -2,7 +2,6 @@
 
     EXACT      as the models write it                                          same bits
     FUSED      a product and a sum in one pass over memory                     to rounding
-    Compiled   the same by torch.compile                                       to rounding
 
 This file does not know blocks, gates or schedules.
 """
