@@ -535,7 +535,7 @@ def test_a_schedule_of_other_steps_is_refused_before_anything_is_written(tmp_pat
 def test_its_own_parser_takes_the_commands_it_documents():
     lines = [
         line.split("harmonica.image_sets")[1]
-        for line in image_sets.__doc__.splitlines()
+        for line in image_sets.__doc__.replace("\\\n", "").splitlines()
         if "-m harmonica.image_sets" in line
     ]
     assert len(lines) == 2

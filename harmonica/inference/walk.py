@@ -61,7 +61,8 @@ class Walk:
 
     Raises ValueError if the schedule does not fit the denoiser.
 
-    >>>     >>> denoiser = load("tiny", steps=3)
+    >>> from harmonica import load
+    >>> denoiser = load("tiny", steps=3)
     >>> x, labels = denoiser.draw(2, torch.Generator().manual_seed(0))
     >>> Walk(denoiser)(x, labels).shape
     torch.Size([2, 1, 8, 8])

@@ -145,7 +145,9 @@ def test_sizes_that_do_not_divide_are_refused(changes, message):
 
 
 def test_load_names_what_there_is():
-    with pytest.raises(ValueError, match="model is 'dalle'; this version has tiny, dit-xl"):
+    with pytest.raises(
+        ValueError, match="model is 'dalle'; this version has tiny, garments, dit-xl"
+    ):
         load("dalle")
     with pytest.raises(ValueError, match="sampler is 'euler'; this version has ddim"):
         load("tiny", sampler="euler")
@@ -317,18 +319,18 @@ def test_counting_runs_nothing_and_leaves_nothing(small):
 
 
 def test_the_clock_warms_up_takes_turns_and_gives_medians(small, monkeypatch):
-    from harmonica import cost
+    from harmonica.inference import timing as module
 
     walked, now = [], iter(range(0, 10_000, 10))
     durations = iter([99, 99, 5, 1, 50, 2, 6, 30])  # the first turn is thrown away
-    monkeypatch.setattr(cost, "sample", lambda _, __, ___, table: walked.append(table))
+    monkeypatch.setattr(module, "sample", lambda _, __, ___, table=None: walked.append(table))
     ticks = []
 
     def clock():
         ticks.append(next(now) if len(ticks) % 2 == 0 else ticks[-1] + next(durations))
         return ticks[-1]
 
-    monkeypatch.setattr(cost.time, "perf_counter", clock)
+    monkeypatch.setattr(module.time, "perf_counter", clock)
     x, y = start(small)
     schedule = Router(4, small.sites).schedule()
     timing = measure(small, schedule, x, y, repeats=3)

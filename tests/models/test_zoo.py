@@ -88,7 +88,7 @@ def found_in(name, model, inputs) -> Sites:
 @pytest.fixture
 def arithmetic(monkeypatch):
     """Count with real tensors: on models of this size that is ten times faster than with fake ones."""
-    module = import_module("harmonica.models.sites")
+    module = import_module("harmonica.models.site_costs")
     counted = module._count
     monkeypatch.setattr(
         module, "_count", lambda *args, fake: None if fake else counted(*args, fake=False)
