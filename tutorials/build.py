@@ -50,6 +50,7 @@ def main(scripts: list[str]) -> None:
     import nbformat
     from nbclient import NotebookClient
 
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # it tells what else could be installed
     os.environ["PYTHONWARNINGS"] = (
         "ignore:IProgress"  # tqdm asks for widgets, and says where it is installed
     )
