@@ -13,7 +13,17 @@ PACKAGE = Path(__file__).parent.parent / "harmonica"
 CORE = ("router", "cache", "denoise", "iepo", "sdt")
 
 LAYERS = (
-    {"calls", "override", "samplers", "site_names", "processes", "memory", "storage", "table"},
+    {
+        "calls",
+        "override",
+        "samplers",
+        "site_names",
+        "processes",
+        "memory",
+        "run_again",
+        "storage",
+        "table",
+    },
     {"cache"},
     {"denoise"},
     {"router", "iepo", "sdt", "cost", "check"},

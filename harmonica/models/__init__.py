@@ -21,12 +21,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from harmonica.models import pixart
 from harmonica.models.dit import SIZES, DiT, DiTDenoiser, sincos_positions
@@ -35,6 +33,7 @@ from harmonica.models.pixart import PIXART, PixArtDenoiser
 from harmonica.models.prompts import prompts_from
 from harmonica.models.uvit import UVIT_H, UViT, UViTDenoiser
 from harmonica.models.weights import component, dit_from_diffusers, fill, from_diffusers, read_state
+from harmonica.run_again import run_again
 from harmonica.samplers import Betas, Sampler, make_sampler
 from harmonica.storage.files import StrPath
 from harmonica.storage.hub import download
@@ -215,7 +214,6 @@ def _pixart(
         transformer = pixart.read_transformer(folder, variant, name, place.dtype)
     transformer.to(place.device)
     if place.activation_checkpointing:
-        run_again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         transformer.enable_gradient_checkpointing(run_again)
     return PixArtDenoiser(transformer, sampler, encoded, guidance=guidance, name=name)
 

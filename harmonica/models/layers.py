@@ -11,7 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+
+from harmonica.run_again import run_again
 
 
 class Attention(nn.Module):
@@ -78,12 +79,8 @@ def sinusoids(t: Tensor, dim: int) -> Tensor:
 
 
 def run_block(block: nn.Module, *inputs: Any, again: bool) -> Any:
-    """Run a block; with `again` and gradients on, keep only its inputs and run it once more in
-    backward: less memory, more time, the same gradients. Nothing in our blocks is random.
-    """
-    if again and torch.is_grad_enabled():
-        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
-    return block(*inputs)
+    """Run a block, with `again` once more in backward (`harmonica.run_again`)."""
+    return run_again(block, *inputs) if again else block(*inputs)
 
 
 def check_divisible(*sizes: tuple[str, int, str, int]) -> None:

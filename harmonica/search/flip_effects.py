@@ -34,11 +34,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map
-from torch.utils.checkpoint import checkpoint
 
 from harmonica.cache import Compute, Feature, History, gated, weighted_sum
 from harmonica.denoise import Denoiser
 from harmonica.router import Schedule
+from harmonica.run_again import run_again
 from harmonica.search.budget import Target
 from harmonica.search.errors import CAP, PORTION, image_errors, in_portions, outlier_weights
 from harmonica.search.references import Pool
@@ -137,9 +137,7 @@ def _walk(denoiser: Denoiser, s: Tensor, x: Tensor, cond: Any, schedule: Schedul
         return denoiser.step(x, out, k, memory), histories | after, memory
 
     for k in range(denoiser.steps):  # a step's activations live only while it is differentiated
-        x, histories, memory = checkpoint(
-            step, x, k, histories, memory, use_reentrant=False, preserve_rng_state=False
-        )
+        x, histories, memory = run_again(step, x, k, histories, memory)
     return x
 
 

@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Adam
-from torch.utils.checkpoint import checkpoint
 
 from harmonica.cache import Cache, Compute, Feature, gated, weighted_sum
 from harmonica.denoise import Denoiser
 from harmonica.router import Schedule
+from harmonica.run_again import run_again
 from harmonica.search.errors import CAP, image_errors, in_portions, outlier_weights
 from harmonica.search.references import Pool, pool_errors
 from harmonica.table import check_fit, taylor_weights
@@ -184,9 +184,7 @@ def weighted_walk(
     cache: Cache = {}
     memory: dict[str, Any] = {}
     for k, w in enumerate(weights.unbind()):  # activations live while their step is differentiated
-        x, cache, memory = checkpoint(
-            step, x, w, k, cache, memory, use_reentrant=False, preserve_rng_state=False
-        )
+        x, cache, memory = run_again(step, x, w, k, cache, memory)
     return x
 
 

@@ -17,7 +17,8 @@ from harmonica.samplers import SAMPLERS
 from harmonica.search import flip_effects as quadratic
 from harmonica.search.budget import Target
 from harmonica.search.flip_effects import Quadratic, _walk, best_flips, flip_effects_at, with_table
-from harmonica.search.references import Pool
+from harmonica.search.learn import learn_weights
+from harmonica.search.references import Pool, references
 
 TABLE = torch.tensor(
     [[True] * 4, [True, False, True, True], [False, True, True, False], [True, False] * 2]
@@ -241,3 +242,15 @@ def test_what_is_chosen_is_on_target_and_no_further_away_than_allowed(seed, spee
     assert target.spent(chosen) <= target.allowed
     assert int((chosen != landed).sum()) <= most
     assert bool(chosen[0].all())
+
+
+def test_blocks_that_are_run_again_change_no_gradient():
+    gradients = []
+    for again in (False, True):
+        d = load("tiny", steps=3, activation_checkpointing=again)
+        pool = references(d, noises=4, factor=2, generator=torch.Generator().manual_seed(0))
+        table = Schedule([[1] * 16, [0] * 16, [1] * 16], sites=tuple(d.sites))
+        effects = flip_effects_at(d, table, pool, torch.ones_like(pool.x))
+        learned = learn_weights(d, table, pool, iterations=2)
+        gradients.append((effects.gradient, learned.gate_weights))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True) if a is not None)

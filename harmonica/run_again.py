@@ -1,0 +1,34 @@
+"""Run a step or a block once more in backward, instead of keeping what it computed.
+
+Inside a step that is run again, its blocks are not: one level saves the memory, and backward would
+run the blocks of the inner level when the step's gates are no longer in force.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+_inside: ContextVar[bool] = ContextVar("inside", default=False)
+
+
+def run_again(function: Callable[..., Any], *args: Any, **_: Any) -> Any:
+    """Return function(*args); where gradients are on, keep only args and run it again in backward.
+
+    Less memory, more time, the same gradients. The function must not draw random numbers.
+    """
+    if _inside.get() or not torch.is_grad_enabled():
+        return function(*args)
+
+    def marked(*args: Any) -> Any:
+        token = _inside.set(True)
+        try:
+            return function(*args)
+        finally:
+            _inside.reset(token)
+
+    return checkpoint(marked, *args, use_reentrant=False, preserve_rng_state=False)
