@@ -154,7 +154,7 @@ def _batches(
 # -------------------------------------------------------------------------------------- the judge
 
 
-def train_judge(epochs: int = 4, batch_size: int = 100, peak: float = 3e-3) -> Classifier:
+def train_judge(epochs: int = 5, batch_size: int = 100, peak: float = 3e-3) -> Classifier:
     """Train the judge of garments: AdamW, a learning rate that rises and falls, dropout before the logits."""
     generator = torch.Generator().manual_seed(0)
     images, labels = photographs("train")

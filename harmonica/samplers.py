@@ -10,8 +10,6 @@ belongs to the walk, so a walk is forked at any k by copying two dicts (its cach
     iddpm          ancestral, learned variance where the model has one        T = 100          PixArt
     sa-solver      stochastic Adams, predictor and corrector of order 2       T = 25           PixArt
 
-    T                     executed steps                       steps
-    k = 0 … T−1           index of an executed step            k
     timesteps[k]          the model's own clock, 999 … 0       (T,)
     ᾱ (alphas_cumprod)    signal left at a timestep            (1000,)
 
@@ -37,8 +35,7 @@ TRAIN_TIMESTEPS = 1000
 """Length of the diffusion that all models here were trained with."""
 
 Betas = Literal["linear", "scaled-linear"]
-"""Noise schedules: DiT and PixArt were trained with the first, Stable Diffusion and U-ViT with the
-second."""
+"""Noise schedules of the training: the second is that of Stable Diffusion and U-ViT."""
 
 _ENDS = {"linear": (1e-4, 0.02), "scaled-linear": (0.00085, 0.012)}
 
@@ -83,12 +80,9 @@ def alphas_cumprod(betas: Betas = "linear", train_timesteps: int = TRAIN_TIMESTE
 
 
 def spaced_timesteps(steps: int, train_timesteps: int = TRAIN_TIMESTEPS) -> tuple[int, ...]:
-    """Return T timesteps evenly spaced from 999 down to 0, both included, as the original DiT does.
+    """Return T timesteps evenly spaced from 999 down to 0, as the original DiT does; one is (999,).
 
-    A single step starts, like every walk, from pure noise: (999,).
-
-    Raises:
-        ValueError: if steps is not between 1 and train_timesteps.
+    Raises ValueError if steps is not between 1 and train_timesteps.
 
     >>> spaced_timesteps(6)
     (999, 799, 599, 400, 200, 0)
@@ -107,17 +101,12 @@ def spaced_timesteps(steps: int, train_timesteps: int = TRAIN_TIMESTEPS) -> tupl
 
 
 class DDIM:
-    """Deterministic DDIM (Song et al. 2021, eq. 12 with η = 0), stepping to the *true* next
-    timestep.
+    """Deterministic DDIM (Song et al. 2021, eq. 12 with η = 0) to the *true* next timestep.
 
     x₀ = (x − √(1−ᾱ)·ε) / √ᾱ  and then  x' = √ᾱ'·x₀ + √(1−ᾱ')·ε, with ᾱ' = 1 after the last step.
 
     This is the original DiT's DDIM. `diffusers.DDIMScheduler` is not: it steps to t − 1000 // T,
     which is not the next timestep that it runs (see docs/fidelity.md).
-
-    Args:
-        steps: T, 1 … 1000.
-        betas: the noise schedule that the model was trained with.
 
     >>> DDIM(20).timesteps[:3]
     (999, 946, 894)
@@ -150,37 +139,26 @@ class DDIM:
 class Scheduled:
     """A diffusers scheduler as a sampler whose state belongs to the walk.
 
-    diffusers keeps what a multistep rule remembers on the scheduler object. Here every step works
-    on a shallow copy of the object whose state comes out of `memory` and goes back into it: two
-    walks never meet, and a fork is exact.
+    Every step works on a shallow copy of the scheduler whose state comes out of `memory` and goes
+    back into it: two walks never meet, and a fork is exact.
 
-    Noise, where the rule wants some, comes from a generator seeded by (seed of the sample, k), so
+    Noise, where the rule draws some, comes from a generator seeded by (seed of the sample, k), so
     that any step can be run again. The seeds are `memory["seeds"]`, one integer for each of the B
-    samples. If the walk does not bring any, they are computed from its x_T: other noise at the
-    start, other noise on the way, and a sample does not depend on its neighbours in the batch.
-
-    Args:
-        scheduler: of diffusers, its timesteps set; copied.
-        name: stored in schedules.
-
-    Raises:
-        ValueError: if the timesteps are not set.
+    samples. If the walk does not bring any, they are computed from its x_T, so a sample does not
+    depend on its neighbours in the batch. Raises ValueError if the timesteps are not set.
     """
 
     def __init__(self, scheduler: Any, name: str) -> None:
-        custom = getattr(scheduler, "custom_timesteps", False)
+        custom, kind = getattr(scheduler, "custom_timesteps", False), type(scheduler).__name__
         if scheduler.num_inference_steps is None and not custom:
-            raise ValueError(
-                f"{type(scheduler).__name__} has no timesteps yet; call its set_timesteps(steps) first"
-            )
+            raise ValueError(f"{kind} has no timesteps yet; call its set_timesteps(steps) first")
         self.name = name
         self._scheduler = copy.copy(scheduler)
         self._times = scheduler.timesteps.cpu()  # (T,); on a GPU, every step would wait for it
         vars(self._scheduler)["timesteps"] = self._times
         self.timesteps: tuple[float, ...] = tuple(self._times.tolist())
         if callable(getattr(scheduler, "set_begin_index", None)):
-            # else a timestep that occurs twice, as Heun's do, is looked up wrongly
-            self._scheduler.set_begin_index(0)
+            self._scheduler.set_begin_index(0)  # a timestep may occur twice, as Heun's do
         self._start = _state(self._scheduler)
         self.learns_variance = scheduler.config.get("variance_type") in ("learned", "learned_range")
         self.draws_noise = _draws_noise(scheduler)
@@ -188,8 +166,7 @@ class Scheduled:
     def step(self, x: Tensor, out: Tensor, k: int, memory: Memory) -> Tensor:
         """Take x (B, C, H, W) to step k + 1; variance channels of `out` are used if learned.
 
-        Raises RuntimeError for a walk that starts after step 0 without the memory of the steps
-        before.
+        Raises RuntimeError if k is above 0 and `memory` does not hold what the steps before left.
         """
         if k > 0 and "scheduler" not in memory:
             raise RuntimeError(
@@ -219,21 +196,16 @@ def scheduled(scheduler: Any, steps: int, name: str) -> Scheduled:
 
 
 def _draws_noise(scheduler: Any) -> bool:
-    """Tell whether a scheduler draws noise. Two that take a generator do not use it as run here;
-    not drawing saves reading seeds off x_T, which a GPU would be waited for.
-    """
-    if type(scheduler).__name__ == "DDIMScheduler":  # its η is 0
-        return False
-    if type(scheduler).__name__ == "DPMSolverMultistepScheduler":
+    """Tell whether a scheduler draws noise; two that take a generator do not use it as run here."""
+    kind = type(scheduler).__name__
+    if kind == "DPMSolverMultistepScheduler":
         return str(scheduler.config.algorithm_type).startswith("sde")
-    return "generator" in inspect.signature(scheduler.step).parameters
+    return kind != "DDIMScheduler" and "generator" in inspect.signature(scheduler.step).parameters
 
 
 class IDDPM:
-    """Ancestral sampling with learned variance (Nichol & Dhariwal 2021), as the original DiT and
-    PixArt run it.
-
-    A model without variance channels is sampled with the posterior's variance (Ho et al. 2020).
+    """Ancestral sampling with learned variance (Nichol & Dhariwal 2021); a model without variance
+    channels is sampled with the posterior's (Ho et al. 2020).
     """
 
     name = "iddpm"
@@ -255,9 +227,7 @@ class IDDPM:
         return Scheduled(scheduler, self.name)
 
     def step(self, x: Tensor, out: Tensor, k: int, memory: Memory) -> Tensor:
-        """Take x (B, C, H, W) to step k + 1 with out (B, 2C, H, W), or (B, C, H, W) without learned
-        variance.
-        """
+        """Take x (B, C, H, W) to step k + 1 with out (B, 2C, H, W), or (B, C, H, W)."""
         rule = self._learned if out.shape[1] == 2 * x.shape[1] else self._fixed
         return rule.step(x, out, k, memory)
 
@@ -267,18 +237,14 @@ class IDDPM:
 
 
 def dpm_solver(steps: int, betas: Betas = "linear") -> Scheduled:
-    """Return DPM-Solver++, multistep of order 2 (Lu et al. 2022), with diffusers' defaults, which
-    are PixArt's.
-    """
+    """Return DPM-Solver++, multistep of order 2 (Lu et al. 2022), with PixArt's settings."""
     from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 
     return scheduled(DPMSolverMultistepScheduler(**_trained_with(betas)), steps, "dpm-solver++")
 
 
 def sa_solver(steps: int, betas: Betas = "linear") -> Scheduled:
-    """Return SA-Solver (Xue et al. 2023): predictor and corrector of order 2, τ(t) = 1 for 200 ≤ t
-    ≤ 800, else 0.
-    """
+    """Return SA-Solver (Xue et al. 2023) of orders 2 and 2, τ(t) = 1 for 200 ≤ t ≤ 800, else 0."""
     from diffusers.schedulers.scheduling_sasolver import SASolverScheduler
 
     orders = {"predictor_order": 2, "corrector_order": 2, "algorithm_type": "data_prediction"}
@@ -291,11 +257,9 @@ def _trained_with(betas: Betas) -> dict[str, Any]:
 
 
 def _state(scheduler: Any) -> dict[str, Any]:
-    """Return what a scheduler remembers, its attributes, in copies: PNDM adds to a tensor in
-    place.
-    """
-    held = scheduler if isinstance(scheduler, dict) else vars(scheduler)
-    return {key: _copy(value) for key, value in held.items()}
+    """Return a scheduler's attributes in copies, since PNDM adds to a tensor in place."""
+    attributes = scheduler if isinstance(scheduler, dict) else vars(scheduler)
+    return {key: _copy(value) for key, value in attributes.items()}
 
 
 def _copy(value: Any) -> Any:
@@ -312,8 +276,7 @@ def _seed(sample: Tensor) -> int:
 def noise_generator(seed: int, k: int) -> torch.Generator:
     """Return the generator of a sample's noise at step k.
 
-    torch's generator reads the low 32 bits of its seed and no others, so the two numbers are mixed
-    into as many.
+    torch reads the low 32 bits of a seed only, so both numbers are mixed into as many.
     """
     return torch.Generator().manual_seed(zlib.crc32(f"{seed} {k}".encode()))
 
@@ -330,8 +293,7 @@ SAMPLERS: dict[str, Callable[[int, Betas], Sampler]] = {
 def make_sampler(name: str, steps: int, betas: Betas = "linear") -> Sampler:
     """Return the sampler called `name` with T = `steps`, for a model trained with `betas`.
 
-    Raises:
-        ValueError: if the name is not one of SAMPLERS, or steps is out of range.
+    Raises ValueError if the name is not one of SAMPLERS, or steps is out of range.
     """
     if name not in SAMPLERS:
         raise ValueError(f"sampler is {name!r}; this version has {', '.join(SAMPLERS)}")

@@ -66,9 +66,9 @@ class Classifier(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        layers: list[nn.Module] = []
-        for width, wider in ((1, 32), (32, 64), (64, 64)):
-            layers += [nn.Conv2d(width, wider, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+        layers: list[nn.Module] = [nn.Conv2d(1, 24, 5, stride=2, padding=2), nn.ReLU()]
+        for width in (24, 64):
+            layers += [nn.Conv2d(width, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
         self.hidden = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 3 * 3, 64), nn.ReLU())
         self.logits = nn.Linear(64, len(GARMENTS))
 

@@ -15,6 +15,7 @@ from harmonica import Router, Schedule, gated, macs, reuse, sample
 from harmonica.inference.timing import measure
 from harmonica.models import DITS, load
 from harmonica.models.dit import SIZES, DiT, DiTDenoiser, sincos_positions
+from harmonica.models.weights import dit_to_diffusers
 from harmonica.samplers import DDIM, alphas_cumprod, make_sampler, spaced_timesteps
 
 # ---------------------------------------------------------------------------------------------- DiT
@@ -35,32 +36,7 @@ def test_dit_is_diffusers_dit_once_its_two_deviations_are_patched():
     for name, parameter in ours.named_parameters():
         if name != "pos_embed":
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
-    state = ours.state_dict()
-    renamed = {
-        f"pos_embed.proj.{kind}": state[f"x_embedder.proj.{kind}"] for kind in ("weight", "bias")
-    }
-    for i in range(2):
-        a, b = f"blocks.{i}", f"transformer_blocks.{i}"
-        for kind in ("weight", "bias"):
-            for name, part in zip("qkv", state[f"{a}.attn.qkv.{kind}"].chunk(3), strict=True):
-                renamed[f"{b}.attn1.to_{name}.{kind}"] = part
-            renamed[f"{b}.attn1.to_out.0.{kind}"] = state[f"{a}.attn.proj.{kind}"]
-            renamed[f"{b}.ff.net.0.proj.{kind}"] = state[f"{a}.mlp.fc1.{kind}"]
-            renamed[f"{b}.ff.net.2.{kind}"] = state[f"{a}.mlp.fc2.{kind}"]
-            renamed[f"{b}.norm1.linear.{kind}"] = state[f"{a}.adaLN_modulation.1.{kind}"]
-            for theirs_, mine in (("linear_1", 0), ("linear_2", 2)):
-                embedder = f"{b}.norm1.emb.timestep_embedder.{theirs_}.{kind}"
-                renamed[embedder] = state[f"t_embedder.mlp.{mine}.{kind}"]
-        renamed[f"{b}.norm1.emb.class_embedder.embedding_table.weight"] = state[
-            "y_embedder.embedding_table.weight"
-        ]
-    for kind in ("weight", "bias"):
-        # diffusers' last modulation is (shift, scale) as well; the names differ only
-        renamed[f"proj_out_1.{kind}"] = state[f"final_layer.adaLN_modulation.1.{kind}"]
-        renamed[f"proj_out_2.{kind}"] = state[f"final_layer.linear.{kind}"]
-    missing, unexpected = theirs.load_state_dict(renamed, strict=False)
-    assert not unexpected
-    assert all("pos_embed" in name for name in missing)
+    theirs.load_state_dict(dit_to_diffusers(ours.state_dict()))
     for block in theirs.transformer_blocks:
         block.norm1.emb.time_proj.downscale_freq_shift = 0
         block.norm3.eps = 1e-6

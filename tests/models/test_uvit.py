@@ -18,7 +18,6 @@ from harmonica import (
     check_denoiser,
     denoise,
     gated,
-    image_error,
     macs,
     reuse,
     sample,
@@ -257,15 +256,6 @@ def test_the_model_is_the_one_written_again(options):
     torch.testing.assert_close(noise, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_a_model_built_without_memory_is_filled_strictly():
-    model = small_model(mlp_time_embed=True, conv=True)
-    with torch.device("meta"):
-        filled = UViT(**SMALL, depth=2, mlp_time_embed=True, conv=True)
-    filled.load_state_dict(model.state_dict(), strict=True, assign=True)
-    x, t, y = torch.ones(1, 2, 4, 4, dtype=torch.float64), torch.ones(1), torch.tensor([2])
-    assert torch.equal(filled(x, t, (y,))[0], model(x, t, (y,))[0])
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -401,15 +391,6 @@ def test_a_denoiser_freezes_its_model_and_says_what_a_table_belongs_to(small):
     assert sample(small, x, y, schedule).isfinite().all()
 
 
-@given(tables(sites=SITES), seeds)
-def test_an_image_does_not_depend_on_its_neighbours(schedule, seed):
-    d = make()
-    x, y = start(d, batch=3, seed=seed)
-    torch.testing.assert_close(
-        sample(d, x, y, schedule)[:1], sample(d, x[:1], y[:1], schedule), rtol=1e-9, atol=1e-9
-    )
-
-
 def test_the_long_skips_compute_where_every_site_is_reused(small):
     ran = []
     for block in small.model.out_blocks:
@@ -417,49 +398,3 @@ def test_the_long_skips_compute_where_every_site_is_reused(small):
     x, y = start(small)
     sample(small, x, y, Schedule([[True] * SITES, *[[False] * SITES] * 3]))
     assert len(ran) == 4 * 2  # steps × streams, one pair of blocks
-
-
-def trained(d, **options):
-    router = Router(d.steps, d.sites, generator=torch.Generator().manual_seed(3)).double()
-    updates = list(sdt(d, router, [start(d, seed=i) for i in range(2)], beta=1e-3, **options))
-    return router, updates
-
-
-@pytest.mark.parametrize("activation_checkpointing", [False, True])
-def test_training_moves_the_router_and_no_weight_gets_a_gradient(activation_checkpointing):
-    d = make(activation_checkpointing=activation_checkpointing)
-    d.model.requires_grad_(True)
-    weights = {name: value.clone() for name, value in d.model.state_dict().items()}
-    router, updates = trained(d)
-    before = Router(4, d.sites, generator=torch.Generator().manual_seed(3)).double().logits
-    assert bool((router.logits != before).all())
-    assert all(update.mse > 0 for update in updates)
-    assert all(p.grad is None for p in d.model.parameters())
-    assert all(torch.equal(weights[name], value) for name, value in d.model.state_dict().items())
-
-
-def test_the_routers_gradients_are_the_same_under_activation_checkpointing():
-    def run(*, activation_checkpointing):
-        d = make(depth=4, activation_checkpointing=activation_checkpointing)
-        calls, gradients = [], []
-        d.model.mid_block.norm1.register_forward_hook(lambda *_: calls.append(1))
-        router = Router(4, d.sites, generator=torch.Generator().manual_seed(3)).double()
-        for update in sdt(d, router, [start(d)], beta=1e-3, proxy=None):
-            gradients.append(router.rows[update.k - 1].grad.clone())
-        return gradients, router.logits, len(calls)
-
-    kept, logits, once = run(activation_checkpointing=False)
-    again, same, twice = run(activation_checkpointing=True)
-    assert all(torch.equal(one, other) for one, other in zip(kept, again, strict=True))
-    assert torch.equal(logits, same)
-    # Two streams; four students and three teachers, and the three students with gradients run once more.
-    assert (once, twice) == (2 * 7, 2 * 10)
-
-
-@pytest.mark.parametrize("mode", ["leave-one-out", "telescoping"])
-def test_lambda_is_never_negative_and_zero_for_a_saturated_router(small, mode):
-    x, y = start(small)
-    lam = image_error(small, random_scores(SITES), x, y, mode=mode)
-    assert lam[0] == 0
-    assert bool((lam[1:] > 0).all())
-    assert image_error(small, torch.ones(4, SITES).double(), x, y, mode=mode).tolist() == [0.0] * 4
