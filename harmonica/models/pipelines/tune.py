@@ -10,9 +10,10 @@ file does not know how a stage works.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import repeat
 from typing import Any, Literal
 
@@ -28,7 +29,6 @@ from harmonica.models.pipelines.general import PipelineDenoiser
 from harmonica.models.pipelines.inputs import Inputs
 from harmonica.models.pipelines.recorded import NotFollowedError
 from harmonica.models.sites import sites
-from harmonica.override import overridden
 from harmonica.router import Schedule
 from harmonica.search.budget import Target
 from harmonica.search.learn import learn_weights
@@ -160,7 +160,7 @@ def _from_runs(pipe: Any, inputs: Inputs, speedup: float, progress: bool) -> Sch
     from tqdm.auto import tqdm
 
     found = sites(pipe.transformer)
-    plain = list(_steps_of_run(pipe, inputs.of([(0, SEED)])))
+    plain = steps_of_run(pipe, inputs.of([(0, SEED)]))
     steps, width = len(plain), len(found)
     if not steps:
         raise ValueError(f"{type(pipe).__name__} never steps its scheduler, so no table fits it")
@@ -169,7 +169,7 @@ def _from_runs(pipe: Any, inputs: Inputs, speedup: float, progress: bool) -> Sch
     for j in tqdm(range(steps - 1), unit="run", desc="tune", disable=not progress):
         rows = torch.arange(steps)[:, None].expand(-1, width) <= j
         with cached(pipe, Schedule(rows, sites=tuple(found))):
-            for k, after in enumerate(_steps_of_run(pipe, inputs.of([(0, SEED)]))):
+            for k, after in enumerate(steps_of_run(pipe, inputs.of([(0, SEED)]))):
                 costs[j, k] = float((after.double() - plain[k].double()).square().mean())
     path = cheapest_path(costs, count)
     table = torch.tensor([[k in path] * width for k in range(steps)])
@@ -188,16 +188,25 @@ def _steps_that_fit(cost: Macs, steps: int, speedup: float) -> int:
     return min(int(target.allowed / float(cost.sites.sum())), steps)
 
 
-def _steps_of_run(pipe: Any, call: Mapping[str, Any]) -> Iterator[Tensor]:
-    """Run the pipeline, and yield what its scheduler returned at each step."""
+def steps_of_run(pipe: Any, call: Mapping[str, Any]) -> list[Tensor]:
+    """Run the pipeline, and return what its scheduler returned at each step."""
     after: list[Tensor] = []
+    scheduler, kind = pipe.scheduler, type(pipe.scheduler)
 
-    def note(_: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    @functools.wraps(kind.step)
+    def step(*args: Any, **kwargs: Any) -> Any:
         # Looked up now: `cached` answers the method of the class while the pipeline runs.
-        result = type(pipe.scheduler).step(pipe.scheduler, *args, **kwargs)
+        result = kind.step(scheduler, *args, **kwargs)
         after.append(tree_leaves(result)[0].detach().clone())
         return result
 
-    with overridden([(pipe.scheduler, "step", note)]):
+    vars(step)["__signature__"] = inspect.signature(scheduler.step)  # pipelines look at it
+    before = vars(scheduler).get("step")
+    vars(scheduler)["step"] = step
+    try:
         pipe(**call)
-    yield from after
+    finally:
+        del vars(scheduler)["step"]
+        if before is not None:
+            vars(scheduler)["step"] = before
+    return after
