@@ -301,7 +301,7 @@ for name, tables in bench.items():
 # ```
 #
 # ```text
-# each site is asked once in a prediction, not [0, 0, 1, 2, 3, 4, 5]
+# a site is asked twice in a call of the model: [0, 0, 1, 2, 3, 4, 5]
 # ```
 #
 # **2.** Fifty times the error of the table as it was, at the same speed and CUR, and worse than chance (exercise 3).
