@@ -55,6 +55,11 @@ def photographs(part: str, folder: Path = PHOTOGRAPHS) -> tuple[Tensor, Tensor]:
     return images, torch.tensor(labels.astype(np.int64))
 
 
+def real_images(model: str) -> tuple[Tensor, Tensor]:
+    """Return the images (M, C, H, W) and labels (M,) that a bundled model was trained on."""
+    return digits() if model == "tiny" else photographs("train")
+
+
 def _idx(folder: Path, name: str, header: int) -> Any:
     file = next(iter(sorted(folder.glob(f"{name}-idx*.gz"))), None)
     if file is None:

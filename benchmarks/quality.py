@@ -31,12 +31,13 @@ from typing import Any
 
 import torch
 from bootstrap import bootstrap
+from bundled_models import real_images
 from record import RESULTS, ended, record
 from torch import Tensor
 
 from harmonica import Denoiser, Router, Schedule, macs, references, sample, train_sdt
 from harmonica.evaluation.distances import image_mse
-from harmonica.evaluation.judge import digits, judge_of
+from harmonica.evaluation.judge import judge_of
 from harmonica.evaluation.pictures import save, tradeoff
 from harmonica.inference.walk import Walk
 from harmonica.models import load
@@ -111,7 +112,7 @@ def table_of(denoiser: Denoiser, method: str, speedup: float, job: Job) -> Sched
         ),
         "InvarDiff": lambda: measured.invardiff(denoiser, few, cond, speedup=speedup),
         "Learning-to-Cache": lambda: baselines.learning_to_cache(
-            denoiser, *digits(), speedup=speedup, updates=args.updates, batch_size=8, lr=0.1, generator=generator
+            denoiser, *real_images(args.model), speedup=speedup, updates=args.updates, batch_size=8, lr=0.1, generator=generator
         ),
         "weights on dynamic programming": lambda: weighted(of("dynamic programming"), denoiser, job),
         "weights on the refined table": lambda: weighted(
