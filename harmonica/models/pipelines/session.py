@@ -85,7 +85,6 @@ class Session:
         """Follow what runs in this `with`, in this thread or task, as a call of the pipeline.
 
         A call of the pipeline does so by itself; a loop that is written by hand does it here.
-
         Raises ValueError if the pipeline cannot be cached as it stands now.
         """
         pipe: Any = self.pipe()
@@ -202,9 +201,7 @@ class Session:
     def report(self) -> dict[str, Any]:
         """Return what has happened, in numbers, for a server's metrics.
 
-        `beyond` counts what was computed although the table reuses it, by reason. `speedup` is that
-        of the transformer by multiply-accumulates, None before the first walk, or if torch cannot
-        count this model.
+        `beyond` counts what was computed although the table reuses it, by reason.
         """
         trackers = self._all()
         beyond = sum((tracker.beyond for tracker in trackers), Counter[str]())
@@ -216,27 +213,30 @@ class Session:
             "skipped": skipped,
             "reused_share": skipped / asked if asked else 0.0,
             "beyond": dict(beyond),
-            "speedup": self._speedup(trackers),
         }
 
     def __str__(self) -> str:
-        told, name = self.report(), self._kind
+        told = self.report()
         lines = [
-            f"{name}, {each.steps} steps × {len(self.sites)} sites, CUR {each.cur:.1%}"
+            f"{self._kind}, {each.steps} steps × {len(self.sites)} sites, CUR {each.cur:.1%}"
             for each in self.schedules
         ]
         lines += [f"{told['walks']} walks, {told['reused_share']:.1%} of the sites reused so far"]
         lines += [f"computed beyond the table: {n} ({why})" for why, n in told["beyond"].items()]
-        if told["speedup"] is not None:
-            lines.append(f"theoretical speedup of the transformer {told['speedup']:.2f}x")
+        if (speedup := self.speedup()) is not None:
+            lines.append(f"theoretical speedup of the transformer {speedup:.2f}x")
         return "\n".join(lines)
 
     def _all(self) -> list[Tracker]:
         with self._lock:
             return [self._ended, *self._live]
 
-    def _speedup(self, trackers: Sequence[Tracker]) -> float | None:
-        full = saved = 0.0
+    def speedup(self) -> float | None:
+        """Return the speedup of the transformer so far, by multiply-accumulates.
+
+        Counting them takes seconds, once. None before the first walk, or if torch cannot count.
+        """
+        trackers, full, saved = self._all(), 0.0, 0.0
         for name, sites_of in self._columns().items():
             calls = sum(tracker.calls[name] for tracker in trackers)
             cost = self._cost(name, sites_of) if calls else None
