@@ -11,12 +11,28 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from harmonica.command_line import DTYPES, Parser, check_device, command, make_writable, seed, whole
+from harmonica.models.pipelines import tune
+from harmonica.router import Schedule
+
+
+class _Command(ModuleType):
+    """A module that is called as the function of its name.
+
+    Importing harmonica.tune puts this module where the function `harmonica.tune` is looked up.
+    """
+
+    def __call__(self, *args: Any, **options: Any) -> Schedule:
+        return tune(*args, **options)
+
+
+sys.modules[__name__].__class__ = _Command
 
 
 def parser() -> Parser:
@@ -59,7 +75,7 @@ def _run(args: argparse.Namespace) -> None:
     from diffusers import DiffusionPipeline
 
     from harmonica.evaluation.pictures import comparison, save
-    from harmonica.models.pipelines import cached, tune
+    from harmonica.models.pipelines import cached
     from harmonica.models.prompts import read_prompts
 
     check_device(args.device)

@@ -149,7 +149,9 @@ class ShamDevice(TorchDispatchMode):
         """Note that the host waits or copies, and where in this repository it is asked to."""
         frame = sys._getframe(1)
         while frame.f_back and (
-            ROOT not in (file := Path(frame.f_code.co_filename)).parents or file.name == "sham.py"
+            ROOT not in (file := Path(frame.f_code.co_filename)).parents
+            or file.name == "sham.py"
+            or "site-packages" in file.parts  # an environment may lie inside the checkout
         ):
             frame = frame.f_back
         line = f"{what} at {Path(frame.f_code.co_filename).name}:{frame.f_lineno}"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import pytest
 import torch
 
+import harmonica
 from harmonica import macs
 from harmonica.models.pipelines import cached, from_pipeline, tune
 from harmonica.models.sites import sites
@@ -58,3 +61,9 @@ def test_arguments_that_the_pipeline_does_not_take_are_named_before_anything_run
     with pytest.raises(ValueError, match="lengths of prompts and each differ"):
         from_pipeline(make(), steps=2, each={"prompt_embeds": torch.zeros(2, 5, 12),
                                              "pooled_prompt_embeds": torch.zeros(3, 8)})  # fmt: skip
+
+
+def test_importing_the_command_leaves_the_function_of_its_name_callable():
+    import_module("harmonica.tune")
+    with pytest.raises((TypeError, ValueError), match="NoneType"):
+        harmonica.tune(None, speedup=1.5)
