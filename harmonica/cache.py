@@ -112,7 +112,9 @@ def blend(r: Tensor, cache: Cache, tau: float) -> Gate:
     return gate
 
 
-def weighted(row: Sequence[bool], weights: Sequence[Sequence[float]], cache: Cache) -> Gate:
+def weighted(
+    row: Sequence[bool], weights: Sequence[Sequence[float | Tensor]], cache: Cache
+) -> Gate:
     """Return the gate of a weighted schedule: w₀·fresh + w₁·h₁ + … + w_m·h_m.
 
     hⱼ is the j-th last output that the site computed, as it computed it. A skipped site never calls

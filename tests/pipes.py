@@ -359,3 +359,16 @@ def walked(pipe: Any, call: dict[str, Any], seed: int = 0) -> list[torch.Tensor]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return steps_of_run(pipe, call)
+
+
+class StockDiT(nn.Module):
+    """diffusers' DiT with the face of ours: (x, t, y) -> (B, C or 2C, H, W)."""
+
+    def __init__(self, transformer: Any) -> None:
+        super().__init__()
+        self.transformer, config = transformer, transformer.config
+        self.in_channels, self.input_size = config.in_channels, config.sample_size
+        self.num_classes = config.num_embeds_ada_norm
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.transformer(x, timestep=t, class_labels=y, return_dict=False)[0]

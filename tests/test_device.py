@@ -6,7 +6,7 @@ The device is a sham (tests/sham.py), so these laws hold, or fail, on any machin
 from __future__ import annotations
 
 from functools import partial
-from pipes import dit_pipe, dit_transformer, pixart_pipe, run, vae
+from pipes import StockDiT, dit_pipe, dit_transformer, pixart_pipe, run, vae
 from types import SimpleNamespace
 
 import pytest
@@ -27,7 +27,6 @@ from harmonica.inference.walk import Walk
 from harmonica.models import autoencoder
 from harmonica.models.dit import DiTDenoiser
 from harmonica.models.pipelines import cached
-from harmonica.models.pipelines.numerics import StockDiT
 from harmonica.models.sites import sites
 from harmonica.samplers import DDIM
 from harmonica.search import baselines
@@ -117,7 +116,7 @@ def test_under_a_schedule_a_pipelines_walk_waits_twice_more_at_most(name, exact,
 
 def test_a_stock_dits_walk_waits_for_nothing(device):
     transformer = dit_transformer().to("cuda")
-    model = StockDiT(transformer, parity=False)
+    model = StockDiT(transformer)
     d = DiTDenoiser(model, DDIM(4), sites=sites(transformer))
     x, cond = d.draw(2, torch.Generator().manual_seed(0))
     for make in WALKS.values():

@@ -8,11 +8,8 @@ This file does not know blocks, gates or schedules.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class Arithmetic:
@@ -21,16 +18,9 @@ class Arithmetic:
     h tokens (B, N, D)   scale, shift, gate (B, 1, D)   out, what a site returned (B, N, D)
     """
 
-    def branch(
-        self,
-        site: Callable[[Tensor], Tensor],
-        norm: nn.Module,
-        h: Tensor,
-        scale: Tensor,
-        shift: Tensor,
-    ) -> Any:
-        """Return site(norm(h)·(1 + scale) + shift)."""
-        return site(norm(h) * (1 + scale) + shift)
+    def modulate(self, h: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        """Return h·(1 + scale) + shift, h being normed."""
+        return h * (1 + scale) + shift
 
     def add(self, h: Tensor, gate: Tensor, out: Tensor) -> Tensor:
         """Return gate·out + h, in this order: a sum lies in memory as its first part does."""
@@ -40,16 +30,9 @@ class Arithmetic:
 class Fused(Arithmetic):
     """The same in fewer passes over memory: a product and a sum are rounded once, not twice."""
 
-    def branch(
-        self,
-        site: Callable[[Tensor], Tensor],
-        norm: nn.Module,
-        h: Tensor,
-        scale: Tensor,
-        shift: Tensor,
-    ) -> Any:
-        """Return site(norm(h)·(1 + scale) + shift)."""
-        return site(torch.addcmul(shift, norm(h), 1 + scale))
+    def modulate(self, h: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        """Return h·(1 + scale) + shift, h being normed."""
+        return torch.addcmul(shift, h, 1 + scale)
 
     def add(self, h: Tensor, gate: Tensor, out: Tensor) -> Tensor:
         """Return gate·out + h."""

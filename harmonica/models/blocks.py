@@ -46,10 +46,10 @@ def dit_block(block: Any, ask: Ask, math: Arithmetic, h: Tensor, c: Tensor) -> T
         6, dim=-1
     )  # (B, 1, D)
     h = math.add(
-        h, gate1, ask("attn", lambda: math.branch(block.attn, block.norm1, h, scale1, shift1))
+        h, gate1, ask("attn", lambda: block.attn(math.modulate(block.norm1(h), scale1, shift1)))
     )
     return math.add(
-        h, gate2, ask("mlp", lambda: math.branch(block.mlp, block.norm2, h, scale2, shift2))
+        h, gate2, ask("mlp", lambda: block.mlp(math.modulate(block.norm2(h), scale2, shift2)))
     )
 
 
@@ -77,10 +77,10 @@ def ada_zero_block(
     parts = ada.linear(ada.silu(c)).chunk(6, dim=1)
     shift1, scale1, gate1, shift2, scale2, gate2 = (part[:, None] for part in parts)  # (B, 1, D)
     h = math.add(
-        h, gate1, ask("attn1", lambda: math.branch(block.attn1, ada.norm, h, scale1, shift1))
+        h, gate1, ask("attn1", lambda: block.attn1(math.modulate(ada.norm(h), scale1, shift1)))
     )
     return math.add(
-        h, gate2, ask("ff", lambda: math.branch(block.ff, block.norm3, h, scale2, shift2))
+        h, gate2, ask("ff", lambda: block.ff(math.modulate(block.norm3(h), scale2, shift2)))
     )
 
 
@@ -101,14 +101,14 @@ def ada_single_block(
     shared = block.scale_shift_table[None] + timestep.reshape(len(h), 6, -1)  # (B, 6, D)
     shift1, scale1, gate1, shift2, scale2, gate2 = shared.chunk(6, dim=1)  # (B, 1, D)
     own = partial(block.attn1, encoder_hidden_states=None, attention_mask=attention_mask)
-    h = math.add(h, gate1, ask("attn1", lambda: math.branch(own, block.norm1, h, scale1, shift1)))
+    h = math.add(h, gate1, ask("attn1", lambda: own(math.modulate(block.norm1(h), scale1, shift1))))
     text = {
         "encoder_hidden_states": encoder_hidden_states,
         "attention_mask": encoder_attention_mask,
     }
     h = ask("attn2", lambda: block.attn2(h, **text)) + h
     return math.add(
-        h, gate2, ask("ff", lambda: math.branch(block.ff, block.norm2, h, scale2, shift2))
+        h, gate2, ask("ff", lambda: block.ff(math.modulate(block.norm2(h), scale2, shift2)))
     )
 
 

@@ -52,7 +52,7 @@ def every(denoiser: Denoiser, n: float | None = None, *, speedup: float | None =
     if n is not None and not 1 <= n < inf:
         raise ValueError(f"n is {n}; the interval is a number of steps, 1 (compute all) or more")
     interval = Fraction(steps, _computed_steps(denoiser, asked)) if n is None else Fraction(n)
-    return _made(
+    return with_provenance(
         denoiser,
         whole_steps(denoiser, spread(steps, interval)),
         "FORA",
@@ -93,8 +93,10 @@ def smoothcache(
             0.0,
             *(nextafter(v, inf) for v in sorted(values)),
         ]  # "below": the table changes just after a value
-        alpha = edges[_fewest(lambda n: table(edges[n]), len(edges) - 1, asked, macs(denoiser))]
-    return _made(
+        alpha = edges[
+            fewest_reused(lambda n: table(edges[n]), len(edges) - 1, asked, macs(denoiser))
+        ]
+    return with_provenance(
         denoiser, table(alpha), "SmoothCache", {"alpha": alpha, "gap": gap, "noises": len(x)}
     )
 
@@ -177,12 +179,14 @@ def delta_dit(
     if blocks is None:
         cost, shortest = macs(denoiser), n
         longer = max(0, denoiser.steps - shortest)  # beyond T nothing changes
-        n += _fewest(
+        n += fewest_reused(
             lambda more: _split(denoiser, shortest + more, depth, outline), longer, asked, cost
         )
-        blocks = _fewest(lambda count: _split(denoiser, n, count, outline), depth, asked, cost)
+        blocks = fewest_reused(
+            lambda count: _split(denoiser, n, count, outline), depth, asked, cost
+        )
     made = {"interval": n, "blocks": blocks, "outline": outline}
-    return _made(denoiser, _split(denoiser, n, blocks, outline), "Δ-DiT", made)
+    return with_provenance(denoiser, _split(denoiser, n, blocks, outline), "Δ-DiT", made)
 
 
 def _split(denoiser: Denoiser, n: int, blocks: int, outline: float) -> Tensor:
@@ -271,7 +275,7 @@ def learning_to_cache(
     r[1::2] = torch.stack(rows).detach().sigmoid().cpu()
     compute = r > tau if speedup is None else _reuse_first(denoiser, r, speedup)
     made = {"updates": updates, "batch_size": batch_size, "beta": beta, "lr": lr}
-    return _made(
+    return with_provenance(
         denoiser,
         compute,
         "Learning-to-Cache",
@@ -332,7 +336,7 @@ def dynamic_programming(denoiser: Denoiser, x: Tensor, cond: Any, *, speedup: fl
     """
     path = cheapest_path(step_costs(denoiser, x, cond), _computed_steps(denoiser, speedup))
     made = {"speedup": speedup, "noises": len(x)}
-    return _made(denoiser, whole_steps(denoiser, path), "dynamic programming", made)
+    return with_provenance(denoiser, whole_steps(denoiser, path), "dynamic programming", made)
 
 
 def greedy(
@@ -367,7 +371,7 @@ def greedy(
     while Schedule(compute).speedup(cost) < asked:
         k, i, spent = next(search)
         compute[k, i] = False
-    return _made(
+    return with_provenance(
         denoiser, compute, "greedy", {"budget": budget, "predictions": spent, "noises": len(x)}
     )
 
@@ -378,7 +382,9 @@ def random_table(denoiser: Denoiser, generator: torch.Generator, *, speedup: flo
         denoiser.steps, len(denoiser.sites), generator=generator, device=generator.device
     ).cpu()
     r[0] = inf
-    return _made(denoiser, _reuse_first(denoiser, r, speedup), "random", {"speedup": speedup})
+    return with_provenance(
+        denoiser, _reuse_first(denoiser, r, speedup), "random", {"speedup": speedup}
+    )
 
 
 def fewer_steps(steps: int, speedup: float) -> int:
@@ -400,7 +406,7 @@ def fewer_steps(steps: int, speedup: float) -> int:
 def _computed_steps(denoiser: Denoiser, speedup: float, cost: Macs | None = None) -> int:
     """Return how many whole steps may compute at a speedup."""
     steps, cost = denoiser.steps, macs(denoiser) if cost is None else cost
-    return steps - _fewest(
+    return steps - fewest_reused(
         lambda n: whole_steps(denoiser, range(steps - n)), steps - 1, speedup, cost
     )
 
@@ -416,10 +422,10 @@ def _reuse_first(denoiser: Denoiser, r: Tensor, speedup: float) -> Tensor:
         compute[order[:n]] = False
         return compute.view_as(r)
 
-    return table(_fewest(table, len(order), speedup, macs(denoiser)))
+    return table(fewest_reused(table, len(order), speedup, macs(denoiser)))
 
 
-def _fewest(table: Callable[[int], Tensor], most: int, speedup: float, cost: Macs) -> int:
+def fewest_reused(table: Callable[[int], Tensor], most: int, speedup: float, cost: Macs) -> int:
     """Return the least n ≤ most whose table(n) has the speedup; the more n, the more it reuses."""
 
     def speed(n: int) -> float:
@@ -444,8 +450,9 @@ def _asked(name: str, value: float | None, speedup: float | None) -> float:
     return 1.0 if speedup is None else speedup
 
 
-def _made(
+def with_provenance(
     denoiser: Denoiser, compute: Tensor, method: str, settings: Mapping[str, float]
 ) -> Schedule:
+    """Return a table (T, N) as a schedule for this denoiser that says how it was made."""
     about = {**denoiser.about, "provenance": {"method": method, **settings}}
     return Schedule(compute, sites=tuple(denoiser.sites), **about)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.optim import Adam
 
-from harmonica.cache import Cache, Compute, Feature, gated, weighted_sum
+from harmonica.cache import Cache, gated, weighted
 from harmonica.denoise import Denoiser
 from harmonica.router import Schedule
 from harmonica.run_again import run_again
@@ -167,19 +167,11 @@ def weighted_walk(
     def step(
         x: Tensor, w: Tensor, k: int, cache: Cache, memory: dict[str, Any]
     ) -> tuple[Tensor, Cache, dict[str, Any]]:
-        memory, after = memory.copy(), {}
-
-        def gate(site: int, compute: Compute) -> Feature:
-            history = cache.get(site, ())
-            if not table[k][site]:
-                return weighted_sum(w[site, 1:].unbind(), history)
-            outputs = (compute(), *history)
-            after[site] = outputs[: w.shape[1] - 1]
-            return weighted_sum(w[site].unbind(), outputs)
-
+        memory, cache = memory.copy(), cache.copy()
+        gate = weighted(table[k], [row.unbind() for row in w.unbind()], cache)
         with gated(denoiser.sites, gate):
             out = denoiser.predict(x, k, cond)
-        return denoiser.step(x, out, k, memory), cache | after, memory
+        return denoiser.step(x, out, k, memory), cache, memory
 
     cache: Cache = {}
     memory: dict[str, Any] = {}

@@ -21,7 +21,7 @@ from harmonica.cache import Cache, Compute, Feature, Gate, History, gated, reuse
 from harmonica.cost import macs
 from harmonica.denoise import Denoiser
 from harmonica.router import Schedule
-from harmonica.search.baselines import _fewest, _made, every
+from harmonica.search.baselines import every, fewest_reused, with_provenance
 
 QUANTILES = 200
 """So many quantiles are tried for a target."""
@@ -48,9 +48,11 @@ def invardiff(denoiser: Denoiser, x: Tensor, cond: Any, *, speedup: float) -> Sc
     table = torch.ones(denoiser.steps, len(denoiser.sites), dtype=torch.bool)
     for _ in range(2):
         plan = partial(_plan, *_ratios(denoiser, table, x, cond))
-        n = _fewest(plan, QUANTILES, speedup, macs(denoiser))
+        n = fewest_reused(plan, QUANTILES, speedup, macs(denoiser))
         table = plan(n)
-    return _made(denoiser, table, "InvarDiff", {"quantile": n / QUANTILES, "noises": len(x)})
+    return with_provenance(
+        denoiser, table, "InvarDiff", {"quantile": n / QUANTILES, "noises": len(x)}
+    )
 
 
 def _plan(sites: Tensor, steps: Tensor, n: int) -> Tensor:

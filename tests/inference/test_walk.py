@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from pipes import count_calls, dit_transformer, randomised
+from pipes import StockDiT, count_calls, dit_transformer, randomised
 
 import pytest
 import torch
@@ -22,7 +22,6 @@ from harmonica.inference.walk import Accelerated, Walk
 from harmonica.models import MODELS, load
 from harmonica.models.dit import DiTDenoiser
 from harmonica.models.memo import Memo
-from harmonica.models.pipelines.denoiser import StockDiT
 from harmonica.models.precompute import equal_to_the_first, precomputed
 from harmonica.models.sites import sites
 from harmonica.samplers import DDIM, SAMPLERS
@@ -156,7 +155,7 @@ def _stock(*, equal):
     first, second = (block.norm1.emb for block in transformer.transformer_blocks)
     if equal:
         second.load_state_dict(first.state_dict())
-    d = DiTDenoiser(StockDiT(transformer, parity=False), DDIM(4), sites=sites(transformer))
+    d = DiTDenoiser(StockDiT(transformer), DDIM(4), sites=sites(transformer))
     return d, *d.draw(2, torch.Generator().manual_seed(0))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from pipes import dit_transformer, pixart_transformer, randomised
+from pipes import StockDiT, dit_transformer, pixart_transformer, randomised
 
 import pytest
 import torch
@@ -17,7 +17,6 @@ from harmonica.denoise import final_image
 from harmonica.models.arithmetic import FUSED
 from harmonica.models.blocks import form_of, gated_blocks
 from harmonica.models.dit import DiTDenoiser
-from harmonica.models.pipelines.denoiser import StockDiT
 from harmonica.models.pixart import PixArtDenoiser, random_prompts
 from harmonica.models.sites import sites
 from harmonica.samplers import DDIM
@@ -26,7 +25,7 @@ from harmonica.samplers import DDIM
 def stock(steps=4):
     """Return diffusers' DiT as a denoiser."""
     transformer = dit_transformer()
-    return DiTDenoiser(StockDiT(transformer, parity=False), DDIM(steps), sites=sites(transformer))
+    return DiTDenoiser(StockDiT(transformer), DDIM(steps), sites=sites(transformer))
 
 
 def pixart(steps=4):

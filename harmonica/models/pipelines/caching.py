@@ -20,10 +20,12 @@ from weakref import WeakKeyDictionary, finalize
 
 from torch import nn
 
-from harmonica.models.pipelines.denoiser import PIPELINES
 from harmonica.models.pipelines.session import Session
 from harmonica.override import Method, patched
 from harmonica.router import Schedule
+
+PIPELINES = ("DiTPipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline")
+"""What `cached(…, exact=False)` knows."""
 
 _sessions: WeakKeyDictionary[Any, list[Session]] = WeakKeyDictionary()
 """Open sessions of each pipeline, outermost first."""

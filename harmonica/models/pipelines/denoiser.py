@@ -15,15 +15,12 @@ from torch import nn
 
 from harmonica.models.pipelines.general import PipelineDenoiser
 from harmonica.models.pipelines.inputs import Inputs, checked_inputs
-from harmonica.models.pipelines.numerics import StockDiT, original_numerics
+from harmonica.models.pipelines.numerics import original_numerics
 from harmonica.models.pipelines.probe import probed
 from harmonica.models.sites import sites
 from harmonica.storage.files import StrPath
 
-__all__ = ["PIPELINES", "StockDiT", "from_pipeline", "original_numerics"]
-
-PIPELINES = ("DiTPipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline")
-"""What `cached(…, exact=False)` knows."""
+__all__ = ["from_pipeline", "original_numerics"]
 
 
 def from_pipeline(

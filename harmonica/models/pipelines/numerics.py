@@ -6,10 +6,10 @@ This file does not know pipelines, caches or schedules.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 
 @contextmanager
@@ -37,25 +37,3 @@ def original_numerics(transformer: nn.Module) -> Iterator[None]:
     finally:
         for block, (shift, eps) in zip(blocks, before, strict=True):
             block.norm1.emb.time_proj.downscale_freq_shift, block.norm3.eps = shift, eps
-
-
-class StockDiT(nn.Module):
-    """diffusers' DiT with the face of ours: (x, t, y) -> (B, C or 2C, H, W)."""
-
-    def __init__(self, transformer: Any, *, parity: bool) -> None:
-        super().__init__()
-        self.transformer, self.parity = transformer, parity
-        self.in_channels, self.input_size = (
-            transformer.config.in_channels,
-            transformer.config.sample_size,
-        )
-        self.num_classes = transformer.config.num_embeds_ada_norm
-
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Predict the noise (and variance) in x (B, C, H, W) at timesteps t (B,) for labels y
-        (B,).
-        """
-        with ExitStack() as stack:
-            if self.parity:
-                stack.enter_context(original_numerics(self.transformer))
-            return self.transformer(x, timestep=t, class_labels=y, return_dict=False)[0]  # type: ignore[no-any-return]
