@@ -73,17 +73,26 @@ def _idx(folder: Path, name: str, header: int) -> Any:
 
 
 @dataclass(frozen=True)
+class Phase:
+    """A stretch of training that draws its batches with a seed of its own."""
+
+    updates: int
+    rate: Callable[[int], float]  # learning rate of update 1 … updates
+    batch_size: int = 128
+    snr_cap: float = (
+        math.inf
+    )  # weight of timestep t is min(1, cap / SNR_t) (Hang et al. 2023, min-SNR)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """How a model was trained."""
 
     data: Callable[[], tuple[Tensor, Tensor]]
-    updates: int
-    rate: Callable[[int], float]  # learning rate of update 1 … updates
+    phases: tuple[Phase, ...]
     betas: tuple[float, float]  # of AdamW
     average: float  # decay of the averaged weights, once the start is forgotten
-    batch_size: int = 128
     null_share: float = 0.1  # labels replaced by the null class, for guidance to contrast with
-    seed: int = 0
 
 
 def _cosine(update: int, updates: int = 24000, peak: float = 1e-3) -> float:
@@ -94,17 +103,20 @@ def _cosine(update: int, updates: int = 24000, peak: float = 1e-3) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (done - warm) / (updates - warm)))
 
 
-def _constant_then_linear(update: int, updates: int, cooldown: int, peak: float) -> float:
-    """Rise over 200 updates, stay, and fall to 0 over the last `cooldown`."""
-    return peak * min(1.0, update / 200, (updates - update) / cooldown)
+def _rising(update: int) -> float:
+    return 1e-3 * min(1.0, update / 200)
 
 
+def _falling(update: int) -> float:
+    return 1e-3 * min(1.0, (SECOND - update) / COOLDOWN)
+
+
+SECOND, COOLDOWN = 18000, 4000
 RECIPES = {
-    "tiny": Recipe(digits, 24000, _cosine, betas=(0.9, 0.999), average=0.9995),
+    "tiny": Recipe(digits, (Phase(24000, _cosine),), betas=(0.9, 0.999), average=0.9995),
     "garments": Recipe(
         lambda: photographs("train"),
-        4000,
-        lambda update: _constant_then_linear(update, 4000, 1000, 1e-3),
+        (Phase(3000, _rising), Phase(SECOND, _falling, batch_size=64, snr_cap=5.0)),
         betas=(0.9, 0.99),
         average=0.999,
     ),
@@ -114,19 +126,18 @@ RECIPES = {
 def train(name: str) -> DiT:
     """Train a bundled model as it was trained, and return it with averaged weights."""
     recipe = RECIPES[name]
-    generator = torch.Generator().manual_seed(recipe.seed)
     with torch.random.fork_rng():
-        torch.manual_seed(recipe.seed)  # parameters are drawn by torch, which takes no generator
+        torch.manual_seed(0)  # parameters are drawn by torch, which takes no generator
         model = DiT(**DITS[name])
     average = DiT(**DITS[name])
     average.load_state_dict(model.state_dict())
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=1.0, betas=recipe.betas, weight_decay=0.01)
-    batches = _batches(recipe, model.num_classes, generator)
-    bar = tqdm(range(1, recipe.updates + 1), desc=name, mininterval=5)
-    for update, (noisy, t, labels, noise) in zip(bar, batches, strict=False):
-        optimizer.param_groups[0]["lr"] = recipe.rate(update)
-        loss = F.mse_loss(model(noisy, t, labels), noise)
+    bar = tqdm(_updates(recipe, model.num_classes), desc=name, mininterval=5)
+    for update, (rate, noisy, t, labels, noise, weight) in enumerate(bar, start=1):
+        optimizer.param_groups[0]["lr"] = rate
+        errors = (model(noisy, t, labels) - noise).square().flatten(1).mean(1)  # (B,)
+        loss = (weight * errors).mean()
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -140,27 +151,38 @@ def train(name: str) -> DiT:
     return average
 
 
-def _batches(
-    recipe: Recipe, null: int, generator: torch.Generator
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Yield noisy images (B, C, H, W), timesteps (B,), labels (B,) and the noise, without end."""
+def _updates(
+    recipe: Recipe, null: int
+) -> Iterator[tuple[float, Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    """Yield rate, noisy images (B, C, H, W), timesteps (B,), labels (B,), noise, and weights (B,)."""
     images, labels = recipe.data()
-    alphas, size = alphas_cumprod().float(), recipe.batch_size  # (1000,)
-    while True:
-        rows = torch.randint(len(images), (size,), generator=generator)
-        t = torch.randint(TRAIN_TIMESTEPS, (size,), generator=generator)
-        noise = torch.randn(size, *images.shape[1:], generator=generator)
-        dropped = torch.rand(size, generator=generator) < recipe.null_share
-        signal = alphas[t].view(-1, 1, 1, 1)  # (B, 1, 1, 1)
-        noisy = signal.sqrt() * images[rows] + (1 - signal).sqrt() * noise  # (B, C, H, W)
-        yield noisy, t, labels[rows].masked_fill(dropped, null), noise
+    alphas = alphas_cumprod().float()  # (1000,)
+    snr = alphas / (1 - alphas)
+    for seed, phase in enumerate(recipe.phases):
+        generator, size = torch.Generator().manual_seed(seed), phase.batch_size
+        for update in range(1, phase.updates + 1):
+            rows = torch.randint(len(images), (size,), generator=generator)
+            t = torch.randint(TRAIN_TIMESTEPS, (size,), generator=generator)
+            noise = torch.randn(size, *images.shape[1:], generator=generator)
+            dropped = torch.rand(size, generator=generator) < recipe.null_share
+            signal = alphas[t].view(-1, 1, 1, 1)  # (B, 1, 1, 1)
+            noisy = signal.sqrt() * images[rows] + (1 - signal).sqrt() * noise  # (B, C, H, W)
+            shown = labels[rows].masked_fill(dropped, null)
+            yield (
+                phase.rate(update),
+                noisy,
+                t,
+                shown,
+                noise,
+                snr[t].clamp(max=phase.snr_cap) / snr[t],
+            )
 
 
 # -------------------------------------------------------------------------------------- the judge
 
 
-def train_judge(epochs: int = 5, batch_size: int = 100, peak: float = 3e-3) -> Classifier:
-    """Train the judge of garments: AdamW, a learning rate that rises and falls, dropout before the logits."""
+def train_judge(epochs: int = 12, batch_size: int = 100, peak: float = 3e-3) -> Classifier:
+    """Train the judge of garments: AdamW, a learning rate that rises and falls, pictures mirrored at random, dropout."""
     generator = torch.Generator().manual_seed(0)
     images, labels = photographs("train")
     with torch.random.fork_rng():
@@ -171,7 +193,9 @@ def train_judge(epochs: int = 5, batch_size: int = 100, peak: float = 3e-3) -> C
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, steps)
         for _ in tqdm(range(epochs), desc="judge"):
             for rows in torch.randperm(len(images), generator=generator).split(batch_size):
-                logits = network.logits(F.dropout(network.hidden(images[rows]), 0.3))
+                mirrored = torch.rand(len(rows), 1, 1, 1, generator=generator) < 0.5
+                shown = torch.where(mirrored, images[rows].flip(3), images[rows])
+                logits = network.logits(F.dropout(network.hidden(shown), 0.3))
                 loss = F.cross_entropy(logits, labels[rows])
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -203,7 +227,7 @@ def figures(name: str, each: int, count: int) -> None:
     row = {
         "parameters": sum(p.numel() for p in denoiser.model.parameters()),
         "file_bytes": BUNDLED[name].stat().st_size,
-        "updates": RECIPES[name].updates,
+        "updates": sum(phase.updates for phase in RECIPES[name].phases),
         "images_a_class": each,
         "label_agreement": judge.agreement(drawn[: 10 * each], labels[: 10 * each]),
         "images": count,
