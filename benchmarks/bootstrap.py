@@ -29,7 +29,7 @@ def bootstrap(
     """Return a metric with its bootstrap interval: what it becomes on images drawn again from
     these, with replacement.
 
-        bootstrap(lambda images: frechet_distance(images, real), images, generator=g)
+        bootstrap(judge.frechet, images, generator=g)
         bootstrap(image_mse, cached, plain, generator=g)
 
     The quantiles of the resamples' metrics are moved so that their median stands on the value. A

@@ -254,7 +254,9 @@ def _yardstick(name: str, judge: Judge) -> dict[str, float]:
         real, _ = digits()
         order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
         first, second = real[order].tensor_split(2)
-        return {"frechet_real_half_to_half": round(frechet_distance(first, second), 4)}
+        return {
+            "frechet_real_half_to_half": round(frechet_distance(moments(first), moments(second)), 4)
+        }
     (train_images, _), (held_out, labels) = photographs("train"), photographs("t10k")
     return {
         "frechet_half_of_training_images": round(judge.frechet(train_images[:30000]), 4),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import rivals
 import torch
 from record import ended, record
 
@@ -40,15 +41,15 @@ def main() -> None:
     figures = {"HarmoniCa, the demo's router": figure(Schedule.load(DEMO))}
     for speedup in (1.4, 2.0):
         generator = torch.Generator().manual_seed(0)
-        fewer = baselines.fewer_steps(20, speedup)
+        fewer = rivals.fewer_steps(20, speedup)
         methods = {
             "every n-th step (FORA)": figure(baselines.every(denoiser, speedup=speedup)),
             "SmoothCache": figure(baselines.smoothcache(denoiser, few, labels, speedup=speedup)),
-            "front and back blocks (Δ-DiT)": figure(baselines.delta_dit(denoiser, speedup=speedup)),
+            "front and back blocks (Δ-DiT)": figure(rivals.delta_dit(denoiser, speedup=speedup)),
             "dynamic programming": figure(
                 baselines.dynamic_programming(denoiser, few, labels, speedup=speedup)
             ),
-            "random": figure(baselines.random_table(denoiser, generator, speedup=speedup)),
+            "random": figure(rivals.random_table(denoiser, generator, speedup=speedup)),
             f"fewer steps ({fewer})": {
                 "speedup": round(20 / fewer, 3),
                 "image_error": float(

@@ -29,6 +29,7 @@ from multiprocessing import Pool as Workers
 from pathlib import Path
 from typing import Any
 
+import rivals
 import torch
 from bootstrap import bootstrap
 from bundled_models import real_images
@@ -41,7 +42,7 @@ from harmonica.evaluation.judge import judge_of
 from harmonica.evaluation.pictures import save, tradeoff
 from harmonica.inference.walk import Walk
 from harmonica.models import load
-from harmonica.search import baselines, measured
+from harmonica.search import baselines
 from harmonica.search.budget import Target
 from harmonica.search.learn import learn_weights
 from harmonica.search.references import Pool
@@ -100,17 +101,17 @@ def table_of(denoiser: Denoiser, method: str, speedup: float, job: Job) -> Sched
     ways: dict[str, Callable[[], Schedule]] = {
         "FORA": lambda: baselines.every(denoiser, speedup=speedup),
         "SmoothCache": lambda: baselines.smoothcache(denoiser, few, cond, speedup=speedup),
-        "Delta-DiT": lambda: baselines.delta_dit(denoiser, speedup=speedup),
+        "Delta-DiT": lambda: rivals.delta_dit(denoiser, speedup=speedup),
         "dynamic programming": lambda: baselines.dynamic_programming(
             denoiser, few, cond, speedup=speedup
         ),
-        "greedy": lambda: baselines.greedy(denoiser, few[:8], cond[:8], speedup=speedup),
-        "random": lambda: baselines.random_table(denoiser, generator, speedup=speedup),
-        "L2P": lambda: measured.l2p(denoiser, few, cond, speedup=speedup),
-        "L2P on dynamic programming": lambda: measured.l2p(
+        "greedy": lambda: rivals.greedy(denoiser, few[:8], cond[:8], speedup=speedup),
+        "random": lambda: rivals.random_table(denoiser, generator, speedup=speedup),
+        "L2P": lambda: rivals.l2p(denoiser, few, cond, speedup=speedup),
+        "L2P on dynamic programming": lambda: rivals.l2p(
             denoiser, few, cond, schedule=of("dynamic programming")
         ),
-        "InvarDiff": lambda: measured.invardiff(denoiser, few, cond, speedup=speedup),
+        "InvarDiff": lambda: rivals.invardiff(denoiser, few, cond, speedup=speedup),
         "Learning-to-Cache": lambda: baselines.learning_to_cache(
             denoiser, *real_images(args.model), speedup=speedup, updates=args.updates, batch_size=8, lr=0.1, generator=generator
         ),
@@ -188,7 +189,7 @@ def row_of(job: Job) -> dict[str, Any]:
         if method == "uncached":
             row["speedup"], images = 1.0, plain
         elif method.startswith("fewer steps"):
-            fewer = baselines.fewer_steps(steps, speedup)
+            fewer = rivals.fewer_steps(steps, speedup)
             solver = method.partition(" of ")[2] or sampler
             row["speedup"] = steps / fewer
             images = sample(load(args.model, steps=fewer, sampler=solver), pool.x, pool.cond)

@@ -1,17 +1,19 @@
-"""Scores that the field publishes of a set of images, computed by torchmetrics from what
-`harmonica.image_sets` wrote.
+"""Scores that the field publishes of images, and nothing in the library needs.
 
-    fid_inception      against a reference set; lower is better                     Heusel et al. 2017
-    inception_score    of a set alone; higher is better                            Salimans et al. 2016
-    clip_score         of images beside the prompts they were made for; higher     Hessel et al. 2021
+    psnr               against the uncached images, in decibels; higher is better
+    precision_recall   of vectors against a reference set; higher is better     Kynkäänniemi et al. 2019
+    fid_inception      against a reference set; lower is better                 Heusel et al. 2017
+    inception_score    of a set alone; higher is better                         Salimans et al. 2016
+    clip_score         of images beside the prompts they were made for; higher  Hessel et al. 2021
 
-All three take the extra `fid`, and networks that torchmetrics fetches once. Scores of one protocol
-(number of images, reference, resizing) cannot be set beside those of another.
-`harmonica.evaluation.distances` has distances that need no network.
+The last three read what `harmonica.image_sets` wrote and take the extra `fid`, with networks that
+torchmetrics fetches once. Scores of one protocol (number of images, reference, resizing) cannot be
+set beside those of another.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -20,9 +22,56 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from harmonica.evaluation.distances import image_mse
 from harmonica.storage.files import StrPath, decoding, existing, is_archive
 
 PICTURES = (".png", ".jpg", ".jpeg")
+ROWS = 512
+"""Rows of a distance matrix that are in memory at once."""
+
+
+def psnr(images: Tensor, reference: Tensor, *, span: float = 2.0) -> float:
+    """Return 10·log₁₀(span² / image_mse) of two batches (B, C, H, W), in decibels; infinite where
+    they are equal. `span` is white minus black, 2 for images in [−1, 1].
+
+    It is taken of the mean error, not averaged over images: one image that the cache left alone
+    would make the average infinite.
+
+    >>> round(psnr(torch.full((1, 1, 2, 2), 0.2), torch.zeros(1, 1, 2, 2)), 3)
+    20.0
+    """
+    error = image_mse(images, reference)
+    return math.inf if error == 0 else 10 * math.log10(span**2 / error)
+
+
+def precision_recall(images: Tensor, reference: Tensor, neighbours: int = 3) -> tuple[float, float]:
+    """Return precision and recall of vectors (B, D) against a reference (M, D), 0 … 1 each (eq. 1
+    and 2).
+
+    A set covers a ball around each of its vectors, out to the k-th nearest other vector of the set,
+    k = `neighbours`. Precision is the share of images that the reference covers, recall the share
+    of the reference that the images cover.
+
+    >>> precision_recall(torch.tensor([[0.0], [1.0], [9.0]]), torch.tensor([[0.5], [1.5], [2.0]]), 1)
+    (0.6666666666666666, 1.0)
+    """
+    return _covered(images, reference, neighbours), _covered(reference, images, neighbours)
+
+
+def _covered(points: Tensor, centres: Tensor, neighbours: int) -> float:
+    """Return the share of points (B, D) inside a ball of centres (M, D)."""
+    # each centre is its own nearest neighbour, at distance 0
+    rank = neighbours + 1
+    radii = [d.kthvalue(rank, dim=1).values for d in _distances(centres, centres)]
+    inside = [(d <= torch.cat(radii)).any(1) for d in _distances(points, centres)]
+    return float(torch.cat(inside).double().mean())
+
+
+def _distances(rows: Tensor, columns: Tensor) -> Iterator[Tensor]:
+    """Yield distances of rows (B, D) to columns (M, D), a few rows at a time: (≤ ROWS, M) each."""
+    exact = "donot_use_mm_for_euclid_dist"  # products would put a vector 1e-8 away from its copy
+    for some in torch.split(rows.double(), ROWS):
+        yield torch.cdist(some, columns.double(), compute_mode=exact)
 
 
 def read_images(path: StrPath, batch_size: int = 64) -> Iterator[Tensor]:

@@ -7,8 +7,7 @@
     weights    of each entry's gate, w₀·fresh + Σⱼ wⱼ·(j-th last computed output)    (T, N, 1 + m)
 
 Row k is the k-th *executed* step. Row 0 is not trained: a trajectory has nothing to reuse at its
-first step. This file does not know models, caches or losses. What a table looks like in a file is in
-harmonica/storage/formats.py, in a folder and on the Hub in harmonica/storage/hub.py.
+first step. This file does not know models, caches or losses; files are in harmonica/storage/.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ class Schedule:
     """A frozen table of decisions, and what it was made for.
 
     Attributes:
-        compute: (T, N) bool, true = compute; made from anything a bool tensor can be made from.
+        compute: (T, N) bool, or what such a tensor can be made from; row 0 is all true.
         sites: N site names, in the order of the columns.
         timesteps: T timesteps of the sampler in execution order, empty if unknown.
         model, sampler, guidance: what the table was made for.
@@ -53,7 +52,7 @@ class Schedule:
         weights: (T, N, 1 + m) of the gates, or None; w₀ is 0 where the table skips.
         provenance: how the table was made, for people; strings and numbers.
 
-    Raises ValueError if the first row reuses, or names, timesteps or weights do not fit the table.
+    Raises ValueError if these do not fit each other.
 
     >>> print(Schedule([[True, True], [False, True]], sites=("attn", "mlp")))
     2 steps × 2 sites, CUR 25.0 % (# computes, . reuses; steps run left to right)
@@ -104,7 +103,7 @@ class Schedule:
 
     @cached_property
     def gate_weights(self) -> Tensor | None:
-        """The weights of the gates, (T, N, 1 + m): learned, or Taylor's of `order`; None is reuse."""
+        """(T, N, 1 + m) weights of the gates: learned, or Taylor's of `order`; None is reuse."""
         if self.weights is None and self.order > 0:
             return taylor_weights(self.compute, self.order)
         return self.weights
@@ -140,11 +139,11 @@ class Schedule:
         columns = columns_for(self.sites, sites)
         if columns is None or self.sites == tuple(sites):
             return self
-        always = torch.ones(self.steps, 1, dtype=torch.bool)  # column −1
-        compute, weights = torch.cat([self.compute, always], dim=1)[:, columns], self.weights
-        if weights is not None:
-            fresh = F.one_hot(torch.zeros(self.steps, 1, dtype=torch.long), weights.shape[2])
-            weights = torch.cat([weights, fresh.float()], dim=1)[:, columns]
+        compute, weights = F.pad(self.compute, (0, 1), value=True)[:, columns], self.weights
+        if weights is not None:  # column −1, which the pads add, always computes
+            weights = F.pad(weights, (0, 0, 0, 1))
+            weights[:, -1, 0] = 1.0
+            weights = weights[:, columns]
         return replace(self, compute=compute, weights=weights, sites=tuple(sites))
 
     def check(self, steps: int, sites: tuple[str, ...], timesteps: tuple[float, ...] = ()) -> None:
@@ -184,31 +183,28 @@ class Schedule:
         """Write SmoothCache's JSON, see `harmonica.storage.foreign.write_smoothcache`."""
         from harmonica.storage.foreign import write_smoothcache
 
-        gate = f"order {self.order}" if self.weights is None else "learned weights"
-        simple = self.gate_weights is None
-        require(simple, f"this schedule has {gate}; SmoothCache's format knows reuse only, order 0")
+        reuses = self.gate_weights is None
+        require(reuses, "this schedule has weights or an order; SmoothCache's format only reuses")
         write_smoothcache(path, self.sites, self.compute)
 
     def save_pretrained(self, folder: StrPath) -> None:
-        """Write a folder for the Hub, see `harmonica.storage.hub.write_folder`."""
-        from harmonica.storage.hub import Card, write_folder
+        """Write a folder for the Hub: the table, and a page that describes it."""
+        from harmonica.storage.hub import write_folder
 
-        write_folder(folder, self.save, Card("Schedule", self.model, str(self)))
+        write_folder(folder, self.save, "Schedule", self)
 
     @classmethod
-    def from_pretrained(
-        cls, source: StrPath, *, revision: str | None = None, token: str | None = None
-    ) -> Schedule:
+    def from_pretrained(cls, source: StrPath, revision: str | None = None) -> Schedule:
         """Read a folder here or on the Hub, see `harmonica.storage.hub.table_file`."""
         from harmonica.storage.hub import table_file
 
-        return cls.load(table_file(source, "Schedule", revision, token))
+        return cls.load(table_file(source, "Schedule", revision))
 
-    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+    def push_to_hub(self, repo_id: str, private: bool = False) -> str:
         """Publish the folder and return its address, see `harmonica.storage.hub.push`."""
-        from harmonica.storage.hub import Card, push
+        from harmonica.storage.hub import push
 
-        return push(repo_id, self.save, Card("Schedule", self.model, str(self)), private, token)
+        return push(repo_id, self.save, "Schedule", self, private)
 
 
 class Router(nn.Module):
@@ -278,11 +274,11 @@ class Router(nn.Module):
         """Freeze the table: compute where r > τ, 0 ≤ τ < 1 (paper, "Router")."""
         require(
             0.0 <= tau < 1.0,
-            f"tau is {tau}; it must be at least 0 (compute all) and below 1 (where nothing computes)",
+            f"tau is {tau}; it must be at least 0 (compute all) and below 1 (reuse all)",
         )
         r = self().detach().cpu()
-        diverged = bool(r.isnan().any())
-        require(not diverged, "the router has scores that are not numbers; its training diverged")
+        numbers = not bool(r.isnan().any())
+        require(numbers, "the router has scores that are not numbers; its training diverged")
         return Schedule(r > tau, sites=self.sites, threshold=tau, **self.about)
 
     def save(self, path: StrPath) -> None:
@@ -301,24 +297,20 @@ class Router(nn.Module):
         return build(cls, path, read_router(path)[0])
 
     def save_pretrained(self, folder: StrPath) -> None:
-        """Write a folder for the Hub, see `harmonica.storage.hub.write_folder`."""
-        from harmonica.storage.hub import Card, write_folder
+        """Write a folder for the Hub: the router, and a page that describes it."""
+        from harmonica.storage.hub import write_folder
 
-        model = str(self.about.get("model", ""))
-        write_folder(folder, self.save, Card("Router", model, str(self.schedule())))
+        write_folder(folder, self.save, "Router", self.schedule())
 
     @classmethod
-    def from_pretrained(
-        cls, source: StrPath, *, revision: str | None = None, token: str | None = None
-    ) -> Router:
+    def from_pretrained(cls, source: StrPath, revision: str | None = None) -> Router:
         """Read a folder here or on the Hub, see `harmonica.storage.hub.table_file`."""
         from harmonica.storage.hub import table_file
 
-        return cls.load(table_file(source, "Router", revision, token))
+        return cls.load(table_file(source, "Router", revision))
 
-    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+    def push_to_hub(self, repo_id: str, private: bool = False) -> str:
         """Publish the folder and return its address, see `harmonica.storage.hub.push`."""
-        from harmonica.storage.hub import Card, push
+        from harmonica.storage.hub import push
 
-        model = str(self.about.get("model", ""))
-        return push(repo_id, self.save, Card("Router", model, str(self.schedule())), private, token)
+        return push(repo_id, self.save, "Router", self.schedule(), private)

@@ -10,6 +10,7 @@ from pipes import StockDiT, dit_pipe, dit_transformer, pixart_pipe, run, vae
 from types import SimpleNamespace
 
 import pytest
+import rivals
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from sham import Sham, ShamDevice
@@ -175,13 +176,13 @@ def test_resuming_gives_the_cpus_router(tmp_path):
 BASELINES = {
     "FORA": lambda d, x, y: baselines.every(d, speedup=1.5),
     "SmoothCache": lambda d, x, y: baselines.smoothcache(d, x, y, speedup=1.5),
-    "delta-DiT": lambda d, x, y: baselines.delta_dit(d, speedup=1.2),
+    "delta-DiT": lambda d, x, y: rivals.delta_dit(d, speedup=1.2),
     "L2C": lambda d, x, y: baselines.learning_to_cache(
         d, x, y, speedup=1.1, updates=4, batch_size=2
     ),
     "path": lambda d, x, y: baselines.dynamic_programming(d, x, y, speedup=1.5),
-    "greedy": lambda d, x, y: baselines.greedy(d, x, y, speedup=1.5, budget=400),
-    "chance": lambda d, x, y: baselines.random_table(
+    "greedy": lambda d, x, y: rivals.greedy(d, x, y, speedup=1.5, budget=400),
+    "chance": lambda d, x, y: rivals.random_table(
         d, speedup=1.5, generator=torch.Generator().manual_seed(0)
     ),
 }

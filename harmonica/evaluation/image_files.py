@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from harmonica.storage.files import read_tensors, write_tensors, write_whole
+from harmonica.storage.files import read_tensors, write_tensors, write_text, write_whole
 
 
 class Piece(NamedTuple):
@@ -166,4 +166,4 @@ def write_pngs(folder: Path, pieces: Sequence[Piece]) -> None:
 def write_labels(path: Path, pieces: Sequence[Piece]) -> None:
     """Write the conditions of all images, one to a line."""
     lines = [f"{label}\n" for piece in pieces for label in read_piece(piece)[1].tolist()]
-    write_whole(path, lambda beside: beside.write_text("".join(lines), encoding="ascii"))
+    write_text(path, "".join(lines))

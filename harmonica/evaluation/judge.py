@@ -1,8 +1,8 @@
 """Judges: what real pictures look like, for the two bundled models, whose pictures we know.
 
-    model      real pictures                                   who names the class       compared by the Fréchet distance
-    tiny       scikit-learn's 1797 digits                      the 3 nearest of them     64 pixels
-    garments   Fashion-MNIST's 10 000 held-out photographs     a convolutional network   64 numbers, its last hidden layer
+    model      real pictures                         who names the class   the Fréchet distance is of
+    tiny       scikit-learn's 1797 digits            the 3 nearest         64 pixels
+    garments   Fashion-MNIST's 10 000 held-out ones  a small network       its 64 hidden features
 
 The digits are also what `tiny` was trained on, so its Fréchet distance rewards copies; the held-out
 photographs were never shown to `garments`. The network was trained on the other 60 000. This file
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from harmonica.evaluation.distances import frechet_of_moments, moments
+from harmonica.evaluation.distances import frechet_distance, moments
 
 DIGITS = tuple("0123456789")
 GARMENTS = (
@@ -58,7 +58,7 @@ class Judge:
 
     def frechet_of_features(self, features: Tensor) -> float:
         """Return the same from features (B, D), for a bootstrap that resamples them."""
-        return frechet_of_moments(moments(features), (self.mean, self.covariance))
+        return frechet_distance(moments(features), (self.mean, self.covariance))
 
 
 class Classifier(nn.Module):
@@ -78,7 +78,7 @@ class Classifier(nn.Module):
 
 
 def digits() -> tuple[Tensor, Tensor]:
-    """Return scikit-learn's digits in [−1, 1], (1797, 1, 8, 8) float32, and labels (1797,) int64."""
+    """Return scikit-learn's digits in [−1, 1], (1797, 1, 8, 8), and their labels (1797,)."""
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)
@@ -87,16 +87,12 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 def judge_of(model: str) -> Judge:
-    """Return the judge of a bundled model's pictures.
-
-    Raises:
-        ValueError: for a model whose pictures no bundled judge knows.
-    """
-    if model == "tiny":
-        return _judge_of_digits()
-    if model == "garments":
-        return _judge_of_garments()
-    raise ValueError(f"no judge knows the pictures of {model!r}; there is one for tiny, garments")
+    """Return the judge of a bundled model's pictures; raise ValueError for another model."""
+    judges = {"tiny": _judge_of_digits, "garments": _judge_of_garments}
+    if model not in judges:
+        known = ", ".join(judges)
+        raise ValueError(f"no judge knows the pictures of {model!r}; there is one for {known}")
+    return judges[model]()
 
 
 def _judge_of_digits() -> Judge:

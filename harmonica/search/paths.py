@@ -1,10 +1,8 @@
-"""Search: which entries, or which whole steps, to reuse, judged by walks that fork from one
-another.
+"""Paths: which whole steps compute, judged by walks that fork from one another.
 
     Fork       a walk before some step: x (B, C, H, W), its cache, its sampler's memory
     entry      one decision of the table: step k, site i
 
-    switches        entries, best first, by what each does to the final image
     cheapest_path   whole steps, by what reuse from one to the next does to x (`step_costs`)
 
 A change at step k leaves steps 0 … k−1 as they were: it costs T − k predictions, from the fork
@@ -15,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from fractions import Fraction
-from heapq import heapify, heappop, heappush
 from math import ceil, inf
 from typing import Any
 
@@ -76,59 +73,6 @@ def spread(steps: int, interval: Fraction) -> set[int]:
     [0, 3, 5, 8]
     """
     return {ceil(i * interval) for i in range(ceil(steps / interval))}
-
-
-def switches(
-    denoiser: Denoiser, x: Tensor, cond: Any, *, prices: Tensor, budget: int
-) -> Iterator[tuple[int, int, int]]:
-    """Yield the entries to reuse, best first: step, site, predictions spent so far.
-
-    The best is the one that adds least to the mean squared error of the final image, for its price.
-    Scores are lazy (Minoux 1978): one is renewed only when it comes first, and the entry is taken
-    if it then still does. When the budget is spent, the other entries follow in the order of the
-    scores that they had.
-
-    Args:
-        denoiser: model, sampler, guidance.
-        x: (B, C, H, W) pure noise, whose images are judged.
-        cond: conditions for the batch.
-        prices: (N,) what computing each site costs, in any unit.
-        budget: predictions; to score every entry once takes T + N·T(T−1)/2, and less is a
-            ValueError.
-    """
-    steps, sites = denoiser.steps, len(denoiser.sites)
-    spent = predictions_of_all(denoiser)
-    if budget < spent:
-        raise ValueError(
-            f"budget is {budget} predictions; scoring each entry once takes {spent}, give at least those"
-        )
-    table = torch.ones(steps, sites, dtype=torch.bool)
-    start: Fork = (x, {}, {})
-    forks = [
-        start,
-        *continue_walk(denoiser, cond, table, start, 0),
-    ]  # T + 1; forks[k] stands before step k
-    plain, error, taken = forks[-1][0], 0.0, 0
-
-    def score(k: int, i: int) -> float:
-        image = image_if_flipped(denoiser, cond, table, k, i, forks[k])
-        return (image_mse(image, plain) - error) / max(
-            float(prices[i]), 1e-30
-        )  # what is free to compute comes last
-
-    queue = [(score(k, i), k, i, taken) for k in range(1, steps) for i in range(sites)]
-    heapify(queue)
-    while queue and spent + steps <= budget:
-        _, k, i, scored = heappop(queue)
-        spent += steps - k
-        if scored < taken:
-            heappush(queue, (score(k, i), k, i, taken))
-            continue
-        table[k, i] = False
-        forks[k + 1 :] = continue_walk(denoiser, cond, table, forks[k], k)
-        error, taken = image_mse(forks[-1][0], plain), taken + 1
-        yield k, i, spent
-    yield from ((k, i, spent) for _, k, i, _ in sorted(queue))
 
 
 def step_costs(denoiser: Denoiser, x: Tensor, cond: Any) -> Tensor:

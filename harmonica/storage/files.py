@@ -35,9 +35,7 @@ def existing(path: StrPath) -> Path:
     """Return path as a Path; raise FileNotFoundError if there is no such file."""
     path = Path(path)
     if not path.is_file():
-        problem = (
-            "is a folder or a device; a file was expected" if path.exists() else "no such file"
-        )
+        problem = "is a folder or a device, not a file" if path.exists() else "no such file"
         raise FileNotFoundError(f"{path}: {problem}")
     return path
 
@@ -55,8 +53,8 @@ def refused(path: StrPath, verdict: str, error: BaseException | str) -> ValueErr
 
 @contextmanager
 def decoding(path: StrPath, verdict: str) -> Iterator[None]:
-    """Turn whatever made-up bytes raise, in our code or another's, into one ValueError that names
-    the file.
+    """Turn whatever bad bytes raise, in our code or another's, into a ValueError that names the
+    file.
     """
     try:
         yield
@@ -72,18 +70,13 @@ def decoding(path: StrPath, verdict: str) -> Iterator[None]:
 def write_whole(path: StrPath, write: Callable[[Path], Any]) -> None:
     """Let `write` fill a file beside `path`, then rename it to `path`.
 
-    The other name is a new one each time: two runs that write one file, on two machines too, do not
-    disturb each other, and the last one stays.
-
-    Raises:
-        FileNotFoundError: if the folder does not exist.
-        OSError: if the disk is full, say; it names `path`.
+    The other name is a new one each time, so two runs that write one file do not disturb each
+    other, and the last one stays. Raises FileNotFoundError if the folder does not exist, and an
+    OSError that names `path` if the disk is full, say.
     """
     path = Path(path)
     if not path.parent.is_dir():
-        raise FileNotFoundError(
-            f"{path.parent}: no such folder; make it before writing {path.name}"
-        )
+        raise FileNotFoundError(f"{path.parent}: no such folder; make it for {path.name}")
     beside = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.part")
     try:
         write(beside)
@@ -98,13 +91,10 @@ def write_whole(path: StrPath, write: Callable[[Path], Any]) -> None:
 
 @contextmanager
 def exclusive_lock(folder: StrPath) -> Iterator[None]:
-    """Hold a folder for one run: another run that wants it is refused until this one has ended.
+    """Hold a folder for one run; raise BlockingIOError if another run holds it.
 
-    The lock is the system's and ends with the process, so none is ever left over, and no file is
-    made. Where there are no such locks (Windows, some network disks) nobody is refused.
-
-    Raises:
-        BlockingIOError: if another run holds it.
+    The lock is the system's and ends with the process, so none is ever left over. Where there are
+    no such locks (Windows, some network disks) nobody is refused.
     """
     try:
         import fcntl
@@ -116,13 +106,18 @@ def exclusive_lock(folder: StrPath) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            busy = f"{folder} is being written to by another run"
-            raise BlockingIOError(f"{busy}; wait for it, or choose another") from None
+            busy = f"{folder} is being written to by another run; wait for it, or choose another"
+            raise BlockingIOError(busy) from None
         except OSError:  # a disk that knows no locks
             pass
         yield
     finally:
         os.close(handle)
+
+
+def write_text(path: StrPath, text: str) -> None:
+    """Write a text in UTF-8."""
+    write_whole(path, lambda beside: beside.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: StrPath, data: Mapping[str, Any]) -> None:
@@ -138,8 +133,7 @@ def write_json(path: StrPath, data: Mapping[str, Any]) -> None:
         else json.dumps(value)
         for key, value in data.items()
     }
-    text = lines(entries, " ") + "\n"
-    write_whole(path, lambda beside: beside.write_text(text, encoding="ascii"))
+    write_text(path, lines(entries, " ") + "\n")
 
 
 def write_tensors(path: StrPath, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
@@ -153,7 +147,7 @@ def write_tensors(path: StrPath, tensors: Mapping[str, Tensor], facts: Mapping[s
     def write(beside: Path) -> None:
         try:
             save_file(dense, beside, metadata)
-        except SafetensorError as error:  # a full disk, which is no fault of the tensors
+        except SafetensorError as error:  # such as a full disk
             raise OSError(f"{path} could not be written: {error}") from None
 
     write_whole(path, write)
@@ -165,14 +159,11 @@ def write_tensors(path: StrPath, tensors: Mapping[str, Tensor], facts: Mapping[s
 def read_text(path: StrPath) -> str:
     """Read a text file in UTF-8, with or without the mark that Windows begins one with.
 
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is not UTF-8, or larger than LARGEST_TEXT.
+    Raises FileNotFoundError, or ValueError if it is not UTF-8 or larger than LARGEST_TEXT.
     """
-    size = existing(path).stat().st_size
-    if size > LARGEST_TEXT:
-        most = f"text of at most {LARGEST_TEXT >> 20} MB was expected"
-        raise ValueError(f"{path} is {size >> 20} MB; {most}")
+    size, most = existing(path).stat().st_size, LARGEST_TEXT
+    if size > most:
+        raise ValueError(f"{path} is {size >> 20} MB; a text has at most {most >> 20} MB")
     with decoding(path, "is not text in UTF-8"):
         return Path(path).read_text(encoding="utf-8-sig")
 
@@ -203,25 +194,22 @@ def read_tensors(path: StrPath) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def read_pickle(path: StrPath) -> Any:
     """Unpickle tensors, containers and argparse.Namespace, a plain bag of values.
 
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is damaged or holds anything else, which is never run. torch's own message
-            would advise to run the file.
+    Raises FileNotFoundError, or ValueError if the file is damaged or holds anything else, which is
+    never run. torch's own message would advise to run it.
     """
     if is_archive(existing(path)):
         with decoding(path, "is a damaged archive"), zipfile.ZipFile(path) as archive:
             unpacked = sum(member.file_size for member in archive.infolist())
-        if unpacked > Path(path).stat().st_size:  # torch stores its tensors as they are
-            size = f"{unpacked >> 20} MB, more than it is"
-            raise ValueError(f"{path} would unpack to {size}; files of torch are not packed")
+        if unpacked > Path(path).stat().st_size:  # torch does not compress
+            raise ValueError(f"{path} would unpack to {unpacked >> 20} MB, more than its own size")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # for this call alone
             return torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError:
         raise
-    except Exception:  # made-up bytes can raise anything here
-        problem = "is damaged, or holds more than tensors and settings"
-        raise ValueError(f"{path} {problem}; nothing in it was run") from None
+    except Exception:  # bad bytes can raise anything here
+        problem = "is damaged, or holds more than tensors and settings; nothing in it was run"
+        raise ValueError(f"{path} {problem}") from None
 
 
 def is_archive(path: StrPath) -> bool:
@@ -239,6 +227,5 @@ def is_plain(tensor: Any) -> bool:
     """
     if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
         return False
-    if tensor.is_quantized or tensor.is_meta:
-        return False
-    return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
+    size = tensor.numel() * tensor.element_size()
+    return not (tensor.is_quantized or tensor.is_meta or tensor.untyped_storage().nbytes() < size)

@@ -9,7 +9,8 @@
 
 Which rows of a router file may reuse, and in what order they run, differs:
 docs/decisions/0004-files-of-other-people.md. A first step that would reuse is made to compute, and
-`provenance` says so. This file does not know how tables are used.
+`provenance` says so. What is no such file, or not whole, is a ValueError that names it. This file
+does not know how tables are used.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from harmonica.site_names import block_and_word
 from harmonica.storage.files import StrPath, is_plain, read_pickle, write_json
+from harmonica.table import require
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 TRAINED = 4.5
@@ -43,20 +45,16 @@ def _fields(path: StrPath, table: Tensor, sites: Sequence[str], source: str) -> 
     return {"compute": table, "sites": sites, "provenance": provenance}
 
 
-# ------------------------------------------------------------------------------------------
-# SmoothCache
+# ------------------------------------------------------------------------------------- SmoothCache
 
 
 def write_smoothcache(path: StrPath, sites: Sequence[str], compute: Tensor) -> None:
     """Write a table (T, N) as SmoothCache's JSON, one list of 0 and 1 for each site.
 
     blocks.3.attn and transformer_blocks.3.attn1 become attn-3, .attn2 attn2-3, .mlp and .ff mlp-3.
-    Read back, the table is the same; names, timesteps and the rest are not in that format.
-
-    Raises:
-        FileNotFoundError: if the folder does not exist.
-        ValueError: naming the sites that are no attention or feed-forward of a numbered block, or
-            would get the name of another.
+    Read back, the table is the same; names, timesteps and the rest are not in that format. Raises
+    ValueError for sites that are no attention or feed-forward of a numbered block, or would get the
+    name of another.
     """
     columns: dict[str, list[int]] = {}
     strange = []
@@ -66,38 +64,31 @@ def write_smoothcache(path: StrPath, sites: Sequence[str], compute: Tensor) -> N
         if word not in ("attn", "attn2", "mlp") or name in columns:
             strange.append(site)
         columns[name] = column
-    if strange:
-        expected = "one attention, cross-attention and feed-forward for each numbered block"
-        raise ValueError(
-            f"{len(strange)} sites cannot be exported: {', '.join(strange[:8])}; "
-            f"{expected} can be, as blocks.3.attn"
-        )
+    require(
+        not strange,
+        f"{len(strange)} sites cannot be exported: {', '.join(strange[:8])}; one attention, "
+        "cross-attention and feed-forward for each numbered block can be, as blocks.3.attn",
+    )
     write_json(path, columns)
 
 
 def read_smoothcache(path: StrPath, data: Mapping[str, list[Any]]) -> dict[str, Any]:
-    """Return the fields of the schedule in SmoothCache's JSON, sorted by block, attention first.
-
-    Raises ValueError naming the file if the lists differ in length or hold other than 0 and 1, or
-    if names of single sites and of kinds are mixed.
-    """
+    """Return the fields of the schedule in SmoothCache's JSON, sorted by block, attention first."""
     parsed = [(re.fullmatch(r"(.+)-([0-9]{1,6})", name), name) for name in data]
     numbered = all(match for match, _ in parsed)
-    if not numbered and any(match for match, _ in parsed):
-        names = ", ".join(data)
-        raise ValueError(f"{path} mixes sites of one block (attn-0) with kinds (attn): {names:.80}")
-    if len({len(column) for column in data.values()}) != 1:
-        lengths = ", ".join(f"{name:.20} {len(column)}" for name, column in data.items())
-        raise ValueError(
-            f"{path} has lists of different lengths, one entry for each step was expected: "
-            f"{lengths:.80}"
-        )
+    require(
+        numbered or not any(match for match, _ in parsed),
+        f"{path} mixes sites of one block (attn-0) with kinds (attn): {', '.join(data):.80}",
+    )
+    lengths = ", ".join(f"{name:.20} {len(column)}" for name, column in data.items())
+    require(
+        len({len(column) for column in data.values()}) == 1,
+        f"{path} has lists of different lengths, not one entry for each step: {lengths:.80}",
+    )
     columns: list[tuple[int, bool, str, list[bool]]] = []
     for match, name in parsed:
-        if not all(isinstance(entry, int) and entry in (0, 1) for entry in data[name]):
-            raise ValueError(
-                f"{path} has {name:.40} with entries other than 0 and 1, true and false"
-            )
+        binary = all(isinstance(entry, int) and entry in (0, 1) for entry in data[name])
+        require(binary, f"{path} has {name:.40} with entries other than 0 and 1, true and false")
         kind, block = (match[1], int(match[2])) if match else (name, 0)
         site = f"blocks.{block}.{kind}" if match else kind
         columns.append((block, "attn" not in kind, site, [entry == 1 for entry in data[name]]))
@@ -107,8 +98,7 @@ def read_smoothcache(path: StrPath, data: Mapping[str, list[Any]]) -> dict[str, 
     return _fields(path, table, [site for _, _, site, _ in columns], f"SmoothCache, {shape}")
 
 
-# ------------------------------------------------------------------------------------------
-# InvarDiff
+# --------------------------------------------------------------------------------------- InvarDiff
 
 BOOKS: Mapping[str, Mapping[str, str]] = {
     "msa_cache_book": {"": "blocks.{}.attn"},
@@ -129,11 +119,7 @@ The projection that ends a single block reads both, and computes if either does.
 
 
 def read_invardiff(path: StrPath, data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of the schedule in InvarDiff's plan, sorted by block.
-
-    Raises ValueError naming the file if it lacks a book, or a book is not (T, blocks) of true and
-    false.
-    """
+    """Return the fields of the schedule in InvarDiff's plan, sorted by block."""
     steps = _plan(path, "step_cache_book", [data["step_cache_book"]]).T  # (T, 1), true = reuse
     columns: dict[str, Tensor] = {}
     for book, kinds in BOOKS.items():
@@ -142,17 +128,17 @@ def read_invardiff(path: StrPath, data: Mapping[str, Any]) -> dict[str, Any]:
             if entries is None:
                 continue
             plan = _plan(path, f"{book} {kind}".strip(), entries)
-            if len(plan) != len(steps):
-                found = f"{book} has {len(plan)} steps and step_cache_book {len(steps)}"
-                raise ValueError(f"{path}: {found}; they must be the same")
+            require(
+                len(plan) == len(steps),
+                f"{path}: {book} has {len(plan)} steps and step_cache_book {len(steps)}",
+            )
             for block, reuses in enumerate((plan | steps).T):
                 sites = [name.format(block)]
                 if sites[0].startswith("single"):
                     sites.append(f"single_transformer_blocks.{block}.proj_out")
                 for site in sites:
                     columns[site] = columns.get(site, torch.zeros(len(steps)).bool()) | ~reuses
-    if not columns:
-        raise ValueError(f"{path} has no book of sites; expected one of {', '.join(BOOKS)}")
+    require(bool(columns), f"{path} has no book of sites; expected one of {', '.join(BOOKS)}")
     order = {site: (site.startswith("single"), int(site.split(".")[1])) for site in columns}
     sites = sorted(columns, key=lambda site: order[site])  # stable: attention first
     return _fields(path, torch.stack([columns[site] for site in sites], 1), sites, "InvarDiff")
@@ -162,33 +148,25 @@ def _plan(path: StrPath, book: str, entries: Any) -> Tensor:
     """Return a book as (T, blocks) bool."""
     rows = entries if isinstance(entries, list) else []
     widths = {len(row) if isinstance(row, list) else 0 for row in rows}
-    if len(widths) != 1 or 0 in widths or not all(type(e) is bool for row in rows for e in row):
-        raise ValueError(
-            f"{path}: {book} is not a list of steps with true and false for each block"
-        )
+    plan = len(widths) == 1 and 0 not in widths and all(type(e) is bool for r in rows for e in r)
+    require(plan, f"{path}: {book} is not a list of steps with true and false for each block")
     return torch.tensor(rows)
 
 
-# ------------------------------------------------------------------------------------------
-# router files
+# ------------------------------------------------------------------------------------ router files
 
 
 def read_router_file(path: StrPath, tau: float) -> dict[str, Any]:
     """Return the fields of the schedule that a router file of Learning-to-Cache or of HarmoniCa's
     authors gives at τ.
-
-    Raises ValueError if tau is not in [0, 1), or the file is not such a file or not whole.
     """
     data = read_pickle(path)
     data = data if isinstance(data, dict) else {}
     args = data.get("args")
     settings = vars(args) if isinstance(args, argparse.Namespace) else {}
-    method, logits, may_reuse = _in_execution_order(
-        _rows(path, data.get("routers", data)), settings
-    )
-    if not 0.0 <= tau < 1.0:
-        limits = "at least 0 (compute all) and below 1 (where nothing computes)"
-        raise ValueError(f"tau is {tau}; it must be {limits}")
+    rows = _rows(path, data.get("routers", data))
+    method, logits, may_reuse = _in_execution_order(rows, settings)
+    require(0.0 <= tau < 1.0, f"tau is {tau}; it must be 0 (compute all) or more, and below 1")
     compute = (logits.sigmoid() > tau) | ~may_reuse[:, None]  # (T, N)
     fields = _fields(path, compute, _site_names(logits.shape[1]), f"{method} router file")
     fields["provenance"]["tau"] = tau
@@ -204,20 +182,21 @@ def _rows(path: StrPath, routers: Any) -> Tensor:
         match = re.fullmatch(r"([0-9]{1,6})\.prob", key) if isinstance(key, str) else None
         if match:
             rows[int(match[1])] = row
-    if not rows or len(rows) != len(routers):
-        names = ", ".join(map(str, list(routers)[:9]))
-        expected = '"0.prob", "1.prob", … expected'
-        raise ValueError(f"{path} is not a router file: {expected}, found {names:.60}")
+    names = ", ".join(map(str, list(routers)[:9]))
+    require(
+        0 < len(rows) == len(routers),
+        f'{path} is not a router file: it has {names:.60} where "0.prob", "1.prob", … are expected',
+    )
     missing = [k for k in range(max(rows) + 1) if k not in rows]
-    if missing:
-        more = f", and {len(missing) - 1} more" if missing[1:] else ""
-        lack = f"row {missing[0]} is missing{more}"
-        raise ValueError(f"{path} is not whole: of rows 0 to {max(rows)}, {lack}")
+    require(
+        not missing, f"{path} is not whole: of rows 0 to {max(rows)}, {missing[:8]} are missing"
+    )
     for k, row in rows.items():
         fits = is_plain(row) and row.dtype in FLOATS and row.dim() == 1
-        if not fits or len(row) != len(rows[0]) or not len(row) or not bool(row.isfinite().all()):
-            expected = "finite numbers, one for each site, as many as in row 0"
-            raise ValueError(f"{path} has a row {k} that is not {expected}")
+        require(
+            fits and 0 < len(row) == len(rows[0]) and bool(row.isfinite().all()),
+            f"{path} has a row {k} that is not finite numbers, as many as in row 0",
+        )
     return torch.stack([rows[k].detach().float() for k in range(len(rows))])
 
 

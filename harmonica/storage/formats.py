@@ -24,17 +24,12 @@ from torch import Tensor
 from harmonica.storage import files
 from harmonica.storage.files import StrPath, decoding, existing
 from harmonica.storage.foreign import FLOATS, read_invardiff, read_router_file, read_smoothcache
+from harmonica.table import require
 
 FORMAT = "harmonica-schedule-1"
 NUMBER = (int, float)
-FACTS: dict[str, Any] = {
-    "model": str,
-    "sampler": str,
-    "guidance": NUMBER,
-    "threshold": NUMBER,
-    "order": int,
-}
-FACTS |= {"timesteps": (list, tuple), "provenance": dict}
+FACTS: dict[str, Any] = {"model": str, "sampler": str, "guidance": NUMBER, "threshold": NUMBER}
+FACTS |= {"order": int, "timesteps": (list, tuple), "provenance": dict}
 """The fields of a schedule other than its table and its site names, with their types."""
 
 T = TypeVar("T")
@@ -55,7 +50,7 @@ def is_router(path: StrPath) -> bool:
     return head.endswith(b"{") and int.from_bytes(head[:8], "little") < 2**32
 
 
-# ------------------------------------------------------------------------------------------ schedule
+# ---------------------------------------------------------------------------------------- schedule
 
 
 def write_schedule(path: StrPath, fields: Mapping[str, Any]) -> None:
@@ -75,16 +70,12 @@ def write_schedule(path: StrPath, fields: Mapping[str, Any]) -> None:
 def read_schedule(path: StrPath, tau: float = 0.1) -> dict[str, Any]:
     """Read the fields of a schedule; the file's content tells its format, its name does not.
 
-    Args:
-        path: our JSON, SmoothCache's or InvarDiff's JSON, or a router file (.pt, .pth) of Learning-to-Cache or of
-            HarmoniCa's authors.
-        tau: τ at which a router file is frozen, 0 ≤ tau < 1. Learning-to-Cache runs its DiT routers
-            at 0.1 and its U-ViT routers at 0.9.
+    It may be our JSON, SmoothCache's or InvarDiff's, or a router file (.pt, .pth) of
+    Learning-to-Cache or of HarmoniCa's authors, which is frozen at τ, 0 ≤ tau < 1. That is 0.1
+    for Learning-to-Cache's DiT routers and 0.9 for its U-ViT routers.
 
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is none of these, says something impossible, or holds more than tensors
-            and settings; code in it is never run.
+    Raises FileNotFoundError, or ValueError if the file is none of these, says something impossible,
+    or holds more than tensors and settings; code in it is never run.
     """
     with existing(path).open("rb") as file:
         head = file.read(4)
@@ -95,8 +86,8 @@ def read_schedule(path: StrPath, tau: float = 0.1) -> dict[str, Any]:
         return read_invardiff(path, data)
     if "format" not in data and data and all(isinstance(column, list) for column in data.values()):
         return read_smoothcache(path, data)
-    if data.pop("format", None) != FORMAT:
-        raise ValueError(f'{path} is not a schedule: it has no "format": "{FORMAT}"')
+    ours = data.pop("format", None) == FORMAT
+    require(ours, f'{path} is not a schedule: it has no "format": "{FORMAT}"')
     with decoding(path, "is not a valid schedule"):
         prefix, columns = data.pop("prefix"), data.pop("compute")
         table = [_decisions(site, digits) for site, digits in columns.items()]
@@ -112,35 +103,33 @@ def read_schedule(path: StrPath, tau: float = 0.1) -> dict[str, Any]:
 
 def _weights(texts: Any, sites: int, steps: int) -> Tensor:
     """Return the weights (T, N, 1 + m) that a file holds as one text for each site."""
-    if not isinstance(texts, list) or len(texts) != sites:
-        raise ValueError(f"weights must be a list of {sites} texts, one for each site")
+    listed = isinstance(texts, list) and len(texts) == sites
+    require(listed, f"weights must be a list of {sites} texts, one for each site")
     columns = [base64.b64decode(text, validate=True) for text in texts]
     lengths = sorted({len(column) for column in columns})
-    if len(lengths) > 1 or lengths[0] == 0 or lengths[0] % (4 * steps):
-        raise ValueError(
-            f"the weights of the sites hold {lengths} bytes; each site needs the same number, a "
-            f"multiple of {4 * steps} (float32 for {steps} steps)"
-        )
+    require(
+        len(lengths) == 1 and lengths[0] > 0 and lengths[0] % (4 * steps) == 0,
+        f"the weights of the sites hold {lengths} bytes; each site needs the same number, a "
+        f"multiple of {4 * steps} (float32 for {steps} steps)",
+    )
     numbers = [np.frombuffer(column, "<f4").astype("=f4").reshape(steps, -1) for column in columns]
     return torch.from_numpy(np.stack(numbers, axis=1))
 
 
 def _decisions(site: str, digits: Any) -> list[bool]:
-    if not isinstance(digits, str) or set(digits) - set("01"):
-        raise ValueError(f"site {site:.80} has {digits!r:.40}; a string of 0 and 1 was expected")
+    binary = isinstance(digits, str) and not set(digits) - set("01")
+    require(binary, f"site {site:.80} has {digits!r:.40}; a string of 0 and 1 was expected")
     return [digit == "1" for digit in digits]
 
 
 def _facts(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Return the facts; raise ValueError if one is none of a schedule's, or not of its type."""
     for name, value in facts.items():
-        if name not in FACTS:
-            raise ValueError(f"no schedule has a field {name!r:.40}")
-        if value is not None and not isinstance(value, FACTS[name]):
-            raise ValueError(f"{name} is {value!r:.40}, a {type(value).__name__}")
+        require(name in FACTS, f"no schedule has a field {name!r:.40}")
+        fits = value is None or isinstance(value, FACTS[name])
+        require(fits, f"{name} is {value!r:.40}, a {type(value).__name__}")
     times = tuple(facts.get("timesteps", ()))
-    if not all(isinstance(t, NUMBER) for t in times):
-        raise ValueError("timesteps must be numbers")
+    require(all(isinstance(t, NUMBER) for t in times), "timesteps must be numbers")
     return {**facts, "timesteps": times} if times else dict(facts)
 
 
@@ -161,25 +150,17 @@ def write_router(
 
 
 def read_router(path: StrPath) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
-    """Read the fields of a router, and the tensors and facts beside it.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is not a router.
+    """Read the fields of a router, and the tensors and facts beside it; raise FileNotFoundError, or
+    ValueError if the file is not a router.
     """
     tensors, facts = files.read_tensors(path)
     with decoding(path, "is not a valid router"):
         logits, sites, about = tensors.pop("logits"), facts.pop("sites"), facts.pop("about")
-        if logits.dim() != 2 or logits.dtype not in FLOATS:
-            raise ValueError("logits must be floating-point numbers, (steps − 1, sites)")
-        if not isinstance(sites, list) or not all(isinstance(site, str) for site in sites):
-            raise ValueError(f"sites must be a list of names, and is {sites!r:.40}")
-        if not isinstance(about, dict):
-            raise ValueError(f"about must be an object, and is {about!r:.40}")
-        fields = {
-            "steps": len(logits) + 1,
-            "sites": sites,
-            "logits": logits,
-            "about": _facts(about),
-        }
+        numbers = logits.dim() == 2 and logits.dtype in FLOATS
+        require(numbers, "logits must be floating-point numbers, (steps − 1, sites)")
+        named = isinstance(sites, list) and all(isinstance(site, str) for site in sites)
+        require(named, f"sites must be a list of names, and is {sites!r:.40}")
+        require(isinstance(about, dict), f"about must be an object, and is {about!r:.40}")
+        fields = {"steps": len(logits) + 1, "sites": sites, "logits": logits}
+        fields["about"] = _facts(about)
     return fields, tensors, facts

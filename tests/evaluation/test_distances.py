@@ -1,4 +1,4 @@
-"""Metrics: numbers by hand, laws of sets, and intervals that mean what they say."""
+"""Distances and scores: numbers by hand, laws of sets, and intervals that mean what they say."""
 
 from __future__ import annotations
 
@@ -8,21 +8,28 @@ import time
 import pytest
 import torch
 from bootstrap import Interval, bootstrap
+from conftest import seeds
 from hypothesis import given
 from hypothesis import strategies as st
+from scores import precision_recall, psnr
 
-from harmonica.evaluation.distances import frechet_distance, image_mse, precision_recall, psnr
+from harmonica.evaluation.distances import frechet_distance, image_mse, moments
 
 
 def images(count, seed=0, *, shift=0.0, size=4):
     return torch.randn(count, 1, size, size, generator=torch.Generator().manual_seed(seed)) + shift
 
 
+def vectors(*args, **options):
+    return images(*args, **options).flatten(1)
+
+
 def draws(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-seeds = st.integers(0, 2**31)
+def frechet(a, b):
+    return frechet_distance(moments(a), moments(b))
 
 
 # ------------------------------------------------------------ PSNR
@@ -44,32 +51,22 @@ def test_psnr_is_of_the_mean_error_so_one_untouched_image_does_not_make_it_infin
     assert psnr(reference, reference) == math.inf
 
 
-def test_psnr_refuses_what_does_not_pair_up():
-    with pytest.raises(ValueError, match=r"images are \(2, 1, 4, 4\) and reference \(1, 1, 4, 4\)"):
-        psnr(images(2), images(1))
-    with pytest.raises(ValueError, match="span is 0"):
-        psnr(images(2), images(2), span=0)
-
-
 # ------------------------------------------------------------ Fréchet distance
 
 
-@given(seed=seeds, count=st.integers(2, 40))
-def test_frechet_distance_of_a_set_with_itself_is_zero(seed, count):
-    x = images(count, seed)
-    assert frechet_distance(x, x) == pytest.approx(0.0, abs=1e-5)
-
-
-@given(seed=seeds, other=seeds)
-def test_frechet_distance_is_symmetric(seed, other):
-    a, b = images(30, seed), images(40, other, shift=1.0)
-    assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-6)
+@given(seed=seeds, other=seeds, count=st.integers(2, 40))
+def test_frechet_distance_is_symmetric_and_zero_from_a_set_to_itself(seed, other, count):
+    a, b = images(count, seed), images(40, other, shift=1.0)
+    assert frechet(a, a) == pytest.approx(0.0, abs=1e-5)
+    assert frechet(a, b) == pytest.approx(frechet(b, a), rel=1e-6)
 
 
 def test_frechet_distance_by_hand():
     a = torch.tensor([[0.0], [2.0]])  # mean 1, variance 2
     b = torch.tensor([[5.0], [13.0]])  # mean 9, variance 32
-    assert frechet_distance(a, b) == pytest.approx(8**2 + 2 + 32 - 2 * 8)
+    assert frechet(a, b) == pytest.approx(8**2 + 2 + 32 - 2 * 8)
+    with pytest.raises(ValueError, match="there are 1 vectors; a covariance takes at least 2"):
+        moments(a[:1])
 
 
 # ------------------------------------------------------------ precision and recall
@@ -77,82 +74,42 @@ def test_frechet_distance_by_hand():
 
 @given(seed=seeds, count=st.integers(4, 30), copies=st.sampled_from([1, 2, 5]))
 def test_a_set_covers_itself_copies_included(seed, count, copies):
-    x = images(count, seed, shift=100.0).repeat(
-        copies, 1, 1, 1
-    )  # five copies have a ball of radius 0
-    assert precision_recall(x, x) == (1.0, 1.0)
+    x = vectors(count, seed, shift=100.0).repeat(copies, 1)  # five copies: a ball of radius 0
     assert precision_recall(x, x[torch.randperm(len(x), generator=draws(seed))]) == (1.0, 1.0)
 
 
 @given(seed=seeds)
 def test_precision_and_recall_do_not_depend_on_the_origin(seed):
     """Distances by products would: far from it, what is near is lost in rounding."""
-    a, b = (
-        (images(40, s).double() * 256).round() / 256 for s in (seed, seed + 1)
-    )  # adding 2²⁶ rounds nothing
-    assert precision_recall(a + 2**26, b + 2**26) == precision_recall(a, b)
-
-
-@given(seed=seeds)
-def test_sets_far_apart_cover_nothing_of_each_other(seed):
-    assert precision_recall(images(20, seed), images(25, seed + 1, shift=1000.0)) == (0.0, 0.0)
+    a, b = ((vectors(40, s).double() * 256).round() / 256 for s in (seed, seed + 1))
+    assert precision_recall(a + 2**26, b + 2**26) == precision_recall(a, b)  # rounds nothing
 
 
 @given(seed=seeds, other=seeds, k=st.integers(1, 5))
-def test_recall_is_precision_the_other_way_round(seed, other, k):
-    a, b = images(20, seed, size=2), images(30, other, shift=0.5, size=2)
+def test_recall_is_precision_the_other_way_round_and_far_sets_cover_nothing(seed, other, k):
+    a, b = vectors(20, seed, size=2), vectors(30, other, shift=0.5, size=2)
     assert precision_recall(a, b, k) == precision_recall(b, a, k)[::-1]
+    assert precision_recall(a, b + 1000, k) == (0.0, 0.0)
 
 
 def test_precision_and_recall_by_hand():
-    reference = torch.tensor(
-        [[0.0], [1.0], [10.0], [11.0]]
-    )  # radius 1 each at k = 1: [−1, 2] and [9, 12]
+    reference = torch.tensor([[0.0], [1.0], [10.0], [11.0]])  # k = 1: balls [−1, 2] and [9, 12]
     # radii 3.5, 0.25, 0.25, 0.75: [1.5, 8.5], [0.25, 0.75], [0.5, 1], [0.75, 2.25]
     made = torch.tensor([[5.0], [0.5], [0.75], [1.5]])
     assert precision_recall(made, reference, neighbours=1) == (0.75, 0.25)
 
 
 def test_dropping_a_mode_costs_recall_and_not_precision():
-    both = torch.cat([images(50, 1), images(50, 2, shift=100.0)])
-    precision, recall = precision_recall(both[:50], both)
-    assert (precision, recall) == (1.0, 0.5)
+    both = torch.cat([vectors(50, 1), vectors(50, 2, shift=100.0)])
+    assert precision_recall(both[:50], both) == (1.0, 0.5)
 
 
 def test_rows_beyond_one_block_of_distances_are_counted(monkeypatch):
-    a, b = images(30, 1), images(41, 2, shift=0.3)
+    a, b = vectors(30, 1), vectors(41, 2, shift=0.3)
     whole = precision_recall(a, b)
-    monkeypatch.setattr("harmonica.evaluation.distances.ROWS", 7)
+    monkeypatch.setattr("scores.ROWS", 7)
     assert precision_recall(a, b) == whole
     assert 0 < whole[0] < 1
-
-
-# ------------------------------------------------------------ features instead of pixels
-
-
-@pytest.mark.parametrize("metric", [frechet_distance, precision_recall])
-def test_every_set_metric_takes_features(metric):
-    a, b = images(30, 1), images(40, 2, shift=0.5)
-
-    def features(x):
-        return x.mean(dim=(2, 3)) ** 3  # (B, 1)
-
-    assert metric(a, b, features=features) == metric(features(a), features(b))
-    assert metric(a, b, features=features) != metric(a, b)
-    assert metric(a, b, features=lambda x: x) == metric(a, b)
-
-
-def test_set_metrics_refuse_what_they_cannot_compare():
-    with pytest.raises(ValueError, match="vectors of 16 and 4"):
-        frechet_distance(images(5), images(5, size=2))
-    with pytest.raises(ValueError, match="images has 1 images; this metric takes at least 2"):
-        frechet_distance(images(1), images(5))
-    with pytest.raises(ValueError, match="reference has 3 images; this metric takes at least 4"):
-        precision_recall(images(5), images(3))
-    with pytest.raises(ValueError, match="neighbours is 0"):
-        precision_recall(images(5), images(5), 0)
-    with pytest.raises(ValueError, match="features made 1 rows of 5 images"):
-        frechet_distance(images(5), images(5), features=lambda x: x[:1])
 
 
 # ------------------------------------------------------------ intervals
@@ -162,34 +119,36 @@ def test_set_metrics_refuse_what_they_cannot_compare():
 def test_an_interval_contains_the_value(seed, shift, level):
     a, b = images(12, seed), images(15, 7, shift=shift)
     metrics = (
-        lambda x: frechet_distance(x, b),
-        lambda x: precision_recall(x, b)[0],
-        lambda x: precision_recall(x, b)[1],
+        lambda x: frechet(x, b),
+        lambda x: precision_recall(x.flatten(1), b.flatten(1))[0],
+        lambda x: precision_recall(x.flatten(1), b.flatten(1))[1],
         lambda x: float(x.mean()),
     )
     for metric in metrics:
-        found = bootstrap(metric, a, resamples=9, level=level, generator=draws(seed))
-        assert found.low <= found.value <= found.high
-        assert found.value == metric(a)
+        interval = bootstrap(metric, a, resamples=9, level=level, generator=draws(seed))
+        assert interval.low <= interval.value <= interval.high
+        assert interval.value == metric(a)
 
 
 def test_the_interval_of_a_mean_is_as_wide_as_theory_has_it():
     x = images(400, 3, size=1).double()
-    found = bootstrap(lambda x: float(x.mean()), x, resamples=2000, level=0.95, generator=draws())
+    interval = bootstrap(
+        lambda x: float(x.mean()), x, resamples=2000, level=0.95, generator=draws()
+    )
     expected = 2 * 1.96 * float(x.std()) / 20
-    assert found.high - found.low == pytest.approx(expected, rel=0.1)
-    assert found.high - found.value == pytest.approx(found.value - found.low, rel=0.25)
+    assert interval.high - interval.low == pytest.approx(expected, rel=0.1)
+    assert interval.high - interval.value == pytest.approx(interval.value - interval.low, rel=0.25)
 
 
 def test_intervals_of_a_frechet_distance_contain_the_mean_over_new_sets():
     """The plain quantiles would not: every resample is farther from the reference than the set is."""
     reference = images(3000, 99, size=2)
     fresh = [images(60, seed, size=2) for seed in range(40)]
-    mean = sum(frechet_distance(x, reference) for x in fresh) / len(fresh)
+    mean = sum(frechet(x, reference) for x in fresh) / len(fresh)
     hit = [
         low <= mean <= high
         for _, low, high in (
-            bootstrap(lambda x: frechet_distance(x, reference), x, resamples=60, generator=draws(1))
+            bootstrap(lambda x: frechet(x, reference), x, resamples=60, generator=draws(1))
             for x in fresh
         )
     ]
@@ -199,8 +158,8 @@ def test_intervals_of_a_frechet_distance_contain_the_mean_over_new_sets():
 def test_paired_tensors_are_resampled_together():
     a = images(50, 1).double()
     offsets = torch.arange(50).view(-1, 1, 1, 1) / 50
-    found = bootstrap(image_mse, a + offsets, a, generator=draws())
-    assert found.high < float(offsets.square().mean()) * 2  # unpaired, the error would be near 2
+    interval = bootstrap(image_mse, a + offsets, a, generator=draws())
+    assert interval.high < float(offsets.square().mean()) * 2  # unpaired, the error would be near 2
     same = bootstrap(image_mse, a + 0.5, a, generator=draws())
     assert same.low == pytest.approx(0.25)
     assert same.high == pytest.approx(0.25)
@@ -216,26 +175,24 @@ def test_one_generator_one_interval_and_the_global_one_is_left_alone():
 
 
 def test_bootstrap_refuses_what_it_cannot_resample():
-    x = images(5)
-
     def mean(*rows):
         return float(rows[0].mean())
 
-    with pytest.raises(ValueError, match="resamples 0, level 0.95"):
-        bootstrap(mean, x, resamples=0, generator=draws())
-    with pytest.raises(ValueError, match="level 1.0"):
-        bootstrap(mean, x, level=1.0, generator=draws())
-    with pytest.raises(ValueError, match="the tensors have 5, 4 rows"):
-        bootstrap(mean, x, x[:4], generator=draws())
-    with pytest.raises(ValueError, match="have 0 rows"):
-        bootstrap(mean, x[:0], generator=draws())
-    with pytest.raises(ValueError, match="the metric is inf"):
-        bootstrap(psnr, x, x, generator=draws())
+    x = images(5)
+    for metric, rows, how, message in (
+        (mean, [x], {"resamples": 0}, "resamples 0, level 0.95"),
+        (mean, [x], {"level": 1.0}, "level 1.0"),
+        (mean, [x, x[:4]], {}, "the tensors have 5, 4 rows"),
+        (mean, [x[:0]], {}, "have 0 rows"),
+        (psnr, [x, x], {}, "the metric is inf"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            bootstrap(metric, *rows, **how, generator=draws())
 
 
 def test_a_thousand_images_of_64_pixels_take_seconds():
     a, b = images(1000, 1, size=8), images(1797, 2, size=8)
     began = time.process_time()
-    found = bootstrap(lambda x: frechet_distance(x, b), a, resamples=200, generator=draws())
+    interval = bootstrap(lambda x: frechet(x, b), a, resamples=200, generator=draws())
     assert time.process_time() - began < 5
-    assert isinstance(found, Interval)
+    assert isinstance(interval, Interval)

@@ -23,6 +23,8 @@ from harmonica import Router, Schedule
 
 DATA = os.environ.get("HARMONICA_FOREIGN_DATA")
 DIT = tuple(f"blocks.{i}.{kind}" for i in range(28) for kind in ("attn", "mlp"))
+ABOUT = {"model": "small", "sampler": "ddim", "timesteps": (9, 5, 0), "guidance": 1.5}
+ABOUT |= {"provenance": {"seed": 1}}
 L2C = argparse.Namespace(
     data_path="/images", l1=1e-6, ste_threshold=None, model="DiT-XL/2", num_sampling_steps=4
 )
@@ -48,11 +50,10 @@ def write_rows(path, rows, args=None):
     return path
 
 
-# ------------------------------------------------------------------------------------------ router files
+# ------------------------------------------------------------ router files
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 5, 6, 7])
-@pytest.mark.parametrize("sites", [3, 56])
+@pytest.mark.parametrize(("steps", "sites"), [(1, 3), (2, 3), (5, 56), (6, 3), (7, 3)])
 def test_learning_to_cache_reuses_on_its_even_rows_only_and_runs_the_last_row_first(
     tmp_path, steps, sites
 ):
@@ -171,12 +172,12 @@ def test_settings_in_a_pickle_are_allowed_for_that_one_call(tmp_path):
     [
         (
             {"0.prob": torch.ones(2), "2.prob": torch.ones(2)},
-            "not whole: of rows 0 to 2, row 1 is missing$",
+            r"not whole: of rows 0 to 2, \[1\] are missing$",
         ),
-        ({"3.prob": torch.ones(2)}, "of rows 0 to 3, row 0 is missing, and 2 more"),
+        ({"3.prob": torch.ones(2)}, r"of rows 0 to 3, \[0, 1, 2\] are missing"),
         ({"routers": {}}, "not a router file"),
         ({"routers": 7}, "not a router file"),
-        ({"0.weight": torch.ones(2)}, 'not a router file: "0.prob", .* expected, found 0.weight'),
+        ({"0.weight": torch.ones(2)}, "not a router file: it has 0.weight where"),
         ([torch.ones(2)], "not a router file"),
         (torch.ones(2), "not a router file"),
         ({"0.prob": torch.ones(2), "1.prob": torch.ones(3)}, "row 1 that is not finite numbers"),
@@ -194,17 +195,6 @@ def test_a_router_file_that_lacks_something_is_named_with_it(tmp_path, data, mes
         Schedule.load(tmp_path / "r.pt")
 
 
-@given(st.integers(0, 2000), st.binary(min_size=1, max_size=3))
-def test_a_damaged_router_file_loads_or_is_refused(tmp_path_factory, at, junk):
-    path = write_rows(tmp_path_factory.mktemp("r") / "r.pt", logits(3, 2), L2C)
-    whole = path.read_bytes()
-    path.write_bytes(whole[:at] + junk + whole[at + len(junk) :])
-    try:
-        assert str(Schedule.load(path))
-    except ValueError as error:
-        assert "r.pt" in str(error)  # noqa: PT017 (either outcome is right)
-
-
 def test_a_router_of_ours_is_frozen_where_it_is_read(tmp_path):
     router = Router(5, ["a", "b"], about={"model": "small", "timesteps": (4, 3, 2, 1, 0)})
     router.save(tmp_path / "r.safetensors")
@@ -220,7 +210,7 @@ def test_tau_is_checked_for_every_router(tmp_path, tau):
             Schedule.load(path, tau)
 
 
-# ------------------------------------------------------------------------------------------ SmoothCache
+# ------------------------------------------------------------ SmoothCache
 
 
 def write(path, data):
@@ -228,21 +218,12 @@ def write(path, data):
     return path
 
 
-def test_smoothcache_per_block_is_interleaved_attention_first(tmp_path):
-    data = {"mlp-1": [1, 0], "attn-1": [1, 1], "mlp-0": [True, False], "attn-0": [True, True]}
+def test_smoothcache_per_block_is_sorted_by_number_attention_first(tmp_path):
+    data = {"mlp-10": [1, 0], "attn-10": [1, 1], "mlp-9": [True, False], "attn-9": [True, True]}
     schedule = Schedule.load(write(tmp_path / "s.json", data))
-    assert schedule.sites == ("blocks.0.attn", "blocks.0.mlp", "blocks.1.attn", "blocks.1.mlp")
+    assert schedule.sites == ("blocks.9.attn", "blocks.9.mlp", "blocks.10.attn", "blocks.10.mlp")
     assert schedule.compute.tolist() == [[True] * 4, [True, False, True, False]]
     assert schedule.provenance == {"format": "SmoothCache, per block", "file": "s.json"}
-
-
-def test_smoothcache_sorts_blocks_by_number(tmp_path):
-    data = {f"attn-{i}": [1] for i in (10, 9, 2)}
-    assert Schedule.load(write(tmp_path / "s.json", data)).sites == (
-        "blocks.2.attn",
-        "blocks.9.attn",
-        "blocks.10.attn",
-    )
 
 
 def test_smoothcache_per_kind_has_the_kinds_as_sites(tmp_path):
@@ -312,7 +293,7 @@ def test_a_site_that_smoothcache_has_no_name_for_is_named(tmp_path):
         assert not (tmp_path / "s.json").exists()
 
 
-# ------------------------------------------------------------------------------------------ the authors' files
+# ------------------------------------------------------------ the authors' files
 
 
 @pytest.mark.skipif(
@@ -339,7 +320,7 @@ def test_the_published_files_give_the_published_tables():
         assert Schedule.load(path).sites == ("attn", "mlp")
 
 
-# ------------------------------------------------------------------------------------------ another number of steps
+# ------------------------------------------------------------ another number of steps
 
 
 @given(tables(steps=6), st.integers(1, 13))
@@ -367,47 +348,24 @@ def test_resampling_to_its_own_length_does_not_warn(recwarn):
         Router(4, 2).schedule().resample(0)
 
 
-# ------------------------------------------------------------------------------------------ size and the Hub
+# ------------------------------------------------------------ size and the Hub
 
 
-@pytest.mark.parametrize("list_name", ["blocks", "transformer_blocks"])
-@pytest.mark.parametrize(("steps", "blocks", "kinds"), [(20, 28, 2), (100, 28, 3), (50, 29, 2)])
-def test_a_schedule_file_is_under_3_kb_per_thousand_entries(
-    tmp_path, steps, blocks, kinds, list_name
+@pytest.mark.parametrize("blocks", ["blocks", "transformer_blocks"])
+@pytest.mark.parametrize(("steps", "depth", "kinds"), [(20, 28, 2), (100, 28, 3)])
+def test_a_schedule_file_is_readable_and_under_3_kb_per_thousand_entries(
+    tmp_path, steps, depth, kinds, blocks
 ):
-    sites = [
-        f"{list_name}.{i}.{kind}"
-        for i in range(blocks)
-        for kind in ("attn", "cross", "mlp")[3 - kinds :]
-    ]
-    sites = [site.replace("cross", "attn") if kinds == 2 else site for site in sites]
-    settings = {
-        "method": "HarmoniCa",
-        "iterations": 20000,
-        "batch_size": 8,
-        "tau": 0.1,
-        "beta": 7e-8,
-        "lr": 0.01,
-    }
-    about = {
-        "model": "dit-xl-256",
-        "sampler": "DDIM",
-        "timesteps": tuple(range(999, 999 - steps, -1)),
-        "guidance": 1.5,
-    }
-    Router(steps, sites, about={**about, "provenance": settings}).schedule().save(
-        tmp_path / "s.json"
-    )
-    assert (tmp_path / "s.json").stat().st_size < 3 * steps * len(sites)
-
-
-ABOUT = {
-    "model": "small",
-    "sampler": "ddim",
-    "timesteps": (9, 5, 0),
-    "guidance": 1.5,
-    "provenance": {"seed": 1},
-}
+    kinds = ("attn", "mlp", "cross")[:kinds]
+    sites = [f"{blocks}.{i}.{kind}" for i in range(depth) for kind in kinds]
+    made = {"method": "HarmoniCa", "iterations": 20000, "batch_size": 8, "beta": 7e-8, "lr": 0.01}
+    about = {**ABOUT, "timesteps": tuple(range(999, 999 - steps, -1)), "provenance": made}
+    Router(steps, sites, about=about).schedule().save(tmp_path / "s.json")
+    text = (tmp_path / "s.json").read_text()
+    assert len(text) < 3 * steps * len(sites)
+    assert text.isascii()
+    assert f' "prefix": "{blocks}.",' in text
+    assert '  "3.attn": "1' in text
 
 
 def pair():
@@ -448,23 +406,13 @@ def test_each_folder_is_read_as_what_it_is(tmp_path):
         Router.from_pretrained(tmp_path / "router")
 
 
-def test_a_place_where_no_folder_can_be_is_named(tmp_path):
-    router, _ = pair()
-    with pytest.raises(FileNotFoundError, match="no such folder; make it before writing there"):
-        router.save_pretrained(tmp_path / "not" / "there")
-    (tmp_path / "file").write_text("")
-    with pytest.raises(FileExistsError, match="file is a file; save_pretrained writes a folder"):
-        router.save_pretrained(tmp_path / "file")
-
-
 class Hub:
     """Stands in for the Hub's client: a dict of repositories."""
 
     def __init__(self, folder):
         self.folder, self.calls = folder, []
 
-    def __call__(self, token):
-        self.calls.append(("token", token))
+    def __call__(self):
         return self
 
     def create_repo(self, repo_id, *, private, exist_ok):
@@ -487,14 +435,12 @@ def test_what_is_pushed_is_what_is_fetched(tmp_path, monkeypatch, table):
         "snapshot_download",
         lambda name, **options: calls.update(options, name=name) or tmp_path,
     )
-    table.push_to_hub("table", private=True, token="t")
+    table.push_to_hub("table", private=True)
     message = f"Upload a {type(table).__name__.lower()} made with HarmoniCa"
-    assert hub.calls == [
-        ("token", "t"), ("create", "table", True, True), ("upload", "me/table", message),
-    ]  # fmt: skip
+    assert hub.calls == [("create", "table", True, True), ("upload", "me/table", message)]
     assert 'from_pretrained("me/table")' in (tmp_path / "README.md").read_text()
-    again = type(table).from_pretrained("me/table", revision="v1", token="t")
-    assert {"name": "me/table", "revision": "v1", "token": "t"}.items() <= calls.items()
+    again = type(table).from_pretrained("me/table", revision="v1")
+    assert {"name": "me/table", "revision": "v1"}.items() <= calls.items()
     assert same(again, table)
 
 
@@ -505,7 +451,7 @@ def test_a_repository_that_is_not_cached_is_one_clear_sentence_offline(kind, mon
     message = r"^me/table is not on this machine and cannot be fetched [^\n]*; connect to the Hub"
     with pytest.raises(FileNotFoundError, match=message):
         kind.from_pretrained("me/table")
-    with pytest.raises(ValueError, match=r"^\./a/b/c is no folder here, and not the name of a rep"):
+    with pytest.raises(ValueError, match=r"^\./a/b/c is no folder here and no name of a rep"):
         kind.from_pretrained("./a/b/c")
 
 
