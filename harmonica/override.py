@@ -17,6 +17,7 @@ This file does not know what is overridden.
 from __future__ import annotations
 
 import copy
+import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -63,6 +64,11 @@ class Override(partial[Any]):
         vars(thing)[name] = override
         return override
 
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """The signature of the hidden method: pipelines look at that of `scheduler.step`."""
+        return inspect.signature(self.args[1])
+
     def leave(self, answer: Answer) -> None:
         """Forget an answer. With the last one the instance gets back what it had before."""
         self.key.answers.remove(answer)
@@ -107,8 +113,10 @@ _lock = threading.RLock()
 def _call(key: Key, original: Method, /, *args: Any, **kwargs: Any) -> Any:
     answer = _get_answers().get(key)
     if type(answer) is tuple:  # one function fewer on the way to a kept feature
-        site = of_call(answer[1]) if current_call() else answer[1]
-        return answer[0](site, lambda: original(*args, **kwargs))
+        gate, site = answer
+        if current_call():
+            site = of_call(site)
+        return gate(site, lambda: original(*args, **kwargs))
     if answer is None and key.answers and torch._C._current_graph_task_id() >= 0:
         answer = _of_backward(key)
     return original(*args, **kwargs) if answer is None else _apply(answer, original, args, kwargs)

@@ -1,6 +1,6 @@
 """python -m harmonica.tune: find a schedule for a diffusers pipeline, and show what it does.
 
-Writes schedule.json, and comparison.png, one image without and with the schedule, to --out:
+Writes to --out: schedule.json, and comparison.png, an image without and with the schedule.
 
     python -m harmonica.tune --pipeline FOLDER_OR_HUB_ID --speedup 1.5 --steps 28 --guidance 3.5
 """
@@ -8,7 +8,9 @@ Writes schedule.json, and comparison.png, one image without and with the schedul
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -48,8 +50,14 @@ def parser() -> Parser:
     p.add_argument("--speedup", type=float, required=True, help="theoretical, of the transformer")
     p.add_argument("--steps", type=whole, help="num_inference_steps (the pipeline's own)")
     p.add_argument("--guidance", type=float, help="guidance_scale (the pipeline's own)")
-    p.add_argument("--height", type=whole, help="of the image (the pipeline's own)")
-    p.add_argument("--width", type=whole, help="of the image (the pipeline's own)")
+    p.add_argument(
+        "--call",
+        nargs="+",
+        type=_argument,
+        default=[],
+        metavar="NAME=VALUE",
+        help="other arguments of the pipeline: height=1024 width=1024 true_cfg_scale=4",
+    )
     p.add_argument("--prompts", type=Path, metavar="FILE", help="one to a line (64 of our own)")
     p.add_argument(
         "--order", type=whole, default=0, help="differences that continue skipped outputs (0)"
@@ -71,38 +79,68 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return command(parser(), _run, arguments)
 
 
-def _run(args: argparse.Namespace) -> None:
-    from diffusers import DiffusionPipeline
+def _argument(text: str) -> tuple[str, Any]:
+    """Return the name and the value of NAME=VALUE, a value in JSON or else a string.
 
-    from harmonica.evaluation.pictures import comparison, save
+    >>> _argument("height=64"), _argument("negative_prompt=blurry")
+    (('height', 64), ('negative_prompt', 'blurry'))
+    """
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"found {text[:40]!r}; expected NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def _run(args: argparse.Namespace) -> None:
+    from PIL import Image
+
     from harmonica.models.pipelines import cached
-    from harmonica.models.prompts import read_prompts
+    from harmonica.models.pipelines.denoiser import inputs_of
 
     check_device(args.device)
     make_writable(args.out)
-    pipe: Any = DiffusionPipeline.from_pretrained(
-        args.pipeline, torch_dtype=getattr(torch, args.dtype)
-    ).to(args.device)
-    names = {"steps": "num_inference_steps", "guidance": "guidance_scale"}
-    names |= {side: side for side in ("height", "width")}
-    values = {name: getattr(args, option) for option, name in names.items()}
-    call = {name: value for name, value in values.items() if value is not None}
+    pipe = _load(args.pipeline, getattr(torch, args.dtype)).to(args.device)
+    call = dict(args.call)
+    if args.guidance is not None:
+        call["guidance_scale"] = args.guidance
+    try:
+        shown = inputs_of(pipe, args.steps, args.prompts, None, call).of([(0, args.seed)])
+    except TypeError as error:  # not such a pipeline, or no argument of it
+        raise ValueError(str(error)) from None
+    call["num_inference_steps"] = shown["num_inference_steps"]
     how = {"speedup": args.speedup, "order": args.order, "method": args.method}
     schedule = tune(pipe, args.prompts, budget=args.budget, cost=args.cost, **how, **call)
     schedule.save(args.out / "schedule.json")
-    call["prompt"] = read_prompts(args.prompts)[0]
-    plain = _image(pipe, call, args.seed)
-    with cached(pipe, schedule):
-        fast = _image(pipe, call, args.seed)
-    save(comparison(plain, fast, labels=[call["prompt"]]), args.out / "comparison.png")
-    print(f"CUR {schedule.cur:.1%}; wrote schedule.json and comparison.png to {args.out}")
+    pipe.set_progress_bar_config(disable=True)
+    plain = _image(pipe, shown)
+    with cached(pipe, schedule) as session:
+        fast = _image(pipe, shown | {"generator": torch.Generator().manual_seed(args.seed)})
+    factor = 1 / max(float((fast - plain).abs().max()), 1e-6)
+    both = torch.cat([plain, fast, 0.5 + (fast - plain) * factor / 2], 1)
+    Image.fromarray(both.mul(255).round().byte().numpy()).save(args.out / "comparison.png")
+    print(session)
+    print(
+        f"wrote schedule.json to {args.out}, and comparison.png: the image without the schedule, "
+    )
+    print(f"with it, and their difference, {factor:.0f} times enlarged")
 
 
-def _image(pipe: Any, call: dict[str, Any], seed: int) -> Tensor:
-    """Return the image that the pipeline makes, or the first frame of its video, (1, 3, H, W)."""
-    output = pipe(**call, output_type="pt", generator=torch.Generator().manual_seed(seed))
-    made: Tensor = next(iter(output.values()))
-    return 2 * made.reshape(-1, *made.shape[-3:])[:1].float().cpu() - 1
+def _load(name: str, dtype: torch.dtype) -> Any:
+    from diffusers import DiffusionPipeline
+
+    with warnings.catch_warnings():  # the new name, dtype, is not known to the oldest diffusers
+        warnings.filterwarnings("ignore", "`torch_dtype` is deprecated")
+        return DiffusionPipeline.from_pretrained(name, torch_dtype=dtype)
+
+
+def _image(pipe: Any, call: dict[str, Any]) -> Tensor:
+    """Return the image that the pipeline makes, or the first frame of its video, (H, W, 3) in [0, 1]."""
+    output = pipe(**call | {"output_type": "np"})
+    images = torch.as_tensor(next(iter(output.values())))  # (B, [frames,] H, W, 3)
+    return images.reshape(-1, *images.shape[-3:])[0].float()
 
 
 if __name__ == "__main__":

@@ -640,6 +640,25 @@ def test_copied_and_doubled_steps_are_followed(kind):
         assert computed(pipe, lambda after: pipe(after=after)) == [4, 0, 4, 0]
 
 
+@pytest.mark.parametrize("start", [0, 1])
+def test_a_scheduler_whose_methods_somebody_has_wrapped_is_followed(start):
+    pipe = loop()
+    n = len(sites(pipe.transformer))
+    schedule = Schedule([[k != 2] * n for k in range(4)], sites=tuple(sites(pipe.transformer)))
+    with cached(pipe, schedule):
+        expected = pipe(start=start)
+    for name in ("set_timesteps", "step"):
+        method = getattr(pipe.scheduler, name)
+        setattr(
+            pipe.scheduler, name, lambda *args, method=method, **kwargs: method(*args, **kwargs)
+        )
+    before = dict(vars(pipe.scheduler))
+    with cached(pipe, schedule) as session:
+        assert torch.equal(pipe(start=start), expected)
+        assert session.skipped == n
+    assert all(vars(pipe.scheduler)[name] is before[name] for name in ("set_timesteps", "step"))
+
+
 def test_features_do_not_pile_up_where_no_step_is_taken():
     pipe = loop()
     with cached(pipe, table(pipe)) as session:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from functools import wraps
 from importlib import import_module
 
 import pytest
 import torch
+from PIL import Image
 
 import harmonica
-from harmonica import macs
+from harmonica import Schedule, macs
 from harmonica.models.pipelines import cached, from_pipeline, tune
 from harmonica.models.sites import sites
-from tests.pipes import walked, walks
+from tests.pipes import pixart_pipe, save, walked, walks
 
 WALKS = walks()
 
@@ -35,16 +37,14 @@ def test_a_tuned_schedule_is_on_target_and_runs(name):
         assert session.skipped > 0
 
 
-def test_a_pipeline_that_cannot_be_followed_gets_whole_steps_and_is_told_so(monkeypatch):
-    from harmonica.models.pipelines import probe
-    from harmonica.models.pipelines.recorded import NotFollowedError
-
-    def refuse(*_):
-        raise NotFollowedError("a guider has a memory")
-
-    monkeypatch.setattr(probe, "_verify", refuse)
-    with pytest.warns(UserWarning, match="a guider has a memory.*Whole steps are chosen from runs"):
-        pipe, schedule = tuned("flux")
+def test_a_pipeline_that_cannot_be_followed_gets_whole_steps_and_is_told_so():
+    make, arguments = WALKS["flux"]
+    pipe = make()
+    step = pipe.scheduler.step
+    pipe.scheduler.step = wraps(step)(lambda *args, **kwargs: step(*args, **kwargs))
+    options = {"num_inference_steps": 4, "progress": False, **arguments}
+    with pytest.warns(UserWarning, match="wrapped.*Whole steps are chosen from runs"):
+        schedule = tune(pipe, speedup=1.3, **options)
     assert schedule.speedup(sites(pipe.transformer).macs) >= 1.3
     assert {tuple(row) for row in schedule.compute.tolist()} <= {(True,) * 9, (False,) * 9}
 
@@ -61,6 +61,36 @@ def test_arguments_that_the_pipeline_does_not_take_are_named_before_anything_run
     with pytest.raises(ValueError, match="lengths of prompts and each differ"):
         from_pipeline(make(), steps=2, each={"prompt_embeds": torch.zeros(2, 5, 12),
                                              "pooled_prompt_embeds": torch.zeros(3, 8)})  # fmt: skip
+
+
+def test_the_command_tunes_a_saved_pipeline_and_shows_an_image(tmp_path, capsys):
+    main = import_module("harmonica.tune").main
+    folder, out = save(pixart_pipe(), tmp_path / "pipe"), tmp_path / "out"
+    command = ["--pipeline", str(folder), "--out", str(out), "--speedup", "1.4", "--steps", "3"]
+    call = [
+        "use_resolution_binning=false",
+        "clean_caption=false",
+        "height=64",
+        "negative_prompt=red",
+    ]
+    assert main([*command, "--budget", "80", "--guidance", "2", "--call", *call]) == 0
+    schedule = Schedule.load(out / "schedule.json")
+    assert schedule.steps == 3
+    assert schedule.guidance == 2
+    with Image.open(out / "comparison.png") as picture:
+        assert picture.size == (3 * 64, 64)
+        without, _, difference = (
+            torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+            .view(64, 3, 64, 3)
+            .unbind(1)
+        )
+    assert without.float().std() > 1
+    assert difference.float().std() > 1
+    printed = capsys.readouterr().out
+    assert "theoretical speedup" in printed
+    assert "comparison.png" in printed
+    assert main([*command, "--call", "guidence=2"]) == 2
+    assert "PixArtAlphaPipeline does not take guidence" in capsys.readouterr().err
 
 
 def test_importing_the_command_leaves_the_function_of_its_name_callable():

@@ -26,7 +26,7 @@ __all__ = ["from_pipeline", "original_numerics"]
 def from_pipeline(
     pipe: Any,
     *,
-    steps: int,
+    steps: int | None = None,
     prompts: StrPath | Sequence[str] | None = None,
     each: Mapping[str, Any] | None = None,
     guidance: float | None = None,
@@ -45,7 +45,8 @@ def from_pipeline(
 
     Args:
         pipe: as it will be used: adapters loaded, offloading switched on, scheduler set.
-        steps: `num_inference_steps`. T, the number of predictions, is read off the pipeline's walk.
+        steps: `num_inference_steps`, the pipeline's own if None. T, the number of predictions, is
+            read off the walk.
         prompts: a file with one prompt a line, or the prompts; None for a bundled list, if the
             pipeline takes prompts.
         each: arguments that every sample has its own of, by name, instead of prompts or beside
@@ -77,7 +78,7 @@ def from_pipeline(
 
 def inputs_of(
     pipe: Any,
-    steps: int,
+    steps: int | None,
     prompts: StrPath | Sequence[str] | None,
     each: Mapping[str, Any] | None,
     call: dict[str, Any],

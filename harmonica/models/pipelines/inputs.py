@@ -56,12 +56,15 @@ class Inputs:
 
 def checked_inputs(
     pipe: Any,
-    steps: int,
+    steps: int | None,
     prompts: StrPath | Sequence[str] | None,
     each: dict[str, Any],
     call: dict[str, Any],
 ) -> Inputs:
-    """Return what the pipeline is called with, checked against its signature before anything runs."""
+    """Return what the pipeline is called with, checked against its signature before anything runs.
+
+    Steps are the pipeline's own if None.
+    """
     name, parameters = type(pipe).__name__, inspect.signature(type(pipe).__call__).parameters
     given = {**each, **call}
     if (
@@ -91,7 +94,9 @@ def checked_inputs(
             raise ValueError(
                 f"{argument} is {call[argument]}; a sample is one image, ask for a larger batch instead"
             )
-    if steps < 1:
+    if steps is None:
+        steps = parameters["num_inference_steps"].default
+    if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps is {steps}; a walk has at least 1")
     lengths = {argument: len(values) for argument, values in each.items()}
     if len(set(lengths.values())) > 1 or 0 in lengths.values():

@@ -161,6 +161,10 @@ def probed(
     denoiser.again = partial(_unverified, denoiser)
     cond = torch.tensor([[0, SEEDS[0]], [min(1, inputs.rows - 1), SEEDS[1]]])
     try:
+        if "step" in vars(pipe.scheduler):
+            raise NotFollowedError(
+                "somebody has wrapped the step of its scheduler, which is copied"
+            )
         with torch.no_grad():
             _watch(denoiser, recorded, cond[:1], _once(sites))
             if len(recorded.looping) > 1:  # known only now, so that the first step ran them

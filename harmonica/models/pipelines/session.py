@@ -19,6 +19,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 from weakref import ref
 
@@ -31,6 +32,7 @@ from harmonica.models.arithmetic import EXACT, FUSED
 from harmonica.models.blocks import gated_blocks
 from harmonica.models.pipelines.checks import TRANSFORMERS, check_pipeline, transformers_of
 from harmonica.models.pipelines.kept import Table
+from harmonica.models.pipelines.standin import plain_scheduler
 from harmonica.models.pipelines.tracker import Tracker, current
 from harmonica.models.precompute import precomputed
 from harmonica.models.site_costs import cost_of_call, without_numbers
@@ -99,11 +101,17 @@ class Session:
         outer = current.get()
         with ExitStack() as stack:
             stack.callback(self._close, tracker)
-            for name, told in (("set_timesteps", _set_timesteps), ("step", _step)):
-                stack.enter_context(patched(type(scheduler), name, told))
-            calls = [
+            for name, answer in (("set_timesteps", _set_timesteps), ("step", _step)):
+                stack.enter_context(patched(type(scheduler), name, answer))
+            calls: list[tuple[Any, str, Answer]] = [
                 (model, called_by(model), self._told_of_calls(tracker, name))
                 for name, model in models.items()
+            ]
+            # Somebody's wrapper on the scheduler itself may call the class as it was before.
+            calls += [
+                (scheduler, name, partial(_tell, tell, scheduler))
+                for name, tell in (("set_timesteps", _timesteps_set), ("step", _stepped))
+                if name in vars(scheduler)
             ]
             stack.enter_context(overridden(calls))
             math = EXACT if self._exact else FUSED
@@ -275,19 +283,39 @@ class Session:
 
 
 def _set_timesteps(method: Method, scheduler: Any, /, *args: Any, **kwargs: Any) -> Any:
-    result = method(scheduler, *args, **kwargs)
-    tracker = current.get()
-    if tracker is not None:
-        tracker.begin(torch.as_tensor(scheduler.timesteps).tolist())
-    return result
+    return _tell(_timesteps_set, scheduler, partial(method, scheduler), args, kwargs)
 
 
 def _step(method: Method, scheduler: Any, /, *args: Any, **kwargs: Any) -> Any:
-    tracker = current.get()
-    if tracker is not None:
-        bound = inspect.signature(method).bind(scheduler, *args, **kwargs)
-        tracker.step(bound.arguments.get("timestep"))
-    return method(scheduler, *args, **kwargs)
+    return _tell(_stepped, scheduler, partial(method, scheduler), args, kwargs)
+
+
+def _tell(
+    tell: Method, scheduler: Any, method: Method, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    result = method(*args, **kwargs)
+    if (tracker := current.get()) is not None:
+        tell(tracker, scheduler, args, kwargs)
+    return result
+
+
+def _timesteps_set(tracker: Tracker, scheduler: Any, args: Any, kwargs: Any) -> None:
+    """Begin, with the timesteps as numbers; those on a device are made again on the CPU, where
+    nothing waits.
+    """
+    times, method = scheduler.timesteps, inspect.unwrap(type(scheduler).set_timesteps)
+    on_cpu, signature = scheduler, inspect.signature(method)
+    if not torch.as_tensor(times).is_cpu and "device" in signature.parameters:
+        on_cpu = plain_scheduler(scheduler)
+        bound = signature.bind(on_cpu, *args, **kwargs)
+        bound.arguments["device"] = "cpu"
+        method(*bound.args, **bound.kwargs)
+    tracker.begin(torch.as_tensor(on_cpu.timesteps).tolist(), times)
+
+
+def _stepped(tracker: Tracker, scheduler: Any, args: Any, kwargs: Any) -> None:
+    bound = inspect.signature(type(scheduler).step).bind(scheduler, *args, **kwargs)
+    tracker.step(bound.arguments.get("timestep"))
 
 
 def _sites_of(pipe: Any) -> list[str]:

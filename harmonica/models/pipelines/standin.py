@@ -172,7 +172,7 @@ def _model(module: nn.Module, tell: Callable[..., Any], name: str) -> nn.Module:
 
 def _scheduler(scheduler: Any, run: Run) -> Any:
     """Return a copy of the scheduler, of the very same class, that tells before it steps."""
-    mine = plain_scheduler(scheduler, vars(scheduler))
+    mine = plain_scheduler(scheduler)
     tap = functools.partial(_step, run, mine)
     vars(tap)["__signature__"] = inspect.signature(mine.step)  # pipelines look at it
     vars(mine)["step"] = tap
@@ -187,10 +187,10 @@ def _step(run: Run, scheduler: Any, /, *args: Any, **kwargs: Any) -> Any:
     )
 
 
-def plain_scheduler(scheduler: Any, state: Mapping[str, Any]) -> Any:
-    """Return a scheduler of the same class in this state, of which copies are taken."""
+def plain_scheduler(scheduler: Any, state: Mapping[str, Any] | None = None) -> Any:
+    """Return a scheduler of the same class in this state, or in the state that it is in."""
     mine = object.__new__(type(scheduler))
-    vars(mine).update(state_of(state))
+    vars(mine).update(state_of(scheduler if state is None else state))
     return mine
 
 

@@ -97,6 +97,7 @@ class Tracker:
         """Follow nothing, and let every feature go."""
         self._table: Table | None = None
         self._times: list[float] = []
+        self._tensor: Any = None  # the scheduler's own timesteps
         self._k: int | None = None  # the row that runs; None in the first step
         self._row: Sequence[Entry] = ()
         self._open: list[Call] = []
@@ -112,8 +113,8 @@ class Tracker:
         self.calls += other.calls
         self.beyond += other.beyond
 
-    def begin(self, times: Sequence[float]) -> None:
-        """Begin, or begin again, at these timesteps.
+    def begin(self, times: Sequence[float], tensor: Any = None) -> None:
+        """Begin, or begin again, at these timesteps, which the scheduler holds in `tensor`.
 
         Raises ValueError if no table is for them and none shall be.
         """
@@ -122,6 +123,7 @@ class Tracker:
         if chosen is not None:
             self._table, offset = chosen
             self._times = [float("nan")] * offset + list(times)
+            self._tensor = tensor
             self._row, self.memo.timesteps = self._first, self._times
 
     def call(self, transformer: str, inputs: Any) -> None:
@@ -167,9 +169,7 @@ class Tracker:
 
     def _started_at(self, timestep: Any) -> int | None:
         """Tell the row of the first step from its timestep, and keep what later rows read."""
-        table = self._table
-        start = None if timestep is None else float(torch.as_tensor(timestep).flatten()[0])
-        k = next((k for k, time in enumerate(self._times) if start in (None, time)), None)
+        table, k = self._table, self._row_at(timestep)
         if k is None or table is None:
             self.end()
             return None
@@ -180,6 +180,20 @@ class Tracker:
                 if table.rows[k][site].keeps
             }
         return k
+
+    def _row_at(self, timestep: Any) -> int | None:
+        """Return the row of a timestep; one of the scheduler's own is known by where it lies, so
+        that nobody waits for the device.
+        """
+        own, offset = self._tensor, next(k for k, t in enumerate(self._times) if t == t)
+        if timestep is None:
+            return offset
+        if isinstance(timestep, Tensor) and isinstance(own, Tensor) and own.dtype == timestep.dtype:
+            place, rest = divmod(timestep.data_ptr() - own.data_ptr(), own.element_size())
+            if own.is_contiguous() and rest == 0 and 0 <= place < len(own):
+                return offset + place
+        start = float(torch.as_tensor(timestep).flatten()[0])
+        return self._times.index(start) if start in self._times else None
 
     def ask(self, site: int, compute: Compute) -> Feature:
         """Answer a site; the gate of a walk."""

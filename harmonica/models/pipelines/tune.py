@@ -10,8 +10,6 @@ file does not know how a stage works.
 
 from __future__ import annotations
 
-import functools
-import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from itertools import repeat
@@ -29,6 +27,7 @@ from harmonica.models.pipelines.general import PipelineDenoiser
 from harmonica.models.pipelines.inputs import Inputs
 from harmonica.models.pipelines.recorded import NotFollowedError
 from harmonica.models.sites import sites
+from harmonica.override import Method, overridden
 from harmonica.router import Schedule
 from harmonica.search.budget import Target
 from harmonica.search.learn import learn_weights
@@ -83,8 +82,7 @@ def tune(  # noqa: D417 (some arguments are described together)
     """
     if method not in ("auto", "sdt"):
         raise ValueError(f"method is {method!r}; expected 'auto' or 'sdt', the paper's training")
-    default = inspect.signature(type(pipe).__call__).parameters.get("num_inference_steps")
-    steps = call.pop("num_inference_steps", getattr(default, "default", None))
+    steps = call.pop("num_inference_steps", None)
     try:
         denoiser = from_pipeline(pipe, steps=steps, prompts=prompts, each=each, **call)
     except NotFollowedError as reason:
@@ -191,22 +189,12 @@ def _steps_that_fit(cost: Macs, steps: int, speedup: float) -> int:
 def steps_of_run(pipe: Any, call: Mapping[str, Any]) -> list[Tensor]:
     """Run the pipeline, and return what its scheduler returned at each step."""
     after: list[Tensor] = []
-    scheduler, kind = pipe.scheduler, type(pipe.scheduler)
 
-    @functools.wraps(kind.step)
-    def step(*args: Any, **kwargs: Any) -> Any:
-        # Looked up now: `cached` answers the method of the class while the pipeline runs.
-        result = kind.step(scheduler, *args, **kwargs)
+    def noted(step: Method, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = step(*args, **kwargs)
         after.append(tree_leaves(result)[0].detach().clone())
         return result
 
-    vars(step)["__signature__"] = inspect.signature(scheduler.step)  # pipelines look at it
-    before = vars(scheduler).get("step")
-    vars(scheduler)["step"] = step
-    try:
+    with overridden([(pipe.scheduler, "step", noted)]):
         pipe(**call)
-    finally:
-        del vars(scheduler)["step"]
-        if before is not None:
-            vars(scheduler)["step"] = before
     return after
