@@ -295,7 +295,7 @@ def draw(rows: list[dict[str, Any]], folder: Path) -> None:
     }
     points = {method: each for method, each in points.items() if each}
     model, steps, sampler = (rows[0][key] for key in ("model", "T", "sampler"))
-    figure = tradeoff({name: points[name] for name in list(points)[:6]})
+    figure = tradeoff({name: points[name] for name in list(points)[:6]}, ylabel="image error")
     figure.axes[0].set_title(f"{model}, {sampler}, T = {steps}")
     figure.axes[0].set_ylabel("distance to the reference")
     save(figure, folder / f"quality-{steps}-{sampler.replace('+', 'p')}.png")

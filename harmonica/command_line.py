@@ -32,7 +32,12 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are one line on stderr, without the usage."""
+    """The parser of `python -m harmonica.NAME`; an error is one line on stderr, without usage."""
+
+    def __init__(self, name: str, description: str | None) -> None:
+        formatter = argparse.RawTextHelpFormatter
+        prog = f"python -m harmonica.{name}"
+        super().__init__(prog, description=description, formatter_class=formatter)
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong in one line and exit with code 2."""

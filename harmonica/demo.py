@@ -59,11 +59,7 @@ TIMED, SHOWN = 64, 10
 
 def parser() -> Parser:
     """Return the command line of the demo."""
-    p = Parser(
-        prog="python -m harmonica.demo",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
+    p = Parser("demo", __doc__)
     add_model_options(p)
     p.add_argument("--vae", type=Path, metavar="DIR", help="autoencoder saved by diffusers")
     p.add_argument("--images", type=whole, help=f"held-out noises ({HELD_OUT} for tiny, else 4)")

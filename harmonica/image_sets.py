@@ -8,15 +8,17 @@ r"""Write many images to disk, for the tools that the field measures with.
     --out X.npz    arr_0 images (N, H, W, 3) uint8, arr_1 conditions (N,) int64
     --out X        a folder of 000000.png, 000001.png, …, conditions in X.labels.txt beside it
 
-Image i starts from noise and a condition that depend on (seed, i) alone. So it does not depend on the
-number of images, of processes or of images in a batch (except for rounding in the model). Finished
-batches are kept in OUT.parts until all are there. After an interruption, the same command continues.
+Image i starts from noise and a condition that depend on (seed, i) alone. So it does not depend on
+the number of images, of processes or of images in a batch (except for rounding in the model).
+Finished batches are kept in OUT.parts until all are there. After an interruption, the same command
+continues.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import shutil
 import sys
 import zlib
@@ -43,6 +45,7 @@ from harmonica.inference.walk import Walk
 from harmonica.processes import from_rank_0, mean_over_ranks, processes, rank, started_as, world
 from harmonica.router import Schedule
 from harmonica.storage.files import StrPath, exclusive_lock, read_json, write_json
+from harmonica.table import require
 
 
 def write_images(
@@ -59,7 +62,7 @@ def write_images(
     """Make images 0 … count − 1 of a seed and write them whole; return where they are.
 
     Under torchrun batch j is made by process j mod world, and all of them must see the folder of
-    `out`.
+    `out`. Ctrl-C says what is kept.
 
     Args:
         denoiser: its conditions must be whole numbers (B,): classes, or numbers of prompts.
@@ -75,15 +78,12 @@ def write_images(
     Raises:
         ValueError: if a number is out of range, the images are no pictures, or `out` was begun with
             other settings.
-        FileExistsError: if `out` is there already.
-        BlockingIOError: if another run writes to it.
-        FileNotFoundError: if images of other processes are not to be seen here.
-        KeyboardInterrupt: on Ctrl-C, saying what is kept.
+        FileExistsError: if `out` is there already; BlockingIOError if another run writes to it.
+        FileNotFoundError: if images of other processes cannot be seen here.
     """
     out = Path(out)
     for name, value in (("count", count), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be 1 or more")
+        require(value >= 1, f"{name} is {value}; it must be 1 or more")
     image_files.check_out(out)
     parts, walk = image_files.parts_of(out), Walk(denoiser, schedule)
     batches = [range(i, min(i + batch_size, count)) for i in range(0, count, batch_size)]
@@ -92,9 +92,8 @@ def write_images(
         try:
             for numbers in _unfinished(batches[rank() :: world()], parts, progress):
                 x, cond = draw_images(denoiser, numbers, seed)
-                image_files.write_part(
-                    parts, numbers, image_files.to_uint8(decode(walk(x, cond))), cond
-                )
+                images = image_files.to_uint8(decode(walk(x, cond)))
+                image_files.write_part(parts, numbers, images, cond)
             _wait_for_all(denoiser)
             _put_together(denoiser, out, count)
         except KeyboardInterrupt:
@@ -127,37 +126,33 @@ def generator_of(seed: int, i: int) -> torch.Generator:
 
 
 def draw_images(denoiser: Denoiser, numbers: Sequence[int], seed: int) -> tuple[Tensor, Tensor]:
-    """Draw noise (B, C, H, W) and conditions (B,) of these images, each from a generator of its
-    own.
+    """Draw noise (B, C, H, W) and conditions (B,) of these images, each from its own generator.
 
     Raises ValueError if conditions are not one whole number for each image.
     """
     drawn = [denoiser.draw(1, generator_of(seed, i)) for i in numbers]
     for _, cond in drawn:
-        if not isinstance(cond, Tensor) or cond.shape != (1,) or cond.is_floating_point():
-            tensor = isinstance(cond, Tensor)
-            kind = f"{tuple(cond.shape)} {cond.dtype}" if tensor else type(cond).__name__
-            expected = "images are kept with whole numbers, (B,) int64"
-            raise ValueError(f"the denoiser draws conditions {kind}; {expected}")
+        require(
+            isinstance(cond, Tensor) and cond.shape == (1,) and not cond.is_floating_point(),
+            f"the denoiser draws the condition {cond!r:.60}; expected one whole number, (1,) int64",
+        )
     return torch.cat([x for x, _ in drawn]), torch.cat([cond for _, cond in drawn])
 
 
 def _settings(denoiser: Denoiser, schedule: Schedule | None, seed: int) -> dict[str, Any]:
     """Return what all images of one set have in common, as JSON has it."""
-    about = {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in denoiser.about.items()
-    }
+    about: dict[str, Any] = json.loads(json.dumps(denoiser.about))
     table = "none"
     if schedule is not None:
-        content = repr((schedule.compute.tolist(), schedule.order))
+        weights = schedule.gate_weights
+        content = repr((schedule.compute.tolist(), None if weights is None else weights.tolist()))
         table = hashlib.sha256(content.encode()).hexdigest()
     return {"seed": seed, **about, "schedule": table}
 
 
 def _begin(parts: Path, settings: dict[str, Any], held: ExitStack) -> None:
-    """Make the folder of finished batches, or see that the one that is there is of the same set;
-    hold it.
+    """Make the folder of finished batches, or check that it was begun with these settings; hold it
+    for this run.
     """
     note = parts / "settings.json"
     parts.mkdir(parents=True, exist_ok=True)
@@ -170,9 +165,11 @@ def _begin(parts: Path, settings: dict[str, Any], held: ExitStack) -> None:
         for name in sorted(settings.keys() | begun.keys())
         if begun.get(name) != settings.get(name)
     ]
-    if changes:
-        todo = "go on with those, or remove the folder"
-        raise ValueError(f"{parts} was begun with other settings: {', '.join(changes)}; {todo}")
+    require(
+        not changes,
+        f"{parts} was begun with other settings: {', '.join(changes)}; go on with those, or remove "
+        "the folder",
+    )
 
 
 def _unfinished(batches: list[range], parts: Path, progress: bool) -> Iterator[range]:
@@ -194,11 +191,7 @@ def _wait_for_all(denoiser: Denoiser) -> None:
 
 def parser() -> Parser:
     """Return the command line."""
-    p = Parser(
-        prog="python -m harmonica.image_sets",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
+    p = Parser("image_sets", __doc__)
     add_model_options(p)
     p.add_argument("--vae", type=Path, metavar="DIR", help="autoencoder saved by diffusers")
     p.add_argument("--schedule", type=Path, metavar="FILE", help="table to follow (none: no cache)")
@@ -216,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Check, join the other processes if any, load, write; rank 0 alone prints."""
+    """Check, join the other processes if any, load, write; only rank 0 prints."""
     from harmonica.models.autoencoder import decoder
 
     number, of_all = started_as()

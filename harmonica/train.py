@@ -65,8 +65,7 @@ def defaults(model: str) -> dict[str, Any]:
 
 def parser() -> Parser:
     """Return the command line of training."""
-    p = Parser(prog="python -m harmonica.train", description=__doc__,
-               formatter_class=argparse.RawTextHelpFormatter)  # fmt: skip
+    p = Parser("train", __doc__)
     add_model_options(p)
     _add_settings(p)
     add = p.add_argument

@@ -39,11 +39,7 @@ sys.modules[__name__].__class__ = _Command
 
 def parser() -> Parser:
     """Return the command line of tuning."""
-    p = Parser(
-        prog="python -m harmonica.tune",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
+    p = Parser("tune", __doc__)
     p.add_argument(
         "--pipeline", required=True, help="a folder of a diffusers pipeline, or its name on the Hub"
     )

@@ -68,6 +68,16 @@ def start(
     return denoiser.draw(batch, torch.Generator().manual_seed(seed))
 
 
+def said(module, options, capsys):
+    """Return exit code, stdout and stderr of a command that is given options, a string or a list."""
+    options = options.split() if isinstance(options, str) else map(str, options)
+    try:
+        code = module.main(list(options))
+    except SystemExit as exit:  # argparse's way
+        code = exit.code
+    return code, *capsys.readouterr()
+
+
 def press_ctrl_c(child, send=None, timeout=30):
     """Interrupt a process, by `send` if the signal is not for it alone, until it ends; return stdout and stderr.
 

@@ -161,5 +161,7 @@ def test_what_the_tutorials_draw_is_a_figure_with_every_line_and_site():
         [[1.0, 1.0], [3.0, 2.0]],
         [[0.0, 1.0]],
     ]
-    lines = plots.tradeoff({"a": [(2.0, 1e-2), (1.5, 1e-3), (1.0, 0.0)]}).axes[0].lines
+    lines = (
+        plots.tradeoff({"a": [(2.0, 1e-2), (1.5, 1e-3), (1.0, 0.0)]}, ylabel="error").axes[0].lines
+    )
     assert lines[0].get_xydata().tolist() == [[1.5, 1e-3], [2.0, 1e-2]]

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from harmonica.storage.files import read_tensors, write_tensors, write_text, write_whole
+from harmonica.table import require
 
 
 class Piece(NamedTuple):
@@ -45,8 +46,7 @@ def labels_of(out: Path) -> Path:
 
 def check_out(out: Path) -> None:
     """Raise ValueError if `out` has no name, FileExistsError if it is there and not half done."""
-    if not out.name:
-        raise ValueError(f"out is {str(out)!r}; expected NAME.npz, or a folder that is to be made")
+    require(bool(out.name), f"out is {str(out)!r}; expected NAME.npz, or a folder to be made")
     there = out.is_file() or (out.is_dir() and any(out.iterdir())) or labels_of(out).exists()
     if there and not parts_of(out).is_dir():
         raise FileExistsError(f"{out} exists; choose another name, or remove it")
@@ -54,19 +54,19 @@ def check_out(out: Path) -> None:
 
 def to_uint8(images: Tensor) -> Tensor:
     """Return images (B, 1 or 3, H, W) in [−1, 1] as (B, H, W, 3) uint8: to the nearest level, grey
-    as three equals.
-
-    Raises ValueError if they have other channels, or a value is not finite.
+    as three equal channels. Raises ValueError for other channels, or a value that is not finite.
 
     >>> to_uint8(torch.tensor([-1.0, 0.0, 1.0, 7.0]).view(1, 1, 1, 4))[0, 0, :, 0].tolist()
     [0, 128, 255, 255]
     """
-    if images.dim() != 4 or images.shape[1] not in (1, 3):
-        expected = "expected (B, 1 or 3, H, W), grey or RGB"
-        raise ValueError(f"decode made {tuple(images.shape)}; {expected}")
-    if not bool(images.isfinite().all()):
-        todo = "look for NaN in the weights, or take a wider dtype"
-        raise ValueError(f"decode made values that are not finite; {todo}")
+    require(
+        images.dim() == 4 and images.shape[1] in (1, 3),
+        f"decode made {tuple(images.shape)}; expected (B, 1 or 3, H, W), grey or RGB",
+    )
+    require(
+        bool(images.isfinite().all()),
+        "decode made values that are not finite; look for NaN in the weights, or widen the dtype",
+    )
     levels = (images.float() * 127.5 + 128.0).floor().clamp(0, 255)  # half up, as DiT's own script
     return levels.to(torch.uint8).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous()
 
@@ -110,15 +110,14 @@ def read_piece(piece: Piece) -> tuple[Tensor, Tensor]:
     """
     tensors, _ = read_tensors(piece.path)
     start, stop = map(int, piece.path.stem.split("-"))
-    found = {name: (value.dtype, *value.shape) for name, value in tensors.items()}
-    size = found.get("images", ())[2:4]
-    expected = {
-        "images": (torch.uint8, stop - start, *size, 3),
-        "labels": (torch.int64, stop - start),
-    }
-    if len(size) != 2 or found != expected:
-        todo = f"{stop - start} images and their labels were expected; remove the file and run it again"
-        raise ValueError(f"{piece.path} has {found or 'nothing'!s:.200}; {todo}")
+    count, kinds = stop - start, {name: (t.dtype, *t.shape) for name, t in tensors.items()}
+    size = kinds.get("images", ())[2:4]
+    expected = {"images": (torch.uint8, count, *size, 3), "labels": (torch.int64, count)}
+    require(
+        len(size) == 2 and kinds == expected,
+        f"{piece.path} has {kinds or 'nothing'!s:.200}; {count} images and their labels were "
+        "expected; remove the file and run it again",
+    )
     wanted = slice(piece.skip, piece.skip + piece.images)
     return tensors["images"][wanted], tensors["labels"][wanted]
 
@@ -140,11 +139,11 @@ def write_npz(path: Path, pieces: Sequence[Piece]) -> None:
                 npy.write_array_header_1_0(file, header)
                 for piece in pieces:
                     images, some = read_piece(piece)
-                    if images.shape[1:] != size:
-                        raise ValueError(
-                            f"images differ in size: {tuple(images.shape[1:])} in {piece.path}, "
-                            f"{tuple(size)} in {pieces[0].path}; remove the folder and run it again"
-                        )
+                    require(
+                        images.shape[1:] == size,
+                        f"images differ in size: {tuple(images.shape[1:])} in {piece.path}, "
+                        f"{tuple(size)} in {pieces[0].path}; remove the folder and run it again",
+                    )
                     file.write(images.numpy().tobytes())
                     labels.append(some)
             with archive.open("arr_1.npy", "w") as file:

@@ -1,8 +1,8 @@
 """Judges: what real pictures look like, for the two bundled models, whose pictures we know.
 
-    model      real pictures                         who names the class   the Fréchet distance is of
-    tiny       scikit-learn's 1797 digits            the 3 nearest         64 pixels
-    garments   Fashion-MNIST's 10 000 held-out ones  a small network       its 64 hidden features
+    model      real pictures                          named by          Fréchet distance of
+    tiny       scikit-learn's 1797 digits             the 3 nearest     64 pixels
+    garments   Fashion-MNIST's 10 000 held-out ones   a small network   its 64 hidden features
 
 The digits are also what `tiny` was trained on, so its Fréchet distance rewards copies; the held-out
 photographs were never shown to `garments`. The network was trained on the other 60 000. This file

@@ -24,6 +24,7 @@ from torch import Tensor
 from harmonica.router import Schedule
 from harmonica.site_names import word_of
 from harmonica.storage.files import StrPath, write_whole
+from harmonica.table import require
 
 MARKS = ("o", "s", "^", "D", "v", "P")
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito
@@ -60,16 +61,16 @@ def site_heatmap(
     title: str = "",
     shades: int = 256,
 ) -> Figure:
-    """Draw one number for each step and site: steps across, blocks down, one panel for each kind of
-    site; dark is much.
+    """Draw values (T, N) of steps and sites: steps across, blocks down, one panel for each kind of
+    site. A larger value is darker, one that is not finite is grey.
 
     Args:
-        values: (T, N); entries that are not finite are grey.
+        values: (T, N).
         sites: N names.
         label: what is measured, in which unit; stands at the colour bar.
-        most: value of the darkest colour, larger ones look the same; the largest value if None.
+        most: value of the darkest colour; the largest of `values` if None.
         title: above all.
-        shades: colours told apart.
+        shades: number of colours.
     """
     kinds: dict[str, list[int]] = {}
     for i, site in enumerate(sites):
@@ -137,17 +138,13 @@ def sheet(images: Tensor, *, columns: int = 10, title: str = "") -> Figure:
 def lines(
     points: Mapping[str, Iterable[tuple[float, float]]], *, xlabel: str, ylabel: str, log: bool
 ) -> Figure:
-    """Draw a line through the points (x, y) of each name, six lines at most.
+    """Draw a line through the points (x, y) of each name; raise ValueError for more than six.
 
-    A y that is not finite is left out, on a logarithmic axis one that is not positive, too. A name
-    without points holds its place, so that the others look the same in every picture.
-
-    Raises ValueError if there are more lines than can be told apart.
+    A y that is not finite is left out, on a logarithmic axis also one that is not positive. A name
+    without points keeps its colour and mark, so that the others look the same in every picture.
     """
-    if len(points) > len(MARKS):
-        raise ValueError(
-            f"{len(points)} lines; at most {len(MARKS)} can be told apart in a picture"
-        )
+    most = len(MARKS)
+    require(len(points) <= most, f"{len(points)} lines; at most {most} can be told apart")
     fig = Figure(figsize=(6.0, 3.4), layout="constrained")
     ax = fig.subplots()
     for (name, line), mark, colour in zip(points.items(), MARKS, COLOURS, strict=False):
@@ -176,12 +173,8 @@ def per_step(
 
 
 def error_along_walk(plain: Sequence[Tensor], walks: Mapping[str, Sequence[Tensor]]) -> Figure:
-    """Draw the mean squared error of x after each step, against the same walk without a cache (a
-    figure of the paper).
-
-    Args:
-        plain: x (B, C, H, W) after each of T steps, without a cache.
-        walks: the same under each method, by the method's name.
+    """Draw the mean squared difference of x (B, C, H, W) to the plain walk after each step, one line
+    for each walk (a figure of the paper).
     """
     errors = {
         name: [float((a - b).square().mean()) for a, b in zip(walk, plain, strict=True)]
@@ -196,11 +189,7 @@ def lambda_per_step(lams: Mapping[str, Tensor]) -> Figure:
     return per_step({name: lam.tolist() for name, lam in lams.items()}, ylabel=ylabel, log=True)
 
 
-def tradeoff(
-    methods: Mapping[str, Iterable[tuple[float, float]]], *, ylabel: str = "image error"
-) -> Figure:
-    """Draw (theoretical speedup, error) of each method's tables: further right is faster, lower is
-    better.
-    """
+def tradeoff(methods: Mapping[str, Iterable[tuple[float, float]]], *, ylabel: str) -> Figure:
+    """Draw (theoretical speedup, error) of each method's tables, from slow to fast."""
     points = {name: sorted(tables) for name, tables in methods.items()}
     return lines(points, xlabel="theoretical speedup", ylabel=ylabel, log=True)

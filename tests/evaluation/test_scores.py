@@ -1,0 +1,110 @@
+"""Scores of sets of images on disk: what is read, and what torchmetrics is given."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scores import clip_score, fid_inception, inception_score, read_images
+
+COUNT = 11
+
+
+def written(path, seed=0, count=COUNT):
+    """Write random images (N, 4, 4, 3) uint8 and return them."""
+    images = np.random.default_rng(seed).integers(0, 256, (count, 4, 4, 3), dtype=np.uint8)
+    np.savez(path, images)
+    return images
+
+
+def test_reading_refuses_what_is_no_set_of_images(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.npz: no such file"):
+        list(read_images(tmp_path / "none.npz"))
+    with pytest.raises(FileNotFoundError, match="has no image; expected files in .png"):
+        list(read_images(tmp_path))
+    (tmp_path / "text.npz").write_text("not an archive")
+    with pytest.raises(ValueError, match=r"text\.npz is neither an \.npz nor a folder"):
+        list(read_images(tmp_path / "text.npz"))
+    np.savez(tmp_path / "other.npz", mu=np.zeros(3), sigma=np.zeros(3))
+    with pytest.raises(ValueError, match="has arrays mu, sigma; expected arr_0 of uint8"):
+        list(read_images(tmp_path / "other.npz"))
+    np.savez(tmp_path / "float.npz", np.zeros((2, 4, 4, 3)))
+    with pytest.raises(ValueError, match=r"has arr_0 float64 \(2, 4, 4, 3\)"):
+        list(read_images(tmp_path / "float.npz"))
+    for name, size in (("a.png", (4, 4)), ("b.JPG", (5, 4))):
+        Image.new("L", size).save(tmp_path / name)
+    with pytest.raises(ValueError, match=r"b\.JPG is \(4, 5\), .*a\.png \(4, 4\)"):
+        list(read_images(tmp_path))
+
+
+def test_without_the_extra_fid_says_how_to_get_it(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "torchmetrics", None)
+    monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", None)
+    with pytest.raises(ValueError, match=r"pip install 'harmonica-dit\[fid\]' brings it"):
+        fid_inception(tmp_path / "a.npz", tmp_path / "b.npz")
+
+
+def torchmetrics_of(monkeypatch, name, **classes):
+    """Stand in for torchmetrics, which no test needs to have."""
+    module = type(sys)(name)
+    vars(module).update(classes)
+    for i in range(1, name.count(".") + 1):
+        above = ".".join(name.split(".")[:i])
+        monkeypatch.setitem(sys.modules, above, type(sys)(above))
+    monkeypatch.setitem(sys.modules, name, module)
+
+
+class Metric(torch.nn.Module):
+    """Stands in for a metric of torchmetrics, and notes what it is given."""
+
+    def __init__(self, **settings):
+        super().__init__()
+        type(self).settings, type(self).calls = settings, []
+
+    def update(self, images, *more, **which):
+        assert images.dtype == torch.uint8
+        self.calls.append((images.permute(0, 2, 3, 1).numpy(), *more, *which.values()))
+
+    def compute(self):
+        return torch.tensor([3.0, 0.5]) if "splits" in self.settings else torch.tensor(1.5)
+
+
+@pytest.fixture
+def metric(monkeypatch, request):
+    place, name = request.param.rsplit(".", 1)
+    torchmetrics_of(monkeypatch, f"torchmetrics.{place}", **{name: Metric})
+    return Metric
+
+
+@pytest.mark.parametrize("metric", ["image.fid.FrechetInceptionDistance"], indirect=True)
+def test_fid_is_given_channels_first_bytes_of_both_sets(metric, tmp_path):
+    one, two = written(tmp_path / "one.npz"), written(tmp_path / "two.npz", 1, 3)
+    assert fid_inception(tmp_path / "one.npz", tmp_path / "two.npz", batch_size=4) == 1.5
+    assert metric.settings == {"feature": 2048}
+    for real, images in ((False, one), (True, two)):
+        given = np.concatenate([batch for batch, which in metric.calls if which == real])
+        assert np.array_equal(given, images)
+
+
+@pytest.mark.parametrize("metric", ["image.inception.InceptionScore"], indirect=True)
+def test_the_inception_score_is_of_all_images_and_needs_one_a_split(metric, tmp_path):
+    images = written(tmp_path / "one.npz")
+    assert inception_score(tmp_path / "one.npz", splits=COUNT, batch_size=4) == (3.0, 0.5)
+    assert np.array_equal(np.concatenate([batch for (batch,) in metric.calls]), images)
+    with pytest.raises(ValueError, match=rf"splits is {COUNT + 1}; .*one.npz has {COUNT} images"):
+        inception_score(tmp_path / "one.npz", splits=COUNT + 1)
+
+
+@pytest.mark.parametrize("metric", ["multimodal.clip_score.CLIPScore"], indirect=True)
+def test_the_clip_score_pairs_each_image_with_its_prompt(metric, tmp_path):
+    images, prompts = written(tmp_path / "one.npz"), [f"prompt {i}" for i in range(COUNT)]
+    assert clip_score(tmp_path / "one.npz", prompts, batch_size=4) == 1.5
+    assert [text for _, texts in metric.calls for text in texts] == prompts
+    assert np.array_equal(np.concatenate([batch for batch, _ in metric.calls]), images)
+    for wrong in (prompts[:-1], [*prompts, "one more"]):
+        message = rf"has {COUNT} images, there are {len(wrong)} prompts"
+        with pytest.raises(ValueError, match=message):
+            clip_score(tmp_path / "one.npz", wrong, batch_size=4)

@@ -1,0 +1,130 @@
+"""The commands: what all of them take, refuse and document, and what bad input costs."""
+
+from __future__ import annotations
+
+import re
+from importlib import import_module
+
+import pytest
+import torch
+from conftest import said
+
+from harmonica import demo, image_sets, models, train
+from harmonica import processes as distributed
+
+tune = import_module("harmonica.tune")  # the module; harmonica.tune is a function too
+COMMANDS = {"demo": demo, "image_sets": image_sets, "train": train, "tune": tune}
+RUN = "--steps 3 --weights random --iterations 2 --method sdt --images 2"
+SMALLEST = {
+    demo: RUN,
+    train: "--iterations 2 --batch-size 2 --proxy none --activation-checkpointing",
+    image_sets: "--count 1",
+}
+"""Options of the shortest run."""
+
+FOR_ALL = [
+    ("--model dalle", "model is 'dalle'"),
+    ("--steps 0", "steps is 0"),
+    ("--steps twenty", "invalid int value: 'twenty'"),
+    ("--sampler guess", "sampler is 'guess'"),
+    ("--guidance 0.5", "guidance is 0.5"),
+    ("--dtype float8", "invalid choice: 'float8'"),
+    ("--device teapot", "--device teapot: "),
+    ("--device meta", "--device meta: "),
+    ("--device cuda:99", "--device cuda:99: "),
+    ("--weights no_such.pt", "no_such.pt: no such file"),
+    (
+        "--prompts no_such.txt --model pixart-alpha-256 --weights random",
+        "no_such.txt: no such file",
+    ),
+    ("--out /dev/null/here", "Not a directory"),
+    ("--unknown", "unrecognized arguments: --unknown"),
+]
+REFUSED = {
+    demo: [
+        ("--model uvit-h", "pass weights=PATH of the original imagenet256_uvit_huge.pth"),
+        ("--schedule no_such.json", "no_such.json: no such file"),
+        ("--tau 1.5", "--tau 1.5"),
+        ("--iterations 0", "--iterations 0"),
+        ("--beta 1e-7", "--beta 1e-07: expected 0 or more, with --method sdt"),
+    ],
+    train: [
+        ("--steps 1", "1 step, which always computes"),
+        ("--iterations 0", "--iterations is 0; it must be 1 or more"),
+        ("--batch-size 0", "--batch-size is 0"),
+        ("--refresh-every -1", "--refresh-every is -1"),
+        ("--checkpoint-every 0", "--checkpoint-every is 0"),
+        ("--tau 1", "--tau 1.0"),
+        ("--beta nan", "--beta nan"),
+        ("--lr 0", "--lr 0.0"),
+        ("--proxy vibes", "invalid choice: 'vibes'"),
+    ],
+    image_sets: [
+        ("--count 0", "count is 0"),
+        ("--batch-size 0", "batch_size is 0"),
+        ("--schedule no_such.json", "no_such.json: no such file"),
+    ],
+}
+CASES = [(c, *case) for c, cases in REFUSED.items() for case in (*FOR_ALL, *cases)]
+
+
+@pytest.mark.parametrize(("command", "options", "message"), CASES)
+def test_bad_input_is_one_line_on_stderr_and_exit_code_2(
+    command, options, message, tmp_path, capsys
+):
+    out = f"--out {tmp_path}/run {'' if command is train else '--steps 2'}"
+    code, printed, err = said(command, f"{out} {options}", capsys)
+    assert (code, printed, len(err.splitlines())) == (2, "", 1)
+    assert message in err
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("command", SMALLEST)
+def test_every_option_of_the_model_reaches_load(command, tmp_path, monkeypatch, capsys):
+    options, tiny = {}, models.load
+
+    def load(name, **given):
+        options.update(given, name=name)
+        return tiny("tiny", steps=3)
+
+    monkeypatch.setattr(models, "load", load)
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("a red kite\n")
+    asked = "--model pixart-sigma-1024 --sampler iddpm --guidance 2.5 --dtype bfloat16 --steps 3"
+    asked += f" --weights random --prompts {prompts} --out {tmp_path}/run "
+    assert said(command, asked + SMALLEST[command], capsys)[0] == 0
+    assert options == {
+        "name": "pixart-sigma-1024", "sampler": "iddpm", "steps": 3, "guidance": 2.5,
+        "weights": "random", "prompts": ("a red kite",) if command is train else prompts,
+        "dtype": torch.bfloat16, "device": "cpu" if command is demo else torch.device("cpu"),
+        "activation_checkpointing": command is train,
+    }  # fmt: skip
+
+
+def test_the_commands_that_the_library_documents_are_parsed():
+    pages = "\n".join(module.__doc__ for module in (*COMMANDS.values(), distributed))
+    lines = re.findall(
+        r"^    .*-m harmonica\.(\w+)(.*)$", re.sub(r"\\\n *", "", pages), re.MULTILINE
+    )
+    assert {name for name, _ in lines} == set(COMMANDS)
+    for name, options in lines:
+        COMMANDS[name].parser().parse_args(options.split("  ")[0].split())  # then a comment
+
+
+def test_help_says_every_option_and_both_defaults_of_training():
+    shared = "model weights sampler steps guidance prompts dtype device out seed"
+    own = {
+        demo: "vae images schedule method target iterations beta tau",
+        image_sets: "vae schedule count batch-size",
+        train: "iterations batch-size beta lr refresh-every tau target refine order proxy resume "
+        "checkpoint-every dry-run activation-checkpointing",
+        tune: "pipeline speedup height width order method budget cost",
+    }
+    for command, options in own.items():
+        text = command.parser().format_help()
+        common = shared if command is not tune else "steps guidance prompts dtype device out seed"
+        for option in f"{common} {options}".split():
+            assert f"--{option}" in text, option
+    text = train.parser().format_help()
+    assert "(20000; bundled models: 1500)" in text
+    assert "(7e-08; bundled models: 1e-07)" in text
