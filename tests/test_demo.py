@@ -12,8 +12,6 @@ from matplotlib.figure import Figure
 from harmonica import Router, Schedule, demo
 from harmonica.evaluation import pictures as plots
 
-ROOT = Path(__file__).parent.parent
-
 
 @pytest.fixture
 def unpainted(monkeypatch):
