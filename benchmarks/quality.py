@@ -86,7 +86,18 @@ def jobs(args: argparse.Namespace) -> Iterator[Job]:
 
 
 def table_of(denoiser: Denoiser, method: str, speedup: float, job: Job) -> Schedule:
-    """Return the schedule of a method at a speedup; raises ValueError where that is out of its reach."""
+    """Make the schedule of a method at a speedup, or read it; ValueError where that is out of its reach."""
+    *_, seed, args = job
+    name = f"{run_of(denoiser, args)}-{method}-{speedup:g}-{seed}-{args.updates}.json"
+    path = args.out / "tables" / name
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        new_table(denoiser, method, speedup, job).save(path)
+    return Schedule.load(path)
+
+
+def new_table(denoiser: Denoiser, method: str, speedup: float, job: Job) -> Schedule:
+    """Make the schedule of a method."""
     few, cond = denoiser.draw(SEEN, torch.Generator().manual_seed(20_000_003))
     *_, seed, args = job
     generator = torch.Generator().manual_seed(seed)
@@ -141,16 +152,21 @@ def weighted(schedule: Schedule, denoiser: Denoiser, job: Job) -> Schedule:
 
 def pool_of(denoiser: Denoiser, noises: int, seed: int | None, args: argparse.Namespace) -> Pool:
     """Return references, from their file as far as it goes."""
-    name = f"references-{denoiser.steps}-{denoiser.about['sampler']}-{noises}-{seed}.safetensors"
+    name = f"references-{run_of(denoiser, args)}-{noises}-{seed}.safetensors"
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     return references(denoiser, noises=noises, generator=generator, path=args.out / name)
+
+
+def run_of(denoiser: Denoiser, args: argparse.Namespace) -> str:
+    """Name model, T and sampler, for files that belong to them."""
+    return f"{args.model}-{denoiser.steps}-{denoiser.about['sampler']}"
 
 
 def harmonica(denoiser: Denoiser, method: str, speedup: float, job: Job) -> Schedule:
     """Train, or read what was trained for the same table unrefined, and refine if the method does."""
     *_, seed, args = job
     proxy = None if method.endswith("lambda = 1") else "leave-one-out"
-    name = f"{denoiser.steps}-{denoiser.about['sampler']}-{speedup:g}-{seed}-{args.updates}-{proxy}"
+    name = f"{run_of(denoiser, args)}-{speedup:g}-{seed}-{args.updates}-{proxy}"
     path = args.out / f"{name}.safetensors"
     if not path.exists():
         began = time.perf_counter()

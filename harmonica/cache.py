@@ -103,8 +103,7 @@ def blend(r: Tensor, cache: Cache, tau: float) -> Gate:
         if before:
             if site not in before:
                 raise never_computed(site, len(scores))
-            weights = (scores[site], 1 - scores[site])
-            feature = weighted_sum(weights, (feature, before[site]))
+            feature = between(before[site], feature, scores[site])
         if renew[site]:
             cache[site] = tree_map_only(Tensor, Tensor.detach, feature)
         return feature
@@ -141,6 +140,27 @@ def weighted(
         return weighted_sum(w, outputs)
 
     return gate
+
+
+def between(kept: Feature, fresh: Feature, share: Tensor) -> Feature:
+    """Return share·fresh + (1−share)·kept, bit for bit one of the two where the share is 1 or 0.
+
+    Args:
+        kept: a tensor (B, …), or a tree of them.
+        fresh: another one; what is not a tensor is taken from it.
+        share: of fresh; one number, or one for each noise, that is repeated where guidance has
+            each noise twice.
+    """
+
+    def mix(kept: Any, fresh: Any) -> Any:
+        if not isinstance(fresh, Tensor):
+            return fresh  # attention may return (output, None)
+        each = share
+        if share.dim():
+            each = share.repeat(len(fresh) // len(share)).view(-1, *[1] * (fresh.dim() - 1))
+        return torch.lerp(kept, fresh, each.to(fresh))
+
+    return tree_map(mix, kept, fresh)
 
 
 def weighted_sum(weights: Sequence[float | Tensor], features: History) -> Feature:

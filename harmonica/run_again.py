@@ -23,12 +23,13 @@ def run_again(function: Callable[..., Any], *args: Any, **_: Any) -> Any:
     """
     if _inside.get() or not torch.is_grad_enabled():
         return function(*args)
+    return checkpoint(run_once, function, *args, use_reentrant=False, preserve_rng_state=False)
 
-    def marked(*args: Any) -> Any:
-        token = _inside.set(True)
-        try:
-            return function(*args)
-        finally:
-            _inside.reset(token)
 
-    return checkpoint(marked, *args, use_reentrant=False, preserve_rng_state=False)
+def run_once(function: Callable[..., Any], *args: Any) -> Any:
+    """Return function(*args), keeping for backward all that it computes, in its blocks as well."""
+    token = _inside.set(True)
+    try:
+        return function(*args)
+    finally:
+        _inside.reset(token)

@@ -33,9 +33,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
-from harmonica.cache import Compute, Feature, History, gated, weighted_sum
+from harmonica.cache import Compute, Feature, History, between, gated, weighted_sum
 from harmonica.denoise import Denoiser
 from harmonica.router import Schedule
 from harmonica.run_again import run_again
@@ -124,10 +123,10 @@ def _walk(denoiser: Denoiser, s: Tensor, x: Tensor, cond: Any, schedule: Schedul
             old, new = histories[site], (fresh, *histories[site])
             reused = weighted_sum(skipped[k][site], old)
             renewed = weighted_sum(computed[k][site], new)
-            out = _between(reused, renewed, s[k, site])
+            out = between(reused, renewed, s[k, site])
             first = out if reused is old[0] and renewed is fresh else None  # not the same sum twice
             after[site] = tuple(
-                first if j == 0 and first is not None else _between(*pair, s[k, site])
+                first if j == 0 and first is not None else between(*pair, s[k, site])
                 for j, pair in enumerate(zip(old, new, strict=False))
             )
             return out
@@ -179,22 +178,6 @@ def with_table(schedule: Schedule, table: Tensor) -> Schedule:
     weights = torch.where(lost, 0.0, weights)
     oldest = known.clamp(max=weights.shape[2] - 1)
     return replace(schedule, compute=table, weights=weights.scatter_add(2, oldest, moved))
-
-
-def _between(kept: Feature, fresh: Feature, s: Tensor) -> Feature:
-    """Return kept + s·(fresh − kept) with s (B,) for each noise; bit for bit either of the two at 0
-    and 1.
-    """
-
-    def between(kept: Any, fresh: Any) -> Any:
-        if not isinstance(fresh, Tensor):  # attention may return (output, None)
-            return fresh
-        each = s.repeat(len(fresh) // len(s)).view(
-            -1, *[1] * (fresh.dim() - 1)
-        )  # guidance has B twice
-        return torch.lerp(kept, fresh, each.to(fresh))
-
-    return tree_map(between, kept, fresh)
 
 
 def best_flips(model: Quadratic, table: Tensor, target: Target, *, most: int) -> Tensor:

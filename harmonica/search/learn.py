@@ -9,9 +9,9 @@ whole walk:
         error = mean (image − target)², noises that went elsewhere counting less (CAP)
         weights ← Adam step
 
-A share of the pool is not trained on. It decides which start is taken, which weights are kept and
-when to stop. A step's activations live only while it is differentiated, and a batch is split where
-memory runs out. This file does not know where the table came from.
+A share of the pool is not trained on. It decides which start is taken and which weights are kept.
+Activations of the whole walk are kept where a quarter of the free memory holds them; otherwise each
+step runs again in backward. This file does not know where the table came from.
 """
 
 from __future__ import annotations
@@ -22,22 +22,20 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.optim import Adam
 
 from harmonica.cache import Cache, gated, weighted
 from harmonica.denoise import Denoiser
 from harmonica.router import Schedule
-from harmonica.run_again import run_again
-from harmonica.search.errors import CAP, image_errors, in_portions, outlier_weights
+from harmonica.run_again import run_again, run_once
+from harmonica.search.errors import CAP, free_bytes, image_errors, in_portions, outlier_weights
 from harmonica.search.references import Pool, pool_errors
 from harmonica.table import check_fit, taylor_weights
 
 SHARE = 6
 """One noise of so many is not trained on."""
-
-PATIENCE = 4
-"""Learning stops after so many rounds over the pool without a better validation error."""
 
 
 def learn_weights(
@@ -56,14 +54,15 @@ def learn_weights(
 
     Learning starts from the best of the schedule as it is, reuse, and TaylorSeer's forecasts that
     fit into `history`. If nothing better is found on the noises that are held back, that start is
-    returned. An update costs about four walks of `batch_size` noises under the schedule.
+    returned. An update costs about three walks of `batch_size` noises under the
+    schedule, four where memory is short.
 
     Args:
         denoiser: model, sampler, guidance.
         schedule: whose table stays as it is.
         pool: noises and targets (`references`); one in SHARE is held back for validation.
         history: m, past outputs that a gate may read; memory grows with it.
-        iterations: updates at most.
+        iterations: updates.
         batch_size: noises in an update.
         lr: of Adam, falling to zero along a half cosine.
         generator: shuffles the pool; one with a seed of its own if None.
@@ -86,13 +85,14 @@ def learn_weights(
     weights, mask = _trainable(best, history, training.x)
     optimizer = Adam([weights], lr=lr, betas=(0.9, 0.99))
     generator = torch.Generator().manual_seed(0) if generator is None else generator
-    patience, order = PATIENCE, torch.empty(0, dtype=torch.long)
+    order = torch.empty(0, dtype=torch.long)
+    again = not _walk_fits(denoiser, training[slice(batch_size)])
     for update in range(1, iterations + 1):
         if len(order) == 0:
             order = torch.randperm(len(training), generator=generator, device=generator.device)
         batch, order = training[order[:batch_size]], order[batch_size:]
         optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * update / iterations)) / 2
-        weights.grad = _gradient(denoiser, schedule, weights, batch, most) * mask
+        weights.grad = _gradient(denoiser, schedule, weights, batch, most, again) * mask
         _finite(float(weights.grad.sum()))
         optimizer.step()
         if len(order) and update < iterations:
@@ -101,11 +101,8 @@ def learn_weights(
         error = float(pool_errors(denoiser, validation, learned).mean())
         if progress is not None:
             progress(update, error)
-        patience -= 1
         if error < lowest:
-            best, lowest, patience = learned, error, PATIENCE
-        if patience == 0:
-            break
+            best, lowest = learned, error
     facts = {"weights_history": history, "weights_pool": len(pool), "weights_error": lowest}
     return replace(best, provenance={**schedule.provenance, **facts})
 
@@ -133,13 +130,14 @@ def _trainable(start: Schedule, history: int, x: Tensor) -> tuple[Tensor, Tensor
 
 
 def _gradient(
-    denoiser: Denoiser, schedule: Schedule, weights: Tensor, batch: Pool, most: float
+    denoiser: Denoiser, schedule: Schedule, weights: Tensor, batch: Pool, most: float, again: bool
 ) -> Tensor:
     """Return the gradient (T, N, 1 + m) of the batch's mean error, noises above `most` weighed."""
+    table = schedule.compute.tolist()
 
     def run(first: int, last: int) -> Tensor:
         part = batch[slice(first, last)]
-        image = weighted_walk(denoiser, schedule.compute.tolist(), weights, part.x, part.cond)
+        image = weighted_walk(denoiser, table, weights, part.x, part.cond, again=again)
         away = image - part.images
         errors = image_errors(image.detach(), part.images)
         counts = outlier_weights(errors, most) / (len(batch) * away[0].numel())
@@ -152,7 +150,13 @@ def _gradient(
 
 
 def weighted_walk(
-    denoiser: Denoiser, table: list[list[bool]], weights: Tensor, x: Tensor, cond: Any
+    denoiser: Denoiser,
+    table: list[list[bool]],
+    weights: Tensor,
+    x: Tensor,
+    cond: Any,
+    *,
+    again: bool = True,
 ) -> Tensor:
     """Return the image (B, C, H, W) of a walk, differentiable in its weights (T, N, 1 + m).
 
@@ -162,6 +166,7 @@ def weighted_walk(
         weights: of the gates.
         x: (B, C, H, W) pure noise.
         cond: conditions for the batch.
+        again: run each step once more in backward, so that the activations of one step are alive.
     """
 
     def step(
@@ -175,9 +180,27 @@ def weighted_walk(
 
     cache: Cache = {}
     memory: dict[str, Any] = {}
-    for k, w in enumerate(weights.unbind()):  # activations live while their step is differentiated
-        x, cache, memory = run_again(step, x, w, k, cache, memory)
+    run = run_again if again else run_once
+    for k, w in enumerate(weights.unbind()):
+        x, cache, memory = run(step, x, w, k, cache, memory)
     return x
+
+
+def _walk_fits(denoiser: Denoiser, batch: Pool) -> bool:
+    """Return whether a quarter of the free memory holds what T steps keep for backward."""
+    kept: dict[int, int] = {}  # of one prediction: address of a storage -> bytes
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = 0 if isinstance(tensor, nn.Parameter) else storage.nbytes()
+        return tensor
+
+    x = batch.x.clone().requires_grad_()
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        out = run_once(denoiser.predict, x, 0, batch.cond)
+    fits = denoiser.steps * sum(kept.values()) < free_bytes(x.device) // 4
+    del out  # until here it keeps the storages alive, so that no address comes twice
+    return fits
 
 
 def _finite(number: float) -> None:

@@ -132,12 +132,13 @@ def test_the_walk_that_is_differentiated_is_the_schedules_own(table, order):
         assert torch.allclose(image, sample(d, x, cond, schedule), rtol=1e-12, atol=1e-12)
 
 
-def test_the_gradient_is_that_of_finite_differences():
+@pytest.mark.parametrize("again", [True, False])
+def test_the_gradient_is_that_of_finite_differences(again):
     d = make(remembers=True)
     x, cond = start(d, 2)
     weights = replace(TABLE, order=1).gate_weights.requires_grad_()
     direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
-    image = weighted_walk(d, TABLE.compute.tolist(), weights, x, cond)
+    image = weighted_walk(d, TABLE.compute.tolist(), weights, x, cond, again=again)
     gradient = torch.autograd.grad(image, weights, direction)[0]
     for entry in ((1, 0, 1), (3, 1, 2), (3, 3, 1), (1, 1, 0)):
         ends = []
@@ -176,6 +177,20 @@ def test_portions_of_a_batch_give_its_gradient_to_rounding(monkeypatch):
     small = "harmonica.search.learn.in_portions"
     monkeypatch.setattr(small, lambda run, total, size: in_portions(run, total, min(size, 3)))
     assert torch.allclose(learn_weights(d, TABLE, pool, **SMALL).weights, whole.weights, atol=1e-5)
+
+
+def test_where_memory_is_short_steps_run_again_and_the_weights_are_the_same(monkeypatch):
+    d, pool = make(), drawn(12)
+    whole = learn_weights(d, TABLE, pool, **SMALL)
+    monkeypatch.setattr("harmonica.search.learn.free_bytes", lambda device: 0)
+    seen = []
+    walk = weighted_walk
+    monkeypatch.setattr(
+        "harmonica.search.learn.weighted_walk",
+        lambda *a, again: seen.append(again) or walk(*a, again=again),
+    )
+    assert learn_weights(d, TABLE, pool, **SMALL) == whole
+    assert all(seen)
 
 
 def test_the_model_is_left_as_it_was():
