@@ -46,7 +46,7 @@ def learn_weights(
     history: int = 3,
     iterations: int = 144,
     batch_size: int = 32,
-    lr: float = 0.02,
+    lr: float = 0.01,
     generator: torch.Generator | None = None,
     progress: Callable[[int, float], None] | None = None,
 ) -> Schedule:
