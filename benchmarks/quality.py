@@ -92,7 +92,10 @@ def table_of(denoiser: Denoiser, method: str, speedup: float, job: Job) -> Sched
     path = args.out / "tables" / name
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
-        new_table(denoiser, method, speedup, job).save(path)
+        began = time.perf_counter()
+        schedule = new_table(denoiser, method, speedup, job)
+        facts = {**schedule.provenance, "seconds": round(time.perf_counter() - began, 1)}
+        replace(schedule, provenance=facts).save(path)
     return Schedule.load(path)
 
 
@@ -193,7 +196,7 @@ def row_of(job: Job) -> dict[str, Any]:
     if path.exists():
         return read_json(path)
     torch.set_num_threads(1)
-    denoiser, began = load(args.model, steps=steps, sampler=sampler), time.perf_counter()
+    denoiser = load(args.model, steps=steps, sampler=sampler)
     pool = pool_of(denoiser, args.noises, 1_000_003, args)
     plain = uncached(
         denoiser, pool, args.out / f"plain-{args.model}-{steps}-{sampler}-{args.noises}.pt"
@@ -212,7 +215,6 @@ def row_of(job: Job) -> dict[str, Any]:
         else:
             schedule = table_of(denoiser, method, speedup, job)
             row |= {"speedup": schedule.speedup(macs(denoiser)), "made": dict(schedule.provenance)}
-            row["seconds_to_make"] = round(time.perf_counter() - began, 1)
             images = Walk(denoiser, schedule)(pool.x, pool.cond)
     except ValueError as out_of_reach:
         row["refused"] = str(out_of_reach)

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -103,12 +104,19 @@ def blend(r: Tensor, cache: Cache, tau: float) -> Gate:
         if before:
             if site not in before:
                 raise never_computed(site, len(scores))
-            feature = between(before[site], feature, scores[site])
+            feature = tree_map(partial(_mix, scores[site]), before[site], feature)
         if renew[site]:
             cache[site] = tree_map_only(Tensor, Tensor.detach, feature)
         return feature
 
     return gate
+
+
+def _mix(r: Tensor, kept: Any, fresh: Any) -> Any:
+    """Return r·fresh + (1−r)·kept in one pass, bit for bit one of the two at 1 and 0."""
+    if not isinstance(fresh, Tensor):
+        return fresh  # attention may return (output, None)
+    return torch.lerp(kept, fresh, r.to(fresh))
 
 
 def weighted(
@@ -140,27 +148,6 @@ def weighted(
         return weighted_sum(w, outputs)
 
     return gate
-
-
-def between(kept: Feature, fresh: Feature, share: Tensor) -> Feature:
-    """Return share·fresh + (1−share)·kept, bit for bit one of the two where the share is 1 or 0.
-
-    Args:
-        kept: a tensor (B, …), or a tree of them.
-        fresh: another one; what is not a tensor is taken from it.
-        share: of fresh; one number, or one for each noise, that is repeated where guidance has
-            each noise twice.
-    """
-
-    def mix(kept: Any, fresh: Any) -> Any:
-        if not isinstance(fresh, Tensor):
-            return fresh  # attention may return (output, None)
-        each = share
-        if share.dim():
-            each = share.repeat(len(fresh) // len(share)).view(-1, *[1] * (fresh.dim() - 1))
-        return torch.lerp(kept, fresh, each.to(fresh))
-
-    return tree_map(mix, kept, fresh)
 
 
 def weighted_sum(weights: Sequence[float | Tensor], features: History) -> Feature:

@@ -1,4 +1,4 @@
-"""Quadratic: what turning over entries of a table does to the image, told by two backward passes
+"""Flip effects: what turning over entries of a table does to the image, told by two backward passes
 through one walk.
 
     e       an entry (k, i) with k ≥ 1                                              E = (T−1)·N of them
@@ -6,23 +6,29 @@ through one walk.
     v_e     ∂image/∂z_e, what turning e over does to the image, sign included       (B, C, H, W)
     d       image(table) − what it should be, a pool's image                        (B, C, H, W)
 
-Near a table, what several entries do adds up as vectors, so entries that cancel each other are
-seen, and so is a refresh that helps the steps after it (λ and a router's gradient know only the
-*size* of what each does by itself):
+Near a table, what several entries do adds up as vectors:
 
     error(z) ≈ mean (d + Σ_e z_e·v_e)² = error + 2·z·h + zᵀGz,    h_e = mean d·v_e,    G_ef = mean v_e·v_f
 
-To turn one entry over and walk to the end costs T − k predictions, N·T(T−1)/2 for all of them. A
-gradient costs a few walks, whatever N: let every site give kept + s·(fresh − kept), with s = 1
-where the table computes and 0 where it does not (`kept` is a forecast if the schedule's order says
-so). That is the table's own walk, and the derivative along s is v, up to its sign. Then
+So entries that cancel each other are seen, and so is an entry that moves the image towards its
+target. λ and a router's gradient know only the *size* of what each entry does by itself.
 
-    h      is the gradient of ½·mean (image − plain)²: one backward pass, from d
+How z enters a walk. Whatever its gate, a site gives a sum of the outputs that it computed so far:
+
+    output at step k = Σ_c R[k, c]·(fresh output of step c)        R follows from the table (`reads`)
+
+Turning an entry e over gives another table, with other sums R′. So the walk is run with
+R + Σ_e z_e·(R′_e − R). At z = 0 that is the table's own walk; with one z_e at 1 it is exactly the
+walk of the table with e turned over; and v_e is its derivative at 0. What a skipped entry would
+have computed is computed as well, since other tables read it.
+
+    h      is the gradient of ½·mean (image − target)²: one backward pass, from d
     G      takes one more, from random signs ξ: E[ξξᵀ] = 1, so (ξ·v_e)(ξ·v_f) is v_e·v_f on average (Hutchinson 1990)
 
-A flip is not a derivative, but close: with the bundled model h correlates to 0.99 with what flips
-do (docs/log.md). It is far from one where reuse has led a walk to another image altogether, so such
-noises are weighed down (`CAP`). This file does not know routers, nor how a table is searched for.
+That costs a few walks, whatever N. To turn each entry over and walk to the end would cost
+N·T(T−1)/2 predictions. A derivative is not a flip, but close (docs/log.md). It is far from one
+where reuse has led a walk to another image altogether, so such noises are weighed down (`CAP`).
+This file does not know routers, nor how a table is searched for.
 """
 
 from __future__ import annotations
@@ -33,19 +39,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
-from harmonica.cache import Compute, Feature, History, between, gated, weighted_sum
+from harmonica.cache import Compute, Feature, History, gated
 from harmonica.denoise import Denoiser
 from harmonica.router import Schedule
 from harmonica.run_again import run_again
 from harmonica.search.budget import Target
 from harmonica.search.errors import CAP, PORTION, image_errors, in_portions, outlier_weights
 from harmonica.search.references import Pool
-from harmonica.table import taylor_forecasts
+from harmonica.table import taylor_weights
 
 WALKS = 7
-"""What `flip_effects_at` costs, in walks: one forward, then one again and a backward pass (worth two) from d
-and from ξ."""
+"""What `flip_effects_at` costs, in walks, at most: one forward, then one again and a backward pass
+(worth two) from d and from ξ."""
 
 
 @dataclass(frozen=True)
@@ -73,24 +80,23 @@ def flip_effects_at(
 
     Args:
         denoiser: model, sampler, guidance.
-        schedule: table, order and weights; weights stay as they are where nothing flips.
+        schedule: table, order and weights; `with_table` says what a flip does to the weights.
         pool: M noises, and the images that they should become.
         signs: (M, C, H, W) of ±1, ξ of each noise.
         portion: noises at a time, fewer where memory runs out; the same result to rounding.
     """
-    table, wide = schedule.compute, torch.promote_types(pool.x.dtype, torch.float32)
-    flipped = torch.where(table, -1.0, 1.0)[1:].double()[:, :, None]  # ∂s/∂z, (T−1, N, 1)
+    sums, wide = _Sums(schedule, pool.x.device), torch.promote_types(pool.x.dtype, torch.float32)
 
     def run(first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
         part = pool[slice(first, last)]
-        s = table.to(part.x.device, wide)[:, :, None].repeat(1, 1, last - first).requires_grad_()
-        image = _walk(denoiser, s, part.x, part.cond, schedule)
+        z = part.x.new_zeros(*sums.entries, last - first, dtype=wide).requires_grad_()
+        image = _walk(denoiser, z, part.x, part.cond, sums)
         away = (image - part.images).detach()
         scale = away.square().mean().sqrt().clamp_min(1e-30)  # half precision would lose small ones
         dots: list[Tensor] = []
         for along in (away / scale, signs[first:last].to(away)):
-            gradient = torch.autograd.grad(image, s, along, retain_graph=not dots)[0]
-            dots.append((flipped.to(s.device) * gradient[1:].double()).flatten(0, 1))
+            gradient = torch.autograd.grad(image, z, along, retain_graph=not dots)[0]
+            dots.append(gradient.double().flatten(0, 1))
         return dots[0] * scale, dots[1], image_errors(image.detach(), part.images)
 
     portions = zip(*in_portions(run, len(pool), portion), strict=True)
@@ -99,85 +105,110 @@ def flip_effects_at(
     return Quadratic(away @ weight, (random * weight) @ random.T)
 
 
-def _walk(denoiser: Denoiser, s: Tensor, x: Tensor, cond: Any, schedule: Schedule) -> Tensor:
-    """Return the image (B, C, H, W), differentiable in s (T, N, B).
+def reads(schedule: Schedule) -> Tensor:
+    """Return R (T, N, T) float64: at step k, site i gives Σ_c R[k, i, c]·(its output of step c).
 
-    Histories are blended as outputs are: s·(what follows a computation) + (1−s)·(what was there).
-    Before a site's first m outputs its history is filled up with the oldest.
+    >>> reads(Schedule([[True], [False], [True]], order=0))[:, 0].tolist()
+    [[1.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]
     """
-    computed, skipped = both_weights(schedule)
-    past = len(skipped[0][0])
-    histories: dict[int, History] = {}
+    compute, weights = schedule.compute, schedule.gate_weights
+    weights = taylor_weights(compute, 0) if weights is None else weights.double()
+    past = compute.cumsum(0) - compute.long()  # outputs computed before step k, (T, N)
+    age = past[:, :, None] - past.T  # (T, N, T): the output of c < k is the age-th last one
+    readable = compute.T & (age > 0) & (age < weights.shape[2])
+    read = weights.gather(2, age.clamp(0, weights.shape[2] - 1)) * readable
+    return read + torch.diag_embed(weights[:, :, 0].T).transpose(0, 1)
+
+
+class _Sums:
+    """The sums R of a schedule, and how much they change when an entry is turned over."""
+
+    def __init__(self, schedule: Schedule, device: torch.device) -> None:
+        table, own = schedule.compute, reads(schedule)
+        changes = []
+        for k in range(1, len(table)):  # sites do not mix, so a row's entries are turned together
+            other = table.clone()
+            other[k] = ~other[k]
+            changes.append(reads(with_table(schedule, other)) - own)
+        change = torch.stack(changes) if changes else own[None][:0]  # (T−1, T, N, T)
+        steps = ((own != 0) | (change != 0).any(0)).tolist()
+        # of each step and site, the steps c whose outputs are read, newest first
+        self.read = [
+            [[c for c in range(k, -1, -1) if row[c]] for row in rows]
+            for k, rows in enumerate(steps)
+        ]
+        self.own, self.change = own.to(device), change.to(device)
+        self.table, self.entries = table.tolist(), (len(change), table.shape[1])
+
+    def at(self, k: int, z: Tensor) -> Tensor:
+        """Return the weights of each site's outputs at step k, (N, T, B), for z (T−1, N, B)."""
+        change = torch.einsum("enc,enb->ncb", self.change[:, k].to(z), z)
+        return self.own[k, :, :, None].to(z) + change
+
+
+def _walk(denoiser: Denoiser, z: Tensor, x: Tensor, cond: Any, sums: _Sums) -> Tensor:
+    """Return the image (B, C, H, W), differentiable in z (T−1, N, B) at 0."""
+    outputs: dict[int, History] = {}  # of each site, one for each step so far
     memory: dict[str, Any] = {}
 
     def step(
-        x: Tensor, k: int, histories: dict[int, History], memory: dict[str, Any]
+        x: Tensor, z: Tensor, k: int, outputs: dict[int, History], memory: dict[str, Any]
     ) -> tuple[Tensor, dict[int, History], dict[str, Any]]:
-        memory, after = memory.copy(), {}
+        memory, after, weights = memory.copy(), {}, sums.at(k, z)
 
         def gate(site: int, compute: Compute) -> Feature:
-            fresh = compute()
-            if site not in histories:
-                after[site] = (fresh,) * past
-                return weighted_sum(computed[k][site], after[site])
-            old, new = histories[site], (fresh, *histories[site])
-            reused = weighted_sum(skipped[k][site], old)
-            renewed = weighted_sum(computed[k][site], new)
-            out = between(reused, renewed, s[k, site])
-            first = out if reused is old[0] and renewed is fresh else None  # not the same sum twice
-            after[site] = tuple(
-                first if j == 0 and first is not None else between(*pair, s[k, site])
-                for j, pair in enumerate(zip(old, new, strict=False))
-            )
-            return out
+            with torch.set_grad_enabled(torch.is_grad_enabled() and sums.table[k][site]):
+                after[site] = (*outputs.get(site, ()), compute())  # at z = 0 no skipped one is read
+            read = sums.read[k][site]
+            return _sum(weights[site, read], [after[site][c] for c in read])
 
         with gated(denoiser.sites, gate):
             out = denoiser.predict(x, k, cond)
-        return denoiser.step(x, out, k, memory), histories | after, memory
+        return denoiser.step(x, out, k, memory), after, memory
 
     for k in range(denoiser.steps):  # a step's activations live only while it is differentiated
-        x, histories, memory = run_again(step, x, k, histories, memory)
+        x, outputs, memory = run_again(step, x, z, k, outputs, memory)
     return x
 
 
-def both_weights(schedule: Schedule) -> tuple[list[list[list[float]]], list[list[list[float]]]]:
-    """Return each entry's weights if it computes, (T, N, 1 + m), and if it skips, (T, N, m).
+def _sum(weights: Tensor, features: list[Feature]) -> Feature:
+    """Return Σ_c w_c·f_c with weights (C, B) for each noise; what is not a tensor is the first's."""
 
-    The schedule knows one of the two. A skipped entry that is flipped gets (1, 0, …), a computed
-    one the forecast of the schedule's order.
-    """
-    compute = schedule.compute[:, :, None]
-    skipped = taylor_forecasts(schedule.compute, schedule.order)
-    fresh = torch.zeros(*schedule.compute.shape, 1 + skipped.shape[2], dtype=torch.float64)
-    fresh[:, :, 0] = 1.0
-    if schedule.gate_weights is None:
-        return fresh.tolist(), skipped.tolist()
-    mine = schedule.gate_weights.double()
-    wider = mine.shape[2] - fresh.shape[2]  # the longer memory of the two
-    skipped, fresh = F.pad(skipped, (0, max(wider, 0))), F.pad(fresh, (0, max(wider, 0)))
-    mine = F.pad(mine, (0, max(-wider, 0)))
-    fresh = torch.where(compute, mine, fresh)
-    skipped = torch.where(compute, skipped, mine[:, :, 1:])
-    return fresh.tolist(), skipped.tolist()
+    def add(*leaves: Any) -> Any:
+        if not isinstance(leaves[0], Tensor):
+            return leaves[0]  # attention may return (output, None)
+        twice = len(leaves[0]) // weights.shape[1]  # guidance has each noise twice
+        shape = (len(leaves), -1, *[1] * (leaves[0].dim() - 1))
+        total, *terms = (
+            w * f
+            for w, f in zip(weights.repeat(1, twice).to(leaves[0]).view(shape), leaves, strict=True)
+        )
+        for term in terms:
+            total = total + term
+        return total
+
+    return tree_map(add, *features)
 
 
 def with_table(schedule: Schedule, table: Tensor) -> Schedule:
     """Return a schedule with another table (T, N).
 
     Without learned weights its order goes on to fill the gaps. Learned weights stay where the
-    decision does; a flipped entry gets those of `both_weights`. The weight of an output that is not
-    computed any more goes to the oldest one that is.
+    decision does; a flipped entry gets those of the schedule's order. The weight of an output that
+    is not computed any more goes to the oldest one that is.
     """
     if schedule.weights is None:
         return replace(schedule, compute=table)
-    computed, skipped = (torch.tensor(each) for each in both_weights(schedule))
-    weights = torch.where(table[:, :, None], computed, F.pad(skipped, (1, 0)))
+    learned, new = schedule.weights, taylor_weights(table, schedule.order).float()
+    size = max(learned.shape[2], new.shape[2])
+    learned, new = (F.pad(each, (0, size - each.shape[2])) for each in (learned, new))
+    weights = torch.where((table == schedule.compute)[:, :, None], learned, new)
     known = (table.cumsum(0) - table.long())[:, :, None]  # outputs computed before each entry
-    lost = torch.arange(weights.shape[2]) > known
+    lost = torch.arange(size) > known
     moved = (weights * lost).sum(2, keepdim=True)
-    weights = torch.where(lost, 0.0, weights)
-    oldest = known.clamp(max=weights.shape[2] - 1)
-    return replace(schedule, compute=table, weights=weights.scatter_add(2, oldest, moved))
+    oldest = known.clamp(max=size - 1)
+    weights = torch.where(lost, 0.0, weights).scatter_add(2, oldest, moved)
+    return replace(schedule, compute=table, weights=weights)
 
 
 def best_flips(model: Quadratic, table: Tensor, target: Target, *, most: int) -> Tensor:

@@ -10,20 +10,25 @@ from conftest import make, seeds, start, tables
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harmonica import Macs, Router, Schedule, blend, sample
-from harmonica.denoise import denoise, final_image
+from harmonica import Macs, Router, Schedule, sample
 from harmonica.models import load
 from harmonica.samplers import SAMPLERS
 from harmonica.search import flip_effects as quadratic
 from harmonica.search.budget import Target
-from harmonica.search.flip_effects import Quadratic, _walk, best_flips, flip_effects_at, with_table
+from harmonica.search.flip_effects import (
+    Quadratic,
+    _Sums,
+    _walk,
+    best_flips,
+    flip_effects_at,
+    with_table,
+)
 from harmonica.search.learn import learn_weights
 from harmonica.search.references import Pool, references
 
 TABLE = torch.tensor(
     [[True] * 4, [True, False, True, True], [False, True, True, False], [True, False] * 2]
 )
-ENTRIES = [(1 + e // 4, e % 4) for e in range(12)]
 
 
 def weigh(table, past, seed):
@@ -39,14 +44,18 @@ def effects(d, schedule, x, cond, images, signs, **how):
     return flip_effects_at(d, schedule, Pool(x, cond, images), signs, **how)
 
 
-def along(d, x, cond, k, i, by=1e-5, order=0):
+def walk(d, z, x, cond, schedule):
+    """Return the image for z (E,) or (T − 1, N, B)."""
+    z = z if z.dim() == 3 else z.double().view(3, 4, 1).repeat(1, 1, len(x))
+    return _walk(d, z, x, cond, _Sums(schedule, x.device))
+
+
+def along(d, x, cond, e, by=1e-5, order=0):
     """Return v of one entry, (B, …), by a difference of two walks whose entry is a little off, either way."""
-    ends = []
-    for sign in (-1, 1):
-        s = TABLE.double()[:, :, None].repeat(1, 1, len(x))
-        s[k, i] += sign * by
-        ends.append(_walk(d, s, x, cond, Schedule(TABLE, order=order)))
-    return (ends[1] - ends[0]) / (2 * by) * (-1 if TABLE[k, i] else 1)
+    unit = by * (torch.arange(12) == e).double()
+    schedule = Schedule(TABLE, order=order)
+    there, back = (walk(d, sign * unit, x, cond, schedule) for sign in (1, -1))
+    return (there - back) / (2 * by)
 
 
 @given(table=tables(), remembers=st.booleans(), order=st.integers(0, 2), seed=seeds)
@@ -55,27 +64,21 @@ def test_the_walk_that_is_differentiated_is_the_tables_own_bit_for_bit(
 ):
     d = make(remembers=remembers)
     x, cond = start(d, 3, seed)
-    s = table.compute.double()[:, :, None].repeat(1, 1, 3)
     schedule = replace(table, order=order)
-    assert torch.equal(_walk(d, s, x, cond, schedule), sample(d, x, cond, schedule))
-    assert torch.equal(_walk(d, torch.ones_like(s), x, cond, schedule), sample(d, x, cond))
+    assert torch.equal(walk(d, torch.zeros(12), x, cond, schedule), sample(d, x, cond, schedule))
 
 
-@pytest.mark.parametrize("k", [1, 2, 3])
-def test_between_0_and_1_a_row_is_what_the_router_blends(k):
-    """Where the blended feature is kept, which is where r > τ, the two walks are one."""
+@given(table=tables(), order=st.integers(0, 2), past=st.integers(0, 3), e=st.integers(0, 11))
+def test_an_entry_that_is_turned_all_the_way_gives_the_walk_of_that_table(table, order, past, e):
     d = make()
     x, cond = start(d, 2)
-    r = torch.ones(4, 4, dtype=torch.float64)
-    r[k] = torch.tensor([0.9, 0.6, 0.3, 0.2])
-    cache = {}
-    blended = final_image(denoise(d, x, cond, lambda k: blend(r[k], cache, 0.1)))
-    assert torch.allclose(
-        _walk(d, r[:, :, None].repeat(1, 1, 2), x, cond, Schedule(TABLE)),
-        blended,
-        rtol=1e-12,
-        atol=1e-12,
-    )
+    schedule = replace(table, order=order)
+    schedule = weigh(schedule, past, e) if past else schedule
+    z = torch.arange(12) == e
+    other = table.compute.clone()
+    other[1:] ^= z.view(3, 4)
+    image = sample(d, x, cond, with_table(schedule, other))
+    assert torch.allclose(walk(d, z, x, cond, schedule), image, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize(("remembers", "order"), [(False, 0), (True, 0), (False, 1), (True, 2)])
@@ -84,11 +87,8 @@ def test_h_and_g_are_derivatives_of_the_image(remembers, order, monkeypatch):
     d = make(remembers=remembers)
     x, cond = start(d, 3)
     plain = sample(d, x, cond)
-    v = torch.stack([along(d, x, cond, k, i, order=order) for k, i in ENTRIES])  # (E, B, C, H, W)
-    away = (
-        _walk(d, TABLE.double()[:, :, None].repeat(1, 1, 3), x, cond, Schedule(TABLE, order=order))
-        - plain
-    )
+    v = torch.stack([along(d, x, cond, e, order=order) for e in range(12)])  # (E, B, C, H, W)
+    away = sample(d, x, cond, Schedule(TABLE, order=order)) - plain
     pixels = x[0].numel()
     found = []
     for p in range(pixels):  # unit vectors for signs, all of them: then G is exact
@@ -107,7 +107,7 @@ def test_random_signs_give_g_on_average(monkeypatch):
     d = make()
     x, cond = start(d, 4000)
     plain, generator = sample(d, x, cond), torch.Generator().manual_seed(0)
-    v = torch.stack([along(d, x, cond, k, i) for k, i in ENTRIES]).flatten(1)
+    v = torch.stack([along(d, x, cond, e) for e in range(12)]).flatten(1)
     signs = torch.randint(2, x.shape, generator=generator) * 2 - 1
     g = effects(d, Schedule(TABLE), x, cond, plain, signs).curvature
     assert float((g - v @ v.T / x.numel()).norm() / g.norm()) < 0.1
@@ -158,8 +158,8 @@ def test_another_table_keeps_learned_weights_where_its_decisions_are_the_same(
     assert with_table(learned, table.compute) == learned
     same = (other.compute == table.compute) & (past_of(other) >= past)
     assert torch.equal(moved.weights[same], learned.weights[same])
-    s = table.compute.double()[:, :, None].repeat(1, 1, 2)
-    assert torch.allclose(_walk(d, s, x, cond, learned), sample(d, x, cond, learned))
+    image = walk(d, torch.zeros(12), x, cond, learned)
+    assert torch.allclose(image, sample(d, x, cond, learned))
 
 
 def past_of(table):
