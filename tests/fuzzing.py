@@ -41,13 +41,7 @@ from harmonica.training.checkpoint import Checkpoint
 from harmonica.training.state import Settings, fingerprint, start
 
 SITES = tuple(f"blocks.{i}.{kind}" for i in range(2) for kind in ("attn", "mlp"))
-ABOUT = {
-    "model": "small",
-    "sampler": "ddim",
-    "timesteps": (9, 5, 0),
-    "guidance": 1.5,
-    "provenance": {"seed": 1},
-}
+ABOUT = {"model": "small", "sampler": "ddim", "timesteps": (9, 5, 0), "guidance": 1.5}
 LONGEST = 600
 """Characters of an error; a file that is wrong everywhere must not fill the screen."""
 
@@ -86,10 +80,8 @@ def _use_router(router: Router) -> None:
 
 def _rows(path: Path) -> None:
     rows = {f"{k}.prob": torch.linspace(-5, 5, 4) * (-1) ** k for k in range(3)}
-    torch.save(
-        {"routers": rows, "opt": {}, "args": argparse.Namespace(lambda_c=500, model="DiT-XL/2")},
-        path,
-    )
+    args = argparse.Namespace(lambda_c=500, model="DiT-XL/2")
+    torch.save({"routers": rows, "opt": {}, "args": args}, path)
 
 
 @lru_cache(1)
@@ -106,20 +98,15 @@ def _weights(path: Path) -> None:
 
 def _fill(path: Path) -> None:
     with torch.device("meta"):
-        model = DiT(
-            input_size=4,
-            patch_size=2,
-            in_channels=2,
-            hidden_size=8,
-            depth=2,
-            num_heads=2,
-            num_classes=3,
-        )
+        model = DiT(input_size=4, patch_size=2, in_channels=2, hidden_size=8, depth=2, num_heads=2,
+                    num_classes=3)  # fmt: skip
     fill(model, read_state(path), path)
     assert all(p.device.type == "cpu" and p.isfinite().all() for p in model.parameters())
-    model.to(torch.float32)(
-        torch.zeros(1, 2, 4, 4), torch.zeros(1), torch.zeros(1, dtype=torch.long)
-    )
+    label = torch.zeros(1, dtype=torch.long)
+    model.to(torch.float32)(torch.zeros(1, 2, 4, 4), torch.zeros(1), label)
+
+
+_SETTINGS = {"batch_size": 1, "tau": 0.1, "beta": 7e-8, "lr": 0.01, "refresh_every": 25}
 
 
 @lru_cache(1)
@@ -127,30 +114,14 @@ def _checkpoint_bytes() -> bytes:
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
-        train_sdt(
-            make(dtype=torch.float32),
-            **_SETTINGS,
-            iterations=3,
-            checkpoint=Path(folder) / "c",
-            progress=False,
-        )
-        return (Path(folder) / "c").read_bytes()
-
-
-_SETTINGS: dict[str, Any] = {
-    "batch_size": 1,
-    "tau": 0.1,
-    "beta": 7e-8,
-    "lr": 0.01,
-    "refresh_every": 25,
-}
+        path, d = Path(folder) / "c", make(dtype=torch.float32)
+        train_sdt(d, **_SETTINGS, iterations=3, checkpoint=path, progress=False)
+        return path.read_bytes()
 
 
 def _resume(path: Path) -> None:
-    d, settings = (
-        make(dtype=torch.float32),
-        Settings(**_SETTINGS, proxy="leave-one-out", target=None),
-    )
+    d = make(dtype=torch.float32)
+    settings = Settings(**_SETTINGS, proxy="leave-one-out", target=None)
     state, facts = start(d, settings), {"settings": settings.facts(), "weights": fingerprint(d)}
     Checkpoint(path, 100, facts).begin(state, 6, resume=True)
     assert 0 <= state.updates <= 6
@@ -166,18 +137,13 @@ def _part(path: Path) -> None:
 
 def _read_part(path: Path) -> None:
     images, labels = read_piece(Piece(path, 0, 1, 2))
-    assert (images.dtype, tuple(images.shape[::3]), labels.dtype, len(labels)) == (
-        torch.uint8,
-        (2, 3),
-        torch.int64,
-        2,
-    )
+    kinds = images.dtype, tuple(images.shape[::3]), labels.dtype, len(labels)
+    assert kinds == (torch.uint8, (2, 3), torch.int64, 2)
 
 
 def _npz(path: Path) -> None:
-    np.savez_compressed(
-        path, arr_0=np.arange(96, dtype=np.uint8).reshape(2, 4, 4, 3), arr_1=np.arange(2)
-    )
+    pixels = np.arange(96, dtype=np.uint8).reshape(2, 4, 4, 3)
+    np.savez_compressed(path, arr_0=pixels, arr_1=np.arange(2))
 
 
 def _images(path: Path) -> None:
@@ -254,65 +220,22 @@ def lost(data: bytes, draw: random.Random) -> bytes:
 
 
 BLIND = (any_bytes, one_byte, cut, longer, lost)
-NUMBERS = (
-    0,
-    1,
-    -1,
-    2,
-    3,
-    4,
-    2**31,
-    2**63,
-    -(2**63),
-    10**18,
-    10**400,
-    1.5,
-    -0.0,
-    float("nan"),
-    float("inf"),
-    1e308,
-)
-TEXTS = (
-    "",
-    "x",
-    "0101",
-    "é\ud800\x00",
-    "harmonica-schedule-1",
-    "F32",
-    "I64",
-    "BOOL",
-    "F8_E4M3",
-    "__class__",
-    "x" * 999,
-)
-KEYS = (
-    "format",
-    "steps",
-    "sites",
-    "compute",
-    "timesteps",
-    "shape",
-    "dtype",
-    "logits",
-    "self",
-    "__class__",
-    "a.b",
-    "",
-)
+NUMBERS = (0, 1, -1, 2, 3, 4, 2**31, 2**63, -(2**63), 10**18, 10**400, 1.5, -0.0)
+NUMBERS += (float("nan"), float("inf"), 1e308)
+TEXTS = ("", "x", "0101", "é\ud800\x00", "harmonica-schedule-1", "F32", "I64", "BOOL", "F8_E4M3")
+TEXTS += ("__class__", "x" * 999)
+KEYS = ("format", "steps", "sites", "compute", "timesteps", "shape", "dtype", "logits", "self")
+KEYS += ("__class__", "a.b", "")
 
 
 def any_json(draw: random.Random, depth: int = 3) -> Any:
     """Return any JSON value, with a liking for those that hurt."""
     kind = draw.randrange(7 if depth else 5)
     if kind < 5:
-        return draw.choice(
-            (None, True, False, draw.choice(NUMBERS), draw.choice(NUMBERS), draw.choice(TEXTS))
-        )
-    if kind == 5:
-        return [any_json(draw, depth - 1) for _ in range(draw.choice((0, 1, 2, 3, 4)))]
-    return {
-        draw.choice(KEYS + TEXTS): any_json(draw, depth - 1) for _ in range(draw.choice((0, 1, 3)))
-    }
+        number = draw.choice(NUMBERS)
+        return draw.choice((None, True, False, number, number, draw.choice(TEXTS)))
+    items = [any_json(draw, depth - 1) for _ in range(draw.choice((0, 1, 2, 3, 4)))]
+    return items if kind == 5 else {draw.choice(KEYS + TEXTS): item for item in items}
 
 
 def one_field(data: Any, draw: random.Random) -> Any:
@@ -350,9 +273,8 @@ def header(data: bytes, draw: random.Random) -> bytes:
     told, body = json.loads(data[8 : 8 + length]), data[8 + length :]
     what = draw.randrange(4)
     if what == 0:
-        return (
-            struct.pack("<Q", draw.choice((0, 1, length - 1, length + 1, 2**31, 2**63))) + data[8:]
-        )
+        wrong = draw.choice((0, 1, length - 1, length + 1, 2**31, 2**63))
+        return struct.pack("<Q", wrong) + data[8:]
     if what == 1 and told.get("__metadata__"):
         facts = told["__metadata__"]
         key = draw.choice(list(facts))
@@ -368,9 +290,8 @@ def header(data: bytes, draw: random.Random) -> bytes:
 
 def _retyped(tensor: dict[str, Any], draw: random.Random) -> dict[str, Any]:
     """Say another type of as many bytes, so that the size is right."""
-    per = (tensor["data_offsets"][1] - tensor["data_offsets"][0]) // max(
-        1, int(np.prod(tensor["shape"]))
-    )
+    start, end = tensor["data_offsets"]
+    per = (end - start) // max(1, int(np.prod(tensor["shape"])))
     same = {1: ("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 2: ("F16", "BF16", "I16", "U16")}
     same |= {4: ("F32", "I32", "U32"), 8: ("F64", "I64", "U64", "C64")}
     return {**tensor, "dtype": draw.choice(same[per])}
@@ -379,10 +300,8 @@ def _retyped(tensor: dict[str, Any], draw: random.Random) -> dict[str, Any]:
 def _reshaped(tensor: dict[str, Any], draw: random.Random) -> dict[str, Any]:
     """Say another shape of as many entries."""
     entries = int(np.prod(tensor["shape"]))
-    return {
-        **tensor,
-        "shape": draw.choice(([entries], [1, entries], [entries, 1], [1, *tensor["shape"]], [])),
-    }
+    shapes = ([entries], [1, entries], [entries, 1], [1, *tensor["shape"]], [])
+    return {**tensor, "shape": draw.choice(shapes)}
 
 
 def inside(data: bytes, draw: random.Random) -> bytes:
@@ -393,68 +312,38 @@ def inside(data: bytes, draw: random.Random) -> bytes:
         pickles = [name for name in names if name.endswith("data.pkl")]
         victim = draw.choice(names + pickles * 4)
         for name in names:
-            body = old.read(name)
-            new.writestr(
-                name,
-                draw.choice((one_byte, one_byte, cut, lost))(body, draw)
-                if name == victim and body
-                else body,
-            )
+            body, way = old.read(name), draw.choice((one_byte, one_byte, cut, lost))
+            new.writestr(name, way(body, draw) if name == victim and body else body)
     return packed.getvalue()
 
 
 def ways(target: Target) -> tuple[Callable[[bytes, random.Random], bytes], ...]:
     """Return what can be done to a file of this kind."""
     suffix = Path(target.file).suffix
-    knowing = {
-        ".json": (field_of_json,),
-        ".safetensors": (header,),
-        ".pt": (inside,),
-        ".npz": (inside,),
-    }
+    knowing = {".json": (field_of_json,), ".safetensors": (header,), ".pt": (inside,)}
+    knowing[".npz"] = (inside,)
     return (*BLIND, *knowing.get(suffix, ()) * 5)
 
 
 # ------------------------------------------------------------ trying
 
-_FORBIDDEN = (
-    "os.system",
-    "os.exec",
-    "os.fork",
-    "os.posix_spawn",
-    "os.spawn",
-    "subprocess.Popen",
-    "socket.",
-    "shutil.",
-)
-_FORBIDDEN += (
-    "os.mkdir",
-    "os.remove",
-    "os.rename",
-    "os.rmdir",
-    "os.chmod",
-    "os.symlink",
-    "ctypes.dlopen",
-    "pty.",
-)
+_FORBIDDEN = ("os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "subprocess.Popen")
+_FORBIDDEN += ("socket.", "shutil.", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.chmod")
+_FORBIDDEN += ("os.symlink", "ctypes.dlopen", "pty.")
 _seen: list[str] | None = None
 
 
 def _hook(event: str, args: tuple[Any, ...]) -> None:
     if _seen is None:
         return
-    if (
-        event == "open"
-        and len(args) > 2
-        and isinstance(args[2], int)
-        and args[2] & (os.O_WRONLY | os.O_RDWR)
-    ):
-        if args[0] != os.devnull:
+    if event == "open":
+        writes = len(args) > 2 and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)
+        if writes and args[0] != os.devnull:
             _seen.append(f"open {args[0]!r:.80} for writing")
     elif event in (
         "exec",
         "compile",
-    ):  # of a file's text; a lazy import compiles too, but from a file of Python
+    ):  # of a file's text; a lazy import's comes from Python's files
         name = getattr(args[0], "co_filename", args[-1]) if event == "exec" else args[1]
         if not str(name).endswith((".py", ">")) or str(name) in ("<string>", "<stdin>"):
             _seen.append(f"{event} {name!r:.80}")

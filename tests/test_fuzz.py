@@ -35,21 +35,14 @@ def test_a_valid_file_is_read(target, tmp_path):
 
 
 @kinds
-@settings(max_examples=40)
+@settings(max_examples=30)
 @given(draw=st.randoms(use_true_random=False))
 def test_a_spoilt_file_is_read_or_refused_by_name_and_runs_nothing(target, draw, tmp_path):
     data = draw.choice(ways(target))(whole(target)[target.file], draw)
     assert outcome(target, put(target, tmp_path, data)) in ("object", "refused")
 
 
-@kinds
-@settings(max_examples=15)
-@given(data=st.binary(max_size=200))
-def test_any_bytes_are_refused_by_name_or_read(target, data, tmp_path):
-    assert outcome(target, put(target, tmp_path, data)) in ("object", "refused")
-
-
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(draw=st.randoms(use_true_random=False))
 def test_any_json_in_place_of_a_table_is_refused_or_read(draw, tmp_path):
     for target in TARGETS:
@@ -147,10 +140,8 @@ def test_an_archive_that_would_unpack_to_more_than_it_is_is_refused(tmp_path):
 def test_an_npz_that_claims_more_images_than_there_is_memory_for_is_refused(tmp_path):
     claim = f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({10**15}, 4, 4, 3), }}".encode()
     with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
-        archive.writestr(
-            "arr_0.npy",
-            b"\x93NUMPY\x01\x00" + struct.pack("<H", len(claim) + 1) + claim + b"\n" + b"123",
-        )
+        head = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(claim) + 1)
+        archive.writestr("arr_0.npy", head + claim + b"\n123")
     with pytest.raises(ValueError, match=r"x\.npz is a damaged \.npz"):
         list(read_images(tmp_path / "x.npz"))
 

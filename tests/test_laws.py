@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import random
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from conftest import make, seeds, start, tables
@@ -26,21 +28,30 @@ from harmonica import (
     sample,
     sdt,
 )
-from harmonica.denoise import final_image
+from harmonica.denoise import final_image, gates_of
+
+
+def walk(d, x, y, schedule, cache=None, **more):
+    """Return the walk of a denoiser under a schedule, as a generator."""
+    return denoise(d, x, y, gates_of(schedule, {} if cache is None else cache), **more)
+
+
+def drawn(steps=4, seed=3):
+    """Return a router for a small denoiser, in its precision."""
+    return Router(steps, 4, generator=torch.Generator().manual_seed(seed)).double()
+
+
+def same(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def state_of(denoiser):
     """Everything a model could have gained: attributes, hooks, buffers, gradients."""
     return {
-        name: (
-            set(m.__dict__),
-            id(m.__dict__.get("forward")),
-            set(m._buffers),
-            len(m._forward_hooks) + len(m._forward_pre_hooks),
-            [p.grad for p in m.parameters()],
-        )
+        name: (set(m.__dict__), id(m.__dict__.get("forward")), set(m._buffers),
+               len(m._forward_hooks) + len(m._forward_pre_hooks), [p.grad for p in m.parameters()])
         for name, m in denoiser.model.named_modules()
-    }
+    }  # fmt: skip
 
 
 def counted(denoiser):
@@ -59,27 +70,20 @@ def counted(denoiser):
 # ---------------------------------------------------------------------------------------------- gates
 
 
-@given(
-    st.integers(1, 5), st.integers(1, 3), st.integers(1, 3), st.sampled_from([1.0, 1.5, 4.0]), seeds
-)
+@given(st.integers(1, 5), st.integers(1, 3), st.integers(1, 3), st.sampled_from([1.0, 1.5]), seeds)
 def test_computing_everything_is_the_plain_model_bit_for_bit(steps, depth, batch, guidance, seed):
     d = make(steps, depth, guidance=guidance, seed=seed % 100)
     x, y = start(d, batch, seed)
-    cache = {}
-    plain = denoise(d, x, y)
-    full = denoise(d, x, y, lambda k: reuse([True] * len(d.sites), cache))
-    assert all(torch.equal(a, b) for a, b in zip(plain, full, strict=True))
+    assert same(denoise(d, x, y), walk(d, x, y, Schedule([[True] * 2 * depth] * steps)))
 
 
 @given(tables(), seeds)
 def test_blend_at_a_saturated_router_is_reuse_bit_for_bit(schedule, seed):
     d = make()
     x, y = start(d, seed=seed)
-    hard, soft = {}, {}
-    r = schedule.compute.double()
-    a = denoise(d, x, y, lambda k: reuse(schedule.compute[k], hard))
-    b = denoise(d, x, y, lambda k: blend(r[k], soft, 0.1))
-    assert all(torch.equal(one, other) for one, other in zip(a, b, strict=True))
+    hard, soft, r = {}, {}, schedule.compute.double()
+    blended = denoise(d, x, y, lambda k: blend(r[k], soft, 0.1))
+    assert same(walk(d, x, y, schedule, hard), blended)
     assert all(torch.equal(hard[site], soft[site]) for site in hard)
 
 
@@ -91,8 +95,7 @@ def test_reuse_runs_exactly_the_scheduled_sites(schedule):
     for site, module in enumerate(d.sites.values()):
         forward = module.forward
         module.forward = lambda *a, site=site, forward=forward: ran.append(site) or forward(*a)
-    cache = {}
-    for k, _ in enumerate(denoise(d, x, y, lambda k: reuse(schedule.compute[k], cache))):
+    for k, _ in enumerate(walk(d, x, y, schedule)):
         assert ran == schedule.compute[k].nonzero().flatten().tolist()
         ran.clear()
 
@@ -105,9 +108,8 @@ def test_a_skipped_site_never_calls_compute():
 def test_reusing_what_was_never_computed_is_refused(small):
     x, y = start(small)
     walk = denoise(small, x, y, lambda k: reuse([False] * 4, {}), start=1)
-    with pytest.raises(
-        RuntimeError, match="site 0 of 4 is to be reused but this trajectory has not computed it"
-    ):
+    message = "site 0 of 4 is to be reused but this trajectory has not computed it"
+    with pytest.raises(RuntimeError, match=message):
         next(walk)
 
 
@@ -121,24 +123,13 @@ def test_scores_are_not_taken_for_decisions():
         reuse(torch.tensor([0.2, 0.9]), {})
 
 
-def test_a_feature_may_be_a_tree_of_tensors():
+def test_a_feature_may_be_a_tree_of_tensors_and_what_is_none_passes_through():
     cache = {}
-    pair = lambda v: (torch.full((2,), v), {"text": torch.full((1,), v)})  # noqa: E731
-    blend(torch.ones(1), cache, 0.1)(0, lambda: pair(1.0))
-    image, rest = blend(torch.tensor([0.25]), cache, 0.1)(0, lambda: pair(5.0))
-    assert image.tolist() == [2.0, 2.0]
-    assert rest["text"].tolist() == [2.0]
+    tree = lambda v: (torch.full((2,), v), {"text": torch.full((1,), v)}, None)  # noqa: E731
+    blend(torch.ones(1), cache, 0.1)(0, lambda: tree(1.0))
+    image, rest, none = blend(torch.tensor([0.25]), cache, 0.1)(0, lambda: tree(5.0))
+    assert (image.tolist(), rest["text"].tolist(), none) == ([2.0, 2.0], [2.0], None)
     assert reuse([False], cache)(0, pytest.fail)[1]["text"].tolist() == [2.0]
-
-
-def test_what_is_not_a_tensor_in_a_feature_passes_through(small):
-    cache = {}
-    r = torch.tensor([1.0])
-    gate = blend(r, cache, 0.1)
-    gate(0, lambda: (torch.ones(2), None))
-    feature = blend(torch.tensor([0.5]), cache, 0.1)(0, lambda: (torch.zeros(2), None))
-    assert torch.equal(feature[0], torch.full((2,), 0.5))
-    assert feature[1] is None
 
 
 def test_the_blended_feature_replaces_the_cached_one_only_above_tau():
@@ -162,11 +153,9 @@ def test_gated_puts_back_what_stood_there(small):
 
 def test_one_module_at_two_sites_is_refused():
     linear = nn.Linear(1, 1)
-    with (
-        pytest.raises(ValueError, match="a module stands at two sites"),
-        gated([linear, linear], reuse([True] * 2, {})),
-    ):
-        pass
+    with pytest.raises(ValueError, match="a module stands at two sites"):
+        with gated([linear, linear], reuse([True] * 2, {})):
+            pass
 
 
 # ---------------------------------------------------------------------------------------------- walks
@@ -186,18 +175,12 @@ def test_the_bundled_and_a_random_denoiser_keep_the_laws(small):
         (lambda d: d.model.requires_grad_(True), "asks for a gradient"),
         (lambda d: setattr(d, "steps", 3), "a walk has"),
         (
-            lambda d: [
-                block.attn.register_forward_hook(lambda m, i, o: o.add_(1))
-                for block in d.model.blocks
-            ],
+            lambda d: d.model.blocks[0].attn.register_forward_hook(lambda m, i, o: o.add_(1)),
             "in place",
         ),
         (lambda d: setattr(d, "sites", {**d.sites, "unused": nn.Linear(1, 1)}), "asked once"),
-        (
-            lambda d: setattr(d, "step", lambda x, out, k, memory: x + torch.randn_like(x)),
-            "global generator",
-        ),
-        (lambda d: setattr(d, "step", lambda x, out, k, memory: x - x.mean()), "neighbours"),
+        (lambda d: setattr(d, "step", lambda x, *_: x + torch.randn_like(x)), "global generator"),
+        (lambda d: setattr(d, "step", lambda x, *_: x - x.mean()), "neighbours"),
     ],
 )
 def test_check_denoiser_names_the_law_that_is_broken(small, fault, law):
@@ -212,52 +195,38 @@ def test_check_denoiser_names_the_law_that_is_broken(small, fault, law):
 def test_a_forked_walk_ends_where_the_original_does(schedule, at, seed):
     d = make()
     x, y = start(d, seed=seed)
-    cache, memory = {}, {}
-    fork = (x, {}, {})
-    for k, end in enumerate(
-        denoise(d, x, y, lambda k: reuse(schedule.compute[k], cache), memory=memory), start=1
-    ):
+    cache, memory, fork = {}, {}, (x, {}, {})
+    for k, end in enumerate(walk(d, x, y, schedule, cache, memory=memory), start=1):
         if k == at:
             fork = (end, cache.copy(), memory.copy())
     x, cache, memory = fork
-    assert torch.equal(
-        end,
-        final_image(
-            denoise(d, x, y, lambda k: reuse(schedule.compute[k], cache), start=at, memory=memory)
-        ),
-    )
+    forked = final_image(walk(d, x, y, schedule, cache, start=at, memory=memory))
+    assert torch.equal(end, forked)
 
 
 @given(tables(), tables(), seeds)
 def test_two_trajectories_share_nothing(one, other, seed):
     d = make()
     (x1, y1), (x2, y2) = start(d, seed=seed), start(d, seed=seed + 1)
-    alone = sample(d, x1, y1, one), sample(d, x2, y2, other)
-    cache1, cache2 = {}, {}
-    a = denoise(d, x1, y1, lambda k: reuse(one.compute[k], cache1))
-    b = denoise(d, x2, y2, lambda k: reuse(other.compute[k], cache2))
-    together = list(zip(a, b, strict=True))[-1]  # step by step in turn
-    assert torch.equal(alone[0], together[0])
-    assert torch.equal(alone[1], together[1])
+    in_turn = list(zip(walk(d, x1, y1, one), walk(d, x2, y2, other), strict=True))[-1]
+    assert same(in_turn, (sample(d, x1, y1, one), sample(d, x2, y2, other)))
 
 
 @given(tables(), seeds)
 def test_an_image_does_not_depend_on_its_neighbours(schedule, seed):
     d = make()
     x, y = start(d, batch=3, seed=seed)
-    torch.testing.assert_close(
-        sample(d, x, y, schedule)[:1], sample(d, x[:1], y[:1], schedule), rtol=1e-9, atol=1e-9
-    )
+    all_three, alone = sample(d, x, y, schedule), sample(d, x[:1], y[:1], schedule)
+    torch.testing.assert_close(all_three[:1], alone, rtol=1e-9, atol=1e-9)
 
 
 def test_an_interrupted_walk_leaves_nothing_behind(small):
-    before, plain = state_of(small), None
-    x, y = start(small)
+    before, (x, y) = state_of(small), start(small)
     plain = sample(small, x, y)
-    walk = denoise(small, x, y, lambda k: reuse([True] * 4, {}))
-    next(walk)
+    steps = walk(small, x, y, Schedule([[True] * 4] * 4))
+    next(steps)
     assert state_of(small) == before  # between two steps
-    walk.close()
+    steps.close()
 
     def broken(site, compute):
         raise KeyboardInterrupt
@@ -279,10 +248,9 @@ def test_a_model_copied_after_a_walk_is_a_plain_model(small):
 
 def test_a_walk_takes_no_gradients_and_leaves_the_mode_as_it_was(small):
     x, y = start(small)
-    router, cache = Router(4, small.sites).double(), {}
-    assert not final_image(
-        denoise(small, x, y, lambda k: blend(router.row(k), cache, 0.1))
-    ).requires_grad
+    router, cache = drawn(), {}
+    end = final_image(denoise(small, x, y, lambda k: blend(router.row(k), cache, 0.1)))
+    assert not end.requires_grad
     for _ in denoise(small, x, y):
         assert torch.is_grad_enabled()
 
@@ -297,50 +265,49 @@ def brute_force(d, r, x, y, tau, mode):
         cache = {}
         return final_image(denoise(d, x, y, lambda k: blend(table[k], cache, tau)))
 
-    ones = torch.ones_like(r)
+    steps, ones = len(r), torch.ones_like(r)
     if mode == "leave-one-out":
-        rows = range(len(r))
-        pairs = [
-            (image(r), image(torch.stack([ones[k] if i == k else r[i] for i in rows])))
-            for k in rows
-        ]
+        tables = [torch.cat([r[:k], ones[:1], r[k + 1 :]]) for k in range(steps)]
+        pairs = [(image(r), image(table)) for table in tables]
     else:
-        ends = [image(torch.cat([r[:k], ones[k:]])) for k in range(len(r) + 1)]
+        ends = [image(torch.cat([r[:k], ones[k:]])) for k in range(steps + 1)]
         pairs = list(zip(ends[1:], ends[:-1], strict=True))
     return torch.stack([(a - b).square().mean() for a, b in pairs])
 
 
-@given(st.integers(1, 5), seeds, st.sampled_from(["leave-one-out", "telescoping"]))
-def test_lambda_by_shared_prefixes_equals_brute_force_at_half_the_predictions(steps, seed, mode):
+both_modes = pytest.mark.parametrize("mode", ["leave-one-out", "telescoping"])
+
+
+@both_modes
+@given(st.integers(1, 5), seeds)
+def test_lambda_by_shared_prefixes_equals_brute_force_at_half_the_predictions(mode, steps, seed):
     d = make(steps)
     x, y = start(d, seed=seed)
-    r = Router(steps, 4, generator=torch.Generator().manual_seed(seed))().detach().double()
+    r = drawn(steps, seed)().detach()
     expected = brute_force(d, r, x, y, 0.1, mode)
     calls = counted(d)
     assert torch.equal(image_error(d, r, x, y, tau=0.1, mode=mode), expected)
     assert len(calls) == steps * (steps + 1) // 2
 
 
-@given(tables(), seeds, st.sampled_from(["leave-one-out", "telescoping"]))
-def test_lambda_is_zero_for_a_step_that_reuses_nothing(schedule, seed, mode):
+@both_modes
+@given(tables(), seeds)
+def test_lambda_is_zero_for_a_step_that_reuses_nothing(mode, schedule, seed):
     d = make()
     x, y = start(d, seed=seed)
     lam = image_error(d, schedule.compute.double(), x, y, mode=mode)
     assert lam[schedule.compute.all(dim=1)].abs().sum() == 0
 
 
-@pytest.mark.parametrize("mode", ["leave-one-out", "telescoping"])
+@both_modes
 def test_a_sampler_with_a_memory_is_forked_with_it(mode):
     d = make(5, remembers=True)
     check_denoiser(d)
     x, y = start(d)
-    r = Router(5, 4, generator=torch.Generator().manual_seed(0))().detach().double()
+    r = drawn(5)().detach()
     assert torch.equal(image_error(d, r, x, y, mode=mode), brute_force(d, r, x, y, 0.1, mode))
-    one, two = (
-        start(d, seed=1),
-        start(d, batch=3, seed=2),
-    )  # a memory left over would be of another batch
-    assert len(list(sdt(d, Router(5, 4).double(), [one, two], proxy=None))) == 8
+    noise = [start(d, seed=1), start(d, batch=3, seed=2)]  # a memory left over would not fit
+    assert len(list(sdt(d, drawn(5), noise, proxy=None))) == 8
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -353,22 +320,12 @@ def test_the_loss_and_lambda_are_wide_although_the_model_is_half(dtype):
 
 
 def test_lambda_leaves_every_random_generator_as_it_found_it(small):
-    import random
-
-    import numpy as np
-
-    x, y = start(small)
-    r = Router(4, 4)().detach().double()
-
     def states():
-        return (
-            torch.get_rng_state().tolist(),
-            random.getstate(),
-            np.random.get_state()[1].tolist(),
-        )
+        theirs = random.getstate(), np.random.get_state()[1].tolist()
+        return torch.get_rng_state().tolist(), *theirs
 
     before = states()
-    image_error(small, r, x, y)
+    image_error(small, drawn()().detach(), *start(small))
     assert states() == before
 
 
@@ -384,7 +341,7 @@ def test_lambda_refuses_what_it_does_not_know(small):
 
 
 def trained(d, *, n=2, **options):
-    router = Router(d.steps, d.sites, generator=torch.Generator().manual_seed(3)).double()
+    router = drawn(d.steps)
     noise = [start(d, seed=i) for i in range(n)]
     return router, list(sdt(d, router, noise, beta=1e-3, **options))
 
@@ -394,22 +351,20 @@ def test_one_update_for_each_step_but_the_first(small):
     assert [(u.trajectory, u.k) for u in updates] == [(n, k) for n in range(3) for k in range(1, 4)]
     router, updates = trained(small, n=1, lr=0.0)
     for u in updates:
-        assert u.loss == pytest.approx(
-            u.lam * u.mse + 1e-3 * float(router.row(u.k).detach().sum()), rel=1e-9
-        )
+        price = 1e-3 * float(router.row(u.k).detach().sum())
+        assert u.loss == pytest.approx(u.lam * u.mse + price, rel=1e-9)
 
 
 def test_each_trajectory_begins_with_an_empty_cache(small):
     """A feature left from another trajectory would be of another batch, and not blend."""
-    router = Router(4, small.sites).double()
     noise = [start(small, batch=2), start(small, batch=3)]
-    assert len(list(sdt(small, router, noise, proxy=None))) == 6
+    assert len(list(sdt(small, drawn(), noise, proxy=None))) == 6
 
 
 def test_the_student_takes_the_step(small):
     walked, step = [], small.step
     small.step = lambda x, out, k, memory: walked.append((k, x)) or step(x, out, k, memory)
-    router = Router(4, small.sites, generator=torch.Generator().manual_seed(3)).double()
+    router = drawn()
     x, y = start(small)
     list(sdt(small, router, [(x, y)], lr=0.0, proxy=None))
     cache = {}
@@ -431,12 +386,9 @@ def test_training_moves_the_router_and_nothing_else(small):
     before, weights = state_of(small), copy.deepcopy(small.model.state_dict())
     image = sample(small, x, y)
     router, _ = trained(small)
-    fresh = Router(4, small.sites, generator=torch.Generator().manual_seed(3)).double()
-    assert not torch.equal(router.logits, fresh.logits)
+    assert not torch.equal(router.logits, drawn().logits)
     assert state_of(small) == before
-    assert all(
-        torch.equal(weights[name], value) for name, value in small.model.state_dict().items()
-    )
+    assert same(weights.values(), small.model.state_dict().values())
     assert torch.equal(image, sample(small, x, y))
 
 
@@ -447,7 +399,7 @@ def test_no_weight_ever_gets_a_gradient_even_if_it_asks(small):
 
 
 def test_gradients_never_cross_steps(small):
-    router = Router(4, small.sites).double()
+    router = drawn()
     x, y = start(small)
     for update in sdt(small, router, [(x, y)], proxy=None):
         assert [row.grad is not None for row in router.rows] == [k == update.k for k in range(1, 4)]
@@ -456,7 +408,7 @@ def test_gradients_never_cross_steps(small):
 def test_cached_features_carry_no_history(small):
     cache = {}
     x, y = start(small)
-    router = Router(4, small.sites).double()
+    router = drawn()
     for k in (0, 1):
         with gated(small.sites, blend(router.row(k), cache, 0.0)):
             out = small.predict(x, k, y)
@@ -470,11 +422,9 @@ def test_blend_is_right_under_activation_checkpointing():
 
     def gradients(*, checkpointed):
         for block, forward in zip(d.model.blocks, forwards, strict=True):
-            block.forward = (
-                partial(checkpoint, forward, use_reentrant=False) if checkpointed else forward
-            )
-        router, _ = trained(d, n=2, proxy=None)
-        return router.logits
+            again = partial(checkpoint, forward, use_reentrant=False)
+            block.forward = again if checkpointed else forward
+        return trained(d, proxy=None)[0].logits
 
     assert torch.equal(gradients(checkpointed=True), gradients(checkpointed=False))
 
@@ -500,22 +450,15 @@ def test_a_router_of_another_shape_is_refused(small):
 def test_lambda_weighs_the_loss(small):
     _, plain = trained(small, n=1, proxy=None)
     _, weighed = trained(small, n=1)
-    lam = image_error(
-        small,
-        Router(4, 4, generator=torch.Generator().manual_seed(3)).double()(),
-        *start(small, seed=0),
-    )
+    lam = image_error(small, drawn()(), *start(small, seed=0))
     assert [u.lam for u in plain] == [1.0] * 3
     assert [u.lam for u in weighed] == pytest.approx(lam[1:].tolist(), rel=1e-6)
     assert weighed[0].mse == plain[0].mse
 
 
 def test_the_objective_is_lambda_mse_plus_beta_sum_r():
-    out, target, r = (
-        torch.tensor([1.0, 3.0]),
-        torch.zeros(2),
-        torch.tensor([0.5, 0.25], requires_grad=True),
-    )
+    out, target = torch.tensor([1.0, 3.0]), torch.zeros(2)
+    r = torch.tensor([0.5, 0.25], requires_grad=True)
     loss = objective(out, target, r, lam=0.1, beta=2.0)
     assert loss.item() == pytest.approx(0.1 * 5 + 2 * 0.75)
     loss.backward()
