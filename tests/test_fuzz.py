@@ -152,9 +152,7 @@ def test_an_oversized_text_is_refused_unread(read, tmp_path):
     with (tmp_path / "big.json").open("wb") as file:
         file.write(b"{")
         file.truncate(2**36)
-    with pytest.raises(
-        ValueError, match=r"big\.json is 65536 MB; a text has at most 64 MB"
-    ):
+    with pytest.raises(ValueError, match=r"big\.json is 65536 MB; a text has at most 64 MB"):
         read(tmp_path / "big.json")
 
 
