@@ -111,7 +111,7 @@ def _falling(update: int) -> float:
     return 1e-3 * min(1.0, (SECOND - update) / COOLDOWN)
 
 
-SECOND, COOLDOWN = 18000, 4000
+SECOND, COOLDOWN = 14038, 4000
 RECIPES = {
     "tiny": Recipe(digits, (Phase(24000, _cosine),), betas=(0.9, 0.999), average=0.9995),
     "garments": Recipe(

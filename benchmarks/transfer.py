@@ -1,0 +1,80 @@
+"""Run tables and weights on a model or a sampler that they were not made for.
+
+    python benchmarks/quality.py --methods … --speedups 2      first: it makes the tables and the references
+    python benchmarks/transfer.py --out out/quality            a minute
+
+Each figure is the distance to the reference over that of the uncached walk: 1 is as far as no cache at all. The library
+refuses a table under other timesteps than its own, so this script takes the timesteps off; a table with another number
+of steps has other rows and stays refused. Writes results/transfer.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from quality import pool_of, uncached
+from record import RESULTS, ended, record
+
+from harmonica import Schedule
+from harmonica.evaluation.distances import image_mse
+from harmonica.inference.walk import Walk
+from harmonica.models import load
+
+METHODS = ("dynamic programming, order 1", "weights on dynamic programming")
+PLACES = (
+    ("tiny", "ddim"),
+    ("tiny", "dpm-solver++"),
+    ("garments", "ddim"),
+    ("garments", "dpm-solver++"),
+)
+
+
+def rows_at(model: str, sampler: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Run every table that there is at one model and sampler, at the noises of its references."""
+    held_out = f"references-{model}-20-{sampler}-{args.noises}-1000003.safetensors"
+    if not (args.out / held_out).exists():
+        return []
+    denoiser, args.model = load(model, steps=20, sampler=sampler), model
+    pool = pool_of(denoiser, args.noises, 1_000_003, args)
+    plain = uncached(denoiser, pool, args.out / f"plain-{model}-20-{sampler}-{args.noises}.pt")
+    rows = []
+    for method in METHODS:
+        for source, other in PLACES:
+            file = args.out / "tables" / f"{source}-20-{other}-{method}-2-0-1500.json"
+            if not file.exists():
+                continue
+            schedule = replace(Schedule.load(file), timesteps=tuple(denoiser.about["timesteps"]))
+            images = Walk(denoiser, schedule)(pool.x, pool.cond)
+            ratio = image_mse(images, pool.images) / image_mse(plain, pool.images)
+            rows.append(
+                {
+                    "method": method,
+                    "made_for": [source, other],
+                    "run_on": [model, sampler],
+                    "ratio": ratio,
+                }
+            )
+            print(rows[-1], flush=True)
+    return rows
+
+
+def main() -> None:
+    """Run every table everywhere, and record."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--noises", type=int, default=1000, help="as quality.py was asked for")
+    parser.add_argument("--out", type=Path, default=Path("out/quality"), help="quality.py's")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    record(
+        "transfer", {"rows": [row for place in PLACES for row in rows_at(*place, args)]}, RESULTS
+    )
+
+
+if __name__ == "__main__":
+    ended(main)
