@@ -16,7 +16,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: $(READY)       ## train a router, draw with and without it, save pictures (two minutes)
+demo: $(READY)       ## make a table, draw with and without it, save pictures (two minutes)
 	$(BIN)/python -m harmonica.demo --out $(OUT)
 
 test: $(READY)       ## the tests, on two cores

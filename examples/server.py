@@ -10,7 +10,7 @@
 diffusers' schedulers remember where a walk is, so pipelines that run at once need one each. They
 share everything else: the server holds one transformer and a few light pipelines around it, and a
 request waits for a free one. Each is cached once, when the server starts. A cancelled walk leaves
-nothing behind, so its pipeline serves the next request. Put your own in `model()` and `tables()`.
+nothing behind, so its pipeline serves the next request. For your own, change `model()`, `tables()`, the scheduler's class and both calls of the pipeline.
 """
 
 from __future__ import annotations

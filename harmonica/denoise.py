@@ -42,7 +42,7 @@ class Denoiser(Protocol):
     def about(self) -> dict[str, Any]: ...  # noqa: D102 (described above)
 
     def predict(self, x: Tensor, k: int, cond: Any) -> Tensor:
-        """Return the guided output at step k for x (B, C, H, W)."""
+        """Return the guided output at step k for x (B, C, H, W); guidance may double its rows."""
         ...
 
     def step(self, x: Tensor, out: Tensor, k: int, memory: dict[str, Any]) -> Tensor:
@@ -74,7 +74,7 @@ def denoise(
     denoiser: Denoiser,
     x: Tensor,
     cond: Any,
-    gate: Callable[[int], Gate] | None = None,
+    gates: Callable[[int], Gate] | None = None,
     *,
     start: int = 0,
     memory: dict[str, Any] | None = None,
@@ -89,17 +89,17 @@ def denoise(
         denoiser: model, sampler, guidance.
         x: (B, C, H, W), pure noise at start = 0.
         cond: conditions for the batch.
-        gate: k -> gate of step k, such as `gates_of(schedule, cache)`; None is the plain model.
+        gates: k -> gate of step k, such as `gates_of(schedule, cache)`; None is the plain model.
         start: first step to run; a walk forked before step k starts at k.
         memory: the sampler's, changed by the walk; a fork passes copies of it and of the cache.
     """
     memory = {} if memory is None else memory
     for k in range(start, denoiser.steps):
         with torch.no_grad():  # not inference_mode: a cache filled there could not be trained from
-            if gate is None:
+            if gates is None:
                 out = denoiser.predict(x, k, cond)
             else:
-                with gated(denoiser.sites, gate(k)):
+                with gated(denoiser.sites, gates(k)):
                     out = denoiser.predict(x, k, cond)
             x = denoiser.step(x, out, k, memory)
         yield x

@@ -61,13 +61,14 @@ def image_error(  # noqa: D417 (some arguments are described together)
     memory: dict[str, Any] = {}
     forks: list[Tensor] = []  # forks[k−1]: image of the walk that leaves the main one before step k
     main = denoise(denoiser, x, cond, blends(r, cache, tau), memory=memory)
-    for k, x in enumerate(main, start=1):
+    for k, x_k in enumerate(main, start=1):
         if k < denoiser.steps:
             table = r.clone()
             table[k : k + 1 if mode == "leave-one-out" else None] = 1.0
             gate, copy = blends(table, cache.copy(), tau), memory.copy()
-            forks.append(final_image(denoise(denoiser, x, cond, gate, start=k, memory=copy)))
-    ends = [x] * len(forks) if mode == "leave-one-out" else [*forks, x][1:]
+            forks.append(final_image(denoise(denoiser, x_k, cond, gate, start=k, memory=copy)))
+    # what a fork is compared with: the image of the main walk, x_k now, or that of the next fork
+    ends = [x_k] * len(forks) if mode == "leave-one-out" else [*forks, x_k][1:]
     errors = [mse(end, fork) for end, fork in zip(ends, forks, strict=True)]
     return torch.stack([torch.zeros((), device=x.device), *errors])
 
@@ -78,7 +79,9 @@ def blends(r: Tensor, cache: Cache, tau: float) -> Callable[[int], Gate]:
 
 
 def mse(out: Tensor, target: Tensor) -> Tensor:
-    """Return the mean squared difference, (), in float32 or wider: half precision loses 1e-12."""
+    """Return the mean squared difference, (), in float32 or wider, because half precision
+    rounds 1e-12 to zero.
+    """
     return F.mse_loss(_at_least_float32(out), _at_least_float32(target))
 
 

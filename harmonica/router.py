@@ -6,7 +6,7 @@
     CUR        cache utilisation ratio, the share of the T×N entries that are reused
     weights    of each entry's gate, w₀·fresh + Σⱼ wⱼ·(j-th last computed output)    (T, N, 1 + m)
 
-Row k is the k-th *executed* step. Row 0 is not trained: a trajectory has nothing to reuse at its
+Row k is the k-th *executed* step. Row 0 is not trained: a walk has nothing to reuse at its
 first step. This file does not know models, caches or losses; files are in harmonica/storage/.
 """
 
@@ -133,14 +133,14 @@ class Schedule:
         return replace(self, compute=compute, weights=None, timesteps=(), provenance=origin)
 
     def fit(self, sites: Sequence[str]) -> Schedule:
-        """Return the schedule in the names and the order of a model's sites, as
-        `harmonica.site_names.columns_for` matches them, or unchanged if it is for other sites.
+        """Return the schedule with its columns renamed and ordered as a model's sites, or unchanged if
+        the names do not match (`harmonica.site_names.columns_for`).
         """
         columns = columns_for(self.sites, sites)
         if columns is None or self.sites == tuple(sites):
             return self
         compute, weights = F.pad(self.compute, (0, 1), value=True)[:, columns], self.weights
-        if weights is not None:  # column −1, which the pads add, always computes
+        if weights is not None:  # a site that the table lacks is column −1: the pad
             weights = F.pad(weights, (0, 0, 0, 1))
             weights[:, -1, 0] = 1.0
             weights = weights[:, columns]
@@ -208,7 +208,7 @@ class Schedule:
 
 
 class Router(nn.Module):
-    """The table while it is learned: `router()` is r, (T, N) in (0, 1), row 0 the constant one
+    """The table while it is learned: `router()` is r, (T, N), in (0, 1); row 0 is fixed at 1
     (paper, "Router").
 
     Each row is a parameter with an optimizer state of its own, so it moves only when its step is
@@ -272,10 +272,7 @@ class Router(nn.Module):
 
     def schedule(self, tau: float = 0.1) -> Schedule:
         """Freeze the table: compute where r > τ, 0 ≤ τ < 1 (paper, "Router")."""
-        require(
-            0.0 <= tau < 1.0,
-            f"tau is {tau}; it must be at least 0 (compute all) and below 1 (reuse all)",
-        )
+        require(0.0 <= tau < 1.0, f"tau is {tau}; it must be at least 0 and below 1")
         r = self().detach().cpu()
         numbers = not bool(r.isnan().any())
         require(numbers, "the router has scores that are not numbers; its training diverged")

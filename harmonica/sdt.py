@@ -5,7 +5,7 @@ trained on the errors that reuse at earlier steps has made. No image is needed.
 
     teacher    the frozen model without a cache, at the student's x: its output is the target
     student    the same model under `blend`; its output takes the sampler step
-    update     one step of AdamW on row k of the router; there are T − 1 in a trajectory
+    update     one step of AdamW on row k of the router; there are T − 1 in a walk
 
 Users call `harmonica.train_sdt`, which adds checkpoints, a progress bar and target speedups.
 """
@@ -35,7 +35,7 @@ LOGIT_LIMIT = 5.0  # of all logits after each update (released code), so that no
 class Update:
     """What one update did, in numbers; loss and mse are means over all processes."""
 
-    trajectory: int  # from 0
+    trajectory: int  # the paper's word for a walk; from 0
     k: int  # executed step, 1 … T−1: the row that moved
     loss: float  # λ·MSE + β·Σ r, before the update
     mse: float  # of student against teacher, before the update
@@ -61,13 +61,14 @@ def sdt(  # noqa: D417 (some arguments share a line)
 
     Args:
         denoiser, router: frozen model; the table, on the device of the noise.
-        noise: (x_T, cond) of one trajectory each, as many as the caller likes.
+        noise: (x_T, cond) of one walk each, as many as the caller likes.
         tau: τ; a blended feature replaces the cached one where its score exceeds τ.
         beta: β, the price of computing a site, or of each, (N,); may be changed in place meanwhile.
         lr: learning rate of AdamW, without weight decay.
-        refresh_every: trajectories between two λ; 25 are the paper's C = 500 updates at T = 20.
+        refresh_every: walks between two measurements of λ; at T = 20, 25 walks are 475 updates (the
+            paper: C = 500).
         proxy: which λ (`image_error`); None is λ = 1, SDT without IEPO.
-        optimizer, lam, trajectory: to continue an earlier call; λ (T,) is changed in place.
+        optimizer, lam, trajectory: to continue an earlier call; a proxy overwrites λ (T,) in place.
 
     Raises ValueError if a setting does not fit, FloatingPointError if a loss is not finite.
     """
@@ -81,17 +82,17 @@ def sdt(  # noqa: D417 (some arguments share a line)
         cache: Cache = {}
         memory: dict[str, Any] = {}
         walk = denoise(denoiser, x, cond, blends(router(), cache, tau), memory=memory)
-        x = next(walk)  # step 0 computes everything and fills the cache
-        for k, weight in enumerate(lam.tolist()[1:], start=1):
+        x = next(walk)  # only step 0, which computes everything and fills the cache
+        for k, lam_k in enumerate(lam.tolist()[1:], start=1):
             with torch.no_grad():
                 target = denoiser.predict(x, k, cond)  # the teacher
             r = router.row(k)  # (N,)
             with gated(denoiser.sites, blend(r, cache, tau)):
                 out = denoiser.predict(x, k, cond)  # the student
-                loss = objective(out, target, r, weight, beta)
+                loss = objective(out, target, r, lam_k, beta)
                 losses = _means(loss, mse(out.detach(), target), k)
-                _update_row(router, k, optimizer, loss, out.numel() / weight if weight > 0 else 1)
-            yield Update(n, k, *losses, weight, float((router() <= tau).float().mean()))
+                _update_row(router, k, optimizer, loss, out.numel() / lam_k if lam_k > 0 else 1)
+            yield Update(n, k, *losses, lam_k, float((router() <= tau).float().mean()))
             x = denoiser.step(x, out.detach(), k, memory)
 
 
@@ -101,8 +102,8 @@ def _check(denoiser: Denoiser, router: Router, tau: float, refresh_every: int) -
     if ours != theirs:
         raise ValueError(f"the router is {ours} (steps × sites) and the denoiser is {theirs}")
     if not 0.0 <= tau < 1.0 or refresh_every < 1:
-        found = f"tau is {tau} and refresh_every {refresh_every}"
-        raise ValueError(f"{found}; expected 0 ≤ tau < 1 and refresh_every ≥ 1")
+        message = f"tau is {tau} and refresh_every {refresh_every}"
+        raise ValueError(f"{message}; expected 0 ≤ tau < 1 and refresh_every ≥ 1")
 
 
 def _means(loss: Tensor, error: Tensor, k: int) -> tuple[float, float]:
@@ -117,8 +118,8 @@ def _update_row(router: Router, k: int, optimizer: Optimizer, loss: Tensor, size
     """Move row k; the others have no gradient and keep still, momentum included. Clamp all rows.
 
     The model must still be gated: under activation checkpointing, backward runs its blocks again.
-    The loss is scaled by a power of two near `size`, which is exact in float32: in half precision
-    the gradient λ·2Δ / elements would be rounded to zero.
+    In half precision the gradient λ·2Δ / elements could round to zero. So the loss is multiplied by
+    a power of two near `size`, elements / λ, and the gradient is divided by it.
     """
     scale, row = 2.0 ** round(math.log2(size)), router.rows[k - 1]
     gradient = torch.autograd.grad(loss * scale, row)[0] / scale

@@ -90,10 +90,10 @@ def _add_settings(p: Parser) -> None:
         p.add_argument(f"--{name}", type=kind, help=text, **more)
 
     add("iterations", whole, "updates of the router, in all")
-    add("batch-size", whole, "noises in a trajectory, of all GPUs together")
+    add("batch-size", whole, "noises in a walk, of all GPUs together")
     add("beta", float, "price of computing a site; a higher price gives a faster table")
     add("lr", float, "learning rate of the router")
-    add("refresh-every", whole, "trajectories between two lambdas")
+    add("refresh-every", whole, "walks between two measurements of lambda")
     add("tau", float, "a score above it computes (0.1)", default=0.1)
     add("target", float, f"{TARGET}, instead of --beta", metavar="SPEEDUP")
     add("refine", whole, "to spend on the search after training (12 rounds)", metavar="PREDICTIONS")

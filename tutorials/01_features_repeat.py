@@ -5,7 +5,7 @@
 #
 # - say what a diffusion transformer computes at one step, and where its work goes;
 # - measure how alike the features of neighbouring steps are, by block and by kind;
-# - predict what a picture loses when features are used twice.
+# - say how well the change of features predicts the damage to a picture.
 #
 # The model comes with the library: a DiT of 0.63 million weights that draws 8×8 digits. It is built like DiT-XL/2, only
 # smaller, so every experiment here runs in seconds on a CPU. The numbers of a larger model differ; the code that
@@ -115,7 +115,7 @@ plots.site_heatmap(
 
 # %%
 print(f"median over sites, steps 1 to 18:   {change[1:19].median():.2f}")
-print(f"median over sites, step 19 (t = 0): {change[19].median():.2f}")
+print(f"median over sites, step 19 (last):  {change[19].median():.2f}")
 print(f"entries below 0.1: {(change[1:] < 0.1).float().mean():.0%} of the table")
 
 # %% [markdown]
@@ -125,8 +125,8 @@ print(f"entries below 0.1: {(change[1:] < 0.1).float().mean():.0%} of the table"
 #   by less than 10 %.
 # - They repeat unevenly. Early steps change less than late ones, feed-forwards less than attentions, and the attention of
 #   block 0 less than all others. A method that treats all sites alike cannot use this.
-# - The last step is different. At t = 0 almost no noise is left to predict, and the features have little in common
-#   with those of the step before.
+# - The last step is different. Almost no noise is left to predict there, and the features have little in common with
+#   those of the step before.
 #
 # ## How long does a feature stay good?
 #
@@ -207,8 +207,8 @@ for k in (17, 18, 19):
 # In order, yes: the rank correlation is 0.91. In size, no. At step 19 the squared change of the features is 38 times that of
 # step 18, but the damage is a fifth, because DDIM's last step has almost no noise left to remove. From step 17 to 18 the
 # squared change grows by half and the damage grows sevenfold. So the change of a feature is a useful first guess. What
-# counts is the effect on the final image, and this library *learns* its tables from that effect. It needs no real
-# pictures for this: it compares the model's own images, with and without reuse.
+# counts is the effect on the final image. This library compares the model's own outputs, with and without reuse, and
+# weighs each step by that effect (tutorial 4). It needs no real pictures for this.
 #
 # ## Exercises
 #

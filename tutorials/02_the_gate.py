@@ -72,7 +72,7 @@ print(
 N = len(denoiser.sites)
 cache = {}
 with torch.no_grad(), gated(denoiser.sites, reuse([True] * N, cache)):
-    first = denoiser.predict(x, 0, labels)  # (2B, 1, 8, 8): both halves of guidance
+    first = denoiser.predict(x, 0, labels)  # (2B, 1, 8, 8): guidance doubles the batch, both halves are returned
 print(
     len(cache), "features, each", tuple(cache[0].shape), "(both halves of guidance, tokens, width)"
 )
@@ -261,9 +261,10 @@ with tempfile.TemporaryDirectory() as folder:
 #
 # ```python
 # skipped = 0
+# cache = {}
 #
 #
-# def counting(k, cache={}):
+# def counting(k):
 #     inner = reuse(better.compute[k], cache)
 #
 #     def gate(site, compute):

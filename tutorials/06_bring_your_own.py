@@ -257,7 +257,7 @@ for name, tables in {**bench, "the table above": judge([schedule])}.items():
 # the front. The lines are not even monotone: every n-th step is better at 1.4× than at 1.2×, where a pause falls on an
 # unlucky step. One seed, one small model: a direction, not a figure.
 #
-# `benchmarks/others.py` does the same for the bundled digits, where the ranking is another one (`docs/log.md`).
+# `benchmarks/quality.py` does the same for the bundled digits, where the ranking is another one (`docs/log.md`).
 # Whatever you find, say at which speed, on which noises, and against which methods.
 #
 # ## Exercises

@@ -74,7 +74,7 @@ class Plan:
         cache: Cache,
         add: Callable[[Sequence[float], History], Feature] = weighted_sum,
     ) -> Gate:
-        """Return the gate of step k over a trajectory's cache, which is empty after the last step.
+        """Return the gate of step k over a walk's cache, which is empty after the last step.
 
         Called in the order of the walk, once for each site and step. A feature that was never
         computed raises RuntimeError, as `reuse` does.

@@ -85,7 +85,7 @@ class Walk:
         return self.run(x, cond, self.gate)
 
     def gate(self, k: int, cache: Cache) -> Gate:
-        """Return the gate of step k over a trajectory's cache."""
+        """Return the gate of step k over a walk's cache."""
         return self.plan.gate(k, cache, weighted_sum if self.exact else fused_sum)
 
     def run(self, x: Tensor, cond: Any, gate_of: Callable[[int, Cache], Gate]) -> Tensor:

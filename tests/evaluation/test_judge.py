@@ -10,7 +10,7 @@ from harmonica.evaluation.judge import GARMENTS, digits, judge_of
 from harmonica.models import BUNDLED, load
 
 
-@pytest.mark.parametrize(("model", "goal"), [("tiny", 0.97), ("garments", 0.8)])
+@pytest.mark.parametrize(("model", "goal"), [("tiny", 0.97), ("garments", 0.88)])
 def test_what_a_bundled_model_draws_is_recognised(model, goal):
     denoiser, judge = load(model, steps=10), judge_of(model)
     labels = torch.arange(100) % 10
