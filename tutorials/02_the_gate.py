@@ -72,7 +72,9 @@ print(
 N = len(denoiser.sites)
 cache = {}
 with torch.no_grad(), gated(denoiser.sites, reuse([True] * N, cache)):
-    first = denoiser.predict(x, 0, labels)  # (2B, 1, 8, 8): guidance doubles the batch, both halves are returned
+    first = denoiser.predict(
+        x, 0, labels
+    )  # (2B, 1, 8, 8): guidance doubles the batch, both halves are returned
 print(
     len(cache), "features, each", tuple(cache[0].shape), "(both halves of guidance, tokens, width)"
 )
