@@ -5,8 +5,9 @@ The device is a sham (tests/sham.py), so these laws hold, or fail, on any machin
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
-from pipes import StockDiT, dit_pipe, dit_transformer, pixart_pipe, run, vae
+from pipes import StockDiT, dit_pipe, dit_transformer, pixart_pipe, run, vae, walked, walks
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +18,7 @@ from sham import Sham, ShamDevice
 from test_blocks import table
 from test_every_model import loaded, small  # noqa: F401 (small is a fixture: every model on a small configuration)
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from harmonica import Router, Schedule, image_error, sample, sdt, train_sdt
 from harmonica.command_line import dtype_of
@@ -25,9 +26,9 @@ from harmonica.demo import main as demo_main
 from harmonica.image_sets import main as image_sets_main
 from harmonica.inference.timing import milliseconds
 from harmonica.inference.walk import Walk
-from harmonica.models import autoencoder
+from harmonica.models import autoencoder, load
 from harmonica.models.dit import DiTDenoiser
-from harmonica.models.pipelines import cached
+from harmonica.models.pipelines import cached, from_pipeline, general
 from harmonica.models.sites import sites
 from harmonica.samplers import DDIM
 from harmonica.search import baselines
@@ -124,6 +125,52 @@ def test_a_stock_dits_walk_waits_for_nothing(device):
         walk(x, cond)  # looks for equal embeddings, once
         with device.watched(strict=True):
             walk(x, cond)
+
+
+GENERAL = walks()
+
+
+@pytest.mark.parametrize("name", ["dit", "pixart", "flux", "wan"])
+def test_a_denoiser_of_a_pipeline_waits_no_more_than_a_run_of_it_at_every_step(name, monkeypatch):
+    """Each of its predictions runs the pipeline's own code, which waits; under a schedule nothing is added."""
+
+    def prepared(place):
+        make, arguments = GENERAL[name]
+        pipe = make().to(place)
+        arguments = tree_map_only(torch.Tensor, lambda tensor: tensor.to(place), arguments)
+        d = from_pipeline(pipe, steps=3, **arguments)
+        return (
+            pipe,
+            d,
+            Schedule(torch.tensor([1, 0, 1])[:, None].expand(3, len(d.sites)) > 0, tuple(d.sites)),
+        )
+
+    with sdpa_kernel(SDPBackend.MATH):
+        _, d, schedule = prepared("cpu")
+        expected = sample(d, *d.draw(1, torch.Generator().manual_seed(0)), schedule)
+    # The sham device is a dispatch mode itself; a real one stays when dispatch modes are left.
+    monkeypatch.setattr(general, "without_modes", lambda: nullcontext(()))
+    with ShamDevice() as device:
+        pipe, d, schedule = prepared("cuda")
+        x, cond = d.draw(1, torch.Generator().manual_seed(0))
+        with device.watched() as waits:
+            walked(pipe, d.inputs.of([tuple(c) for c in cond.tolist()]))
+            most = d.steps * waits.total()
+        for table in (None, schedule):
+            with device.watched() as waits:
+                image = sample(d, x, cond, table)
+            assert waits.total() <= most, waits
+    torch.testing.assert_close(image.held, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["dit-xl", "pixart-alpha-1024", "uvit-h"])
+def test_random_weights_are_drawn_on_the_device(name, device):
+    with device.watched() as waits:
+        model = load(name, weights="random", device="cuda").model
+    assert all(parameter.is_cuda for parameter in model.parameters())
+    assert not [line for line in waits if "copy" in line and "pixart.py" not in line], (
+        waits
+    )  # prompts
 
 
 @pytest.mark.parametrize("name", ["dit-xl", "pixart-alpha-256"])

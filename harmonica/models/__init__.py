@@ -137,10 +137,12 @@ class _Place:
     prompts: StrPath | Sequence[str] | None
 
 
-def _empty(weights: StrPath | None, place: _Place) -> Any:
-    """Return torch's device context: nothing is initialised that a file will replace."""
-    drawn = weights == "random" and torch.device(place.device).type != "meta"
-    return torch.device("cpu" if drawn else "meta")
+def _birthplace(weights: StrPath | None, place: _Place) -> torch.device:
+    """Return where a model is made: where random weights are drawn, or nowhere if a file replaces
+    them. Positions are made in float64, which mps does not have.
+    """
+    device = torch.device(place.device if weights == "random" else "meta")
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 def _open(model: torch.nn.Module) -> None:
@@ -157,7 +159,7 @@ def _dit(
 ) -> DiTDenoiser:
     if weights is None:
         weights = BUNDLED[name] if name in BUNDLED else _dit_from_hub(name)
-    with _empty(weights, place):
+    with _birthplace(weights, place):
         model = DiT(**DITS[name])
     if weights != "random":
         state = _diffusers_dit(weights, model) if Path(weights).is_dir() else read_state(weights)
@@ -199,7 +201,7 @@ def _pixart(
     variant, texts = PIXART[name], prompts_from(place.prompts)
     if weights == "random":
         encoded = pixart.random_prompts(texts, variant.text_tokens, pixart.XL["caption_channels"])
-        with _empty(weights, place):
+        with _birthplace(weights, place):
             transformer = pixart.transformer_of(variant)
         _open(transformer)
         # diffusers' own `to` warns of modules that it does not have
@@ -237,7 +239,7 @@ def _uvit(
         raise ValueError(
             f"{weights} is a folder; {name} takes the original file, imagenet256_uvit_huge.pth"
         )
-    with _empty(weights, place):
+    with _birthplace(weights, place):
         model = UViT(**UVIT_H)  # type: ignore[arg-type]
     if weights != "random":
         fill(model, read_state(weights), weights)

@@ -101,7 +101,7 @@ def dry_run(  # noqa: D417 (some arguments share a line)
         denoiser: on the meta device, with more than one step.
         iterations, batch_size, refresh_every, refine: as in `train_sdt`.
         proxy: whether λ is measured.
-        target: whether training ends on a target, and so with a search.
+        target: whether training ends on a target, and so with a search unless refine is 0.
 
     Raises ValueError if the denoiser is not on the meta device.
     """
@@ -121,7 +121,7 @@ def dry_run(  # noqa: D417 (some arguments share a line)
         memory["lambda"] = _lambda(denoiser, start)
         predictions += -(-trajectories // refresh_every) * T * (T + 1) // 2
         macs += -(-trajectories // refresh_every) * T * (T + 1) // 2 * plain
-    if target:
+    if target and refine != 0:
         memory["search"] = _search(denoiser)
         whole = NOISES * ROUNDS * int(ROUND * T) // batch_size
         budget = whole if refine is None else refine
@@ -155,18 +155,18 @@ def _search(denoiser: Denoiser) -> int:
     """Return the peak of the search's largest piece, the effects of all flips, on one noise; it
     takes as many noises at a time as fit.
 
-    It is counted on walks of two and three steps; each further step keeps as much again.
+    It is counted on walks of four and five steps; each further step keeps as much again.
     """
     x, cond = denoiser.draw(1, torch.Generator().manual_seed(0))
     peaks = []
-    for steps in (2, 3):
+    for steps in (4, 5):
         short = _first_steps(denoiser, steps)
         table = Schedule(torch.ones(short.steps, len(denoiser.sites)), tuple(denoiser.sites))
         with metered() as meter:
             pool = with_images(short, x, cond)
             flip_effects_at(short, table, pool, torch.ones_like(x))
         peaks.append(meter.peak)
-    return peaks[0] + (denoiser.steps - 2) * (peaks[1] - peaks[0])
+    return peaks[0] + (denoiser.steps - 4) * (peaks[1] - peaks[0])
 
 
 def _first_steps(denoiser: Denoiser, steps: int) -> Denoiser:

@@ -148,8 +148,8 @@ def _refine(
             raise
         how(budget=0)
         warnings.warn(
-            "the search ran out of memory; the router is on its target without it. To search, "
-            "resume with activation checkpointing or on a device with more free memory",
+            "the search ran out of memory; the router is on its target without it, and so is its "
+            "file. To search, resume it on a device with more free memory",
             stacklevel=3,
         )
 

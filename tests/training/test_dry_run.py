@@ -8,8 +8,10 @@ import pytest
 import torch
 from conftest import make
 
-from harmonica import Router, macs, sdt, train, train_sdt
+from harmonica import Router, Schedule, macs, sdt, train, train_sdt
 from harmonica.memory import metered
+from harmonica.search.flip_effects import flip_effects_at
+from harmonica.search.references import with_images
 from harmonica.training.dry_run import DryRun, dry_run
 
 GIB = 2**30
@@ -31,6 +33,15 @@ def test_the_meta_device_counts_the_memory_that_the_cpu_takes(checkpointed):
         for _ in sdt(d, router, [(x, cond)], proxy=None):
             pass
     assert dry_run(on_meta(d), batch_size=16).memory["update"] == pytest.approx(real.peak, rel=0.05)
+
+
+def test_the_search_of_a_long_walk_is_told_from_short_ones():
+    d = on_meta(make(12, dtype=torch.float32))
+    x, cond = d.draw(1, torch.Generator().manual_seed(0))
+    with metered() as whole:
+        table = Schedule(torch.ones(d.steps, len(d.sites)), tuple(d.sites))
+        flip_effects_at(d, table, with_images(d, x, cond), torch.ones_like(x))
+    assert dry_run(d, target=True).memory["search"] == pytest.approx(whole.peak, rel=0.01)
 
 
 def test_it_counts_the_predictions_that_training_makes():
@@ -58,6 +69,7 @@ def test_a_search_is_counted_only_for_a_target():
     with_search = dry_run(d, target=True, refine=100)
     assert with_search.predictions == dry_run(d).predictions + 100
     assert with_search.memory["search"] > with_search.weights
+    assert "search" not in dry_run(d, target=True, refine=0).memory
 
 
 def test_a_denoiser_that_holds_numbers_is_refused(small):

@@ -12,8 +12,9 @@ import pytest
 import torch
 from conftest import make, press_ctrl_c
 
-from harmonica import Router, sdt, train_sdt
+from harmonica import Router, macs, sdt, train_sdt
 from harmonica.models import load
+from harmonica.sdt import BETA
 from harmonica.storage.files import read_tensors, write_tensors
 from harmonica.training.checkpoint import Checkpoint
 
@@ -256,3 +257,21 @@ def test_other_weights_are_not_resumed(tmp_path):
         train_sdt(
             make(seed=1), iterations=6, batch_size=1, checkpoint=path, resume=True, progress=False
         )
+
+
+def test_a_search_without_memory_leaves_the_table_on_target_on_disk_and_says_how_to_go_on(
+    tmp_path, monkeypatch
+):
+    def no_room(*_, **__):
+        raise torch.OutOfMemoryError("no room")
+
+    how = {"target_speedup": 1.2, "beta": BETA, "refine": 8000, "checkpoint": tmp_path / "router"}
+    with monkeypatch.context() as patched:
+        patched.setattr("harmonica.search.refine.flip_effects_at", no_room)
+        with pytest.warns(UserWarning, match="the router is on its target.*resume"):
+            landed = router_of(make(3, 1, dtype=torch.float32), 6, **how)
+    assert torch.equal(Router.load(how["checkpoint"]).logits, landed.logits)
+    assert landed.schedule(0.1).speedup(macs(make(3, 1))) >= 1.2
+    resumed = router_of(make(3, 1, dtype=torch.float32), 6, resume=True, **how)
+    how["checkpoint"] = None
+    assert torch.equal(resumed.logits, router_of(make(3, 1, dtype=torch.float32), 6, **how).logits)

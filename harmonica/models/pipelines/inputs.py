@@ -43,7 +43,8 @@ class Inputs:
             call["negative_prompt"] = [call["negative_prompt"]] * len(samples)
         for name, values in self.each.items():
             if isinstance(values, Tensor):
-                call[name] = values[[row for row, _ in samples]]
+                # An index would be copied to the device, and waited for.
+                call[name] = torch.stack([values[row] for row, _ in samples])
             else:
                 chosen = [values[row] for row, _ in samples]
                 alone = not several and not isinstance(chosen[0], Tensor | int)
