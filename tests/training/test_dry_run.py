@@ -10,6 +10,8 @@ from conftest import make
 
 from harmonica import Router, Schedule, macs, sdt, train, train_sdt
 from harmonica.memory import metered
+from harmonica.models.dit import DiT, DiTDenoiser
+from harmonica.samplers import DDIM
 from harmonica.search.flip_effects import flip_effects_at
 from harmonica.search.references import with_images
 from harmonica.training.dry_run import DryRun, dry_run
@@ -36,7 +38,8 @@ def test_the_meta_device_counts_the_memory_that_the_cpu_takes(checkpointed):
 
 
 def test_the_search_of_a_long_walk_is_told_from_short_ones():
-    d = on_meta(make(12, dtype=torch.float32))
+    model = DiT(input_size=16, hidden_size=256, depth=2, num_heads=2, num_classes=3)
+    d = on_meta(DiTDenoiser(model, DDIM(12)))  # so wide that features are most of it
     x, cond = d.draw(1, torch.Generator().manual_seed(0))
     with metered() as whole:
         table = Schedule(torch.ones(d.steps, len(d.sites)), tuple(d.sites))
