@@ -3,7 +3,7 @@
     paper    name              shape      meaning
     T        steps                        model predictions in one walk
     t        k = T − t                    executed step, 0 … T−1
-    N        len(sites)                   cacheable modules: attention and feed-forward of every block
+    N        len(sites)                   cacheable modules: each attention and feed-forward
     r        router()          (T, N)     score of each step and site, 1 = compute, 0 = reuse
     τ        tau                          compute where r > τ
              schedule.compute  (T, N)     the frozen table, bool

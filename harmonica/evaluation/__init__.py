@@ -1,1 +1,7 @@
-"""Evaluation: distances between images, pictures of tables and walks."""
+"""Evaluation: how good cached images are, and what they look like.
+
+    distances      between images, and between sets of them
+    judge          recognises the pictures of the bundled models
+    pictures       plots of tables, images and errors
+    image_files    a set of images on disk
+"""

@@ -145,7 +145,7 @@ def lines(
     """
     most = len(MARKS)
     require(len(points) <= most, f"{len(points)} lines; at most {most} can be told apart")
-    fig = Figure(figsize=(6.0, 3.4), layout="constrained")
+    fig = Figure(figsize=(7.5, 3.4), layout="constrained")
     ax = fig.subplots()
     for (name, line), mark, colour in zip(points.items(), MARKS, COLOURS, strict=False):
         drawn = [(x, float(y)) for x, y in line if math.isfinite(y) and (y > 0 or not log)]
@@ -156,7 +156,7 @@ def lines(
     ax.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if log else "linear")
     ax.grid(alpha=0.3)
     if ax.lines:
-        ax.legend()
+        fig.legend(loc="outside right upper", fontsize="small")  # beside the lines, never on them
     return fig
 
 
@@ -173,7 +173,7 @@ def per_step(
 
 
 def error_along_walk(plain: Sequence[Tensor], walks: Mapping[str, Sequence[Tensor]]) -> Figure:
-    """Draw the mean squared difference of x (B, C, H, W) to the plain walk after each step, one line
+    """Draw the mean squared difference of x (B, C, H, W) to the plain walk after each step, a line
     for each walk (a figure of the paper).
     """
     errors = {
