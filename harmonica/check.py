@@ -42,19 +42,19 @@ def check_denoiser(denoiser: Denoiser, *, batch_size: int = 2, seed: int = 0) ->
 
 
 def _each_site_is_asked_once(denoiser: Denoiser, x: Tensor, cond: Any) -> None:
-    asked: list[int] = []
+    calls: list[int] = []
 
     def count(site: int, compute: Compute) -> Feature:
-        asked.append(site)
+        calls.append(site)
         return compute()
 
     with torch.no_grad(), gated(denoiser.sites, count):
         denoiser.predict(x, 0, cond)
     # A site that is asked in two calls of its model comes under two keys (`harmonica.calls`).
-    once = len(set(asked)) == len(asked)
-    assert once, f"a site is asked twice in a call of the model: {asked}"
-    every = set(map(int, asked)) == set(range(len(denoiser.sites)))
-    assert every, f"each site is asked once in a call of the model, not {asked}"
+    once = len(set(calls)) == len(calls)
+    assert once, f"a site is asked twice in a call of the model: {calls}"
+    every = set(map(int, calls)) == set(range(len(denoiser.sites)))
+    assert every, f"each site is asked once in a call of the model, not {calls}"
 
 
 def _the_model_is_frozen(denoiser: Denoiser) -> None:

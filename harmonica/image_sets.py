@@ -159,11 +159,11 @@ def _begin(parts: Path, settings: dict[str, Any], held: ExitStack) -> None:
     held.enter_context(exclusive_lock(parts))
     if not note.is_file():
         write_json(note, settings)
-    begun = read_json(note)
+    before = read_json(note)
     changes = [
-        f"{name} {begun.get(name)!s:.12} -> {settings.get(name)!s:.12}"
-        for name in sorted(settings.keys() | begun.keys())
-        if begun.get(name) != settings.get(name)
+        f"{name} {before.get(name)!s:.12} -> {settings.get(name)!s:.12}"
+        for name in sorted(settings.keys() | before.keys())
+        if before.get(name) != settings.get(name)
     ]
     require(
         not changes,
@@ -176,8 +176,8 @@ def _unfinished(batches: list[range], parts: Path, progress: bool) -> Iterator[r
     """Yield the batches that are not finished, with a bar."""
     from tqdm import tqdm
 
-    there = {i for numbers, _ in image_files.finished(parts) for i in numbers}
-    left = [numbers for numbers in batches if not there.issuperset(numbers)]
+    finished = {i for numbers, _ in image_files.finished(parts) for i in numbers}
+    left = [numbers for numbers in batches if not finished.issuperset(numbers)]
     quiet = None if progress and rank() == 0 else True  # None: silent where stderr is no terminal
     done = len(batches) - len(left)
     yield from tqdm(left, initial=done, total=len(batches), unit="batch", disable=quiet)

@@ -110,29 +110,19 @@ def test_a_command_on_a_full_disk_says_so_in_one_line_and_leaves_no_half(name, t
 # ------------------------------------------------------------ two runs, one output
 
 
-@pytest.mark.parametrize("name", ["demo", "train"])
-def test_a_second_run_to_one_folder_is_refused_and_the_first_is_not_disturbed(
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_second_run_to_one_output_is_refused_and_the_first_is_not_disturbed(
     name, tmp_path, capsys
 ):
     out = where(name, tmp_path)
-    out.mkdir()
-    with exclusive_lock(out):
+    folder = out.with_name("images.npz.parts") if name == "image sets" else out
+    folder.mkdir()
+    with exclusive_lock(folder):
         code, _, err = said(name, out, capsys)
         assert (code, len(err.splitlines())) == (2, 1)
-        assert f"{out} is being written to by another run" in err
-        assert not list(out.iterdir())
+        assert f"{folder} is being written to by another run" in err
+        assert not list(folder.iterdir())
     assert said(name, out, capsys)[0] == 0  # the lock went with its holder
-
-
-def test_a_second_run_to_one_file_of_samples_is_refused(tmp_path, capsys):
-    out = tmp_path / "images.npz"
-    parts = out.with_name("images.npz.parts")
-    parts.mkdir()
-    with exclusive_lock(parts):
-        code, _, err = said("image sets", out, capsys)
-    assert code == 2
-    assert "is being written to by another run" in err
-    assert not out.exists()
 
 
 def test_a_lock_of_a_killed_run_holds_nobody(tmp_path):
@@ -170,16 +160,11 @@ def test_ctrl_c_while_a_command_works_is_130_and_one_line(name, tmp_path, capsys
 
 
 def started(*arguments, **how):
-    buffered = {
-        key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"
-    }  # as in a terminal
+    environment = {**os.environ}
+    environment.pop("PYTHONUNBUFFERED", None)  # as in a terminal
+    command = [sys.executable, *arguments]
     return subprocess.Popen(
-        [sys.executable, *arguments],
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env=buffered,
-        **how,
+        command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment, **how
     )
 
 
@@ -193,22 +178,21 @@ def test_ctrl_c_ends_a_benchmark_with_workers_at_once_in_one_line(tmp_path):
     while not list(tmp_path.glob("o/*.json")) and time.monotonic() < deadline:
         time.sleep(0.1)
     time.sleep(0.5)
-    _, err = press_ctrl_c(
-        child, lambda number: os.killpg(child.pid, number), timeout=20
-    )  # a terminal tells all
+    interrupt = lambda number: os.killpg(child.pid, number)  # noqa: E731 (a terminal tells all)
+    _, err = press_ctrl_c(child, interrupt, timeout=20)
     assert child.returncode == 130
     assert err.splitlines() == ["python benchmarks/quality.py: stopped"]
     assert not list(tmp_path.rglob("*.part"))
     assert not (tmp_path / "r").exists()
 
 
+SHARED = ("record", "bootstrap", "scores", "rivals")
+"""Files of benchmarks/ that are not run by themselves."""
+
+
 def test_every_benchmark_ends_as_a_command_of_the_library_does():
     """Ctrl-C, bad input and a closed pipe take one line because `record.ended` runs it."""
-    scripts = [
-        path
-        for path in (ROOT / "benchmarks").glob("*.py")
-        if path.stem not in ("record", "bootstrap", "scores", "rivals")
-    ]
+    scripts = [path for path in (ROOT / "benchmarks").glob("*.py") if path.stem not in SHARED]
     assert len(scripts) > 10
     for path in scripts:
         text = path.read_text(encoding="utf-8")
@@ -264,13 +248,10 @@ def test_every_text_file_is_opened_with_its_encoding_named():
     """Otherwise a file means something else on a machine of another language."""
     for path in [*(ROOT / "harmonica").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in (
-                "read_text",
-                "write_text",
-            ):
-                assert any(word.arg == "encoding" for word in node.keywords), (
-                    f"{path.name}:{node.lineno}"
-                )
+            call = getattr(node.func, "attr", "") if isinstance(node, ast.Call) else ""
+            if call in ("read_text", "write_text"):
+                named = any(word.arg == "encoding" for word in node.keywords)
+                assert named, f"{path.name}:{node.lineno}"
 
 
 # ------------------------------------------------------------ numbers that are none
@@ -280,8 +261,7 @@ def test_every_text_file_is_opened_with_its_encoding_named():
 def test_weights_that_are_not_finite_stop_training_and_leave_no_router(value, tmp_path):
     d = make(dtype=torch.float32)
     next(d.sites["blocks.1.mlp"].parameters()).data.fill_(value)
+    how = {"batch_size": 2, "checkpoint": tmp_path / "c", "proxy": None, "progress": False}
     with pytest.raises(FloatingPointError, match="the loss of step 1 is"):
-        train_sdt(
-            d, iterations=3, batch_size=2, checkpoint=tmp_path / "c", proxy=None, progress=False
-        )
+        train_sdt(d, iterations=3, **how)
     assert not list(tmp_path.iterdir())

@@ -1,7 +1,7 @@
 """Evaluation: how good cached images are, and what they look like.
 
-    distances      between images, and between sets of them
-    judge          recognises the pictures of the bundled models
-    pictures       plots of tables, images and errors
-    image_files    a set of images on disk
+distances      between images, and between sets of them
+judge          recognises the pictures of the bundled models
+pictures       plots of tables, images and errors
+image_files    a set of images on disk
 """

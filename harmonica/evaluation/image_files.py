@@ -47,8 +47,8 @@ def labels_of(out: Path) -> Path:
 def check_out(out: Path) -> None:
     """Raise ValueError if `out` has no name, FileExistsError if it is there and not half done."""
     require(bool(out.name), f"out is {str(out)!r}; expected NAME.npz, or a folder to be made")
-    there = out.is_file() or (out.is_dir() and any(out.iterdir())) or labels_of(out).exists()
-    if there and not parts_of(out).is_dir():
+    taken = out.is_file() or (out.is_dir() and any(out.iterdir())) or labels_of(out).exists()
+    if taken and not parts_of(out).is_dir():
         raise FileExistsError(f"{out} exists; choose another name, or remove it")
 
 
