@@ -45,10 +45,9 @@ def real(denoiser, count=6):
     return x.tanh(), labels
 
 
-def trained(denoiser, speedup, updates=6):
-    return learning_to_cache(
-        denoiser, *real(denoiser), speedup=speedup, updates=updates, batch_size=2
-    )
+def trained(denoiser, speedup):
+    few = {"updates": 6, "batch_size": 2}
+    return learning_to_cache(denoiser, *real(denoiser), speedup=speedup, **few)
 
 
 METHODS = {
@@ -89,9 +88,8 @@ def test_a_table_lands_on_its_target_or_just_above(walker, method, speedup):
     reached = schedule.speedup(cost)
     assert schedule.compute[0].all()
     assert speedup <= reached
-    slower = 1 / (
-        1 / reached + GRAINS.get(method, 1) * float(cost.sites.max()) / cost.total / STEPS
-    )
+    grain = GRAINS.get(method, 1) * float(cost.sites.max()) / cost.total / STEPS
+    slower = 1 / (1 / reached + grain)
     assert slower < speedup + 1e-9, "one grain less would have done"
     assert (reached == 1.0) == (speedup == 1.0)
 
@@ -131,11 +129,8 @@ def test_a_table_says_how_it_was_made_and_runs_after_saving(walker, method, tmp_
     schedule = METHODS[method](walker, 1.2)
     assert schedule.provenance["method"] == method
     assert len(schedule.provenance) > 1
-    assert (schedule.model, schedule.sampler, schedule.sites) == (
-        "small",
-        "ddim",
-        tuple(walker.sites),
-    )
+    made_for = ("small", "ddim", tuple(walker.sites))
+    assert (schedule.model, schedule.sampler, schedule.sites) == made_for
     schedule.save(tmp_path / "table.json")
     assert Schedule.load(tmp_path / "table.json") == schedule
     sample(walker, *start(walker), schedule)
@@ -199,14 +194,10 @@ def test_drift_is_the_relative_change_of_outputs_that_separate_runs_see(walker):
             assert drifts[kind][k, i - 1] == math.inf
             continue
         of_kind = [s for s, name in enumerate(names) if name.endswith(kind)]
-        now, then = ([features[j][s] for s in of_kind] for j in (k, k - i))
-        each = [
-            [(a - b).abs().sum() / a.abs().sum() for a, b in zip(f, g, strict=True)]
-            for f, g in zip(now, then, strict=True)
-        ]
-        assert float(drifts[kind][k, i - 1]) == pytest.approx(
-            float(torch.tensor(each).mean()), rel=1e-6
-        )
+        now, then = (torch.stack([features[j][s] for s in of_kind], 1) for j in (k, k - i))
+        change, size = ((f.abs().flatten(2).sum(2)) for f in (now - then, now))  # (B, sites)
+        expected = float((change / size).mean())
+        assert float(drifts[kind][k, i - 1]) == pytest.approx(expected, rel=1e-6)
 
 
 @given(seeds, st.floats(0.01, 1.0))
@@ -244,14 +235,9 @@ def test_learning_to_cache_looks_at_pairs_and_takes_no_walk(walker):
     walker.step = lambda *_: pytest.fail("a walk")
     calls = counted(walker)
     learning_to_cache(walker, *real(walker), updates=5, batch_size=2)
-    for before, target, student in zip(*[iter(calls)] * 3, strict=True):
-        assert before[0] % 2 == 0
-        assert (target[0], student[0]) == (before[0] + 1,) * 2
-        assert (before[1:], target[1:], student[1:]) == (
-            (True, False),
-            (False, False),
-            (True, True),
-        )
+    for (k, *before), target, student in zip(*[iter(calls)] * 3, strict=True):
+        assert (k % 2, *before) == (0, True, False)
+        assert (target, student) == ((k + 1, False, False), (k + 1, True, True))
 
 
 def test_learning_to_cache_noises_a_pair_to_its_timesteps_with_one_noise(walker):
@@ -265,9 +251,7 @@ def test_learning_to_cache_noises_a_pair_to_its_timesteps_with_one_noise(walker)
         assert torch.allclose(x / at.sqrt(), y / then.sqrt())
 
 
-def test_learning_to_cache_trains_towards_reuse_when_computing_has_a_price_and_away_from_it_when_it_has_none(
-    walker,
-):
+def test_learning_to_cache_reuses_when_computing_has_a_price_and_computes_when_it_has_none(walker):
     rest = {"updates": 150, "batch_size": 1, "lr": 0.3}
     dear = learning_to_cache(walker, *real(walker), beta=10.0, **rest)
     assert not dear.compute[1::2].any()
