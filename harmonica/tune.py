@@ -94,7 +94,7 @@ def _run(args: argparse.Namespace) -> None:
     from PIL import Image
 
     from harmonica.models.pipelines import cached
-    from harmonica.models.pipelines.denoiser import inputs_of
+    from harmonica.models.pipelines.inputs import inputs_of
 
     check_device(args.device)
     make_writable(args.out)
@@ -133,7 +133,7 @@ def _load(name: str, dtype: torch.dtype) -> Any:
 
 
 def _image(pipe: Any, call: dict[str, Any]) -> Tensor:
-    """Return the image that the pipeline makes, or the first frame of its video, (H, W, 3) in [0, 1]."""
+    """Return the pipeline's image, or the first frame of its video, (H, W, 3) in [0, 1]."""
     output = pipe(**call | {"output_type": "np"})
     images = torch.as_tensor(next(iter(output.values())))  # (B, [frames,] H, W, 3)
     return images.reshape(-1, *images.shape[-3:])[0].float()

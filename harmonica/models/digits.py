@@ -45,8 +45,8 @@ class Pixels(nn.Module):
 def pipeline(denoiser: DiTDenoiser) -> Any:
     """Return a DiTPipeline around the weights of `load("tiny")`, with DPM-Solver++.
 
-    Its timestep embedding and norms are set to the original's, for which the weights were trained
-    (see `harmonica.models.pipelines.denoiser.original_numerics`).
+    Its timestep embedding and norms are set to those of the original DiT, for which the weights
+    were trained; diffusers shifts the frequencies by one, and its norms have another epsilon.
     """
     from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
     from diffusers.pipelines.dit.pipeline_dit import DiTPipeline

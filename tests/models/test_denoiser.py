@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._pytree import tree_map
 
-from harmonica import Schedule, blend, check_denoiser, image_error, macs, train_sdt
+from harmonica import Schedule, blend, check_denoiser, gated, image_error, macs, train_sdt
 from harmonica.denoise import denoise, final_image, sample
 from harmonica.models.pipelines import cached, from_pipeline
 from harmonica.search.baselines import dynamic_programming
-from tests.pipes import walked, walks
+from harmonica.search.learn import weighted_walk
+from tests.pipes import pixart_pipe, walked, walks
 
 WALKS = walks()
 
@@ -26,9 +29,23 @@ def cond_of(batch):
     return torch.tensor([[0, 7], [1, 8]])[:batch]
 
 
-@pytest.mark.parametrize("name", WALKS)
+SCHEDULERS = [
+    "DDPM",
+    "EulerAncestralDiscrete",
+    "SASolver",
+    "HeunDiscrete",
+    "PNDM",
+    "KDPM2AncestralDiscrete",
+]
+
+
+@pytest.mark.parametrize("name", [*WALKS, *SCHEDULERS])
 def test_the_walk_is_the_pipelines_after_every_step(name):
-    pipe, d = denoiser_of(name)
+    if name in WALKS:
+        pipe, d = denoiser_of(name)
+    else:
+        pipe = pixart_pipe(scheduler=getattr(diffusers, f"{name}Scheduler")())
+        d = from_pipeline(pipe, steps=4, **WALKS["pixart"][1])
     for batch in (1, 2) if d.batched else (1,):
         cond = cond_of(batch)
         mine = list(denoise(d, d.noise(cond), cond))
@@ -50,7 +67,7 @@ def test_cached_runs_what_sample_runs(name):
     pipe, d = denoiser_of(name)
     generator, cond = torch.Generator().manual_seed(1), cond_of(1)
     x = d.noise(cond)
-    for order in (0, 1):
+    for order in (0, 1, 2):
         compute = torch.rand(d.steps, len(d.sites), generator=generator) < 0.5
         compute[0] = True
         schedule = Schedule(compute, sites=tuple(d.sites), order=order, **d.about)
@@ -93,3 +110,114 @@ def test_it_trains_and_finds_whole_steps_and_refines(name):
         d, iterations=3, batch_size=1, target_speedup=1.2, refine=200, progress=False
     )
     assert router.schedule().speedup(macs(d)) >= 1.2
+
+
+# ------------------------------------------------------------------------------------------ gradients
+
+
+def doubled(value):
+    return tree_map(
+        lambda leaf: leaf.double() if torch.is_tensor(leaf) and leaf.is_floating_point() else leaf,
+        value,
+    )
+
+
+def double_denoiser(name, checkpointing):
+    make, arguments = WALKS[name]
+    pipe = make()
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.double()
+    d = from_pipeline(pipe, steps=3, **doubled(arguments))
+    if checkpointing:
+        pipe.transformer.enable_gradient_checkpointing()
+    return d
+
+
+def assert_slope(value, at, seed=0):
+    """Hold the gradient of value(at) against a difference along a random direction.
+
+    Schedulers step in float32, whatever they are given, so a smaller difference drowns in rounding.
+    """
+    along = torch.randn(at.shape, dtype=at.dtype, generator=torch.Generator().manual_seed(seed))
+    slope = (value(at.requires_grad_())[1] * along).sum()
+    ahead, behind = (value(at.detach() + step * along)[0] for step in (1e-3, -1e-3))
+    assert float(slope) == pytest.approx(float(ahead - behind) / 2e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", ["pixart", "wan", "flux-two-calls"])
+def test_the_gradient_through_a_whole_walk_is_finite_differences(name, checkpointing):
+    d, generator = double_denoiser(name, checkpointing), torch.Generator().manual_seed(0)
+    cond = cond_of(1)
+    x = d.noise(cond)
+    table = torch.rand(d.steps, len(d.sites), generator=generator) < 0.6
+    table[0] = True
+    towards = torch.randn(x.shape, dtype=torch.float64, generator=generator)
+    weights = Schedule(table, sites=tuple(d.sites), order=1).gate_weights.double()
+
+    def value(weights):
+        image = (weighted_walk(d, table.tolist(), weights, x, cond) * towards).sum()
+        return image, torch.autograd.grad(image, weights)[0] if weights.requires_grad else None
+
+    assert_slope(value, weights + 0.1)
+
+
+def test_a_block_that_backward_runs_again_knows_the_call_that_it_belongs_to():
+    d, cond, cache, memory = double_denoiser("flux-two-calls", True), cond_of(1), {}, {}
+    r = torch.rand(len(d.sites), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = d.noise(cond)
+    with torch.no_grad(), gated(d.sites, blend(torch.ones_like(r), cache, 0.1)):
+        x = d.step(x, d.predict(x, 0, cond), 0, memory)
+
+    def value(r):
+        with gated(d.sites, blend(r, cache.copy(), 0.1)):
+            out = (d.predict(x, 1, cond) * x.cos()).sum()
+            return out, torch.autograd.grad(out, r)[0] if r.requires_grad else None
+
+    assert_slope(value, r)
+
+
+# ------------------------------------------------------------------------------------------ nothing is left behind
+
+
+@pytest.mark.parametrize("name", ["wan", "sd3-controlnet"])
+def test_an_exception_at_a_site_leaves_everything_as_it_was(name):
+    pipe, d = denoiser_of(name)
+    cond = cond_of(1)
+    x = d.noise(cond)
+    plain = d.predict(x, 2, cond)
+
+    def shown():
+        parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+        modules = [set(vars(module)) for part in parts for module in part.modules()]
+        return str([vars(pipe), vars(pipe.scheduler), modules])
+
+    def fail(site, compute):
+        if site == len(d.sites) - 1:
+            raise KeyboardInterrupt
+        return compute()
+
+    before, random = shown(), torch.get_rng_state()
+    with pytest.raises(KeyboardInterrupt), gated(d.sites, fail):
+        d.predict(x, 2, cond)
+    assert shown() == before
+    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.is_grad_enabled()
+    assert torch.equal(d.predict(x, 2, cond), plain)
+
+
+def test_the_pipeline_and_another_denoiser_of_it_may_run_in_between():
+    make, arguments = WALKS["flux"]
+    pipe, calls = make(), []
+    hook = pipe.transformer.register_forward_hook(lambda *_: calls.append(1))
+    d, other = (from_pipeline(pipe, steps=4, **arguments) for _ in range(2))
+    hook.remove()
+    assert len(calls) == 2, "making one runs the transformer once"
+    cond = cond_of(2)
+    x = d.noise(cond)
+    plain, between = [y.clone() for y in denoise(d, x, cond)], []
+    for y, _ in zip(denoise(d, x, cond), denoise(other, x, cond), strict=True):
+        walked(pipe, d.inputs.of([(1, 3)]))
+        between.append(y.clone())
+    assert all(torch.equal(a, b) for a, b in zip(plain, between, strict=True))

@@ -1,4 +1,4 @@
-"""Checks: what a pipeline must be to be cached, and what to do where it is not.
+"""Checks: what a pipeline must be to be cached or tuned, and what to do where it is not.
 
 Checked when a cache is opened and again at each walk, since compiling or another cache may have
 come in between. Only what would be silent otherwise, or fail without a reason, is refused.
@@ -30,7 +30,7 @@ def check_pipeline(pipe: Any) -> None:
     for part in ("transformer", "scheduler"):
         if getattr(pipe, part, None) is None:
             kind = type(pipe).__name__
-            raise TypeError(f"{kind} has no {part}; cached takes a diffusers pipeline that has one")
+            raise TypeError(f"{kind} has no {part}; expected a diffusers pipeline that has one")
     for name, model in transformers_of(pipe).items():
         _check_not_compiled(name, model)
         if model.training:
@@ -40,20 +40,20 @@ def check_pipeline(pipe: Any) -> None:
         other = _other_cache(pipe, model)
         if other:
             raise ValueError(
-                f"pipe.{name} has another cache enabled, {other}, and two caches cannot both decide "
-                "what runs; disable that one first"
+                f"pipe.{name} has another cache enabled, {other}, and only one can decide what "
+                "runs; disable that one first"
             )
 
 
 def _check_not_compiled(name: str, model: Any) -> None:
     instead = (
-        f"compile its sites instead: for site in harmonica.models.sites.sites(pipe.{name}).values(): "
-        "site.compile()"
+        "compile its sites instead: "
+        f"for site in harmonica.models.sites.sites(pipe.{name}).values(): site.compile()"
     )
     if not isinstance(model, nn.Module) or hasattr(model, "_orig_mod"):
         raise TypeError(
-            f"pipe.{name} is compiled, and compiled code cannot skip a site. Set pipe.{name} to the "
-            f"module that was compiled, and {instead}"
+            f"pipe.{name} is compiled, and compiled code cannot skip a site. Set pipe.{name} to "
+            f"the module that was compiled, and {instead}"
         )
     compiled = [path for path, part in model.named_modules() if part._compiled_call_impl]
     if compiled:

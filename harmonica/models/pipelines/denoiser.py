@@ -1,5 +1,4 @@
-"""from_pipeline: a diffusers pipeline as a `Denoiser`, so that a schedule is learned on the very walk
-that it will run.
+"""from_pipeline: a pipeline as a `Denoiser`, to learn a schedule on the walk that it runs.
 
 This file knows what a pipeline can be called with. How its `__call__` becomes a walk is in
 `harmonica.models.pipelines.general`.
@@ -11,16 +10,11 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
-
 from harmonica.models.pipelines.general import PipelineDenoiser
-from harmonica.models.pipelines.inputs import Inputs, checked_inputs
-from harmonica.models.pipelines.numerics import original_numerics
+from harmonica.models.pipelines.inputs import inputs_of
 from harmonica.models.pipelines.probe import probed
 from harmonica.models.sites import sites
 from harmonica.storage.files import StrPath
-
-__all__ = ["from_pipeline", "original_numerics"]
 
 
 def from_pipeline(
@@ -32,13 +26,14 @@ def from_pipeline(
     guidance: float | None = None,
     **call: Any,
 ) -> PipelineDenoiser:
-    """Return a denoiser whose walk is the pipeline's own, bit for bit, for any pipeline that runs one
-    transformer step by step.
+    """Return a denoiser whose walk is the pipeline's own, bit for bit.
 
-        denoiser = from_pipeline(pipe, steps=28, prompts="prompts.txt", guidance=3.5, height=1024, width=1024)
+        denoiser = from_pipeline(pipe, steps=28, prompts="prompts.txt", guidance=3.5, height=1024)
         router = train_sdt(denoiser)
         with cached(pipe, router.schedule()):
-            images = pipe(prompt, num_inference_steps=28, guidance_scale=3.5, height=1024, width=1024).images
+            image = pipe("…", num_inference_steps=28, guidance_scale=3.5, height=1024).images[0]
+
+    It takes any pipeline that runs one transformer step by step.
 
     The transformer is shared, and frozen; nothing else of the pipeline is touched. The transformer
     runs once here, to learn its shapes.
@@ -74,28 +69,3 @@ def from_pipeline(
         "guidance": float(scale) if isinstance(scale, int | float) else None,
     }
     return probed(pipe, inputs, sites(transformer), about)
-
-
-def inputs_of(
-    pipe: Any,
-    steps: int | None,
-    prompts: StrPath | Sequence[str] | None,
-    each: Mapping[str, Any] | None,
-    call: dict[str, Any],
-) -> Inputs:
-    """Return what the pipeline is called with; raises as `from_pipeline` does, before anything runs."""
-    name = type(pipe).__name__
-    for part in ("transformer", "scheduler"):
-        if getattr(pipe, part, None) is None:
-            raise TypeError(
-                f"{name} has no {part}; from_pipeline takes a diffusers pipeline that has one"
-            )
-    if getattr(pipe, "transformer_2", None) is not None:
-        raise TypeError(
-            f"{name} runs two transformers in one walk; from_pipeline follows pipelines that have one"
-        )
-    if not isinstance(pipe.transformer, nn.Module) or hasattr(pipe.transformer, "_orig_mod"):
-        raise TypeError(
-            "pipe.transformer is compiled; give the module that was compiled, pipe.transformer._orig_mod"
-        )
-    return checked_inputs(pipe, steps, prompts, dict(each or {}), call)

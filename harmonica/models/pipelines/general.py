@@ -1,6 +1,7 @@
 """A denoiser of any pipeline: the pipeline's own `__call__` is the walk.
 
-    predict(x, k, cond)   runs the pipeline up to step k with x put in, and leaves with the model's output
+    predict(x, k, cond)   runs the pipeline up to step k with x put in, and leaves with the output
+                          of the model
     step(x, out, k, …)    steps a copy of the scheduler with the arguments that predict saw there
     cond                  (B, 2) int64: the row of the prompt, the seed of that sample's generator
 
@@ -14,11 +15,12 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from harmonica.models.pipelines.inputs import Inputs, Sample
@@ -26,26 +28,16 @@ from harmonica.models.pipelines.recorded import (
     Arrival,
     NotFollowedError,
     Recorded,
+    State,
     folded_out,
     global_generators,
     scaled,
-    shape_of,
 )
-from harmonica.models.pipelines.runs import Arrive, Memo, real_forward, without_modes
+from harmonica.models.pipelines.runs import Arrive, Memo, real_forward
 from harmonica.models.pipelines.standin import StandIns, plain_scheduler
 
 CONDITIONS, ARRIVALS = 64, 8
 """How many conditions' encodings, and steps' arguments, are remembered."""
-
-
-@dataclass(frozen=True)
-class State:
-    """What the sampler of one run remembers after a step."""
-
-    scheduler: dict[str, Any]
-    carried: list[Any]  # what it returned beside x
-    generators: list[Tensor]
-    random: list[Tensor]
 
 
 class PipelineDenoiser:
@@ -69,7 +61,6 @@ class PipelineDenoiser:
         self.steps, self.batched = 0, False
         self.again: Callable[[int], PipelineDenoiser]  # with another num_inference_steps
         self.stand_ins, self.recorded = stand_ins, {1: recorded}
-        self._learned = {1}  # batches whose answers are known from a prediction
         self._memos: OrderedDict[Hashable, Memo] = OrderedDict()
         self._arrivals: OrderedDict[tuple[int, int], tuple[Any, list[Arrival]]] = OrderedDict()
 
@@ -84,13 +75,11 @@ class PipelineDenoiser:
         return self.recorded[1].draws_noise
 
     def with_steps(self, steps: int) -> PipelineDenoiser:
-        """Return the same pipeline with about so many steps, as near as `num_inference_steps` comes."""
+        """Return the same pipeline with about so many steps."""
         return self.again(round(self.inputs.call["num_inference_steps"] * steps / self.steps))
 
     def draw(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Draw prompts and seeds, cond (B, 2), and return the noise that the pipeline draws for
-        them.
-        """
+        """Draw prompts and seeds; return the noise that the pipeline draws for them, and cond."""
         options: dict[str, Any] = {"generator": generator, "device": generator.device}
         rows = torch.randint(self.inputs.rows, (batch_size,), **options)
         seeds = torch.randint(2**32, (batch_size,), **options)
@@ -99,7 +88,7 @@ class PipelineDenoiser:
 
     def noise(self, cond: Tensor) -> Tensor:
         """Return the x that the pipeline starts from for these prompts and seeds, (B, …)."""
-        with torch.no_grad(), without_modes():
+        with torch.no_grad(), _disable_current_modes():
             arrivals = [self._run([sample], None, 0, pretend=True) for sample in samples_of(cond)]
             firsts = [a.sample for a in arrivals if a.sample is not None]
             return torch.cat([self.recorded[1].fold(first) for first in firsts])
@@ -117,7 +106,7 @@ class PipelineDenoiser:
 
     def _predict(self, x: Tensor, k: int, cond: Tensor, *, pretend: bool) -> Tensor:
         samples, parts = self._checked(x, k, cond)
-        with without_modes() as modes:
+        with _disable_current_modes() as modes:
             arrivals = [
                 self._run(group, part, k, pretend=pretend, modes=modes, first_call=i)
                 for i, (group, part) in enumerate(zip(samples, parts, strict=True))
@@ -134,8 +123,8 @@ class PipelineDenoiser:
         sample = x if arrival.sample is None else arrival.sample
         if k == 0 and recorded.entry is None and not torch.equal(recorded.fold(sample), x):
             raise ValueError(
-                f"{self.about['model']} starts from noise of its own and lets none be put in; pass x and cond as "
-                "`draw` returned them"
+                f"{self.about['model']} starts from noise of its own and lets none be put in; pass "
+                "x and cond as `draw` returned them"
             )
         out: Tensor = folded_out(recorded, arrival.out, sample)
         arrival.out = None
@@ -155,25 +144,21 @@ class PipelineDenoiser:
             raise RuntimeError(
                 f"step {k} needs what the steps before it left in `memory`; pass a copy"
             )
-        before = memory.get("walks", [None] * len(arrivals))
-        parts = zip(arrivals, before, x.chunk(len(arrivals)), out.chunk(len(arrivals)), strict=True)
+        starts = memory.get("walks", [arrival.start for arrival in arrivals])
+        parts = zip(arrivals, starts, x.chunk(len(arrivals)), out.chunk(len(arrivals)), strict=True)
         ends = [self._take(*part) for part in parts]
         memory["walks"] = tuple(state for _, state in ends)
         return ends[0][0] if len(ends) == 1 else torch.cat([end for end, _ in ends])
 
-    def _take(
-        self, a: Arrival, before: State | None, x: Tensor, out: Tensor
-    ) -> tuple[Tensor, State]:
+    def _take(self, a: Arrival, start: State, x: Tensor, out: Tensor) -> tuple[Tensor, State]:
         """Take one run's step with a scheduler of the walk's own."""
-        recorded, pipe = self.recorded[1], self.stand_ins.pipe
-        scheduler = plain_scheduler(pipe.scheduler, a.state if before is None else before.scheduler)
+        recorded = self.recorded[1]
+        scheduler = plain_scheduler(self.stand_ins.pipe.scheduler, start.scheduler)
         sample = recorded.unfold(x) if a.sample is None else a.sample
         doubled = recorded.doubled and 2 * len(out) == len(sample)
         given = {"model_output": torch.cat([out, out]) if doubled else out, "sample": sample}
-        if before is not None:
-            given |= {name: before.carried[i] for name, i in a.carried.items()}
-        states = iter(a.generators if before is None else before.generators)
-        mine: list[torch.Generator] = []
+        given |= {name: start.carried[i] for name, i in a.carried.items()}
+        states, mine = iter(start.generators), list[torch.Generator]()
 
         def again(generator: torch.Generator) -> torch.Generator:
             mine.append(torch.Generator(generator.device).set_state(next(states)))
@@ -181,7 +166,7 @@ class PipelineDenoiser:
 
         arguments = tree_map_only(torch.Generator, again, {**a.arguments.arguments, **given})
         arguments |= arguments.pop("kwargs", {})
-        with self._random(a.random if before is None else before.random) as random:
+        with self._random(start.random) as random:
             result = scheduler.step(**arguments)
         after, *carried = tree_leaves(result)
         state = State(vars(scheduler), carried, [g.get_state() for g in mine], random)
@@ -193,13 +178,11 @@ class PipelineDenoiser:
         generators = global_generators(self.stand_ins.device) if states else []
         before, after = [g.get_state() for g in generators], list[Tensor]()
         try:
-            for generator, state in zip(generators, states, strict=True):
-                generator.set_state(state)
+            _set(generators, states)
             yield after
         finally:
             after.extend(g.get_state() for g in generators)
-            for generator, state in zip(generators, before, strict=True):
-                generator.set_state(state)
+            _set(generators, before)
 
     def _run(
         self, samples: Sequence[Sample], x: Tensor | None, k: int, *, pretend: bool,
@@ -207,44 +190,24 @@ class PipelineDenoiser:
     ) -> Arrival:  # fmt: skip
         """Run the pipeline to step k."""
         batch, calls = len(samples), self.calls
-        if batch not in self._learned and not pretend and k > 0:
-            with torch.no_grad():
-                self._run(samples, None, 0, pretend=False)
-        recorded = self._answers_of(batch)
+        if batch not in self.recorded:  # guessed from runs of one sample
+            one = self.recorded[1]
+            self.recorded[batch] = replace(one, batch=batch, answers=scaled(one, batch))
+        recorded = self.recorded[batch]
 
         def forward(name: str, module: Any, call: int, args: Any, kwargs: Any) -> Any:
+            if name != "transformer":
+                return module(*args, **kwargs)
             known = recorded.answers.get((name, call))
-            if name == "transformer":
-                key = first_call * calls + call
-                output = real_forward(module, key, args, kwargs, modes, known)
-            else:
-                output = module(*args, **kwargs)
-            if batch not in self._learned:
-                recorded.answers[name, call] = tree_map_only(Tensor, shape_of, output)
-            return output
+            return real_forward(module, first_call * calls + call, args, kwargs, modes, known)
 
-        run = Arrive(
-            recorded,
-            self.stand_ins.device,
-            self.memos(samples),
-            k=k,
-            x=x,
-            forward=None if pretend else forward,
-        )
+        answer, memos = None if pretend else forward, self.memos(samples)
+        run = Arrive(recorded, self.stand_ins.device, memos, k, x, answer)
         with self.seeded(samples):
             self.stand_ins.run(run, self.inputs.of(samples))
         if run.arrival is None:
             raise NotFollowedError(f"the pipeline ends before step {k}")
-        if not pretend:
-            self._learned.add(batch)
         return run.arrival
-
-    def _answers_of(self, batch: int) -> Recorded:
-        """Return what is known of runs of this batch, guessed from runs of one sample at first."""
-        one = self.recorded[1]
-        if batch not in self.recorded:
-            self.recorded[batch] = replace(one, batch=batch, answers=scaled(one, batch))
-        return self.recorded[batch]
 
     def memos(self, samples: Sequence[Sample]) -> tuple[Memo, Memo]:
         """Return what is remembered for these rows, and for these rows with these seeds."""
@@ -256,30 +219,23 @@ class PipelineDenoiser:
             self._memos.popitem(last=False)
         return memo
 
-    def _checked(
-        self, x: Tensor, k: int, cond: Tensor
-    ) -> tuple[list[list[Sample]], Sequence[Tensor]]:
+    def _checked(self, x: Tensor, k: int, cond: Tensor) -> tuple[list[list[Sample]], Any]:
         """Return the samples and the parts of x of each run."""
         one = self.recorded[1].first
         if not 0 <= k < self.steps:
             raise ValueError(f"step {k} of a walk of {self.steps} steps, 0 to {self.steps - 1}")
         fits = cond.dim() == 2 and cond.shape[1] == 2 and not cond.is_floating_point() and len(cond)
         if not fits or x.shape != (len(cond) * len(one), *one.shape[1:]):
-            shape = ", ".join(map(str, one.shape[1:]))
+            batch = "B" if len(one) == 1 else f"{len(one)}·B"
+            shape = ", ".join([batch, *map(str, one.shape[1:])])
             raise ValueError(
                 f"found x {tuple(x.shape)} and cond {tuple(cond.shape)} {cond.dtype}; expected "
-                f"({f'{len(one)}·' if len(one) > 1 else ''}B, {shape}) and (B, 2) whole numbers, as `draw` returns"
+                f"({shape}) and (B, 2) whole numbers, as `draw` returns"
             )
         samples = samples_of(cond)
-        if (
-            not 0
-            <= min(row for row, _ in samples)
-            <= max(row for row, _ in samples)
-            < self.inputs.rows
-        ):
-            raise ValueError(
-                f"cond names rows {cond[:, 0].tolist()}; there are {self.inputs.rows} prompts"
-            )
+        rows = [row for row, _ in samples]
+        if min(rows) < 0 or max(rows) >= self.inputs.rows:
+            raise ValueError(f"cond names rows {rows}; there are {self.inputs.rows} prompts")
         if self.batched:
             return [samples], [x]
         return [[sample] for sample in samples], x.chunk(len(samples))
@@ -302,3 +258,8 @@ class PipelineDenoiser:
 def samples_of(cond: Tensor) -> list[Sample]:
     """Return the rows and seeds of cond (B, 2)."""
     return [(int(row), int(seed)) for row, seed in cond.tolist()]
+
+
+def _set(generators: Sequence[torch.Generator], states: Sequence[Tensor]) -> None:
+    for generator, state in zip(generators, states, strict=True):
+        generator.set_state(state)

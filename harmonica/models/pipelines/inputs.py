@@ -1,4 +1,4 @@
-"""Inputs: what a pipeline's `__call__` is given for a batch of samples, checked before anything runs.
+"""Inputs: what a pipeline is called with for a batch of samples, checked before anything runs.
 
 This file does not know denoisers or what the arguments do.
 """
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from harmonica.models.pipelines.checks import check_pipeline, transformers_of
 from harmonica.models.prompts import prompts_from
 from harmonica.storage.files import StrPath
 
@@ -55,18 +56,19 @@ class Inputs:
         return call
 
 
-def checked_inputs(
+def inputs_of(
     pipe: Any,
     steps: int | None,
     prompts: StrPath | Sequence[str] | None,
-    each: dict[str, Any],
+    each: Mapping[str, Any] | None,
     call: dict[str, Any],
 ) -> Inputs:
-    """Return what the pipeline is called with, checked against its signature before anything runs.
-
-    Steps are the pipeline's own if None.
-    """
+    """Return what the pipeline is called with; raises as `from_pipeline` does."""
+    check_pipeline(pipe)
     name, parameters = type(pipe).__name__, inspect.signature(type(pipe).__call__).parameters
+    if "transformer_2" in transformers_of(pipe):
+        raise TypeError(f"{name} runs two transformers in one walk; from_pipeline follows one")
+    each = dict(each or {})
     given = {**each, **call}
     if (
         prompts is None
@@ -81,19 +83,16 @@ def checked_inputs(
     for argument in (*each, *call, "num_inference_steps"):
         if argument not in parameters:
             near = get_close_matches(argument, parameters, 3)
-            hint = (
-                f"; did you mean {' or '.join(near)}?"
-                if near
-                else f"; it takes {', '.join(list(parameters)[1:])}"
-            )
-            raise TypeError(f"{name} does not take {argument}{hint}")
+            takes = f"it takes {', '.join(list(parameters)[1:])}"
+            hint = f"did you mean {' or '.join(near)}?" if near else takes
+            raise TypeError(f"{name} does not take {argument}; {hint}")
     for argument in ("generator", "latents"):
         if argument in given:
             raise ValueError(f"{argument} is given; x and its seeds take its place, leave it out")
     for argument in ("num_images_per_prompt", "num_videos_per_prompt"):
         if call.get(argument, 1) != 1:
             raise ValueError(
-                f"{argument} is {call[argument]}; a sample is one image, ask for a larger batch instead"
+                f"{argument} is {call[argument]}; a sample is one image, so leave it out"
             )
     if steps is None:
         steps = parameters["num_inference_steps"].default
@@ -102,7 +101,7 @@ def checked_inputs(
     lengths = {argument: len(values) for argument, values in each.items()}
     if len(set(lengths.values())) > 1 or 0 in lengths.values():
         raise ValueError(
-            f"the lengths of prompts and each differ, or are zero: {lengths}; every sample has one of each"
+            f"the lengths of prompts and each differ, or are zero: {lengths}; give each prompt one"
         )
     call = call | {"num_inference_steps": steps}
     if "output_type" in parameters:

@@ -32,18 +32,20 @@ from harmonica.models.pipelines.recorded import (
     same,
     scaled,
     shape_of,
+    state_of,
 )
-from harmonica.models.pipelines.runs import Followed, Memo
-from harmonica.models.pipelines.standin import StandIns, state_of
+from harmonica.models.pipelines.runs import Memo, Method, Run
+from harmonica.models.pipelines.standin import StandIns
 
 SEEDS = 20_000_003, 20_000_005
 
 
-class Whole(Followed):
+class Whole(Run):
     """A run of all steps on answers that cost nothing; what it shows is in `recorded`.
 
     Args:
-        run_once: (forward, args, kwargs) -> the output of a transformer's call at step 0, to learn its
+        recorded, device, memos: as `Run` has them.
+        run_once: (module, args, kwargs) -> the output of a transformer's call at step 0, for its
             shapes; None if `recorded` has the answers already.
     """
 
@@ -52,9 +54,9 @@ class Whole(Followed):
         recorded: Recorded,
         device: torch.device,
         memos: tuple[Memo, Memo],
-        run_once: Callable[..., Any] | None,
+        run_once: Method | None,
     ) -> None:
-        super().__init__(recorded, device, memos, draws=True)
+        super().__init__(recorded, device, memos)
         self.run_once = run_once
         self._latents: list[tuple[tuple[str, int, int], Tensor]] = []
 
@@ -67,61 +69,53 @@ class Whole(Followed):
                     self._latents.append(((source, call, i), leaf))
         return result
 
-    def _once(
-        self, name: str, compute: Callable[[], Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def _once(self, name: str, compute: Callable[[], Any], args: Any, kwargs: Any) -> Any:
         if self.k > 0:  # it was taken for something that runs before the loop
             self.recorded.looping.add(name)
             self._counts.pop(name, None)
             return self._looping(name, self._count(name), compute, args, kwargs)
-        answer = self._remembered(self._of_samples, name, compute)
+        answer = super()._once(name, compute, args, kwargs)
         # A tree of its own: some transformers take what they read out of a list.
         self.recorded.answers.setdefault((name, self._counts[name]), tree_map(same, answer))
         return answer
 
-    def _looping(
-        self, name: str, call: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        answers = self.recorded.answers
+    def _looping(self, name: str, call: int, module: Any, args: Any, kwargs: Any) -> Any:
+        answers, at_first = self.recorded.answers, self.recorded.inputs
         if name == "transformer":
-            shapes = [
-                leaf.shape for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)
-            ]
+            tensors = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+            shapes = [leaf.shape for leaf in tensors]
             if self.k == 0:
-                self.recorded.inputs.append(shapes)
+                at_first.append(shapes)
                 if self.run_once is not None:
                     answers[name, call] = self.run_once(module, args, kwargs)
-            elif call < len(self.recorded.inputs) and shapes != self.recorded.inputs[call]:
+            elif call < len(at_first) and shapes != at_first[call]:
+                now, then = ([tuple(shape) for shape in each] for each in (shapes, at_first[call]))
                 raise NotFollowedError(
-                    f"the transformer's inputs have shapes {[tuple(s) for s in shapes]}, and had "
-                    f"{[tuple(s) for s in self.recorded.inputs[call]]} at step 0"
+                    f"the transformer's inputs have shapes {now}, and had {then} at step 0"
                 )
         if (name, call) not in answers:
             raise NotFollowedError(f"{name} is called {call + 1} times, and {call} times at step 0")
         return pretended(answers[name, call], name, call, (args, kwargs))
 
-    def stepped(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def stepped(self, step: Method, *args: Any, **kwargs: Any) -> Any:
         """Note what the step is given, step, and note what comes of it."""
-        recorded = self.recorded
-        calls = self._counts.get("transformer", -1) + 1
+        recorded, calls = self.recorded, self._counts.get("transformer", -1) + 1
         if calls != len(recorded.inputs) or not calls:
             raise NotFollowedError(
-                f"the transformer is called {calls} times, and {len(recorded.inputs)} times at step 0 "
+                f"the transformer is called {calls} times, {len(recorded.inputs)} times at step 0 "
                 "(guidance that begins or ends midway, or a step without the transformer)"
             )
         bound = bind(step, args, kwargs)
-        sample = bound.arguments.get("sample")
+        given, sample = bound.arguments, bound.arguments.get("sample")
         if not isinstance(sample, Tensor) or not sample.is_floating_point():
             raise NotFollowedError(
                 "its scheduler does not step a noisy image, a tensor called sample"
             )
         if self.k == 0:
             self._enter(sample)
-        recorded.steps.append({n: digest(v) for n, v in bound.arguments.items()})
-        recorded.steps[-1] |= {
-            "sample": digest(recorded.fold(sample)),
-            "model_output": digest(folded_out(recorded, bound.arguments["model_output"], sample)),
-        }
+        out = folded_out(recorded, given["model_output"], sample)
+        own = {"sample": recorded.fold(sample), "model_output": out}
+        recorded.steps.append({name: digest(value) for name, value in (given | own).items()})
         sources = [*generators_in(bound), *global_generators(self.device)]
         before = [generator.get_state() for generator in sources]
         result = step(*args, **kwargs)
@@ -170,12 +164,12 @@ def probed(
             if len(recorded.looping) > 1:  # known only now, so that the first step ran them
                 recorded = _again(recorded, 1, recorded.answers)
                 denoiser.recorded[1] = recorded
-                _watch(denoiser, recorded, cond[:1], None)
+                _watch(denoiser, recorded, cond[:1])
             _verify(denoiser, recorded, cond[:1])
     except NotFollowedError as mismatch:
         raise NotFollowedError(
-            f"{name} cannot be followed step by step: {mismatch}. Whole steps can still be chosen from runs of the "
-            "pipeline, harmonica.tune(pipe, prompts, speedup=…), and cached(pipe, schedule) runs any table"
+            f"{name} cannot be followed step by step: {mismatch}. harmonica.tune can still choose "
+            "whole steps from runs of the pipeline, and cached(pipe, schedule) runs any table"
         ) from None
     denoiser.about["timesteps"] = recorded.timesteps
     if recorded.random:  # one generator for a whole batch: a sample would depend on its neighbours
@@ -183,7 +177,7 @@ def probed(
     try:
         with torch.no_grad():
             two = _again(recorded, 2, scaled(recorded, 2))
-            _watch(denoiser, two, cond, None)
+            _watch(denoiser, two, cond)
             ones = denoiser.noise(cond)
             if (ones - two.first).norm() > 1e-3 * ones.norm():
                 return denoiser  # a batch starts from other noise than its samples
@@ -200,7 +194,7 @@ def _unverified(denoiser: PipelineDenoiser, steps: int) -> PipelineDenoiser:
     recorded = _again(denoiser.recorded[1], 1, denoiser.recorded[1].answers)
     other = PipelineDenoiser(denoiser.stand_ins, inputs, recorded, denoiser.sites, denoiser.about)
     with torch.no_grad():
-        _watch(other, recorded, torch.tensor([[0, SEEDS[0]]]), None)
+        _watch(other, recorded, torch.tensor([[0, SEEDS[0]]]))
     other.batched, other.again = denoiser.batched, denoiser.again
     other.about["timesteps"] = recorded.timesteps
     return other
@@ -212,14 +206,11 @@ def _again(recorded: Recorded, batch: int, answers: Mapping[tuple[str, int], Any
 
 
 def _watch(
-    denoiser: PipelineDenoiser,
-    recorded: Recorded,
-    cond: Tensor,
-    run_once: Callable[..., Any] | None,
+    denoiser: PipelineDenoiser, recorded: Recorded, cond: Tensor, run_once: Method | None = None
 ) -> None:
     """Run the pipeline once and fill in `recorded`."""
     samples, stand_ins = samples_of(cond), denoiser.stand_ins
-    run = Whole(recorded, stand_ins.device, denoiser.memos(samples), run_once=run_once)
+    run = Whole(recorded, stand_ins.device, denoiser.memos(samples), run_once)
     with denoiser.seeded(samples) as (before, after):
         stand_ins.run(run, denoiser.inputs.of(samples))
     if not recorded.steps:
@@ -228,7 +219,7 @@ def _watch(
     recorded.random = any(not torch.equal(*pair) for pair in zip(before, after, strict=True))
 
 
-def _once(sites: Mapping[str, nn.Module]) -> Callable[..., Any]:
+def _once(sites: Mapping[str, nn.Module]) -> Method:
     """Return what runs the transformer for real: (module, args, kwargs) -> its output's shapes."""
 
     def run(module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -237,8 +228,9 @@ def _once(sites: Mapping[str, nn.Module]) -> Callable[..., Any]:
         def gate(site: int, compute: Callable[[], Any]) -> Any:
             if site in asked:
                 raise NotFollowedError(
-                    f"{list(sites)[site]} is called more than once in one call of the transformer, and has one "
-                    "feature (if its feed-forward runs in chunks, call set_chunk_feed_forward(None, 0) on the blocks)"
+                    f"{list(sites)[site]} is called more than once in one call of the transformer, "
+                    "and has one feature (if its feed-forward runs in chunks, call "
+                    "set_chunk_feed_forward(None, 0) on the blocks)"
                 )
             asked.add(site)
             return compute()
@@ -257,36 +249,24 @@ def _once(sites: Mapping[str, nn.Module]) -> Callable[..., Any]:
 def _verify(denoiser: PipelineDenoiser, recorded: Recorded, cond: Tensor) -> None:
     """Raise NotFollowedError unless predict and step give what the whole run showed, to the bit."""
     x, memory, steps = recorded.first, dict[str, Any](), len(recorded.steps)
-    _put_in(denoiser, recorded, x, cond)
+    if recorded.entry is not None:  # see whether another x than the pipeline's own can be put in
+        arrival = denoiser.pretend(0.5 * x, 0, cond)[1]
+        if arrival.sample is not None and not torch.equal(recorded.fold(arrival.sample), 0.5 * x):
+            recorded.entry = None
     for k, (given, after) in enumerate(zip(recorded.steps, recorded.after, strict=True)):
         at = f"step {k} of {steps}"
         out, arrival = denoiser.pretend(x, k, cond)
-        arguments = {
-            n: v for n, v in arrival.arguments.arguments.items() if n not in arrival.carried
-        }
-        arguments |= {
-            "model_output": out,
-            "sample": x if arrival.sample is None else recorded.fold(arrival.sample),
-        }
-        for argument, value in arguments.items():
-            if given.get(argument) != digest(value):
+        sample = x if arrival.sample is None else recorded.fold(arrival.sample)
+        own = arrival.arguments.arguments | {"model_output": out, "sample": sample}
+        for argument, value in own.items():
+            if argument not in arrival.carried and given.get(argument) != digest(value):
                 raise NotFollowedError(
-                    f"at {at} the scheduler's {argument} is another than in the pipeline's own run; something that is "
-                    "neither x nor the scheduler's is carried from step to step (guidance with a memory, a second "
-                    "latent, noise drawn in the loop)"
+                    f"at {at} the scheduler's {argument} is not that of the pipeline's own run; "
+                    "something that is neither x nor the scheduler's is carried from step to step "
+                    "(guidance with a memory, a second latent, noise drawn in the loop)"
                 )
         x = denoiser.step(x, out, k, memory)
         if digest(x) != after:
             raise NotFollowedError(
                 f"at {at} a copy of the scheduler steps elsewhere than the pipeline's own"
             )
-
-
-def _put_in(denoiser: PipelineDenoiser, recorded: Recorded, x: Tensor, cond: Tensor) -> None:
-    """See whether another x than the pipeline's own can be put in at the first step."""
-    other = 0.5 * x
-    if recorded.entry is not None:
-        _, arrival = denoiser.pretend(other, 0, cond)
-        sample = other if arrival.sample is None else recorded.fold(arrival.sample)
-        if not torch.equal(sample, other):
-            recorded.entry = None

@@ -1,7 +1,8 @@
 """What is known of a pipeline's walk, and how it is told: recorded runs, arrivals, digests.
 
-    Recorded   what one whole run showed: a template of each model's output, the scheduler's state after each step
-    Arrival    what reached the scheduler at one step of one run, and what it needs beside x to be stepped
+    Recorded   what one whole run showed: a template of each model's output, the scheduler's state
+               after each step
+    Arrival    what reached the scheduler at one step of one run
     digest     a number that tells two trees of tensors apart, to the bit
     pretended  an answer that has a model's shapes, depends on all its inputs, and costs nothing
 
@@ -22,6 +23,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 class NotFollowedError(ValueError):
     """A run that cannot be followed, and why."""
+
+
+class Leave(BaseException):
+    """Ends a run that has what it wanted; not an Exception, so that no pipeline catches it."""
 
 
 @dataclass
@@ -52,6 +57,16 @@ class Recorded:
         return torch.cat([x, x]) if self.doubled else x
 
 
+@dataclass(frozen=True)
+class State:
+    """What the sampler of one run remembers after a step, or before the first one."""
+
+    scheduler: dict[str, Any]
+    carried: list[Any]  # what it returned beside x
+    generators: list[Tensor]  # states of the generators among the arguments
+    random: list[Tensor]  # states of torch's global ones
+
+
 @dataclass
 class Arrival:
     """What reaches the scheduler at one step of one run."""
@@ -60,10 +75,24 @@ class Arrival:
     sample: Tensor | None  # None where it is x itself, which must not be kept alive
     out: Tensor | None
     carried: dict[str, int]  # argument -> which of the values that the step before returned
-    state: dict[str, Any]  # of the scheduler at step 0; later ones are the walk's
-    generators: list[Tensor]  # states of the generators among the arguments
-    random: list[Tensor]  # states of torch's global ones
-    timestep: Any
+    start: State  # right at step 0; later ones are the walk's
+
+
+def state_of(scheduler: Any) -> dict[str, Any]:
+    """Return what a scheduler remembers, its attributes, in copies: PNDM adds to a tensor in place.
+
+    What others have put on the instance to hide its methods is not among it.
+    """
+    held = scheduler if isinstance(scheduler, Mapping) else vars(scheduler)
+    return {
+        key: _copied(value) for key, value in held.items() if key not in ("step", "set_timesteps")
+    }
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_copied(item) for item in value]
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def bind(
@@ -92,6 +121,11 @@ def global_generators(device: torch.device) -> list[torch.Generator]:
     torch.cuda.init()  # type: ignore[no-untyped-call]
     number = torch.cuda.current_device() if device.index is None else device.index
     return [torch.default_generator, torch.cuda.default_generators[number]]
+
+
+def states_of(device: torch.device) -> list[Tensor]:
+    """Return the states of these generators."""
+    return [generator.get_state() for generator in global_generators(device)]
 
 
 def scaled(recorded: Recorded, batch: int) -> dict[tuple[str, int], Any]:

@@ -1,7 +1,9 @@
 """Runs: a pipeline's `__call__` as a walk that can be entered before any step and left after any
 prediction.
 
-    Arrive     skips to step k, puts x in, lets the transformer run there, and leaves with what the scheduler is given
+    Run       what every run does: it is told of latents, encoders, models and steps
+    Arrive    skips to step k, puts x in, lets the transformer run there, and leaves with what the
+              scheduler is given
 
 At a skipped step no model runs: the transformer answers zeros of its output's shapes, and the
 scheduler its own input, the one before step k answers x. What the pipeline reads off the scheduler
@@ -18,50 +20,65 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from harmonica.calls import in_call
 from harmonica.models.pipelines.recorded import (
     Arrival,
+    Leave,
     NotFollowedError,
     Recorded,
+    State,
     bind,
     generators_in,
-    global_generators,
     pretended,
     same,
+    state_of,
+    states_of,
     zeros,
 )
-from harmonica.models.pipelines.standin import Leave, state_of
 from harmonica.override import overridden
+from harmonica.run_again import run_again
 
-Forward = Callable[..., Any]
+Method = Callable[..., Any]
 Memo = dict[Hashable, Any]
 
 
-class Followed:
-    """What all runs do: remember what depends on the condition alone, count steps and calls."""
+class Run:
+    """What a stand-in tells about one run of the pipeline's `__call__`.
 
-    def __init__(
-        self, recorded: Recorded, device: torch.device, memos: tuple[Memo, Memo], draws: bool
-    ) -> None:
-        self.recorded, self.device, self.draws = recorded, device, draws
-        self._of_rows, self._of_samples = memos
+    Attributes:
+        recorded: what is known of such runs.
+        device: where the pipeline runs.
+        scheduler: the stand-in's; a pipeline may copy it, and the copies tell nothing.
+        draws: whether to tell of what the pipeline's module draws with `randn_tensor`.
+        k: step that the run is in.
+    """
+
+    draws = True
+
+    def __init__(self, recorded: Recorded, device: torch.device, memos: tuple[Memo, Memo]) -> None:
+        self.recorded, self.device, self.k = recorded, device, 0
         self.scheduler: Any = None
-        self.k = 0
+        self._of_rows, self._of_samples = memos
         self._counts: dict[str, int] = {}
         self._inside = False  # of something that is remembered
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Followed:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Run:
         return self
 
     def _count(self, name: str) -> int:
         count = self._counts[name] = self._counts.get(name, -1) + 1
         return count
 
+    def prepared(self, source: str, result: Any) -> Any:
+        """Return the latents to start from, given what `prepare_latents` or `randn_tensor` gave."""
+        return result
+
     def encoded(self, name: str, compute: Callable[[], Any], args: Any) -> Any:
-        """Remember an answer for this condition, unless it takes a generator."""
+        """Return what a method answers that depends on the condition alone; remember it, unless it
+        takes a generator.
+        """
         if self._inside or any(isinstance(leaf, torch.Generator) for leaf in tree_leaves(args)):
             return compute()
         return self._remembered(self._of_rows, name, compute)
@@ -84,7 +101,7 @@ class Followed:
         return tree_map(same, answer)
 
     def called(self, name: str, module: Any, *args: Any, **kwargs: Any) -> Any:
-        """Answer a model's call."""
+        """Return what a call of a model answers, whose own answer would be `module(…)`."""
         if self._inside:
             return module(*args, **kwargs)
         if name.endswith(".decode") and self.k > 0:
@@ -93,14 +110,16 @@ class Followed:
             return self._looping(name, self._count(name), module, args, kwargs)
         return self._once(name, functools.partial(module, *args, **kwargs), args, kwargs)
 
-    def _once(
-        self, name: str, compute: Callable[[], Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def _once(self, name: str, compute: Callable[[], Any], args: Any, kwargs: Any) -> Any:
+        """Answer a model that runs before the loop."""
         return self._remembered(self._of_samples, name, compute)
 
-    def _looping(
-        self, name: str, call: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def _looping(self, name: str, call: int, module: Any, args: Any, kwargs: Any) -> Any:
+        """Answer a model that runs at every step."""
+        raise NotImplementedError
+
+    def stepped(self, step: Method, *args: Any, **kwargs: Any) -> Any:
+        """Return what a step of the scheduler answers, whose own answer would be `step(…)`."""
         raise NotImplementedError
 
     def _next_step(self) -> None:
@@ -109,13 +128,15 @@ class Followed:
             self._counts.pop(name, None)
 
 
-class Arrive(Followed):
+class Arrive(Run):
     """A run that skips to step k, puts x in, and leaves with what the scheduler is given there.
 
     Args:
+        recorded, device, memos: as `Run` has them.
+        k: step to leave at.
         x: as the denoiser has it; None at k = 0 leaves the pipeline's own.
-        forward: (name, module, call, args, kwargs) -> what a model of the loop answers at step k; None
-            for answers that cost nothing.
+        forward: (name, module, call, args, kwargs) -> what a model of the loop answers at step k;
+            None for answers that cost nothing.
     """
 
     def __init__(
@@ -123,18 +144,16 @@ class Arrive(Followed):
         recorded: Recorded,
         device: torch.device,
         memos: tuple[Memo, Memo],
-        *,
         k: int,
         x: Tensor | None,
-        forward: Forward | None,
+        forward: Method | None,
     ) -> None:
-        entry = recorded.entry if k == 0 and x is not None else None
-        super().__init__(
-            recorded, device, memos, draws=entry is not None and entry[0] == "randn_tensor"
-        )
+        super().__init__(recorded, device, memos)
         self.at, self.x, self.forward = k, x, forward
         self.arrival: Arrival | None = None
-        self._entry, self._grad = entry, torch.is_grad_enabled()
+        self._entry = recorded.entry if k == 0 and x is not None else None
+        self.draws = self._entry is not None and self._entry[0] == "randn_tensor"
+        self._grad = torch.is_grad_enabled()
         self._placeholders: list[Any] = []
 
     def prepared(self, source: str, result: Any) -> Any:
@@ -142,80 +161,72 @@ class Arrive(Followed):
         if self._entry is None or (source, self._count(source)) != self._entry[:2]:
             return result
         leaves, spec = tree_flatten(result)
-        assert self.x is not None
         leaves[self._entry[2]] = self.x
         torch.set_grad_enabled(self._grad)  # pipelines run under no_grad, and put theirs back
         return tree_unflatten(leaves, spec)
 
-    def _looping(
-        self, name: str, call: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        arrived = self.k == self.at
-        if (name, call) not in self.recorded.answers and not (arrived and name == "transformer"):
+    def _looping(self, name: str, call: int, module: Any, args: Any, kwargs: Any) -> Any:
+        arrived, known = self.k == self.at, self.recorded.answers
+        if (name, call) not in known and not (arrived and name == "transformer"):
             raise NotFollowedError(f"{name} is called more often than in the first run")
         if not arrived:
-            return tree_map(zeros, self.recorded.answers[name, call])
+            return tree_map(zeros, known[name, call])
         if self.forward is None:
-            return pretended(self.recorded.answers[name, call], name, call, (args, kwargs))
+            return pretended(known[name, call], name, call, (args, kwargs))
         torch.set_grad_enabled(self._grad)
         return self.forward(name, module, call, args, kwargs)
 
-    def stepped(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def stepped(self, step: Method, *args: Any, **kwargs: Any) -> Any:
         """Skip the step, or leave with what it is given."""
         bound = bind(step, args, kwargs)
-        sample = bound.arguments["sample"]
+        given, sample = bound.arguments, bound.arguments["sample"]
         if self.k < self.at:
             vars(self.scheduler).update(self.recorded.states[self.k])
-            last = self.k == self.at - 1 and self.x is not None
             self._next_step()
-            if last:
+            if self.k == self.at and self.x is not None:
                 torch.set_grad_enabled(self._grad)
-                assert self.x is not None
                 sample = self.recorded.unfold(self.x)
             return self._answer(sample)
-        out = bound.arguments.pop("model_output")
-        self.arrival = Arrival(
-            arguments=bound,
-            sample=None if sample is self.x else sample,
-            out=out,
-            carried={
-                name: i
-                for name, value in bound.arguments.items()
-                for i, placeholder in enumerate(self._placeholders)
-                if value is placeholder and isinstance(value, Tensor)
-            },
-            state=state_of(self.scheduler) if self.at == 0 else {},
-            generators=[g.get_state() for g in generators_in(bound)],
-            random=[g.get_state() for g in global_generators(self.device)] if self.recorded.random else [],
-            timestep=bound.arguments.get("timestep"),
-        )  # fmt: skip
-        bound.arguments["sample"] = None
+        out, given["sample"] = given.pop("model_output"), None
+        carried = {
+            name: i
+            for name, value in given.items()
+            for i, placeholder in enumerate(self._placeholders)
+            if value is placeholder and isinstance(value, Tensor)
+        }
+        start = State(
+            state_of(self.scheduler) if self.at == 0 else {},
+            [],
+            [generator.get_state() for generator in generators_in(bound)],
+            states_of(self.device) if self.recorded.random else [],
+        )
+        mine = None if sample is self.x else sample
+        self.arrival = Arrival(bound, mine, out, carried, start)
         raise Leave(self)
 
     def _answer(self, sample: Tensor) -> Any:
         """Return what the scheduler would, around this sample."""
-        leaves, spec = tree_flatten(self.recorded.returned)
-        like = leaves[0]
+        (like, *others), spec = tree_flatten(self.recorded.returned)
         self._placeholders = [
-            torch.zeros_like(sample) if isinstance(leaf, Tensor) and leaf.shape[1:] == like.shape[1:] else leaf
-            for leaf in leaves
-        ]  # fmt: skip
-        self._placeholders[0] = sample
-        answer = tree_unflatten(self._placeholders, spec)
-        self._placeholders = self._placeholders[1:]
-        return answer
+            torch.zeros_like(sample)
+            if isinstance(leaf, Tensor) and leaf.shape[1:] == like.shape[1:]
+            else leaf
+            for leaf in others
+        ]
+        return tree_unflatten([sample, *self._placeholders], spec)
 
 
-def real_forward(module: nn.Module, call: int, args: tuple[Any, ...], kwargs: dict[str, Any],
-                 modes: Sequence[Any], answer: Any) -> Any:  # fmt: skip
+def real_forward(
+    module: nn.Module, call: int, args: Any, kwargs: Any, modes: Sequence[Any], answer: Any
+) -> Any:
     """Run the transformer under the dispatch modes that were on when the prediction was asked for.
 
-    What counts operations on fake tensors sees the transformer, and the pipeline goes on with zeros.
+    What counts operations on fake tensors sees the transformer; the pipeline goes on with zeros.
     """
     with ExitStack() as stack:
         for mode in modes:
             stack.enter_context(mode)
-        if call and torch.is_grad_enabled():
+        if torch.is_grad_enabled():
             stack.enter_context(_again_in(call, module))
         stack.enter_context(in_call(call))
         output = module(*args, **kwargs)
@@ -225,16 +236,18 @@ def real_forward(module: nn.Module, call: int, args: tuple[Any, ...], kwargs: di
 
 
 def _again_in(call: int, module: nn.Module) -> Any:
-    """Let checkpointed blocks, which backward runs again, know the call that they belong to."""
+    """Let checkpointed blocks, which backward runs again, know the call that they belong to; inside
+    a step that is run again they are not.
+    """
 
-    def again(run: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def again(run: Method, args: Any, kwargs: Any) -> Any:
         block, *inputs = args
 
         def forward(*inputs: Any) -> Any:
             with in_call(call):
                 return block(*inputs)
 
-        return run(forward, *inputs, **kwargs)
+        return run_again(forward, *inputs)
 
     name = "_gradient_checkpointing_func"
     return overridden(
@@ -242,8 +255,3 @@ def _again_in(call: int, module: nn.Module) -> Any:
         for part in module.modules()
         if getattr(part, "gradient_checkpointing", False) and callable(getattr(part, name, None))
     )
-
-
-def without_modes() -> Any:
-    """Switch dispatch modes off, as a context manager that yields them."""
-    return _disable_current_modes()

@@ -13,7 +13,6 @@ any other. Every walk takes the scheduler, the transformer and the adapters that
 
 from __future__ import annotations
 
-import inspect
 import logging
 import threading
 from collections import Counter
@@ -23,21 +22,21 @@ from functools import partial
 from typing import Any
 from weakref import ref
 
-import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
 from harmonica.cache import called_by
+from harmonica.cost import Macs
 from harmonica.models.arithmetic import EXACT, FUSED
 from harmonica.models.blocks import gated_blocks
 from harmonica.models.pipelines.checks import TRANSFORMERS, check_pipeline, transformers_of
 from harmonica.models.pipelines.kept import Table
-from harmonica.models.pipelines.standin import plain_scheduler
+from harmonica.models.pipelines.taps import tapped
 from harmonica.models.pipelines.tracker import Tracker, current
 from harmonica.models.precompute import precomputed
 from harmonica.models.site_costs import cost_of_call, without_numbers
 from harmonica.models.sites import sites
-from harmonica.override import Answer, Method, overridden, patched
+from harmonica.override import Answer, Method, overridden
 from harmonica.router import Schedule
 
 log = logging.getLogger(__name__)
@@ -53,7 +52,8 @@ class Session:
         exact, otherwise, offload: as `cached` takes them.
 
     Attributes:
-        schedules: in the names of this pipeline's sites.
+        sites: their names.
+        schedules: in the names of these sites.
         walks: begun so far.
     """
 
@@ -77,7 +77,7 @@ class Session:
             schedule.check(schedule.steps, self.sites)
         self._tables = [Table(schedule) for schedule in self.schedules]
         self._inputs: dict[str, Any] = {}  # of the first call of each transformer, without numbers
-        self._costs: dict[str, Any] = {}
+        self._costs: dict[str, Macs | None] = {}
         self._live: list[Tracker] = []
         self._ended = Tracker(lambda times: None, len(self.sites))
         self._lock, self._told = threading.Lock(), set[str]()
@@ -92,82 +92,65 @@ class Session:
         pipe: Any = self.pipe()
         check_pipeline(pipe)
         models, scheduler = transformers_of(pipe), pipe.scheduler
-        tracker = Tracker(
-            lambda times: self._choose(scheduler, times),
-            len(self.sites),
-            exact=self._exact,
-            offload=self._offload,
-        )
-        outer = current.get()
+        how: dict[str, Any] = {"exact": self._exact, "offload": self._offload}
+        tracker = Tracker(partial(self._choose, scheduler), len(self.sites), **how)
+        both = nn.ModuleList()
+        both._modules.update(models)  # not added one by one, which would look like a change
         with ExitStack() as stack:
             stack.callback(self._close, tracker)
-            for name, answer in (("set_timesteps", _set_timesteps), ("step", _step)):
-                stack.enter_context(patched(type(scheduler), name, answer))
-            calls: list[tuple[Any, str, Answer]] = [
-                (model, called_by(model), self._told_of_calls(tracker, name))
-                for name, model in models.items()
-            ]
-            # Somebody's wrapper on the scheduler itself may call the class as it was before.
-            calls += [
-                (scheduler, name, partial(_tell, tell, scheduler))
-                for name, tell in (("set_timesteps", _timesteps_set), ("step", _stepped))
-                if name in vars(scheduler)
-            ]
-            stack.enter_context(overridden(calls))
+            stack.enter_context(tapped(scheduler))
+            stack.enter_context(overridden(self._taps(tracker, models)))
             math = EXACT if self._exact else FUSED
-            both = nn.ModuleList()
-            both._modules.update(models)  # not added one by one, which would look like a change
             stack.enter_context(gated_blocks(both, self._modules(pipe), tracker.ask, math=math))
             for model in models.values():
                 stack.enter_context(precomputed(model, tracker.memo))
             with self._lock:
                 self.walks += 1
                 self._live.append(tracker)
-            stack.callback(current.set, outer)
+            stack.callback(current.set, current.get())
             current.set(tracker)
             yield
 
-    def _modules(self, pipe: Any) -> list[nn.Module]:
-        if self._given is not None:
-            return list(self._given.values())
-        models, modules = transformers_of(pipe), []
-        for site in self.sites:
-            part, _, rest = site.partition(".")
-            model, path = (models[part], rest) if part in models else (models["transformer"], site)
-            try:
-                modules.append(model.get_submodule(path))
-            except AttributeError:
-                raise ValueError(
-                    f"{type(model).__name__} has no {path} any more, which is a site of this table; "
-                    "after changing the model's parts, open cached(pipe, schedule) again"
-                ) from None
-        return modules
-
-    def _told_of_calls(self, tracker: Tracker, name: str) -> Answer:
-        def answer(forward: Method, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _taps(
+        self, tracker: Tracker, models: Mapping[str, Any]
+    ) -> Iterator[tuple[Any, str, Answer]]:
+        def answer(name: str, forward: Method, args: Any, kwargs: Any) -> Any:
             if current.get() is tracker:
                 if name not in self._inputs:
                     self._inputs[name] = tree_map(without_numbers, (args, kwargs))
                 tracker.call(name, (args, kwargs))
             return forward(*args, **kwargs)
 
-        return answer
+        return ((model, called_by(model), partial(answer, name)) for name, model in models.items())
+
+    def _modules(self, pipe: Any) -> list[nn.Module]:
+        if self._given is not None:
+            return list(self._given.values())
+        models, modules = transformers_of(pipe), []
+        for site in self.sites:
+            name, path = _place(site)
+            try:
+                modules.append(models[name].get_submodule(path))
+            except (AttributeError, KeyError):
+                raise ValueError(
+                    f"pipe.{name} has no {path} any more, which is a site of this table; after "
+                    "changing the model's parts, open cached(pipe, schedule) again"
+                ) from None
+        return modules
 
     def _choose(self, scheduler: Any, times: tuple[float, ...]) -> tuple[Table, int] | None:
         """Return the table for these timesteps, and the row of the first of them."""
-        fitting = [(table.start(times), table) for table in self._tables]
-        for start, table in sorted(fitting, key=lambda pair: pair[0] or 0):
-            if start is not None:
-                return table, start
-        run = f"{len(times)} steps {_span(times)}"
+        starts = [(start, t) for t in self._tables if (start := t.start(times)) is not None]
+        if starts:
+            start, table = min(starts, key=lambda pair: pair[0])
+            return table, start
+        run = f"no table is for the {len(times)} steps {_span(times)}"
         if self._otherwise == "compute":
-            self._say_once(f"no table is for the {run} of a run, so all of it is computed")
+            self._say_once(f"{run} of a run, so all of it is computed")
             return None
-        tables = "; ".join(f"{each.steps} steps {_span(each.timesteps)}" for each in self.schedules)
-        message = (
-            f"no table is for the {run} of this run; there are tables for {tables}. Run one of "
-        )
-        message += "these, add a table, or pass otherwise='compute'"
+        have = "; ".join(f"{each.steps} steps {_span(each.timesteps)}" for each in self.schedules)
+        message = f"{run} of this run; there are tables for {have}. Run one of these, add a table, "
+        message += "or pass otherwise='compute'"
         if len(self.schedules) == 1:
             try:
                 self.schedules[0].check(len(times), self.sites, times)
@@ -196,48 +179,43 @@ class Session:
             self._told.add(key or text)
             log.warning("%s (said once)", text)
 
-    @property
-    def asked(self) -> int:
-        """How often sites were asked for their output."""
-        return sum(sum(tracker.asked) for tracker in self._all())
+    def _all(self) -> list[Tracker]:
+        with self._lock:
+            return [self._ended, *self._live]
 
     @property
     def skipped(self) -> int:
-        """How often one of them was answered without computing."""
+        """How often a site was answered without computing."""
         return sum(sum(tracker.skipped) for tracker in self._all())
 
     def report(self) -> dict[str, Any]:
         """Return what has happened, in numbers, for a server's metrics.
 
-        `beyond` counts what was computed although the table reuses it, by reason.
+        `asked` counts the answers of sites, and `skipped` those without computing. `beyond` counts
+        what was computed although the table reuses it, by reason.
         """
         trackers = self._all()
-        beyond = sum((tracker.beyond for tracker in trackers), Counter[str]())
-        asked, skipped = self.asked, self.skipped
+        asked, skipped = sum(sum(t.asked) for t in trackers), self.skipped
         return {
             "walks": self.walks,
             "in_flight": len(trackers) - 1,
             "asked": asked,
             "skipped": skipped,
             "reused_share": skipped / asked if asked else 0.0,
-            "beyond": dict(beyond),
+            "beyond": dict(sum((t.beyond for t in trackers), Counter[str]())),
         }
 
     def __str__(self) -> str:
-        told = self.report()
+        told, n = self.report(), len(self.sites)
         lines = [
-            f"{self._kind}, {each.steps} steps × {len(self.sites)} sites, CUR {each.cur:.1%}"
+            f"{self._kind}, {each.steps} steps × {n} sites, CUR {each.cur:.1%}"
             for each in self.schedules
         ]
-        lines += [f"{told['walks']} walks, {told['reused_share']:.1%} of the sites reused so far"]
+        lines += [f"{told['reused_share']:.1%} of the sites reused so far, walks: {told['walks']}"]
         lines += [f"computed beyond the table: {n} ({why})" for why, n in told["beyond"].items()]
         if (speedup := self.speedup()) is not None:
             lines.append(f"theoretical speedup of the transformer {speedup:.2f}x")
         return "\n".join(lines)
-
-    def _all(self) -> list[Tracker]:
-        with self._lock:
-            return [self._ended, *self._live]
 
     def speedup(self) -> float | None:
         """Return the speedup of the transformer so far, by multiply-accumulates.
@@ -245,84 +223,44 @@ class Session:
         Counting them takes seconds, once. None before the first walk, or if torch cannot count.
         """
         trackers, full, saved = self._all(), 0.0, 0.0
-        for name, sites_of in self._columns().items():
+        for name in TRANSFORMERS:
+            mine = [i for i, site in enumerate(self.sites) if _place(site)[0] == name]
             calls = sum(tracker.calls[name] for tracker in trackers)
-            cost = self._cost(name, sites_of) if calls else None
-            if calls and cost is None:
-                return None
-            if cost is not None:
+            if calls:
+                if (cost := self._cost(name, mine)) is None:
+                    return None
                 full += calls * cost.total
-                for site, price in zip(sites_of, cost.sites.tolist(), strict=True):
-                    saved += price * sum(tracker.skipped[site] for tracker in trackers)
+                for i, price in zip(mine, cost.sites.tolist(), strict=True):
+                    saved += price * sum(tracker.skipped[i] for tracker in trackers)
         return full / (full - saved) if full > saved else None
 
-    def _columns(self) -> dict[str, list[int]]:
-        """Return the columns of each transformer's sites."""
-        columns: dict[str, list[int]] = {}
-        for column, site in enumerate(self.sites):
-            part = site.partition(".")[0]
-            columns.setdefault(part if part in TRANSFORMERS[1:] else "transformer", []).append(
-                column
-            )
-        return columns
-
-    def _cost(self, name: str, columns: Sequence[int]) -> Any:
+    def _cost(self, name: str, columns: Sequence[int]) -> Macs | None:
         """Count one call like the first one, with zeros for its tensors; None if torch cannot."""
         pipe = self.pipe()
         if name not in self._costs and pipe is not None:
             try:
                 modules = self._modules(pipe)
-                mine = {self.sites[column]: modules[column] for column in columns}
-                self._costs[name] = cost_of_call(
-                    transformers_of(pipe)[name], mine, self._inputs[name]
-                )
+                mine = {self.sites[i]: modules[i] for i in columns}
+                model, inputs = transformers_of(pipe)[name], self._inputs[name]
+                self._costs[name] = cost_of_call(model, mine, inputs)
             except Exception as error:  # a summary must not fail where the pipeline ran
                 self._say_once(f"the operations of {name} cannot be counted: {error}")
                 self._costs[name] = None
         return self._costs.get(name)
 
 
-def _set_timesteps(method: Method, scheduler: Any, /, *args: Any, **kwargs: Any) -> Any:
-    return _tell(_timesteps_set, scheduler, partial(method, scheduler), args, kwargs)
-
-
-def _step(method: Method, scheduler: Any, /, *args: Any, **kwargs: Any) -> Any:
-    return _tell(_stepped, scheduler, partial(method, scheduler), args, kwargs)
-
-
-def _tell(
-    tell: Method, scheduler: Any, method: Method, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    result = method(*args, **kwargs)
-    if (tracker := current.get()) is not None:
-        tell(tracker, scheduler, args, kwargs)
-    return result
-
-
-def _timesteps_set(tracker: Tracker, scheduler: Any, args: Any, kwargs: Any) -> None:
-    """Begin, with the timesteps as numbers; those on a device are made again on the CPU, where
-    nothing waits.
-    """
-    times, method = scheduler.timesteps, inspect.unwrap(type(scheduler).set_timesteps)
-    on_cpu, signature = scheduler, inspect.signature(method)
-    if not torch.as_tensor(times).is_cpu and "device" in signature.parameters:
-        on_cpu = plain_scheduler(scheduler)
-        bound = signature.bind(on_cpu, *args, **kwargs)
-        bound.arguments["device"] = "cpu"
-        method(*bound.args, **bound.kwargs)
-    tracker.begin(torch.as_tensor(on_cpu.timesteps).tolist(), times)
-
-
-def _stepped(tracker: Tracker, scheduler: Any, args: Any, kwargs: Any) -> None:
-    bound = inspect.signature(type(scheduler).step).bind(scheduler, *args, **kwargs)
-    tracker.step(bound.arguments.get("timestep"))
-
-
 def _sites_of(pipe: Any) -> list[str]:
-    names = []
-    for name, model in transformers_of(pipe).items():
-        names += [f"{'' if name == 'transformer' else f'{name}.'}{site}" for site in sites(model)]
-    return names
+    return [
+        site if name == "transformer" else f"{name}.{site}"
+        for name, model in transformers_of(pipe).items()
+        for site in sites(model)
+    ]
+
+
+def _place(site: str) -> tuple[str, str]:
+    """Return the name of a site's transformer, and where it is in there."""
+    name, _, path = site.partition(".")
+    return (name, path) if name in TRANSFORMERS[1:] else (TRANSFORMERS[0], site)
 
 
 def _span(times: Sequence[float]) -> str:

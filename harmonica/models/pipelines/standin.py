@@ -1,9 +1,8 @@
 """Stand-in: an object that runs a pipeline's own `__call__`, and tells a `Run` what happens in it.
 
-    stand-in   an object of a class derived from the pipeline's, with attributes of its own: the pipeline's
-               components, but a copy of the scheduler, and shallow copies of the models
-    Run        what the taps tell: latents were prepared, a model is called, the scheduler is stepped
-    Leave      raised by a Run that has what it wanted; the rest of `__call__` is not run
+    stand-in   an object of a class derived from the pipeline's, which has the same components, but
+               a copy of the scheduler, and shallow copies of the models
+    run        is told: latents were prepared, a model is called, the scheduler is stepped
 
 The pipeline itself, its scheduler and its models are never changed, so there is nothing to put
 back. What the pipeline sets on itself during a call is set on the stand-in. This file does not know
@@ -19,45 +18,17 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from harmonica.models.pipelines.recorded import Leave, state_of
+from harmonica.models.pipelines.runs import Run
 from harmonica.override import overridden
 
 ENCODES = re.compile(r"_?(encode|get)_\w*(prompt|text|embed)\w*")
 """Methods of pipelines whose answer depends on the condition alone."""
-
-
-class Leave(BaseException):
-    """Ends a run that has what it wanted; not an Exception, so that no pipeline catches it."""
-
-
-class Run(Protocol):
-    """What a stand-in tells about one run of the pipeline's `__call__`.
-
-    Attributes:
-        device: what the pipeline is answered when it asks where it runs.
-        scheduler: the stand-in's; a pipeline may copy it, and the copies tell nothing.
-        draws: whether to pass on what the pipeline's module draws with `randn_tensor`.
-    """
-
-    device: torch.device
-    scheduler: Any
-    draws: bool
-
-    def prepared(self, source: str, result: Any) -> Any:
-        """Return the latents to start from, given what `prepare_latents` or `randn_tensor` gave."""
-
-    def encoded(self, name: str, compute: Callable[[], Any], args: Any) -> Any:
-        """Return what a method of the pipeline answers that depends on the condition alone."""
-
-    def called(self, name: str, module: Any, *args: Any, **kwargs: Any) -> Any:
-        """Return what a call of a model answers, whose own answer would be `module(…)`."""
-
-    def stepped(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Return what a step of the scheduler answers, whose own answer would be `step(…)`."""
 
 
 class StandIns:
@@ -65,7 +36,9 @@ class StandIns:
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
-        self._class = _derived(type(pipe), _pipeline_taps(type(pipe)))
+        kind = type(pipe)
+        members = {"__module__": kind.__module__, **_pipeline_taps(kind)}
+        self._class = type(kind.__name__, (kind,), members)
         self._devices: dict[Any, torch.device] = {}
 
     @property
@@ -84,7 +57,7 @@ class StandIns:
         own["_run"] = run
         for name, part in vars(self.pipe).items():
             if isinstance(part, nn.Module):
-                own[name] = _model(part, functools.partial(run.called, name), name)
+                own[name] = _model(part, run, name)
         own["scheduler"] = run.scheduler = _scheduler(self.pipe.scheduler, run)
         try:
             with _drawing(type(self.pipe), run):
@@ -92,10 +65,6 @@ class StandIns:
         except Leave as leave:
             if leave.args != (run,):
                 raise
-
-
-def _derived(kind: type, members: dict[str, Any]) -> type:
-    return type(kind.__name__, (kind,), {"__module__": kind.__module__, **members})
 
 
 def _pipeline_taps(kind: type) -> dict[str, Any]:
@@ -112,25 +81,18 @@ def _pipeline_taps(kind: type) -> dict[str, Any]:
     }
     for name in dir(kind):
         method = inspect.getattr_static(kind, name)
-        if name == "prepare_latents" and inspect.isfunction(method):
-            taps[name] = _preparing(method)
-        elif ENCODES.fullmatch(name) and inspect.isfunction(method):
-            taps[name] = _encoding(name, method)
+        told = name == "prepare_latents" or ENCODES.fullmatch(name)
+        if told and inspect.isfunction(method):
+            taps[name] = _tap(name, method)
     return taps
 
 
-def _preparing(method: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(method)
-    def tap(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return self._run.prepared("prepare_latents", method(self, *args, **kwargs))
-
-    return tap
-
-
-def _encoding(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+def _tap(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def tap(self: Any, *args: Any, **kwargs: Any) -> Any:
         compute = functools.partial(method, self, *args, **kwargs)
+        if name == "prepare_latents":
+            return self._run.prepared(name, compute())
         return self._run.encoded(name, compute, (args, kwargs))
 
     return tap
@@ -151,7 +113,7 @@ def _drawing(kind: type, run: Run) -> Iterator[None]:
         yield
 
 
-def _model(module: nn.Module, tell: Callable[..., Any], name: str) -> nn.Module:
+def _model(module: nn.Module, run: Run, name: str) -> nn.Module:
     """Return a shallow copy whose forward, and encode and decode if it has them, tell first.
 
     The copy has the same parameters and sub-modules. Hooks belong to the original, which is what
@@ -162,11 +124,10 @@ def _model(module: nn.Module, tell: Callable[..., Any], name: str) -> nn.Module:
     for key, value in own.items():
         if "_hooks" in key and isinstance(value, dict):
             own[key] = type(value)()
-    own["forward"] = functools.partial(tell, module)
+    own["forward"] = functools.partial(run.called, name, module)
     for method in ("encode", "decode"):
         if callable(getattr(module, method, None)):
-            asks = functools.partial(tell.func, f"{name}.{method}", getattr(module, method))  # type: ignore[attr-defined]
-            own[method] = asks
+            own[method] = functools.partial(run.called, f"{name}.{method}", getattr(module, method))
     return stand_in
 
 
@@ -182,9 +143,9 @@ def _scheduler(scheduler: Any, run: Run) -> Any:
 def _step(run: Run, scheduler: Any, /, *args: Any, **kwargs: Any) -> Any:
     step = functools.partial(type(scheduler).step, scheduler)
     # A pipeline may step a deep copy of its scheduler, and the tap is copied with it.
-    return (
-        run.stepped(step, *args, **kwargs) if scheduler is run.scheduler else step(*args, **kwargs)
-    )
+    if scheduler is not run.scheduler:
+        return step(*args, **kwargs)
+    return run.stepped(step, *args, **kwargs)
 
 
 def plain_scheduler(scheduler: Any, state: Mapping[str, Any] | None = None) -> Any:
@@ -192,20 +153,3 @@ def plain_scheduler(scheduler: Any, state: Mapping[str, Any] | None = None) -> A
     mine = object.__new__(type(scheduler))
     vars(mine).update(state_of(scheduler if state is None else state))
     return mine
-
-
-def state_of(scheduler: Any) -> dict[str, Any]:
-    """Return what a scheduler remembers, its attributes, in copies: PNDM adds to a tensor in place.
-
-    What others have put on the instance to hide its methods is not among it.
-    """
-    held = scheduler if isinstance(scheduler, Mapping) else vars(scheduler)
-    return {
-        key: _copied(value) for key, value in held.items() if key not in ("step", "set_timesteps")
-    }
-
-
-def _copied(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_copied(item) for item in value]
-    return value.clone() if isinstance(value, Tensor) else value

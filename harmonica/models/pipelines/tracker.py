@@ -8,10 +8,10 @@
     pipe(…) returns or raises    the walk ends; every feature is let go
 
 One rule replaces refusals: *where nothing valid is kept, compute*. So the first step that runs
-computes everything, wherever it starts. Which row of the table it was is known when the scheduler
-steps. A call of other shapes, a further call in a step, a feature that was changed in place, a
-second transformer: all of them compute, and are reused in their turn. What was computed although
-the table reuses it is counted with its reason.
+computes everything; which row of the table it was is known when the scheduler steps. A call of
+other shapes, a further call in a step, a feature that was changed in place, a second transformer:
+all of them compute, and are reused in their turn. What was computed although the table reuses it is
+counted with its reason.
 
 This file does not know how a pipeline is tapped (`caching.py`), nor which modules are sites.
 """
@@ -87,6 +87,8 @@ class Tracker:
         offload: bool = False,
     ) -> None:
         self._choose, self._offload = choose, offload
+        self._tensor: Any
+        self._call: Call | None
         self.memo = Memo(exact=exact, trusted=False)
         self.asked, self.skipped, self.calls = [0] * sites, [0] * sites, Counter[str]()
         self.beyond = Counter[str]()
@@ -96,12 +98,10 @@ class Tracker:
     def end(self) -> None:
         """Follow nothing, and let every feature go."""
         self._table: Table | None = None
-        self._times: list[float] = []
-        self._tensor: Any = None  # the scheduler's own timesteps
+        self._times, self._tensor = list[float](), None  # numbers, and what the scheduler holds
         self._k: int | None = None  # the row that runs; None in the first step
         self._row: Sequence[Entry] = ()
-        self._open: list[Call] = []
-        self._call: Call | None = None
+        self._open, self._call = list[Call](), None
         self._answered: dict[int, bool] = {}  # site -> was it reused, in this call
         self._called = False
         self.memo.known, self.memo.k = {}, None
@@ -134,11 +134,8 @@ class Tracker:
             return
         tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
         shapes = [tensor.shape for tensor in tensors]
-        fitting = [
-            each
-            for each in self._open
-            if not each.used and each.transformer == transformer and each.shapes == shapes
-        ]
+        mine = (each for each in self._open if not each.used and each.transformer == transformer)
+        fitting = (each for each in mine if each.shapes == shapes)
         call = max(fitting, key=lambda each: each.alike(tensors), default=None)
         if call is None:
             call = Call(transformer, shapes)
@@ -154,9 +151,11 @@ class Tracker:
         if self._table is None or not self._called:
             return
         if self._k is None:
-            self._k = self._started_at(timestep)
-            if self._k is None:
+            self._k = self._row_at(timestep)
+            if self._k is None:  # nobody knows where this walk is
+                self.end()
                 return
+            self._keep_what_is_read(self._table.rows[self._k])
         self._k += 1
         self._called = False
         self._open = [call for call in self._open if call.used]
@@ -167,19 +166,14 @@ class Tracker:
         else:
             self._row = self._table.rows[self._k]
 
-    def _started_at(self, timestep: Any) -> int | None:
-        """Tell the row of the first step from its timestep, and keep what later rows read."""
-        table, k = self._table, self._row_at(timestep)
-        if k is None or table is None:
-            self.end()
-            return None
+    def _keep_what_is_read(self, row: Sequence[Entry]) -> None:
+        """Of what the first step kept, keep what later rows read, and say which row it is from."""
         for call in self._open:
             call.kept = {
-                site: replace(kept, steps=(k,))
+                site: replace(kept, steps=(self._k or 0,))
                 for site, kept in call.kept.items()
-                if table.rows[k][site].keeps
+                if row[site].keeps
             }
-        return k
 
     def _row_at(self, timestep: Any) -> int | None:
         """Return the row of a timestep; one of the scheduler's own is known by where it lies, so

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from harmonica.cost import Macs, macs
+from harmonica.cost import macs
 from harmonica.inference.timing import milliseconds
 from harmonica.models.pipelines.caching import cached
-from harmonica.models.pipelines.denoiser import from_pipeline, inputs_of
+from harmonica.models.pipelines.denoiser import from_pipeline
 from harmonica.models.pipelines.general import PipelineDenoiser
-from harmonica.models.pipelines.inputs import Inputs
+from harmonica.models.pipelines.inputs import Inputs, inputs_of
 from harmonica.models.pipelines.recorded import NotFollowedError
 from harmonica.models.sites import sites
 from harmonica.override import Method, overridden
@@ -93,14 +93,10 @@ def tune(  # noqa: D417 (some arguments are described together)
     budget = WALKS * denoiser.steps if budget is None else budget
     size = NOISES if denoiser.batched else 1
     if method == "sdt":
-        updates = budget // (
-            3 * size
-        )  # the teacher's, the student's, and about one of its backward
-        options: dict[str, Any] = {"target_speedup": speedup, "cost": measure, "order": order}
-        router = train_sdt(
-            denoiser, iterations=updates, batch_size=size, progress=progress, **options
-        )
-        return router.schedule()
+        updates = budget // (3 * size)  # teacher, student, and about one more for its backward
+        how: dict[str, Any] = {"target_speedup": speedup, "cost": measure, "order": order}
+        how |= {"iterations": updates, "batch_size": size, "progress": progress}
+        return train_sdt(denoiser, **how).schedule()
     return _searched(denoiser, target, order, budget, size, progress)
 
 
@@ -113,11 +109,13 @@ def _searched(
     generator, half = torch.Generator().manual_seed(SEED), budget // 2
     finer = finer_walk(denoiser, FACTOR if NOISES * FACTOR * denoiser.steps <= half // 4 else 1)
     pools = (with_images(finer, *denoiser.draw(NOISES, generator)) for _ in repeat(None))
-    best = None
+    names, best = tuple(denoiser.sites), None
     with tqdm(total=budget, unit="prediction", desc="tune", disable=not progress) as bar:
         try:
             for stage in refine(denoiser, [], next(pools), pools, target, budget=half, gate=order):
-                best = _schedule(denoiser, target, order, stage.table, stage.spent)
+                about = {"method": "tune", "speedup": target.speedup, "predictions": stage.spent}
+                how: dict[str, Any] = denoiser.about | {"order": order, "provenance": about}
+                best = Schedule(stage.table, sites=names, **how)
                 bar.set_postfix(error=f"{stage.error:.2e}", refresh=False)
                 bar.update(stage.spent - bar.n)
             assert best is not None
@@ -127,14 +125,6 @@ def _searched(
             if best is None:
                 raise
     return best
-
-
-def _schedule(
-    denoiser: PipelineDenoiser, target: Target, order: int, table: Tensor, spent: float
-) -> Schedule:
-    made: dict[str, Any] = {"method": "tune", "speedup": target.speedup, "predictions": spent}
-    names = tuple(denoiser.sites)
-    return Schedule(table, sites=names, order=order, provenance=made, **denoiser.about)
 
 
 def _weighted(denoiser: PipelineDenoiser, schedule: Schedule, budget: int, size: int) -> Schedule:
@@ -150,40 +140,31 @@ def _weighted(denoiser: PipelineDenoiser, schedule: Schedule, budget: int, size:
     return learn_weights(denoiser, schedule, pool, iterations=updates, batch_size=size)
 
 
-# ---------------------------------------------------------------------------- without a denoiser
-
-
 def _from_runs(pipe: Any, inputs: Inputs, speedup: float, progress: bool) -> Schedule:
     """Return whole steps chosen from T runs of the pipeline, which compute T(T+1)/2 steps."""
     from tqdm.auto import tqdm
 
-    found = sites(pipe.transformer)
+    columns = sites(pipe.transformer)
     plain = steps_of_run(pipe, inputs.of([(0, SEED)]))
-    steps, width = len(plain), len(found)
+    steps, width, cost = len(plain), len(columns), columns.macs
     if not steps:
         raise ValueError(f"{type(pipe).__name__} never steps its scheduler, so no table fits it")
-    count = _steps_that_fit(found.macs, steps, speedup)
+    count = min(int(Target(speedup, cost, steps).allowed / float(cost.sites.sum())), steps)
     costs = torch.zeros(steps, steps, dtype=torch.float64)
     for j in tqdm(range(steps - 1), unit="run", desc="tune", disable=not progress):
         rows = torch.arange(steps)[:, None].expand(-1, width) <= j
-        with cached(pipe, Schedule(rows, sites=tuple(found))):
+        with cached(pipe, Schedule(rows, sites=tuple(columns))):
             for k, after in enumerate(steps_of_run(pipe, inputs.of([(0, SEED)]))):
                 costs[j, k] = float((after.double() - plain[k].double()).square().mean())
     path = cheapest_path(costs, count)
-    table = torch.tensor([[k in path] * width for k in range(steps)])
-    made: dict[str, Any] = {
-        "method": "tune, whole steps from runs",
-        "speedup": speedup,
-        "runs": steps,
-    }
-    kind, sampler = type(pipe).__name__, type(pipe.scheduler).__name__
-    return Schedule(table, sites=tuple(found), model=kind, sampler=sampler, provenance=made)
-
-
-def _steps_that_fit(cost: Macs, steps: int, speedup: float) -> int:
-    """Return how many whole steps may compute."""
-    target = Target(speedup, cost, steps)
-    return min(int(target.allowed / float(cost.sites.sum())), steps)
+    about: dict[str, str | float] = {"method": "tune, whole steps from runs", "speedup": speedup}
+    return Schedule(
+        torch.tensor([[k in path] * width for k in range(steps)]),
+        sites=tuple(columns),
+        model=type(pipe).__name__,
+        sampler=type(pipe.scheduler).__name__,
+        provenance=about | {"runs": steps},
+    )
 
 
 def steps_of_run(pipe: Any, call: Mapping[str, Any]) -> list[Tensor]:
