@@ -61,23 +61,20 @@ def write_images(
 ) -> Path:
     """Make images 0 … count − 1 of a seed and write them whole; return where they are.
 
-    Under torchrun batch j is made by process j mod world, and all of them must see the folder of
-    `out`. Ctrl-C says what is kept.
+    Under torchrun batch j is made by process j mod world; all must see the folder of `out`.
 
     Args:
         denoiser: its conditions must be whole numbers (B,): classes, or numbers of prompts.
         schedule: what the cache follows; None is the plain model.
-        decode: x₀ (B, C, H, W) -> images (B, 1 or 3, H', W') in [−1, 1], as
-            `models.autoencoder.decoder` returns.
+        decode: x₀ (B, C, H, W) -> images (B, 1 or 3, H', W') in [−1, 1] (`autoencoder.decoder`).
         count: N, images in all.
         batch_size: images in a walk.
-        seed: of all images; those of one seed and number start from the same noise and condition.
+        seed: of all images.
         out: a name ending in .npz, or a folder to be made.
         progress: show a bar of this process's batches on rank 0.
 
     Raises:
-        ValueError: if a number is out of range, the images are no pictures, or `out` was begun with
-            other settings.
+        ValueError: if a number is out of range or `out` was begun with other settings.
         FileExistsError: if `out` is there already; BlockingIOError if another run writes to it.
         FileNotFoundError: if images of other processes cannot be seen here.
     """

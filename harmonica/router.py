@@ -83,13 +83,11 @@ class Schedule:
             object.__setattr__(self, name, value)
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Schedule):
-            return NotImplemented
-        pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
-        return all(
-            a.equal(b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b or a == b
-            for a, b in pairs
-        )
+        return isinstance(other, Schedule) and self._plain() == other._plain()
+
+    def _plain(self) -> list[Any]:
+        values = (getattr(self, field.name) for field in fields(self))
+        return [value.tolist() if isinstance(value, Tensor) else value for value in values]
 
     @property
     def steps(self) -> int:
@@ -109,9 +107,7 @@ class Schedule:
         return self.weights
 
     def speedup(self, macs: Cost) -> float:
-        """Return the theoretical speedup: MACs of the full walk over MACs of what still runs,
-        `rest` included.
-        """
+        """Return the theoretical speedup: MACs of a full walk over those that still run."""
         priced, width = len(macs.sites), len(self.sites)
         require(priced == width, f"macs counts {priced} sites and the schedule has {width}")
         full = self.steps * (float(macs.sites.sum()) + macs.rest)
@@ -124,17 +120,16 @@ class Schedule:
         if steps == self.steps:
             return self
         require(steps >= 1, f"steps is {steps}; a walk has at least 1")
-        lost = "" if self.weights is None else "; its weights were left out"
         what = f"a schedule for {self.steps} steps was stretched to {steps}, not trained there"
-        warnings.warn(what + lost, stacklevel=2)
+        warnings.warn(what + "; weights are left out" * (self.weights is not None), stacklevel=2)
         rows = [round(k * (self.steps - 1) / max(steps - 1, 1)) for k in range(steps)]
         origin = {"resampled_from": self.steps, **self.provenance}
         compute = self.compute[rows]
         return replace(self, compute=compute, weights=None, timesteps=(), provenance=origin)
 
     def fit(self, sites: Sequence[str]) -> Schedule:
-        """Return the schedule with its columns renamed and ordered as a model's sites, or unchanged if
-        the names do not match (`harmonica.site_names.columns_for`).
+        """Return the schedule with its columns renamed and ordered as a model's sites, or unchanged
+        if the names do not match (`harmonica.site_names.columns_for`).
         """
         columns = columns_for(self.sites, sites)
         if columns is None or self.sites == tuple(sites):
@@ -147,9 +142,7 @@ class Schedule:
         return replace(self, compute=compute, weights=weights, sites=tuple(sites))
 
     def check(self, steps: int, sites: tuple[str, ...], timesteps: tuple[float, ...] = ()) -> None:
-        """Raise ValueError unless the schedule fits a run of `steps` steps over `sites` at
-        `timesteps`. A table without site names fits by their number.
-        """
+        """Raise ValueError unless the schedule fits such a run (`harmonica.table.check_fit`)."""
         check_fit(self, steps, sites, timesteps)
 
     def __str__(self) -> str:
@@ -168,10 +161,9 @@ class Schedule:
 
     @classmethod
     def load(cls, path: StrPath, tau: float = 0.1) -> Schedule:
-        """Read a schedule, a router, or another library's table; a router is frozen at `tau`.
+        """Read a schedule, a router, which is frozen at `tau`, or another library's table.
 
-        The file's content tells its format, see `harmonica.storage.formats.read_schedule`. Raises
-        FileNotFoundError, or ValueError if the file is no table or damaged. Code is never run.
+        The content tells the format; `harmonica.storage.formats.read_schedule` says what it raises.
         """
         from harmonica.storage.formats import build, is_router, read_schedule
 
@@ -183,9 +175,7 @@ class Schedule:
         """Write SmoothCache's JSON, see `harmonica.storage.foreign.write_smoothcache`."""
         from harmonica.storage.foreign import write_smoothcache
 
-        reuses = self.gate_weights is None
-        require(reuses, "this schedule has weights or an order; SmoothCache's format only reuses")
-        write_smoothcache(path, self.sites, self.compute)
+        write_smoothcache(path, self.sites, self.compute, self.gate_weights)
 
     def save_pretrained(self, folder: StrPath) -> None:
         """Write a folder for the Hub: the table, and a page that describes it."""
@@ -211,8 +201,7 @@ class Router(nn.Module):
     """The table while it is learned: `router()` is r, (T, N), in (0, 1); row 0 is fixed at 1
     (paper, "Router").
 
-    Each row is a parameter with an optimizer state of its own, so it moves only when its step is
-    trained.
+    Each row is a parameter of its own, so it moves only when its step is trained.
 
     Args:
         steps: T ≥ 1.
@@ -286,9 +275,7 @@ class Router(nn.Module):
 
     @classmethod
     def load(cls, path: StrPath) -> Router:
-        """Read a router, or the one in a checkpoint; raise FileNotFoundError, or ValueError if the
-        file is not one.
-        """
+        """Read a router, or the one in a checkpoint; raises as `Schedule.load` does."""
         from harmonica.storage.formats import build, read_router
 
         return build(cls, path, read_router(path)[0])

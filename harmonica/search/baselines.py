@@ -175,8 +175,8 @@ def learning_to_cache(
 
     `images` (M, C, H, W) are scaled as the model was trained on them, `labels` (M, …) are their
     conditions; the sampler must add noise as √ᾱ·x + √(1−ᾱ)·ε. β is the price of computing one site.
-    With a speedup the lowest scores reuse, without one those not above τ. The generator draws first
-    scores, pairs, images and noise; seed 0 if None.
+    With a speedup the lowest scores reuse, without one those not above τ. The generator's seed is 0
+    if None.
     """
     levels = _signal_shares(denoiser)
     r = torch.full((denoiser.steps, len(denoiser.sites)), inf)  # (T, N)

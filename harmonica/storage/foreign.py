@@ -48,14 +48,18 @@ def _fields(path: StrPath, table: Tensor, sites: Sequence[str], source: str) -> 
 # ------------------------------------------------------------------------------------- SmoothCache
 
 
-def write_smoothcache(path: StrPath, sites: Sequence[str], compute: Tensor) -> None:
+def write_smoothcache(
+    path: StrPath, sites: Sequence[str], compute: Tensor, weights: Tensor | None
+) -> None:
     """Write a table (T, N) as SmoothCache's JSON, one list of 0 and 1 for each site.
 
     blocks.3.attn and transformer_blocks.3.attn1 become attn-3, .attn2 attn2-3, .mlp and .ff mlp-3.
     Read back, the table is the same; names, timesteps and the rest are not in that format. Raises
-    ValueError for sites that are no attention or feed-forward of a numbered block, or would get the
-    name of another.
+    ValueError for a table with weights or an order, which that format does not know, and for sites
+    that are no attention or feed-forward of a numbered block, or would get the name of another.
     """
+    reuses = weights is None
+    require(reuses, "this schedule has weights or an order; SmoothCache's format only reuses")
     columns: dict[str, list[int]] = {}
     strange = []
     for site, column in zip(sites, compute.int().T.tolist(), strict=True):
