@@ -125,25 +125,31 @@ class _Sums:
 
     def __init__(self, schedule: Schedule, device: torch.device) -> None:
         table, own = schedule.compute, reads(schedule)
-        changes = []
-        for k in range(1, len(table)):  # sites do not mix, so a row's entries are turned together
+        read, entries, changes = own != 0, [], []
+        for e in range(len(table) - 1):  # sites do not mix, so a row's entries are turned together
             other = table.clone()
-            other[k] = ~other[k]
-            changes.append(reads(with_table(schedule, other)) - own)
-        change = torch.stack(changes) if changes else own[None][:0]  # (T−1, T, N, T)
-        steps = ((own != 0) | (change != 0).any(0)).tolist()
+            other[1 + e] = ~other[1 + e]
+            change = reads(with_table(schedule, other)) - own
+            where = change.nonzero().T  # few: (3, n) of step k, site, step c
+            read[tuple(where)] = True
+            entries.append(F.pad(where, (0, 0, 1, 0), value=e))
+            changes.append(change[tuple(where)])
+        columns = (
+            torch.cat([own.new_zeros(4, 0).long(), *entries], 1),
+            torch.cat([own[:0, 0, 0], *changes]),
+        )
+        at = [columns[0][1] == k for k in range(len(table))]
+        self.changes = [[each[..., here].to(device) for each in columns] for here in at]
         # of each step and site, the steps c whose outputs are read, newest first
-        self.read = [
-            [[c for c in range(k, -1, -1) if row[c]] for row in rows]
-            for k, rows in enumerate(steps)
-        ]
-        self.own, self.change = own.to(device), change.to(device)
-        self.table, self.entries = table.tolist(), (len(change), table.shape[1])
+        self.read = [[site.nonzero().flatten().flip(0).tolist() for site in row] for row in read]
+        self.own, self.table = own.to(device), table.tolist()
+        self.entries = len(table) - 1, table.shape[1]
 
     def at(self, k: int, z: Tensor) -> Tensor:
         """Return the weights of each site's outputs at step k, (N, T, B), for z (T−1, N, B)."""
-        change = torch.einsum("enc,enb->ncb", self.change[:, k].to(z), z)
-        return self.own[k, :, :, None].to(z) + change
+        (e, _, site, c), change = self.changes[k]
+        own = self.own[k, :, :, None].to(z).repeat(1, 1, z.shape[2])
+        return own.index_put((site, c), change[:, None].to(z) * z[e, site], accumulate=True)
 
 
 def _walk(denoiser: Denoiser, z: Tensor, x: Tensor, cond: Any, sums: _Sums) -> Tensor:
@@ -212,44 +218,34 @@ def with_table(schedule: Schedule, table: Tensor) -> Schedule:
 
 
 def best_flips(model: Quadratic, table: Tensor, target: Target, *, most: int) -> Tensor:
-    """Return the table (T, N) that the quadratic likes best: on target, at most `most` flips away;
-    greedy with pairs.
+    """Return the table (T, N) that the quadratic likes best: on target, at most `most` flips away.
 
-    A table that is too slow is first made fast enough, by the flips that cost least error for what
-    they save. Then the flip, or pair of flips, that lowers the error most is taken until none does.
-    The diagonal of G counts half as much again: the larger a single flip's effect, the less of it
-    is linear.
+    While the table is too slow, the flip is taken that costs least error for what it saves. Then the
+    flip, or pair of flips, that lowers the error most is taken until none does. The diagonal of G
+    counts half as much again: the larger a single flip's effect, the less of it is linear.
     """
-    compute = table[1:].flatten()  # (E,)
     price = target.cost.sites.expand(table[1:].shape).flatten()  # (E,)
-    delta = torch.where(compute, -price, price)  # what a flip adds to the cost
+    delta = torch.where(table[1:].flatten(), -price, price)  # what a flip adds to the cost
     room = target.allowed - target.spent(table)
-    gradient, twice = model.gradient.clone(), model.curvature
-    own = 1.5 * twice.diagonal()
-    z = torch.zeros(len(compute), dtype=torch.bool)
-    never = torch.tensor(torch.inf, dtype=torch.float64)
+    h, g = model.gradient.clone(), model.curvature  # h at the flips taken so far
+    z = torch.zeros(len(price), dtype=torch.bool)
     while True:
-        sign = torch.where(z, -1.0, 1.0).double()  # a chosen flip may be taken back
-        adds, gain = sign * delta, sign * (2 * gradient - 2 * z * twice.diagonal()) + own * sign
-        count = int(z.sum()) + torch.where(z, -1, 1)
+        turn = torch.where(z, -1, 1)  # a flip that was taken may be taken back
+        adds, gain = turn * delta, turn * (2 * h + (1.5 - 2 * z.double()) * g.diagonal())
         if room < 0:
-            e = int(torch.where(adds < 0, gain / adds.abs(), never).argmin())
-            flips, change = [e], -1.0
+            flips = {int(torch.where(adds < 0, gain / adds.abs(), torch.inf).argmin())}
         else:
-            single = torch.where((adds <= room) & (count <= most), gain, never)
-            both = gain[:, None] + gain + 2 * twice * sign[:, None] * sign  # (E, E)
-            few = count[:, None] + count - int(z.sum()) <= most
-            both = torch.where((adds[:, None] + adds <= room) & few, both, never).fill_diagonal_(
-                torch.inf
-            )
-            e, pair = int(single.argmin()), int(both.argmin())
-            alone = float(single[e]) <= float(both.flatten()[pair])
-            flips = [e] if alone else [pair // len(z), pair % len(z)]
-            change = float(single[e]) if alone else float(both.flatten()[pair])
-        if change >= -1e-15:
-            break
+            gains = gain[:, None] + gain + 2 * g * turn[:, None] * turn  # of pairs, (E, E)
+            costs, turns = adds[:, None] + adds, turn[:, None] + turn
+            for both, one in ((gains, gain), (costs, adds), (turns, turn)):
+                both.diagonal().copy_(one)  # a pair of e and e is e alone
+            gains[(costs > room) | (z.sum() + turns > most)] = torch.inf
+            best = int(gains.argmin())
+            if gains.flatten()[best] >= -1e-15:
+                break
+            flips = {best // len(z), best % len(z)}
         for e in flips:
-            gradient += twice[e] * float(sign[e])
+            h += g[e] * float(turn[e])
             room -= float(adds[e])
             z[e] = ~z[e]
     chosen = table.clone()

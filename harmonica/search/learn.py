@@ -17,7 +17,7 @@ step runs again in backward. This file does not know where the table came from.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -37,6 +37,9 @@ from harmonica.table import check_fit, taylor_weights
 SHARE = 6
 """One noise of so many is not trained on."""
 
+LR = 0.01
+"""Adam's learning rate, which falls to zero along a half cosine. Half or twice as much ends within 5 %."""
+
 
 def learn_weights(
     denoiser: Denoiser,
@@ -46,16 +49,14 @@ def learn_weights(
     history: int = 3,
     iterations: int = 144,
     batch_size: int = 32,
-    lr: float = 0.01,
     generator: torch.Generator | None = None,
     progress: Callable[[int, float], None] | None = None,
 ) -> Schedule:
     """Return the schedule with weights that bring its images near the pool's.
 
-    Learning starts from the best of the schedule as it is, reuse, and TaylorSeer's forecasts that
-    fit into `history`. If nothing better is found on the noises that are held back, that start is
-    returned. An update costs about three walks of `batch_size` noises under the
-    schedule, four where memory is short.
+    Learning starts from the best of the schedule as it is, reuse, and forecasts that fit into
+    `history`; that is returned where nothing better comes, by the noises that are held back. An
+    update costs about three walks of `batch_size` noises, four where memory is short.
 
     Args:
         denoiser: model, sampler, guidance.
@@ -63,41 +64,27 @@ def learn_weights(
         pool: noises and targets (`references`); one in SHARE is held back for validation.
         history: m, past outputs that a gate may read; memory grows with it.
         iterations: updates.
-        batch_size: noises in an update.
-        lr: of Adam, falling to zero along a half cosine.
+        batch_size: noises in an update; small ones with more updates do more for their price.
         generator: shuffles the pool; one with a seed of its own if None.
         progress: called after each validation as progress(updates, validation error).
 
     Raises ValueError if a number is out of range, the pool has fewer than two noises, or the
     schedule does not fit the denoiser; FloatingPointError if the error is not finite.
     """
-    if history < 1 or iterations < 1 or batch_size < 1 or not lr > 0 or len(pool) < 2:
+    if history < 1 or iterations < 1 or batch_size < 1 or len(pool) < 2:
         raise ValueError(
-            f"history is {history}, iterations {iterations}, batch_size {batch_size}, lr {lr}, and "
-            f"the pool has {len(pool)} noises; expected 1 or more, lr above 0, and 2 noises or more"
+            f"history is {history}, iterations {iterations}, batch_size {batch_size}, and the pool "
+            f"has {len(pool)} noises; expected 1 or more, and 2 noises or more"
         )
     check_fit(schedule, denoiser.steps, tuple(denoiser.sites), denoiser.about.get("timesteps", ()))
     held_back = max(len(pool) // SHARE, 1)
     validation, training = pool[slice(held_back)], pool[slice(held_back, None)]
     best, errors = _best_start(denoiser, schedule, validation, history)
-    most, lowest = CAP * float(errors.median()), float(errors.mean())
-    _finite(lowest)
-    weights, mask = _trainable(best, history, training.x)
-    optimizer = Adam([weights], lr=lr, betas=(0.9, 0.99))
+    most, lowest = CAP * float(errors.median()), _finite(float(errors.mean()))
     generator = torch.Generator().manual_seed(0) if generator is None else generator
-    order = torch.empty(0, dtype=torch.long)
-    again = not _walk_fits(denoiser, training[slice(batch_size)])
-    for update in range(1, iterations + 1):
-        if len(order) == 0:
-            order = torch.randperm(len(training), generator=generator, device=generator.device)
-        batch, order = training[order[:batch_size]], order[batch_size:]
-        optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * update / iterations)) / 2
-        weights.grad = _gradient(denoiser, schedule, weights, batch, most, again) * mask
-        _finite(float(weights.grad.sum()))
-        optimizer.step()
-        if len(order) and update < iterations:
-            continue
-        learned = replace(schedule, weights=weights.detach())
+    batches = _batches(len(training), batch_size, iterations, generator)
+    for update, weights in _learn(denoiser, best, training, history, batches, most):
+        learned = replace(schedule, weights=weights)
         error = float(pool_errors(denoiser, validation, learned).mean())
         if progress is not None:
             progress(update, error)
@@ -105,6 +92,37 @@ def learn_weights(
             best, lowest = learned, error
     facts = {"weights_history": history, "weights_pool": len(pool), "weights_error": lowest}
     return replace(best, provenance={**schedule.provenance, **facts})
+
+
+def _batches(noises: int, size: int, count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """Return `count` batches of indices that go through all noises again and again, shuffled."""
+    size = min(size, noises)
+    rounds = range(-(-count * size // noises))
+    order = [torch.randperm(noises, generator=generator, device=generator.device) for _ in rounds]
+    return torch.cat(order).split(size)[:count]
+
+
+def _learn(
+    denoiser: Denoiser,
+    start: Schedule,
+    pool: Pool,
+    history: int,
+    batches: Sequence[Tensor],
+    most: float,
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield updates and weights after each round over the pool, and after the last update."""
+    weights, mask = _trainable(start, history, pool.x)
+    optimizer = Adam([weights], betas=(0.9, 0.99))
+    again, a_round = not _walk_fits(denoiser, pool[batches[0]]), len(pool) // len(batches[0])
+    for update, batch in enumerate(batches, start=1):
+        gradient = _gradient(denoiser, start, weights, pool[batch], most, again)
+        _finite(float(gradient.sum()))
+        weights.grad = gradient * mask
+        share = update / len(batches)
+        optimizer.param_groups[0]["lr"] = LR * (1 + math.cos(math.pi * share)) / 2
+        optimizer.step()
+        if update % a_round == 0 or update == len(batches):
+            yield update, weights.detach()
 
 
 def _best_start(
@@ -158,15 +176,10 @@ def weighted_walk(
     *,
     again: bool = True,
 ) -> Tensor:
-    """Return the image (B, C, H, W) of a walk, differentiable in its weights (T, N, 1 + m).
+    """Return the image (B, C, H, W) of noise x under a table, differentiable in the weights of its
+    gates (T, N, 1 + m).
 
-    Args:
-        denoiser: model, sampler, guidance.
-        table: T rows of N decisions.
-        weights: of the gates.
-        x: (B, C, H, W) pure noise.
-        cond: conditions for the batch.
-        again: run each step once more in backward, so that the activations of one step are alive.
+    `again` runs each step once more in backward, so that the activations of one step are alive.
     """
 
     def step(
@@ -203,8 +216,7 @@ def _walk_fits(denoiser: Denoiser, batch: Pool) -> bool:
     return fits
 
 
-def _finite(number: float) -> None:
-    if not math.isfinite(number):
-        raise FloatingPointError(
-            f"the error of the images is {number}; look for NaN in the weights"
-        )
+def _finite(number: float) -> float:
+    if math.isfinite(number):
+        return number
+    raise FloatingPointError(f"the error of the images is {number}; look for NaN in the weights")

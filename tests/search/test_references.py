@@ -152,21 +152,20 @@ def test_the_gradient_is_that_of_finite_differences(again):
 
 def test_learned_weights_bring_images_nearer_and_leave_the_table_alone():
     pool, seen = drawn(24), []
-    learned = learn_weights(
-        make(), TABLE, pool, lr=0.01, progress=lambda *a: seen.append(a), **SMALL
-    )
+    learned = learn_weights(make(), TABLE, pool, progress=lambda *a: seen.append(a), **SMALL)
     assert torch.equal(learned.compute, TABLE.compute)
     assert learned.weights.shape == (4, 4, 4)
     assert pool_errors(make(), pool, learned).mean() < pool_errors(make(), pool, TABLE).mean()
     assert learned.provenance["weights_error"] == min(error for _, error in seen)
-    assert learned == learn_weights(make(), TABLE, pool, lr=0.01, **SMALL)  # nothing is random
+    assert learned == learn_weights(make(), TABLE, pool, **SMALL)  # nothing is random
 
 
 @pytest.mark.parametrize("lr", [1e-9, 10.0])
-def test_on_the_noises_held_back_nothing_gets_worse_than_the_start(lr):
+def test_on_the_noises_held_back_nothing_gets_worse_than_the_start(lr, monkeypatch):
     d, pool = make(), drawn(12)
-    begin = learn_weights(d, TABLE, pool, lr=0.01, **SMALL)
-    after = learn_weights(d, begin, pool, lr=lr, **SMALL)
+    begin = learn_weights(d, TABLE, pool, **SMALL)
+    monkeypatch.setattr("harmonica.search.learn.LR", lr)
+    after = learn_weights(d, begin, pool, **SMALL)
     errors = [float(pool_errors(d, pool[slice(2)], s).mean()) for s in (begin, after, TABLE)]
     assert errors[1] <= errors[0] <= errors[2]
 
@@ -206,8 +205,6 @@ def test_the_model_is_left_as_it_was():
         ({"history": 0}, "history is 0"),
         ({"iterations": 0}, "iterations 0"),
         ({"batch_size": 0}, "batch_size 0"),
-        ({"lr": 0.0}, "lr 0.0"),
-        ({"lr": math.nan}, "lr nan"),
         ({"pool": drawn(1)}, "the pool has 1 noises"),
         ({"schedule": Schedule([[1] * 4, [0] * 4])}, "this schedule has 2 steps"),
     ],
