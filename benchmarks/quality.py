@@ -13,8 +13,8 @@ over the same noises, so an interval below zero means that the method is better 
 All methods return a schedule; one engine runs it on the same held-out noises. Methods that measure see 96 noises that
 are not among those (greedy search 8, for its price; refined tables are judged on 128, weights learned on 384). Each
 finished row, pool and trained table is a file in --out: the same command continues.
-"order 1" and "order 2" are TaylorSeer's forecasts. Writes results/quality.json and, for each T and sampler,
-results/quality-T-SAMPLER.png: error to the uncached image against speedup.
+"order 1" and "order 2" are TaylorSeer's forecasts. Writes results/NAME.json and, for each model, T and
+sampler, results/NAME-MODEL-T-SAMPLER.png: the distance to the reference against speedup, first seeds.
 """
 
 from __future__ import annotations
@@ -66,6 +66,10 @@ MEASURED = (
     *("L2P", "L2P on dynamic programming", "InvarDiff"),
 )
 METHODS = ("uncached", "fewer steps", "fewer steps of dpm-solver++", *MEASURED, *TRAINED)
+DRAWN = (
+    *("weights on dynamic programming", "refined towards the reference, order 1", "uncached"),
+    *("dynamic programming, order 2", "FORA", "fewer steps"),
+)
 SEEN = 96
 
 Job = tuple[int, str, str, float, int, argparse.Namespace]
@@ -203,6 +207,7 @@ def row_of(job: Job) -> dict[str, Any]:
     )
     row: dict[str, Any] = {
         "model": args.model, "T": steps, "sampler": sampler, "method": method, "asked": speedup, "seed": seed,
+        "updates": args.updates,
     }  # fmt: skip
     try:
         if method == "uncached":
@@ -283,6 +288,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("out/quality"))
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--name", default="quality", help="of the file in --results")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.finished:
@@ -296,27 +302,32 @@ def main() -> None:
                 short = {key: value for key, value in row.items() if key != "made"}
                 print(json.dumps(short), flush=True)
     args.results.mkdir(parents=True, exist_ok=True)
-    for steps, sampler in sorted({(row["T"], row["sampler"]) for row in rows}):
-        draw([row for row in rows if (row["T"], row["sampler"]) == (steps, sampler)], args.results)
-    record("quality", {"noises": args.noises, "updates": args.updates, "rows": rows}, args.results)
+    for run in sorted({run_of_row(row) for row in rows}):
+        draw(
+            [row for row in rows if run_of_row(row) == run], args.results / f"{args.name}-{run}.png"
+        )
+    record(args.name, {"noises": args.noises, "rows": rows}, args.results)
 
 
-def draw(rows: list[dict[str, Any]], folder: Path) -> None:
+def run_of_row(row: dict[str, Any]) -> str:
+    """Name model, T and sampler of a row."""
+    return f"{row['model']}-{row['T']}-{row['sampler'].replace('+', 'p')}"
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Draw the distance to the reference against speedup, first seeds; chance is left to the table."""
     shown = [row for row in rows if "to_reference" in row and row["seed"] == 0]
     points = {
         method: [
             (row["speedup"], row["to_reference"][0]) for row in shown if row["method"] == method
         ]
-        for method in reversed(METHODS)
-        if method not in ("uncached", "random", "HarmoniCa, lambda = 1")
+        for method in DRAWN
     }
-    points = {method: each for method, each in points.items() if each}
     model, steps, sampler = (rows[0][key] for key in ("model", "T", "sampler"))
-    figure = tradeoff({name: points[name] for name in list(points)[:6]}, ylabel="image error")
+    points = {name: each for name, each in points.items() if each}
+    figure = tradeoff(points, ylabel="distance to the reference")
     figure.axes[0].set_title(f"{model}, {sampler}, T = {steps}")
-    figure.axes[0].set_ylabel("distance to the reference")
-    save(figure, folder / f"quality-{steps}-{sampler.replace('+', 'p')}.png")
+    save(figure, path)
 
 
 if __name__ == "__main__":

@@ -111,13 +111,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("make", "clock"))
+    parser.add_argument("what", nargs="?", choices=("make", "clock", "both"), default="both")
     parser.add_argument("names", nargs="*", default=list(BATCH))
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    with torch.inference_mode(args.what == "clock"):
-        make() if args.what == "make" else clock(args.names, args.repeats)
+    if args.what != "clock":
+        make()
+    if args.what != "make":
+        with torch.inference_mode():
+            clock(args.names, args.repeats)
 
 
 if __name__ == "__main__":

@@ -59,8 +59,8 @@ def assert_alike(printed: str, said: str) -> None:
     assert found == pytest.approx(stated, rel=0.2)
 
 
-def test_there_are_six():
-    assert [script.stem[:3] for script in SCRIPTS] == ["01_", "02_", "03_", "04_", "05_", "06_"]
+def test_there_are_seven():
+    assert [script.stem[:3] for script in SCRIPTS] == [f"0{n}_" for n in range(1, 8)]
 
 
 @each_script

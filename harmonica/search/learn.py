@@ -99,7 +99,7 @@ def _batches(noises: int, size: int, count: int, generator: torch.Generator) -> 
     size = min(size, noises)
     rounds = range(-(-count * size // noises))
     order = [torch.randperm(noises, generator=generator, device=generator.device) for _ in rounds]
-    return torch.cat(order).split(size)[:count]
+    return torch.split(torch.cat(order), size)[:count]
 
 
 def _learn(
