@@ -38,7 +38,7 @@ SHARE = 6
 """One noise of so many is not trained on."""
 
 LR = 0.01
-"""Adam's learning rate, which falls to zero along a half cosine. Half or twice as much ends within 5 %."""
+"""Adam's learning rate, which falls to zero along a half cosine. Twice as much ends as near."""
 
 
 def learn_weights(
