@@ -105,11 +105,7 @@ def _judge_of_digits() -> Judge:
         votes = nearest.predict(images.flatten(1).cpu().numpy())
         return torch.as_tensor(votes, device=images.device)
 
-    return Judge(DIGITS, _pixels, classify, *moments(_pixels(images)))
-
-
-def _pixels(images: Tensor) -> Tensor:
-    return images.flatten(1)
+    return Judge(DIGITS, lambda x: x.flatten(1), classify, *moments(images))
 
 
 def _judge_of_garments() -> Judge:
