@@ -24,9 +24,6 @@ from harmonica.models.pipelines.session import Session
 from harmonica.override import Method, patched
 from harmonica.router import Schedule
 
-PIPELINES = ("DiTPipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline")
-"""What `cached(…, exact=False)` knows."""
-
 _sessions: WeakKeyDictionary[Any, list[Session]] = WeakKeyDictionary()
 """Open sessions of each pipeline, outermost first."""
 
@@ -51,39 +48,24 @@ def cached(
     the end everything is as it was, exception or not.
 
     Args:
-        pipe: a pipeline with a `transformer` and a `scheduler`. Adapters, offloading and another
+        pipe: a pipeline with a `transformer` and a `scheduler`; adapters, offloading and another
             scheduler may come and go between walks.
-        schedules: one for each set of timesteps that will run, or one alone. Names of the original
-            DiT and tables without names or for kinds of site are understood
-            (`harmonica.site_names`).
+        schedules: one for each set of timesteps that will run, or one alone. Other names of sites
+            are understood (`harmonica.site_names`).
         sites: cacheable modules by name; None finds them (`harmonica.models.sites`).
-        exact: compute what is computed bit for bit as the pipeline does. False, for DiT and PixArt
-            pipelines, modulates many steps in one product and fuses sums: faster, and other by
-            rounding.
+        exact: False, for DiT and PixArt pipelines, modulates many steps in one product and fuses
+            sums: faster, and other by rounding.
         otherwise: what to do at timesteps that no schedule is for.
-        offload: keep features in pinned host memory, for models whose features do not fit the
-            device; exact, at the cost of two copies for each feature.
+        offload: keep features in pinned host memory; exact, at two copies for each feature.
 
-    Yields:
-        Session: `print(session)` says what was reused, `session.report()` in numbers.
-
-    Raises:
-        TypeError: if pipe has no transformer or scheduler, or its transformer is compiled.
-        ValueError: if it cannot be cached, or a schedule does not fit it; when the pipeline sets
-            its timesteps, if no schedule is for these.
-
-    Warns UserWarning at the end if a schedule reuses and no site was ever skipped.
+    Yields a `Session`: `print(session)` says what was reused, `session.report()` in numbers. Raises
+    TypeError if pipe has no transformer or scheduler, or a compiled transformer; ValueError if it
+    cannot be cached, or a schedule does not fit it, or none is for the timesteps of a run. Warns at
+    the end if a schedule reuses and no site was ever skipped.
     """
-    if not exact and type(pipe).__name__ not in PIPELINES:
-        raise ValueError(
-            f"exact=False is for {', '.join(PIPELINES)}, not {type(pipe).__name__}; leave it out"
-        )
-    if otherwise not in ("raise", "compute"):
-        raise ValueError(f"otherwise is {otherwise!r}; it must be 'raise' or 'compute'")
     given = [schedules] if isinstance(schedules, Schedule) else list(schedules)
     session = Session(pipe, given, sites, exact=exact, otherwise=otherwise, offload=offload)
-    mine = _sessions.setdefault(pipe, [])
-    kind = type(pipe)
+    kind, mine = type(pipe), _sessions.setdefault(pipe, [])
     del pipe  # this frame must not keep it alive
     with patched(kind, "__call__", _walked):
         mine.append(session)

@@ -33,10 +33,8 @@ def from_pipeline(
         with cached(pipe, router.schedule()):
             image = pipe("…", num_inference_steps=28, guidance_scale=3.5, height=1024).images[0]
 
-    It takes any pipeline that runs one transformer step by step.
-
-    The transformer is shared, and frozen; nothing else of the pipeline is touched. The transformer
-    runs once here, to learn its shapes.
+    Any pipeline will do that runs one transformer step by step. The transformer is frozen, and runs
+    once here, to learn its shapes; nothing else of the pipeline is touched.
 
     Args:
         pipe: as it will be used: adapters loaded, offloading switched on, scheduler set.

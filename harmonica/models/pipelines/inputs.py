@@ -6,7 +6,7 @@ This file does not know denoisers or what the arguments do.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -80,6 +80,21 @@ def inputs_of(
         each = each | {"prompt": list(prompts_from(prompts))}
     if "class_labels" in parameters and "class_labels" not in given:
         each = each | {"class_labels": list(range(pipe.transformer.config.num_embeds_ada_norm))}
+    _check_arguments(name, parameters, each, call)
+    if steps is None:
+        steps = parameters["num_inference_steps"].default
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps is {steps}; a walk has at least 1")
+    call = call | {"num_inference_steps": steps}
+    if "output_type" in parameters:
+        call.setdefault("output_type", "latent")
+    rows = len(next(iter(each.values()), [None]))
+    return Inputs(call, each, rows, "generator" in parameters)
+
+
+def _check_arguments(
+    name: str, parameters: Collection[str], each: Mapping[str, Any], call: Mapping[str, Any]
+) -> None:
     for argument in (*each, *call, "num_inference_steps"):
         if argument not in parameters:
             near = get_close_matches(argument, parameters, 3)
@@ -87,24 +102,15 @@ def inputs_of(
             hint = f"did you mean {' or '.join(near)}?" if near else takes
             raise TypeError(f"{name} does not take {argument}; {hint}")
     for argument in ("generator", "latents"):
-        if argument in given:
+        if argument in {**each, **call}:
             raise ValueError(f"{argument} is given; x and its seeds take its place, leave it out")
     for argument in ("num_images_per_prompt", "num_videos_per_prompt"):
         if call.get(argument, 1) != 1:
             raise ValueError(
                 f"{argument} is {call[argument]}; a sample is one image, so leave it out"
             )
-    if steps is None:
-        steps = parameters["num_inference_steps"].default
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps is {steps}; a walk has at least 1")
     lengths = {argument: len(values) for argument, values in each.items()}
     if len(set(lengths.values())) > 1 or 0 in lengths.values():
         raise ValueError(
             f"the lengths of prompts and each differ, or are zero: {lengths}; give each prompt one"
         )
-    call = call | {"num_inference_steps": steps}
-    if "output_type" in parameters:
-        call.setdefault("output_type", "latent")
-    rows = next(iter(lengths.values()), 1)
-    return Inputs(call, each, rows, "generator" in parameters)

@@ -39,6 +39,9 @@ from harmonica.models.sites import sites
 from harmonica.override import Answer, Method, overridden
 from harmonica.router import Schedule
 
+PIPELINES = ("DiTPipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline")
+"""What `cached(…, exact=False)` knows."""
+
 log = logging.getLogger(__name__)
 
 
@@ -69,6 +72,11 @@ class Session:
     ) -> None:
         check_pipeline(pipe)
         self.pipe, self._kind, self.walks = ref(pipe), type(pipe).__name__, 0
+        if not exact and self._kind not in PIPELINES:
+            known = ", ".join(PIPELINES)
+            raise ValueError(f"exact=False is for {known}, not {self._kind}; leave it out")
+        if otherwise not in ("raise", "compute"):
+            raise ValueError(f"otherwise is {otherwise!r}; it must be 'raise' or 'compute'")
         self._exact, self._otherwise, self._offload = exact, otherwise, offload
         self._given = modules
         self.sites = tuple(_sites_of(pipe) if modules is None else modules)

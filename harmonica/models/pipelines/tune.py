@@ -63,22 +63,19 @@ def tune(  # noqa: D417 (some arguments are described together)
         with cached(pipe, schedule):
             image = pipe("…", num_inference_steps=28, guidance_scale=3.5).images[0]
 
-    The bar says at its start how many predictions it will take at most. Ctrl-C returns the best
-    schedule so far. A pipeline that cannot be followed step by step gets whole steps, chosen from
-    plain runs of it, and a warning says so.
+    The bar says at its start how many predictions it will take at most; Ctrl-C returns the best
+    schedule so far. A pipeline that cannot be followed gets whole steps and a warning.
 
     Args:
-        pipe, prompts, each: as in `from_pipeline`.
+        pipe, prompts, each, **call: as in `from_pipeline`, `num_inference_steps` in place of steps.
         speedup: theoretical, of the transformer, 1 or more.
         order: how skipped sites are filled before weights are learned, `Schedule.order`.
-        method: "auto", whole steps, refinement, weights; "sdt", the paper's training (`train_sdt`).
-        budget: predictions of one image that may be spent; 1000 walks' if None.
+        method: "auto", or "sdt", the paper's training, about three predictions an update and noise.
+        budget: predictions of one image that may be spent; those of 1000 walks if None.
         cost: None counts multiply-accumulates, "milliseconds" measures the sites on this device.
         progress: show a bar.
-        **call: arguments of the pipeline, `num_inference_steps` among them.
 
-    Raises TypeError and ValueError as `from_pipeline` does, and ValueError for a speedup that no
-    table of this pipeline has.
+    Raises as `from_pipeline` does, and ValueError for a speedup that no table has.
     """
     if method not in ("auto", "sdt"):
         raise ValueError(f"method is {method!r}; expected 'auto' or 'sdt', the paper's training")
@@ -93,9 +90,8 @@ def tune(  # noqa: D417 (some arguments are described together)
     budget = WALKS * denoiser.steps if budget is None else budget
     size = NOISES if denoiser.batched else 1
     if method == "sdt":
-        updates = budget // (3 * size)  # teacher, student, and about one more for its backward
         how: dict[str, Any] = {"target_speedup": speedup, "cost": measure, "order": order}
-        how |= {"iterations": updates, "batch_size": size, "progress": progress}
+        how |= {"iterations": budget // (3 * size), "batch_size": size, "progress": progress}
         return train_sdt(denoiser, **how).schedule()
     return _searched(denoiser, target, order, budget, size, progress)
 
