@@ -128,9 +128,7 @@ def denoiser_of(case: Case, device: str, dtype: torch.dtype) -> Any:
     if case.model not in SIZES:
         weights = None if case.model == "tiny" else "random"
         return load(case.model, steps=case.steps, weights=weights, dtype=dtype, device=device)
-    size = SIZES[case.model]
-    shape = {"hidden_size": size.hidden_size, "depth": size.depth}
-    model = DiT(**shape, num_heads=size.num_heads, patch_size=size.patch_size).to(device, dtype)
+    model = DiT(**SIZES[case.model]).to(device, dtype)
     return DiTDenoiser(model, DDIM(case.steps), guided_channels=3, name=case.model)
 
 

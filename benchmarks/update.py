@@ -30,13 +30,7 @@ from harmonica.samplers import DDIM
 def build(size: str) -> DiTDenoiser:
     """Return a denoiser of an original size; no weight is zero, so that gradients are not."""
     torch.manual_seed(0)
-    shape = SIZES[size]
-    model = DiT(
-        depth=shape.depth,
-        hidden_size=shape.hidden_size,
-        num_heads=shape.num_heads,
-        patch_size=shape.patch_size,
-    )
+    model = DiT(**SIZES[size])
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     return DiTDenoiser(model, DDIM(10), guided_channels=3, name=size)

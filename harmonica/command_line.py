@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import torch
 
+from harmonica.memory import is_out_of_memory
 from harmonica.processes import started_as
 
 if TYPE_CHECKING:
@@ -46,34 +47,28 @@ class Parser(argparse.ArgumentParser):
 
 def add_model_options(p: argparse.ArgumentParser) -> None:
     """Add the options that `load_model` reads: which model, how it samples, where it runs."""
-    p.add_argument(
+    add, kinds = p.add_argument, "float32; on cuda bfloat16, and float32 there is without TF32"
+    add(
         "--model",
         default="tiny",
-        help="a name that harmonica.models.load knows (tiny; garments is bundled as well)",
+        help="what harmonica.models.load knows (tiny; garments is bundled too)",
     )
-    p.add_argument(
-        "--weights",
-        metavar="PATH",
-        help='weights of the model, or "random" (what the model comes with)',
-    )
-    p.add_argument("--sampler", help="ddim, dpm-solver++, iddpm or sa-solver (the model's own)")
-    p.add_argument("--steps", type=whole, default=20, help="T, sampler steps (20)")
-    p.add_argument(
-        "--guidance", type=float, help="classifier-free guidance scale (the model's own)"
-    )
-    p.add_argument(
+    add("--weights", metavar="PATH", help='of the model, or "random" (what the model comes with)')
+    add("--sampler", help="ddim, dpm-solver++, iddpm or sa-solver (the model's own)")
+    add("--steps", type=whole, default=20, help="T, sampler steps (20)")
+    add("--guidance", type=float, help="classifier-free guidance scale (the model's own)")
+    add(
         "--prompts",
         type=Path,
         metavar="FILE",
         help="one to a line, for text-to-image (64 of our own)",
     )
-    p.add_argument(
+    add(
         "--device",
         default="cpu",
         help="cpu, cuda or cuda:N (cpu); under torchrun cuda is a GPU each",
     )
-    kinds = "float32; on cuda bfloat16, and float32 there multiplies matrices without TF32"
-    p.add_argument("--dtype", choices=DTYPES, help=f"of the weights ({kinds})")
+    add("--dtype", choices=DTYPES, help=f"of the weights ({kinds})")
 
 
 def load_model(
@@ -86,13 +81,10 @@ def load_model(
     from harmonica.models import load
 
     place = args.device if device is None else device
+    names = ("sampler", "steps", "guidance", "weights", "prompts")
     return load(
         args.model,
-        sampler=args.sampler,
-        steps=args.steps,
-        guidance=args.guidance,
-        weights=args.weights,
-        prompts=args.prompts,
+        **{name: getattr(args, name) for name in names},
         dtype=dtype_of(args, place),
         device=place,
         activation_checkpointing=activation_checkpointing,
@@ -107,11 +99,7 @@ def dtype_of(args: argparse.Namespace, device: str | torch.device) -> torch.dtyp
 
 
 def whole(text: str) -> int:
-    """Return the whole number that an option says, of a size that can be counted to.
-
-    >>> whole("20")
-    20
-    """
+    """Return the whole number that an option says, of a size that can be counted to."""
     try:
         number = int(text)
     except ValueError:
@@ -122,11 +110,7 @@ def whole(text: str) -> int:
 
 
 def seed(text: str) -> int:
-    """Return the seed that an option says; torch takes 64 bits.
-
-    >>> seed("7")
-    7
-    """
+    """Return the seed that an option says; torch takes 64 bits."""
     with suppress(ValueError):
         if 0 <= int(text) < 2**63:
             return int(text)
@@ -138,9 +122,7 @@ def seed(text: str) -> int:
 def command(
     p: Parser, run: Callable[[argparse.Namespace], None], arguments: Sequence[str] | None
 ) -> int:
-    """Parse and run a command that may be one of several processes, which then says its number;
-    return `exit_code`.
-    """
+    """Parse and run a command, which says its number if it is one of several; return `exit_code`."""
     number, world = started_as()
     if world > 1:
         p.prog = f"{p.prog} (rank {number} of {world})"
@@ -148,8 +130,8 @@ def command(
 
 
 def exit_code(prog: str, work: Callable[[], None]) -> int:
-    """Do the work of a command, parsing included; return 0 or the code of its end, see above, with
-    one line on stderr.
+    """Do the work of a command, parsing included; return 0, or the code of its end (see above)
+    after one line on stderr.
 
     What the terminal cannot show, such as × where the locale is ASCII, is printed as an escape.
     """
@@ -169,13 +151,10 @@ def exit_code(prog: str, work: Callable[[], None]) -> int:
     except (ValueError, OSError, ArithmeticError) as error:
         return _say(f"{prog}: {error}", 2)
     except RuntimeError as error:
-        if not any(
-            name in str(error) for name in ("DefaultCPUAllocator", "bad_alloc")
-        ):  # torch has no class for it
+        if not is_out_of_memory(error):
             raise
-        return _say(
-            f"{prog}: out of memory, {str(error).rpartition('] ')[2]} Take a smaller batch.", 2
-        )
+        said = str(error).rpartition("] ")[2]
+        return _say(f"{prog}: out of memory, {said} Take a smaller batch.", 2)
     return 0
 
 
@@ -185,10 +164,7 @@ def check_device(device: str) -> None:
         raise ValueError(f"--device {device}: expected cpu, cuda, cuda:N or mps")
     try:
         torch.empty(1, device=device)
-    except (
-        AssertionError,
-        RuntimeError,
-    ) as error:  # what torch raises for a device that is not there
+    except (AssertionError, RuntimeError) as error:  # for a device that is not there
         raise ValueError(f"--device {device}: {_first_line(error)}") from None
 
 
@@ -205,9 +181,7 @@ def _say(line: str, code: int) -> int:
 
 
 def _nobody_reads() -> int:
-    """Return the code of a program that SIGPIPE ended; what is still to be printed goes nowhere,
-    silently.
-    """
+    """Return the code of a program that SIGPIPE ended; what is still to be printed goes nowhere."""
     with suppress(OSError, ValueError):  # a stream of a test or a notebook has no number
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 141

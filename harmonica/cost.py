@@ -99,15 +99,11 @@ def count(run: Callable[[], Any], sites: Mapping[str, nn.Module], *, fake: bool 
         calls[site] += 1
         return feature
 
-    # What was compiled runs as Python: a compiled attempt that fails would be remembered, and fail
-    # again.
+    # What was compiled runs as Python: a compiled attempt that fails would fail ever after.
     eager = torch.compiler.set_stance("force_eager")
     with torch.no_grad(), eager, sdpa_kernel(SDPBackend.MATH), shapes, counter, gated(sites, gate):
         run()
     macs_of = {name: sum(flops.values()) / 2 for name, flops in counter.get_flop_counts().items()}
-    each = (
-        torch.tensor(counts, dtype=torch.float64) / 2
-    )  # two floating-point operations are one MAC
-    return Count(
-        Macs(each, counter.get_total_flops() / 2 - float(each.sum())), tuple(calls), macs_of
-    )
+    each = torch.tensor(counts, dtype=torch.float64) / 2  # two operations are one MAC
+    rest = counter.get_total_flops() / 2 - float(each.sum())
+    return Count(Macs(each, rest), tuple(calls), macs_of)

@@ -29,25 +29,16 @@ T = TypeVar("T")
 
 
 def started_as() -> tuple[int, int]:
-    """Return (rank, world) as torchrun's environment has them, (0, 1) without torchrun; nothing
-    need be joined.
-    """
+    """Return (rank, world) as torchrun's environment has them, (0, 1) without torchrun."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 @contextmanager
 def processes(device: str = "cpu") -> Iterator[torch.device]:
-    """Join the processes that torchrun started, and leave them at the end; alone there is nothing
-    to join.
+    """Join the processes that torchrun started until the `with` ends, and give this one's device.
 
-    Args:
-        device: "cpu" (gloo) or "cuda" (nccl); alone, anything torch knows.
-
-    Returns:
-        The device of this process, cuda:LOCAL_RANK for "cuda" under torchrun.
-
-    Raises ValueError if the device cannot be shared out, or this machine has fewer GPUs than
-    processes.
+    Under torchrun `device` is "cpu" (gloo) or "cuda" (nccl), of which each process takes
+    cuda:LOCAL_RANK; ValueError if there are too few. Alone it is anything that torch knows.
     """
     if started_as()[1] == 1:
         yield torch.device(device)
@@ -63,7 +54,7 @@ def processes(device: str = "cpu") -> Iterator[torch.device]:
     finally:
         if (
             ended_well or mine.type == "cpu"
-        ):  # nccl's farewell waits for all: a rank that fails alone just goes
+        ):  # nccl's end waits for all, also for a rank that failed
             dist.destroy_process_group()
 
 
@@ -82,18 +73,14 @@ def _device_of_this_process(device: str) -> torch.device:
     return torch.device("cuda", local)
 
 
-def _joined() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
 def rank() -> int:
     """Return this process's number; 0 when alone."""
-    return dist.get_rank() if _joined() else 0
+    return dist.get_rank() if world() > 1 else 0
 
 
 def world() -> int:
     """Return the number of processes; 1 when alone."""
-    return dist.get_world_size() if _joined() else 1
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:
@@ -112,60 +99,48 @@ def mean_over_ranks(value: Tensor) -> Tensor:
 
 def from_rank_0(make: Callable[[], T]) -> T:
     """Return on every rank what `make` returns on rank 0, which alone calls it; what it raises,
-    every rank raises.
-
-    So a file need be readable by rank 0 only, and no rank waits for one that has failed. Tensors
-    should be on the CPU.
+    every rank raises. Tensors should be on the CPU.
     """
     if world() == 1:
         return make()
-    told: list[Any] = [None, None]
+    outcome: list[Any] = [None, None]
     if rank() == 0:
         try:
-            told[0] = make()
+            outcome[0] = make()
         except Exception as error:  # whatever it is, the others must hear of it
-            told[1] = error
-    dist.broadcast_object_list(told)
-    if told[1] is not None:
-        raise told[1]
-    result: T = told[0]
-    return result
+            outcome[1] = error
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]  # type: ignore[no-any-return]
 
 
 def batch_per_rank(batch_size: int) -> int:
-    """Return how many samples of a joint batch each process takes.
-
-    Raises ValueError if the processes cannot share it evenly.
-    """
-    if batch_size % world():
+    """Return how many samples of a joint batch each process takes; ValueError if not as many each."""
+    n = world()
+    if batch_size % n:
         raise ValueError(
-            f"batch_size is {batch_size} for {world()} processes in all; make it a multiple of {world()}"
+            f"batch_size is {batch_size} for {n} processes in all; make it a multiple of {n}"
         )
-    return batch_size // world()
+    return batch_size // n
 
 
 def local_part(batch: Any, batch_size: int) -> Any:
-    """Return this process's share of a joint batch, a tree of tensors whose first dimension is
-    batch_size.
-
-    Raises ValueError if a tensor has another first dimension.
+    """Return this process's share of a joint batch: of each tensor of a tree, by its first
+    dimension; ValueError if that is not batch_size.
     """
     if world() == 1:
         return batch
 
     def take(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            if value is None or isinstance(value, int | float):
-                return value  # the same for every sample
-            found = f"a {type(value).__name__} in a joint batch of {batch_size}"
-            raise ValueError(
-                f"found {found}; several processes can share out tensors only, by their first dimension"
-            )
-        if value.shape[:1] != (batch_size,):
-            found = f"a tensor of shape {tuple(value.shape)} in a joint batch of {batch_size}"
-            raise ValueError(
-                f"found {found}; several processes share noise and conditions by their first dimension"
-            )
-        return value[rank() :: world()].contiguous()
+        if value is None or isinstance(value, int | float):
+            return value  # the same for every sample
+        if isinstance(value, Tensor) and value.shape[:1] == (batch_size,):
+            return value[rank() :: world()].contiguous()
+        shape = f"tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
+        raise ValueError(
+            f"found a {shape or type(value).__name__} in a joint batch of {batch_size}; several "
+            "processes share tensors by their first dimension, the batch"
+        )
 
     return tree_map(take, batch)

@@ -82,8 +82,6 @@ def alphas_cumprod(betas: Betas = "linear", train_timesteps: int = TRAIN_TIMESTE
 def spaced_timesteps(steps: int, train_timesteps: int = TRAIN_TIMESTEPS) -> tuple[int, ...]:
     """Return T timesteps evenly spaced from 999 down to 0, as the original DiT does; one is (999,).
 
-    Raises ValueError if steps is not between 1 and train_timesteps.
-
     >>> spaced_timesteps(6)
     (999, 799, 599, 400, 200, 0)
     """
@@ -139,13 +137,10 @@ class DDIM:
 class Scheduled:
     """A diffusers scheduler as a sampler whose state belongs to the walk.
 
-    Every step works on a shallow copy of the scheduler whose state comes out of `memory` and goes
-    back into it: two walks never meet, and a fork is exact.
-
-    Noise, where the rule draws some, comes from a generator seeded by (seed of the sample, k), so
-    that any step can be run again. The seeds are `memory["seeds"]`, one integer for each of the B
-    samples. If the walk does not bring any, they are computed from its x_T, so a sample does not
-    depend on its neighbours in the batch. Raises ValueError if the timesteps are not set.
+    Every step works on a copy of the scheduler whose state comes out of `memory` and goes back into
+    it, so walks share nothing and a fork is exact. Noise comes from a generator seeded by (seed of
+    the sample, k), so that any step can be run again; without `memory["seeds"]`, one integer a
+    sample, the seeds are computed from x_T. Raises ValueError if the timesteps are not set.
     """
 
     def __init__(self, scheduler: Any, name: str) -> None:
@@ -164,10 +159,7 @@ class Scheduled:
         self.draws_noise = _draws_noise(scheduler)
 
     def step(self, x: Tensor, out: Tensor, k: int, memory: Memory) -> Tensor:
-        """Take x (B, C, H, W) to step k + 1; variance channels of `out` are used if learned.
-
-        Raises RuntimeError if k is above 0 and `memory` does not hold what the steps before left.
-        """
+        """Take x (B, C, H, W) to step k + 1; variance channels of `out` are used if learned."""
         if k > 0 and "scheduler" not in memory:
             raise RuntimeError(
                 f"step {k} of {self.name} needs what the steps before it left in `memory`; pass a copy"
@@ -274,10 +266,7 @@ def _seed(sample: Tensor) -> int:
 
 
 def noise_generator(seed: int, k: int) -> torch.Generator:
-    """Return the generator of a sample's noise at step k.
-
-    torch reads the low 32 bits of a seed only, so both numbers are mixed into as many.
-    """
+    """Return the generator of a sample's noise at step k; torch reads 32 bits of a seed only."""
     return torch.Generator().manual_seed(zlib.crc32(f"{seed} {k}".encode()))
 
 
@@ -291,10 +280,7 @@ SAMPLERS: dict[str, Callable[[int, Betas], Sampler]] = {
 
 
 def make_sampler(name: str, steps: int, betas: Betas = "linear") -> Sampler:
-    """Return the sampler called `name` with T = `steps`, for a model trained with `betas`.
-
-    Raises ValueError if the name is not one of SAMPLERS, or steps is out of range.
-    """
+    """Return the sampler called `name` with T = `steps`, for a model trained with `betas`."""
     if name not in SAMPLERS:
         raise ValueError(f"sampler is {name!r}; this version has {', '.join(SAMPLERS)}")
     return SAMPLERS[name](steps, betas)

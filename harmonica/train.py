@@ -188,23 +188,18 @@ def _check_out(args: argparse.Namespace) -> None:
 
 
 def _train(denoiser: Denoiser, args: argparse.Namespace) -> Router:
+    names = (*AUTHORS, "tau", "refine", "order", "checkpoint_every", "resume")
+    settings = {name: getattr(args, name) for name in names}
+    if args.target is not None:
+        settings["beta"] = AUTHORS["beta"]
     try:
         return train_sdt(
             denoiser,
-            iterations=args.iterations,
-            batch_size=args.batch_size,
-            tau=args.tau,
-            beta=AUTHORS["beta"] if args.target is not None else args.beta,
-            lr=args.lr,
-            refresh_every=args.refresh_every,
+            **settings,
             proxy=None if args.proxy == "none" else args.proxy,
             target_speedup=args.target,
-            refine=args.refine,
-            order=args.order,
             generator=torch.Generator().manual_seed(args.seed),
             checkpoint=args.out / "router.safetensors",
-            checkpoint_every=args.checkpoint_every,
-            resume=args.resume,
         )
     except KeyboardInterrupt as stop:  # the library says resume=True, this is a command line
         raise KeyboardInterrupt(str(stop).replace("resume=True", "--resume")) from None

@@ -107,8 +107,7 @@ class GraphWalk:
         most: graphs kept; the one that was not used for longest makes room.
         capture: how to capture; `CudaCapture()` if None.
 
-    Raises:
-        ValueError: if most is below 1.
+    Raises ValueError if most is below 1.
     """
 
     def __init__(self, walk: Walk, *, most: int = 4, capture: Capture | None = None) -> None:
@@ -176,17 +175,15 @@ def _first_cause(error: BaseException, outer: BaseException | None) -> BaseExcep
 
 
 def key_of(x: Tensor, cond: Any) -> Any:
-    """Return what two batches have in common that one graph can run: structure, shapes, types,
-    devices, other values.
+    """Return what two batches that one graph can run have in common: all but the tensors' numbers.
 
     >>> key_of(torch.zeros(2, 3), torch.zeros(2)) == key_of(torch.ones(2, 3), torch.ones(2))
     True
     """
     leaves, shape = tree_flatten((x, cond))
-    each = (
-        (tuple(leaf.shape), leaf.dtype, leaf.device)
-        if isinstance(leaf, Tensor)
-        else (type(leaf), leaf)
-        for leaf in leaves
-    )
-    return str(shape), tuple(each)
+
+    def fact(leaf: Any) -> Any:
+        tensor = isinstance(leaf, Tensor)
+        return (leaf.shape, leaf.dtype, leaf.device) if tensor else (type(leaf), leaf)
+
+    return str(shape), tuple(map(fact, leaves))

@@ -63,11 +63,6 @@ class Plan:
         )
         return cls(tuple(zip(*(_column(*column) for column in columns), strict=True)))
 
-    @property
-    def steps(self) -> int:
-        """T."""
-        return len(self.rows)
-
     def gate(
         self,
         k: int,
@@ -110,18 +105,13 @@ class Plan:
         >>> plan.peak(), plan.peak([10, 1])
         (2, 11)
         """
-        size_of = [1] * len(self.rows[0]) if sizes is None else list(sizes)
-        if len(size_of) != len(self.rows[0]):
-            raise ValueError(
-                f"sizes has {len(size_of)} entries; the plan has {len(self.rows[0])} sites"
-            )
+        size_of = [1] * len(self.rows[0]) if sizes is None else sizes
         alive, most = [0] * len(size_of), 0.0  # features of each site
         for row in self.rows:
             for site, entry in enumerate(row):
                 alive[site] = len(entry.keep)
                 most = max(most, sum(n * size for n, size in zip(alive, size_of, strict=True)))
-        whole = sizes is None or all(isinstance(size, int) for size in size_of)
-        return int(most) if whole else most
+        return most
 
 
 def fused_sum(weights: Sequence[float], features: History) -> Feature:

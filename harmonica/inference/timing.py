@@ -86,15 +86,8 @@ def measure(
     repeats: int = 7,
     walk: Callable[[Tensor, Any], Tensor] | None = None,
 ) -> Timing:
-    """Time the walk from noise x (B, C, H, W) with and without a schedule, by turns.
-
-    Args:
-        denoiser: model, sampler, guidance; the plain walk is `sample` without a schedule.
-        schedule: what the cached walk follows.
-        x: noise.
-        cond: conditions for it.
-        repeats: turns that count, after one that does not.
-        walk: the cached walk, such as `Walk(denoiser, schedule)`; None is `sample`.
+    """Time the walk from noise x (B, C, H, W) with and without a schedule, by turns, `repeats` of
+    which count. `walk` is the cached one, such as `Walk(denoiser, schedule)`; None is `sample`.
     """
     walks: dict[str, Callable[[Tensor, Any], Tensor]] = {
         "plain": lambda x, cond: sample(denoiser, x, cond),
@@ -125,18 +118,12 @@ class Milliseconds(Macs):
 
 
 def milliseconds(denoiser: Denoiser, batch_size: int = 1, *, repeats: int = 7) -> Milliseconds:
-    """Time each site in walks of `Walk` without reuse, on this machine; medians over the walks.
+    """Time each site in walks of `Walk` without reuse, on this machine: medians over `repeats`.
 
     A site is all that `Walk` skips with it, norm and modulation included. The rest is what no
     schedule saves, the sampler included. Keep the result: the next measurement differs by a few
-    percent, and a training run can only be resumed with the same costs.
-
-    Args:
-        denoiser: model, sampler, guidance.
-        batch_size: images in a walk; small batches take longer for an image than MACs say.
-        repeats: walks that count, after one that does not.
-
-    Raises ValueError if batch_size or repeats is below 1.
+    percent, and a training run can only be resumed with the same costs. Small batches take longer
+    for an image than MACs say. Raises ValueError if batch_size or repeats is below 1.
     """
     if batch_size < 1 or repeats < 1:
         found = f"batch_size {batch_size}, repeats {repeats}"

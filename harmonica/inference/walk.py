@@ -1,19 +1,18 @@
-"""Fast: the walk of `sample`, without the work that a frozen table makes needless.
+"""Walk: what `sample` does, without the work that a frozen table makes needless.
 
-    walk = Walk(denoiser, schedule)          as often as there are batches:
-    images = walk(x, cond)
+    walk = Walk(denoiser, schedule)
+    images = walk(x, cond)                   for as many batches as there are
 
-`sample(denoiser, x, cond, schedule)` is the plain, readable path, and what this file is held to. A
-walk saves, beside the sites that the schedule skips,
+Besides the sites that the schedule skips, a walk leaves out
 
-    norm and modulation before a skipped site                    models/blocks.py     same bits
-    embeddings that every step or block repeats                  models/precompute.py      same bits
-    features that nobody will read again                         inference/lifetimes.py              same bits, less memory
-    T modulation products, made as one                           models/precompute.py      to rounding
-    passes over memory in h + gate·out                           models/blocks.py     to rounding
+    norm and modulation before a skipped site       models/blocks.py          same images
+    embeddings that every step or block repeats     models/precompute.py      same images
+    features that no later step reads               inference/lifetimes.py    same images, less memory
+    modulation of single steps: W in one product    models/precompute.py      to rounding
+    passes over memory in h + gate·out              models/blocks.py          to rounding
 
-`exact=True` leaves the last two as they are. Models that are not known walk by overriding sites, as
-`sample` does.
+`exact=True` leaves the last two as they are, and then the images are those of `sample` bit for bit.
+A model whose blocks are not known is walked as `sample` does it.
 """
 
 from __future__ import annotations

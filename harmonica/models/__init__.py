@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from harmonica.models import pixart
-from harmonica.models.dit import SIZES, DiT, DiTDenoiser, sincos_positions
+from harmonica.models.dit import DiT, DiTDenoiser, sincos_positions
 from harmonica.models.guided import Guided, check_guidance
 from harmonica.models.pixart import PIXART, PixArtDenoiser
 from harmonica.models.prompts import prompts_from
@@ -58,18 +58,7 @@ MODELS = (*DITS, *PIXART, "uvit-h")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Of the weights."""
 
-__all__ = [
-    "BUNDLED",
-    "DITS",
-    "MODELS",
-    "PIXART",
-    "SIZES",
-    "DiT",
-    "DiTDenoiser",
-    "PixArtDenoiser",
-    "UViTDenoiser",
-    "load",
-]
+__all__ = ["BUNDLED", "DITS", "MODELS", "PIXART", "PixArtDenoiser", "load"]
 
 
 def load(
@@ -84,8 +73,7 @@ def load(
     device: str | torch.device = "cpu",
     activation_checkpointing: bool = False,
 ) -> Guided:
-    """Return a frozen model with its sampler and guidance, ready to walk, to train a router for, or
-    to count.
+    """Return a frozen model with its sampler and guidance.
 
     Args:
         name: one of MODELS.
@@ -95,18 +83,16 @@ def load(
         guidance: classifier-free guidance scale; 1 switches it off; None for the model's own.
         weights: None for the model's repository on the hub (bundled models have theirs in the package);
             a folder saved by diffusers; a .pt, .pth or .safetensors file in the original parameter
-            names; "random" for timing.
+            names; "random" for timing, drawn on the device from torch's generator.
         prompts: for PixArt, what images to train on: a file with one prompt a line, or the prompts;
-            None for a bundled list. They are encoded here, once; with random weights the embeddings
-            are drawn.
+            None for a bundled list.
         dtype: of the weights; x stays float32 if they are half as wide.
         device: where everything lives.
         activation_checkpointing: in training, run blocks again instead of keeping what they
             computed: less memory, more time, the same gradients.
 
-    Raises:
-        ValueError: if a name, a number, or the weights do not fit, or the weights cannot be had.
-        FileNotFoundError: if there is no such file.
+    Raises ValueError if a name, a number or the weights do not fit, or the weights cannot be had,
+    FileNotFoundError if there is no such file.
 
     >>> load("tiny", steps=10).steps
     10
@@ -122,9 +108,8 @@ def load(
         raise ValueError(f"dtype is {dtype}; weights can be {', '.join(map(str, DTYPES))}")
     scale = own_guidance if guidance is None else guidance
     check_guidance(scale)
-    return build(
-        name, walk, scale, weights, _Place(dtype, device, activation_checkpointing, prompts)
-    )
+    place = _Place(dtype, device, activation_checkpointing, prompts)
+    return build(name, walk, scale, weights, place)
 
 
 @dataclass(frozen=True)
@@ -146,9 +131,7 @@ def _birthplace(weights: StrPath | None, place: _Place) -> torch.device:
 
 
 def _open(model: torch.nn.Module) -> None:
-    """Draw the parameters that a new model has at zero, such as DiT's gates, so that every site
-    matters.
-    """
+    """Draw the parameters that are zero in a new model, such as DiT's gates: no site would matter."""
     for parameter in model.parameters():
         if not parameter.is_meta and not bool(parameter.any()):
             torch.nn.init.normal_(parameter, std=0.03)
@@ -188,9 +171,8 @@ def _diffusers_dit(folder: StrPath, model: DiT) -> dict[str, torch.Tensor]:
     theirs = from_diffusers(DiTTransformer2DModel, place)
     size = theirs.config.sample_size
     if size != model.input_size:  # positions are made anew, so the shapes alone would fit
-        raise ValueError(
-            f"{folder} is for a latent of {size} × {size}; this model has {model.input_size}"
-        )
+        found = f"{folder} is for a latent of {size} × {size}"
+        raise ValueError(f"{found}; this model has {model.input_size}")
     positions = sincos_positions(model.pos_embed.shape[2], model.input_size // model.patch_size)
     return dit_from_diffusers(theirs.state_dict(), positions)
 
@@ -240,7 +222,7 @@ def _uvit(
             f"{weights} is a folder; {name} takes the original file, imagenet256_uvit_huge.pth"
         )
     with _birthplace(weights, place):
-        model = UViT(**UVIT_H)  # type: ignore[arg-type]
+        model = UViT(**UVIT_H)
     if weights != "random":
         fill(model, read_state(weights), weights)
     else:

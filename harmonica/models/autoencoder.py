@@ -46,9 +46,7 @@ def decoder(
         device: where it runs.
         dtype: what it computes in; float32 where float16 overflows, as the autoencoder itself says.
 
-    Raises:
-        FileNotFoundError: if it is not on this machine and cannot be fetched.
-        FileNotFoundError: if a folder has no autoencoder.
+    Raises FileNotFoundError if a folder has no autoencoder, or none can be fetched.
     """
     if name in BUNDLED:
         return lambda x: x

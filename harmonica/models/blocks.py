@@ -42,15 +42,12 @@ Ask = Callable[[str, Compute], Feature]
 
 def dit_block(block: Any, ask: Ask, math: Arithmetic, h: Tensor, c: Tensor) -> Tensor:
     """Do what `dit.Block.forward` does."""
-    shift1, scale1, gate1, shift2, scale2, gate2 = block.adaLN_modulation(c)[:, None].chunk(
-        6, dim=-1
-    )  # (B, 1, D)
-    h = math.add(
-        h, gate1, ask("attn", lambda: block.attn(math.modulate(block.norm1(h), scale1, shift1)))
-    )
-    return math.add(
-        h, gate2, ask("mlp", lambda: block.mlp(math.modulate(block.norm2(h), scale2, shift2)))
-    )
+    parts = block.adaLN_modulation(c)[:, None].chunk(6, dim=-1)  # 6 × (B, 1, D)
+    shift1, scale1, gate1, shift2, scale2, gate2 = parts
+    out = ask("attn", lambda: block.attn(math.modulate(block.norm1(h), scale1, shift1)))
+    h = math.add(h, gate1, out)
+    out = ask("mlp", lambda: block.mlp(math.modulate(block.norm2(h), scale2, shift2)))
+    return math.add(h, gate2, out)
 
 
 def uvit_block(block: Any, ask: Ask, math: Arithmetic, h: Streams, skip: Streams = ()) -> Streams:
@@ -76,12 +73,10 @@ def ada_zero_block(
     c = ada.emb(timestep, class_labels, hidden_dtype=h.dtype)  # (B, D)
     parts = ada.linear(ada.silu(c)).chunk(6, dim=1)
     shift1, scale1, gate1, shift2, scale2, gate2 = (part[:, None] for part in parts)  # (B, 1, D)
-    h = math.add(
-        h, gate1, ask("attn1", lambda: block.attn1(math.modulate(ada.norm(h), scale1, shift1)))
-    )
-    return math.add(
-        h, gate2, ask("ff", lambda: block.ff(math.modulate(block.norm3(h), scale2, shift2)))
-    )
+    out = ask("attn1", lambda: block.attn1(math.modulate(ada.norm(h), scale1, shift1)))
+    h = math.add(h, gate1, out)
+    out = ask("ff", lambda: block.ff(math.modulate(block.norm3(h), scale2, shift2)))
+    return math.add(h, gate2, out)
 
 
 def ada_single_block(
@@ -94,22 +89,15 @@ def ada_single_block(
     encoder_attention_mask: Tensor | None = None,
     attention_mask: Tensor | None = None,
 ) -> Tensor:
-    """Do what diffusers' block does with adaLN-single, where all blocks share one modulation:
-    PixArt.
-    """
+    """Do what diffusers' block does with adaLN-single, one modulation for all blocks: PixArt."""
     h = hidden_states  # (B, N, D)
     shared = block.scale_shift_table[None] + timestep.reshape(len(h), 6, -1)  # (B, 6, D)
     shift1, scale1, gate1, shift2, scale2, gate2 = shared.chunk(6, dim=1)  # (B, 1, D)
     own = partial(block.attn1, encoder_hidden_states=None, attention_mask=attention_mask)
     h = math.add(h, gate1, ask("attn1", lambda: own(math.modulate(block.norm1(h), scale1, shift1))))
-    text = {
-        "encoder_hidden_states": encoder_hidden_states,
-        "attention_mask": encoder_attention_mask,
-    }
-    h = ask("attn2", lambda: block.attn2(h, **text)) + h
-    return math.add(
-        h, gate2, ask("ff", lambda: block.ff(math.modulate(block.norm2(h), scale2, shift2)))
-    )
+    h = ask("attn2", lambda: block.attn2(h, encoder_hidden_states, encoder_attention_mask)) + h
+    out = ask("ff", lambda: block.ff(math.modulate(block.norm2(h), scale2, shift2)))
+    return math.add(h, gate2, out)
 
 
 # ------------------------------------------------------------ which block is known
@@ -212,16 +200,12 @@ def form_of(block: nn.Module) -> Form | None:
 
 
 def _usual(block: nn.Module, form: Form) -> bool:
-    """Tell whether nobody has put anything on the block that would see, or want, what is not called
-    any more.
-    """
+    """Tell whether nothing on the block would see, or want, what is not called any more."""
     norms = [block.get_submodule(name) for name in form.norms]
     sites = [block.get_submodule(name) for name in form.sites]
-    replaced = any(
-        is_overridden(module, "forward") or called_by(module) != "forward"
-        for module in (block, *norms)
-    )
-    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in (*norms, *sites))
+    own = (block, *norms)
+    replaced = any(is_overridden(m, "forward") or called_by(m) != "forward" for m in own)
+    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (*norms, *sites))
     return not (replaced or hooked or block.training)
 
 

@@ -21,7 +21,6 @@ loads strictly.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -38,20 +37,13 @@ from harmonica.models.layers import (
 )
 from harmonica.samplers import Sampler
 
-
-@dataclass(frozen=True)
-class Size:
-    """The four numbers that make a DiT small or large."""
-
-    depth: int  # blocks
-    hidden_size: int  # D
-    num_heads: int
-    patch_size: int  # P
-
-
 _WIDTHS = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
-SIZES: dict[str, Size] = {f"DiT-{w}/{p}": Size(*_WIDTHS[w], p) for w in _WIDTHS for p in (2, 4, 8)}
-"""The original twelve sizes by their original names, `DiT-S/8` to `DiT-XL/2`."""
+SIZES: dict[str, dict[str, int]] = {
+    f"DiT-{name}/{patch}": {"depth": depth, "hidden_size": width, "num_heads": heads, "patch_size": patch}
+    for name, (depth, width, heads) in _WIDTHS.items()
+    for patch in (2, 4, 8)
+}  # fmt: skip
+"""Arguments of `DiT` for the original twelve sizes, `DiT-S/8` to `DiT-XL/2`."""
 
 
 class Block(nn.Module):
@@ -67,9 +59,8 @@ class Block(nn.Module):
 
     def forward(self, h: Tensor, c: Tensor) -> Tensor:
         """Update tokens h (B, N, D) under condition c (B, D)."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)[:, None].chunk(
-            6, dim=-1
-        )  # (B, 1, D)
+        parts = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)  # 6 × (B, 1, D)
+        shift1, scale1, gate1, shift2, scale2, gate2 = parts
         h = h + gate1 * self.attn(self.norm1(h) * (1 + scale1) + shift1)
         return h + gate2 * self.mlp(self.norm2(h) * (1 + scale2) + shift2)  # type: ignore[no-any-return]
 
@@ -147,8 +138,7 @@ class DiT(nn.Module):
         activation_checkpointing: in training, run blocks again instead of keeping what they
             computed (see `run_block`).
 
-    Raises:
-        ValueError: if a size does not divide another.
+    Raises ValueError if a size does not divide another.
     """
 
     def __init__(
@@ -193,10 +183,8 @@ class DiT(nn.Module):
                 nn.init.xavier_uniform_(weight.view(len(weight), -1))
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Predict the noise (and variance) in x (B, C, H, W) at timesteps t (B,) for labels y (B,).
-
-        Returns:
-            (B, C or 2C, H, W), noise channels first.
+        """Predict the noise, then the variance if it is learned, in x (B, C, H, W) at timesteps t
+        (B,) for labels y (B,): (B, C or 2C, H, W).
         """
         h = self.x_embedder(x) + self.pos_embed  # (B, N, D)
         c = self.t_embedder(t) + self.y_embedder(y)  # (B, D)
@@ -239,20 +227,10 @@ class DiTDenoiser(Guided):
         self.guided_channels = model.in_channels if guided_channels is None else guided_channels
 
     def predict(self, x: Tensor, k: int, cond: Tensor) -> Tensor:
-        """Return the guided model output at step k.
+        """Return the guided output at step k for x (B, C, H, W) and class labels (B,).
 
-        Args:
-            x: (B, C, H, W).
-            k: executed step, 0 … T−1.
-            cond: (B,) class labels.
-
-        Returns:
-            (2B, C or 2C, H, W) with guidance, halves [conditional, null]; (B, …) without. Both
-            halves are returned, as in the original, because the released training loss is taken
-            over both.
-
-        Raises:
-            ValueError: if shapes or devices do not fit the model.
+        With guidance that is (2B, C or 2C, H, W), halves [conditional, null], (B, …) without. Both
+        halves are returned, as in the original: the released training loss is taken over both.
         """
         check_inputs(x, cond, self.shape)
         t, narrow = self.clock(x, k), x.to(next(self.model.parameters()).dtype)

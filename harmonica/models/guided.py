@@ -41,8 +41,7 @@ class Guided(ABC):
         shape: (C, H, W) of the noise that `draw` returns.
         conditions: number of classes or prompts to draw from.
 
-    Raises:
-        ValueError: if guidance is not a number of at least 1.
+    Raises ValueError if guidance is not a number of at least 1.
     """
 
     def __init__(

@@ -47,11 +47,8 @@ class Memo:
     def recall(self, owner: object, make: Callable[[], Any], *of: Any, state: Any) -> Any:
         """Return what is known under `owner`; make it if it is not known, or no longer.
 
-        Args:
-            owner: what the knowledge is about.
-            make: makes it.
-            of: the numbers and tensors that it is made of.
-            state: of the weights that it is made of (`Watch.state`); None keeps nothing.
+        It is made of the numbers and tensors `of`, and of weights whose `Watch.state` is `state`;
+        with None nothing is kept.
         """
         if state is None or self.k is None:
             return make()

@@ -62,9 +62,7 @@ XL |= {"cross_attention_dim": 1152, "caption_channels": 4096}
 
 
 def transformer_of(variant: Variant) -> Any:
-    """Return diffusers' transformer of this variant, freshly initialised (on torch's current
-    device).
-    """
+    """Return diffusers' transformer of this variant with new weights, on torch's current device."""
     from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
 
     return PixArtTransformer2DModel(
@@ -73,9 +71,7 @@ def transformer_of(variant: Variant) -> Any:
 
 
 def read_transformer(folder: Path, variant: Variant, name: str, dtype: torch.dtype) -> Any:
-    """Read diffusers' transformer from its folder; raises ValueError if it is not this
-    variant's.
-    """
+    """Read diffusers' transformer from its folder; raise ValueError if it is another variant's."""
     from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
 
     transformer = from_diffusers(PixArtTransformer2DModel, folder, torch_dtype=dtype)
@@ -89,9 +85,7 @@ def read_transformer(folder: Path, variant: Variant, name: str, dtype: torch.dty
 
 @dataclass(frozen=True)
 class Prompts:
-    """What a text encoder says of P prompts, and of the empty one that guidance contrasts them
-    with.
-    """
+    """What a text encoder says of P prompts, and of the empty one."""
 
     texts: tuple[str, ...]  # P
     embeds: Tensor  # (P, L, D_text)
@@ -118,7 +112,7 @@ def random_prompts(texts: Sequence[str], tokens: int, width: int = 4096) -> Prom
     return Prompts(tuple(texts), embeds[1:], mask[1:], embeds[:1], mask[:1])
 
 
-def encode(
+def encode(  # noqa: D417
     folder: Path,
     texts: Sequence[str],
     tokens: int,
@@ -129,26 +123,20 @@ def encode(
     """Encode prompts with the T5 of a diffusers folder, eight at a time, and let it go.
 
     Args:
-        folder: holds `tokenizer` and `text_encoder`.
+        folder: holds `tokenizer` and `text_encoder`; FileNotFoundError if it does not.
         texts: P prompts.
         tokens: L; longer prompts are cut.
-        dtype: of the text encoder.
-        device: where it runs; the embeddings come back to the CPU.
+        dtype, device: of the text encoder; the embeddings come back to the CPU.
 
-    Raises:
-        ValueError: if a package that reads T5 is missing, or there are no prompts.
-        FileNotFoundError: if the folder has no tokenizer or text encoder.
+    Raises ValueError if a package that reads T5 is missing, or there are no prompts.
     """
     for part, file in (("text_encoder", "config.json"), ("tokenizer", "tokenizer_config.json")):
         if not (folder / part / file).is_file():
             raise FileNotFoundError(
                 f"{folder} has no {part}/{file}; expected the folder of a whole diffusers pipeline"
             )
-    missing = [
-        name
-        for name in ("transformers", "sentencepiece", "google.protobuf")
-        if not _installed(name)
-    ]
+    packages = ("transformers", "sentencepiece", "google.protobuf")
+    missing = [name for name in packages if not _installed(name)]
     if missing:
         raise ValueError(
             f"reading T5 takes {', '.join(missing)}; pip install 'harmonica-dit[pixart]' brings them"
@@ -176,9 +164,7 @@ def _installed(name: str) -> bool:
 
 @torch.no_grad()
 def encoded_by(pipe: Any, texts: Sequence[str], tokens: int) -> Prompts:
-    """Encode prompts with a pipeline's own text encoder, eight at a time; embeddings come to the
-    CPU.
-    """
+    """Encode prompts with a pipeline's own text encoder, eight at a time; results come to the CPU."""
     _some(texts)
     if pipe.text_encoder is None or pipe.tokenizer is None:
         raise ValueError(
@@ -236,17 +222,8 @@ class PixArtDenoiser(Guided):
         """Return the guided noise at step k, with the conditional variance if the sampler reads
         one.
 
-        Args:
-            x: (B, C, H, W).
-            k: executed step, 0 … T−1.
-            cond: (B,) numbers of prompts.
-
-        Returns:
-            (B, C, H, W), or (B, 2C, H, W) if the sampler learns the variance: what the sampler
-            takes, nothing else, so the training loss is not spent on channels that nobody reads.
-
-        Raises:
-            ValueError: if shapes or devices do not fit the model.
+        For x (B, C, H, W) and numbers of prompts (B,) that is (B, C, H, W), or (B, 2C, H, W): what
+        the sampler takes, so the training loss is not spent on channels that nobody reads.
         """
         check_inputs(x, cond, (self.shape[0], *x.shape[2:]))  # of any size
         text, mask = self.prompts.embeds[cond], self.prompts.mask[cond]  # (B, L, D_text), (B, L)

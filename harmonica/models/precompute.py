@@ -1,23 +1,21 @@
 """Precompute: what a model computes again and again although it is known before the walk.
 
-    part of the model                plain model                   here
-    label and caption embedding      every step                    once a walk            same bits
-    keys and values of the text      every step, in every block    once a walk, in every block
-                                                                                          same bits
-    equal copies of an embedding     every step, in every block    every step, in one block
-    (diffusers' DiT: 27 of 28)                                                            same bits
-    timestep embedding               every step                    once, all T steps in one product
-                                                                                          to rounding
-    modulation (adaLN)               every step, in every block    W steps in one product, in every
-                                                                   block                  to rounding
+    part of the model                         plain model               here
+    label and caption embedding               every step                once a walk           same bits
+    keys and values of the text               every step and block      once a walk and block same bits
+    equal copies of an embedding (27 of       every step and block      every step            same bits
+        the 28 blocks of diffusers' DiT)
+    timestep embedding                        every step                once, all T steps     to rounding
+    modulation (adaLN)                        every step and block      W steps in one        to rounding
+                                                                        product, every block
 
-One `Memo` holds what a walk knows. Two strategies fill it: `once` keeps an output for as long as
-its inputs and weights are the very same tensors, unchanged; `Condition` embeds all timesteps in one
-product and modulates W steps in one product, W being as many as fit a fiftieth of the model. Last
-comes the table: which strategy for which module of which model.
+One `Memo` holds what a walk knows. There are two strategies. `once` keeps an output as long as its
+inputs and weights are the same tensors, unchanged. `Condition` computes several steps in one
+product; W is as many as fit into a fiftieth of the model's memory. At the end of the file a table
+says which strategy is used for which module of which model.
 
-A module is precomputed only while it is plain: made of known layers, with ordinary weights, without
-hooks, wrappers or adapters. Others, and those that change during the walk, run at every step.
+A module that has hooks, wrappers or adapters runs at every step, and so does one that is changed
+during the walk.
 
     T steps   B samples in the model's batch, guidance included   D hidden size   W steps a product
 
@@ -48,11 +46,8 @@ LEAST_ROOM = 16 * 2**20
 def once(memo: Memo, module: nn.Module, equals: object = None) -> Answer:
     """Answer a module by what it has returned for these inputs before.
 
-    Args:
-        memo: of the walk.
-        module: to answer for.
-        equals: shared by modules that hold equal weights now. While they stay as they are, what
-            one of them returns at a step is known for all.
+    Modules that hold equal weights share a key, `equals`: while their weights stay as they are,
+    what one of them returns at a step is the answer of all.
     """
     watch = Watch(module)
     at_first = watch.state()
@@ -107,10 +102,8 @@ class Condition:
     ) -> Answer:
         """Answer for an adaLN product c (B, D) -> (B, 6D) by one product of W steps.
 
-        Args:
-            product: to answer for.
-            room: how many rows fit. Fewer than two steps gain nothing, and run as they are.
-            before: applied to c first, where the model does that outside of `product`.
+        As many steps as fit into `room` rows; below two it runs as it is. `before` is applied to c
+        first, where the model does that outside of the product.
         """
         memo, watch = self.memo, Watch(product)
 
@@ -148,10 +141,7 @@ def rows_that_fit(model: nn.Module, products: Sequence[Any]) -> int:
 
 
 def adaln_single(memo: Memo, module: nn.Module) -> Answer:
-    """Answer for PixArt's one modulation of all blocks: all T steps in one product.
-
-    The images of a batch are of one size.
-    """
+    """Answer for PixArt's one modulation of all blocks, for all T steps and images of one size."""
     watch = Watch(module)
 
     def answer(forward: Method, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -267,8 +257,8 @@ _compared: WeakKeyDictionary[nn.Module, tuple[Any, list[bool]]] = WeakKeyDiction
 def equal_to_the_first(modules: Sequence[nn.Module], memo: Memo) -> list[bool]:
     """Tell of each module whether it holds the weights and settings of the first.
 
-    The device is waited for once, and never again while a trusted walk finds the same weights,
-    none of which was written to since.
+    This waits for the device once; a trusted walk that finds the same weights, not written to
+    since, does not wait again.
     """
     states = [Watch(module).state() for module in modules]
     if None in states:

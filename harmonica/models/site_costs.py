@@ -30,20 +30,15 @@ ADVICE = "give the modules yourself, as cached(pipe, schedule, sites={name: modu
 def count_calls(
     transformer: nn.Module, modules: Mapping[str, nn.Module], inputs: Mapping[str, Any]
 ) -> Count | None:
-    """Count one forward, for modules of one's own choice; None if torch cannot count this model's
-    operations.
-    """
-    return _count(transformer, modules, inputs, fake=True) or _count(
-        transformer, modules, inputs, fake=False
-    )
+    """Count one forward, for modules of one's own choice; None if torch cannot count it."""
+    counts = (_count(transformer, modules, inputs, fake=fake) for fake in (True, False))
+    return next((each for each in counts if each is not None), None)
 
 
 def counted(
     transformer: nn.Module, modules: Mapping[str, nn.Module], inputs: Mapping[str, Any]
 ) -> tuple[dict[str, nn.Module], Macs, Uncovered]:
-    """Count one forward of a twin, so that nothing the model keeps between calls stays behind in
-    it.
-    """
+    """Count one forward of a twin, so that nothing the model keeps between calls stays in it."""
     name = type(transformer).__name__
     result = count_calls(transformer, modules, inputs)
     if result is None:
@@ -75,26 +70,22 @@ def _count(
     *,
     fake: bool,
 ) -> Count | None:
-    """Count one forward; None if it cannot be: fake tensors have no values to look at, flex
-    attention no counter.
+    """Count one forward; None if torch cannot: fake tensors have no values, flex attention no
+    counter.
     """
     twin = _twin(transformer)
     paths = {id(module): path for path, module in transformer.named_modules()}
     if any(id(module) not in paths for module in modules.values()):
         return None
     mine = {name: twin.get_submodule(paths[id(module)]) for name, module in modules.items()}
-    own = tree_map(
-        lambda leaf: leaf, dict(inputs)
-    )  # dicts and lists of our own: some models take things out of them
+    own = tree_map(lambda leaf: leaf, dict(inputs))  # some models take things out of what they get
     log = logging.getLogger("torch._subclasses.fake_tensor")
     log.disabled, before = True, log.disabled  # it would print the stack of what is caught here
     try:
         return count(lambda: twin(**own), mine, fake=fake)
     except (RuntimeError, TypeError):
         if not fake:
-            _twin(transformer)(
-                **inputs
-            )  # raises what is wrong with the inputs, if that is what it was
+            _twin(transformer)(**inputs)  # raises what is wrong with the inputs, if that was it
         return None
     finally:
         log.disabled = before
@@ -102,10 +93,8 @@ def _count(
 
 def _twin(transformer: nn.Module) -> nn.Module:
     """Return a copy that shares the weights, and whose modules run the forward of their class."""
-    tensors = {
-        id(tensor): tensor for tensor in chain(transformer.parameters(), transformer.buffers())
-    }
-    twin = copy.deepcopy(transformer, tensors)
+    tensors = chain(transformer.parameters(), transformer.buffers())
+    twin = copy.deepcopy(transformer, {id(tensor): tensor for tensor in tensors})
     for module in twin.modules():
         module.__dict__.pop("forward", None)  # a wrapper that was copied still calls the original
     return twin
@@ -114,44 +103,35 @@ def _twin(transformer: nn.Module) -> nn.Module:
 def estimated(
     blocks: Mapping[str, nn.Module], modules: Mapping[str, nn.Module]
 ) -> tuple[Macs, Uncovered]:
-    """Estimate MACs per token: one for each entry of each matrix or kernel in the blocks that hold
-    sites.
-    """
+    """Estimate MACs per token: one for each entry of a matrix in the blocks that hold sites."""
     sizes: dict[str, float] = {}
     for path, block in blocks.items():
         if any(name == path or name.startswith(f"{path}.") for name in modules):
             for name, module in block.named_modules(prefix=path):
                 sizes[name] = float(sum(p.numel() for p in module.parameters() if p.dim() > 1))
     each = torch.tensor([sizes[name] for name in modules], dtype=torch.float64)
-    largest = _largest(
-        {name: size for name, size in sizes.items() if not _once_per_image(name)}, modules, None
-    )
+    of_tokens = {  # modulation, normalisation and embedding run for an image, not for each token
+        name: size
+        for name, size in sizes.items()
+        if not any(NOT_A_SITE.fullmatch(word) for word in re.split(r"[._]", name.lower()))
+    }
+    largest = _largest(of_tokens, modules, None)
     return Macs(each, sum(size for _, size in largest)), largest[:3]
-
-
-def _once_per_image(name: str) -> bool:
-    """Tell whether part of a name says modulation, normalisation or embedding: run for an image,
-    not for each token.
-    """
-    return any(NOT_A_SITE.fullmatch(word) for word in re.split(r"[._]", name.lower()))
 
 
 def _largest(
     sizes: Mapping[str, float], modules: Mapping[str, nn.Module], most: int | None = 3
 ) -> Uncovered:
-    """Return the largest modules that neither hold a site, nor are one, nor are part of a module
-    returned.
-    """
-    holds = {name.rsplit(".", depth)[0] for name in modules for depth in range(name.count(".") + 1)}
+    """Return the largest modules that hold no site and are part of none, nor of one another."""
+
+    def above(name: str) -> set[str]:
+        return {name.rsplit(".", depth)[0] for depth in range(name.count(".") + 1)}
+
+    holds = set().union(*map(above, modules))
     outermost: dict[str, float] = {}
     for name in sorted(sizes, key=lambda name: name.count(".")):
-        above = {name.rsplit(".", depth)[0] for depth in range(name.count(".") + 1)}
-        if (
-            name
-            and sizes[name]
-            and name not in holds
-            and not above & (modules.keys() | outermost.keys())
-        ):
+        covered = name in holds or above(name) & (modules.keys() | outermost.keys())
+        if name and sizes[name] and not covered:
             outermost[name] = sizes[name]
     return tuple(sorted(outermost.items(), key=lambda item: -item[1]))[:most]
 

@@ -61,8 +61,7 @@ one for the text."""
 
 @dataclass(frozen=True, eq=False)
 class Sites(Mapping[str, nn.Module]):
-    """The cacheable modules of a transformer by name, in the order of the modules: the columns of a
-    router's table.
+    """The cacheable modules of a transformer by name: the columns of a router's table.
 
     Attributes:
         modules: name -> module.
@@ -102,14 +101,10 @@ class Sites(Mapping[str, nn.Module]):
         name, kind, macs, share = (max(map(len, column)) for column in columns)
         rows = zip(*columns, strict=True)
         lines = [f"{r[0]:{name}}  {r[1]:{kind}}  {r[2]:>{macs}}  {r[3]:>{share}}" for r in rows]
-        how = (
-            "counted in one forward"
-            if self.counted
-            else "estimated per token from the weights of the blocks"
-        )
-        return "\n".join(
-            [*lines, f"{len(self)} sites cover {100 * self.macs.covered:.1f} % of the MACs, {how}"]
-        )
+        one = "estimated per token from the weights of the blocks"
+        how = "counted in one forward" if self.counted else one
+        share_of_all = f"{len(self)} sites cover {100 * self.macs.covered:.1f} % of the MACs"
+        return "\n".join([*lines, f"{share_of_all}, {how}"])
 
 
 def sites(transformer: nn.Module, inputs: Mapping[str, Any] | None = None) -> Sites:
@@ -123,12 +118,9 @@ def sites(transformer: nn.Module, inputs: Mapping[str, Any] | None = None) -> Si
             video) is no site. Without, MACs per token are estimated from the weights of the blocks
             that hold sites: no attention products, and every expert of a mixture.
 
-    Raises:
-        ValueError: if it is not a module, has no sites, has a module at two sites, chunks its
-            feed-forwards, or calls a site several times in a forward.
-
-    Warns UserWarning, naming the largest uncovered modules, if the sites cover less than half of
-    the MACs.
+    Raises ValueError if it is not a module, has no sites, has a module at two sites, chunks its
+    feed-forwards, or calls a site several times in a forward. Warns UserWarning, naming the largest
+    modules left out, if the sites cover less than half of the MACs.
 
     >>> block = nn.ModuleDict({"attn": nn.Linear(4, 4), "ff": nn.Linear(4, 8)})
     >>> print(sites(nn.ModuleDict({"blocks": nn.ModuleList([block])})))
@@ -166,8 +158,7 @@ def sites(transformer: nn.Module, inputs: Mapping[str, Any] | None = None) -> Si
 
 
 def kind_of(name: str) -> str | None:
-    """Return what a module of this name is: attention, cross-attention, feed-forward, or None of
-    them.
+    """Return what a module of this name is: attention, cross-attention, feed-forward, or None.
 
     >>> kind_of("img_mlp"), kind_of("attn2"), kind_of("ff_norm")
     ('feed-forward', 'cross-attention', None)
@@ -192,9 +183,7 @@ def _blocks(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _inside(block: nn.Module, path: str) -> Iterator[tuple[str, nn.Module, str]]:
-    """Yield (name, module, kind) of the sites of a block: outermost matches, in the order of the
-    modules.
-    """
+    """Yield (name, module, kind) of the sites of a block: outermost matches, in their order."""
     of_list = kind_of(path.split(".")[-2])
     if of_list:  # a list of attentions, each of them a site
         yield path, block, of_list
@@ -203,12 +192,9 @@ def _inside(block: nn.Module, path: str) -> Iterator[tuple[str, nn.Module, str]]
     twice, unless = _TWICE.get(type(block).__name__, ("", ""))
     if unless not in children:
         children.pop(twice, None)
-    joined = (
-        {"proj_mlp": FEED_FORWARD, "proj_out": BOTH}
-        if {"proj_mlp", "proj_out"} <= children.keys()
-        else {}
-    )
-    linear = joined | dict.fromkeys(_INLINED, FEED_FORWARD)
+    linear = dict.fromkeys(_INLINED, FEED_FORWARD)
+    if {"proj_mlp", "proj_out"} <= children.keys():
+        linear |= {"proj_mlp": FEED_FORWARD, "proj_out": BOTH}
     for name, child in children.items():
         kind = linear.get(name) or kind_of(name)
         if kind:

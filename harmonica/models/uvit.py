@@ -98,41 +98,22 @@ class Block(nn.Module):
         self.skip_linear = nn.Linear(2 * dim, dim) if skip else None
 
     def forward(self, h: Streams, skip: Streams = ()) -> Streams:
-        """Update tokens h, S × (B, L, D), with those of the long skip, the same shape, in a block
-        that has one.
-        """
+        """Update tokens h, S × (B, L, D), with those of the long skip, if the block has one."""
         if self.skip_linear is not None:
-            h = each(self.skip_linear, each(concatenate, h, skip))
+            h = each(self.skip_linear, each(lambda *pair: torch.cat(pair, dim=-1), h, skip))
         h = each(torch.add, h, self.attn(each(self.norm1, h)))
         return each(torch.add, h, self.mlp(each(self.norm2, h)))
-
-
-def concatenate(h: Tensor, skip: Tensor) -> Tensor:
-    """Return [h, skip] along the last dimension: (B, L, 2D)."""
-    return torch.cat([h, skip], dim=-1)
 
 
 class UViT(nn.Module):
     """A U-ViT conditioned on a class. It predicts noise alone, no variance.
 
-    Args:
-        input_size: H = W of the latent (32 for 256×256 images).
-        patch_size: P.
-        in_channels: C, 4 for the Stable Diffusion latent.
-        hidden_size: D; even, and divisible by num_heads.
+    Args as of `DiT`, except
         depth: blocks on both sides of the middle one, which is not counted; even.
-        num_heads: attention heads.
         num_classes: real classes; label `num_classes` is the null class. (The original's
             `num_classes` counts both.)
-        mlp_ratio: width of the feed-forward network over D.
-        mlp_time_embed: pass the timestep's sinusoids through two layers; U-ViT-H/2 uses them as
-            they are.
-        conv: end in a 3×3 convolution; U-ViT-H/2 does not.
-        activation_checkpointing: in training, run blocks again instead of keeping what they
-            computed (see `run_block`).
 
-    Raises:
-        ValueError: if a size does not divide another, or depth is odd.
+    Raises ValueError if a size does not divide another.
 
     >>> model = UViT(input_size=4, in_channels=1, hidden_size=8, depth=2, num_heads=2,
     ...     num_classes=3)
@@ -152,9 +133,6 @@ class UViT(nn.Module):
         num_heads: int = 16,
         num_classes: int = 1000,
         mlp_ratio: float = 4.0,
-        mlp_time_embed: bool = False,
-        conv: bool = False,
-        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         layers.check_divisible(
@@ -164,11 +142,8 @@ class UViT(nn.Module):
             ("depth", depth, "the two sides of the middle block, which is not counted,", 2),
         )
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
-        self.num_classes, self.activation_checkpointing = num_classes, activation_checkpointing
+        self.num_classes, self.activation_checkpointing = num_classes, False
         self.patch_embed = layers.PatchEmbedder(in_channels, patch_size, hidden_size)
-        widths = (hidden_size, 4 * hidden_size)
-        two = nn.Linear(*widths), nn.SiLU(), nn.Linear(*widths[::-1])
-        self.time_embed: nn.Module = nn.Sequential(*two) if mlp_time_embed else nn.Identity()
         self.label_emb = nn.Embedding(num_classes + 1, hidden_size)
         tokens = EXTRAS + (input_size // patch_size) ** 2
         self.pos_embed = nn.Parameter(torch.zeros(1, tokens, hidden_size))  # (1, 2 + N, D)
@@ -178,10 +153,6 @@ class UViT(nn.Module):
         self.out_blocks = nn.ModuleList(Block(*sizes, skip=True) for _ in range(depth // 2))
         self.norm = nn.LayerNorm(hidden_size)
         self.decoder_pred = nn.Linear(hidden_size, patch_size * patch_size * in_channels)
-        smooth = (
-            nn.Conv2d(in_channels, in_channels, kernel_size=3, padding=1) if conv else nn.Identity()
-        )
-        self.final_layer: nn.Module = smooth
         self._initialise()
 
     def _initialise(self) -> None:
@@ -199,20 +170,11 @@ class UViT(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor, t: Tensor, labels: Sequence[Tensor]) -> Streams:
-        """Predict the noise in x (B, C, H, W) at times t (B,), once for each of S labels (B,).
-
-        Args:
-            x: noisy latents, the same for all streams.
-            t: the model's clock, above 0 up to 1000; not rounded.
-            labels: S × (B,), 0 … num_classes.
-
-        Returns:
-            S × (B, C, H, W).
+        """Predict the noise in x (B, C, H, W) at times t (B,), above 0 up to 1000, once for each of
+        S labels (B,): S × (B, C, H, W).
         """
         patches = self.patch_embed(x)  # (B, N, D)
-        time = self.time_embed(layers.sinusoids(t, patches.shape[2]).to(patches.dtype))[
-            :, None
-        ]  # (B, 1, D)
+        time = layers.sinusoids(t, patches.shape[2]).to(patches.dtype)[:, None]  # (B, 1, D)
         named = (self.label_emb(y)[:, None] for y in labels)  # S × (B, 1, D)
         h: Streams = tuple(
             torch.cat([label, time, patches], dim=1) + self.pos_embed for label in named
@@ -228,11 +190,9 @@ class UViT(nn.Module):
         return each(self._decode, h)
 
     def _decode(self, h: Tensor) -> Tensor:
-        """Project each patch token to its patch and lay the patches onto the grid: (B, 2 + N, D) ->
-        (B, C, H, W).
-        """
+        """Project each patch token to its patch, (B, 2 + N, D) -> (B, C, H, W)."""
         flat = self.decoder_pred(self.norm(h))[:, EXTRAS:]  # (B, N, P·P·C)
-        return self.final_layer(layers.unpatchify(flat, self.patch_size, self.in_channels))  # type: ignore[no-any-return]
+        return layers.unpatchify(flat, self.patch_size, self.in_channels)
 
 
 class UViTDenoiser(Guided):
@@ -260,19 +220,9 @@ class UViTDenoiser(Guided):
         )
 
     def predict(self, x: Tensor, k: int, cond: Tensor) -> Tensor:
-        """Return the guided noise at step k.
+        """Return the guided noise (B, C, H, W) at step k for class labels (B,).
 
-        Args:
-            x: (B, C, H, W).
-            k: executed step, 0 … T−1.
-            cond: (B,) class labels.
-
-        Returns:
-            (B, C, H, W) in the type of x. The loss is taken over it alone: the streams are no batch
-            of 2B.
-
-        Raises:
-            ValueError: if shapes or devices do not fit the model.
+        The loss is taken over it alone: the streams are no batch of 2B.
         """
         check_inputs(x, cond, self.shape)
         labels = (cond, torch.full_like(cond, self.conditions))[: 1 if self.guidance == 1.0 else 2]

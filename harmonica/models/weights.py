@@ -34,9 +34,7 @@ def component(folder: StrPath, name: str, *classes: str) -> Path:
         name: of the part, such as transformer.
         classes: of diffusers, one of which it must have been saved from; any if none is given.
 
-    Raises:
-        FileNotFoundError: if neither is there.
-        ValueError: if it is a part of another class.
+    Raises FileNotFoundError if neither is there, ValueError if it is a part of another class.
     """
     for place in (Path(folder) / name, Path(folder)):
         if (place / "config.json").is_file():
@@ -50,16 +48,10 @@ def component(folder: StrPath, name: str, *classes: str) -> Path:
 
 
 def from_diffusers(kind: Any, folder: StrPath, **options: Any) -> Any:
-    """Read a model of diffusers from the folder that one was saved to, all of it.
+    """Read a model of a class of diffusers from the folder that one was saved to, all of it.
 
-    Args:
-        kind: class of diffusers.
-        folder: with a config.json and weights.
-        options: of its `from_pretrained`.
-
-    Raises:
-        ValueError: naming the folder, if it is damaged, or lacks a parameter (diffusers would draw
-            it and go on), or has one that is not finite.
+    Raises ValueError, naming the folder, if it is damaged, or lacks a parameter (diffusers would
+    draw it and go on), or has one that is not finite. Options are those of its `from_pretrained`.
     """
     with decoding(folder, f"cannot be read as a {kind.__name__} saved by diffusers"):
         model, told = kind.from_pretrained(folder, output_loading_info=True, **options)
@@ -74,18 +66,16 @@ def read_state(path: StrPath) -> dict[str, Tensor]:
     """Read parameters by name from a .safetensors, .pt or .pth file, executing nothing that the
     file says.
 
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it does not hold tensors by parameter name.
+    Raises FileNotFoundError if there is no such file, ValueError if it does not hold tensors by
+    parameter name.
     """
     if existing(path).suffix == ".safetensors":
         return _safetensors(path)
     data = read_pickle(path)
-    data = (
-        data.get("ema", data) if isinstance(data, dict) else data
-    )  # a training checkpoint keeps an averaged copy
+    if isinstance(data, dict):
+        data = data.get("ema", data)  # a training checkpoint keeps an averaged copy
     if not isinstance(data, dict) or not all(
-        isinstance(key, str) and is_plain(data[key]) for key in data
+        isinstance(k, str) and is_plain(data[k]) for k in data
     ):
         raise ValueError(f"{path} does not hold tensors by parameter name")
     return data
@@ -103,10 +93,8 @@ def _safetensors(path: StrPath) -> dict[str, Tensor]:
 
 
 def fill(model: nn.Module, state: dict[str, Tensor], path: StrPath) -> None:
-    """Give a model its parameters, every one of them and no other.
-
-    Raises:
-        ValueError: naming the first parameters that do not fit, or one that is not finite.
+    """Give a model its parameters, every one of them and no other; raise ValueError, naming the
+    first that do not fit, or one that is not finite.
     """
     try:
         model.load_state_dict(state, strict=True, assign=True)
@@ -124,81 +112,82 @@ def _must_be_finite(model: nn.Module, path: StrPath) -> None:
             )
 
 
-def dit_from_diffusers(state: dict[str, Tensor], positions: Tensor) -> dict[str, Tensor]:
-    """Rename the parameters of diffusers' DiT to the original's.
+_OUTSIDE = {
+    "x_embedder.proj": "pos_embed.proj",
+    "final_layer.adaLN_modulation.1": "proj_out_1",
+    "final_layer.linear": "proj_out_2",
+}
+_INSIDE = {
+    "adaLN_modulation.1": "norm1.linear",
+    "attn.proj": "attn1.to_out.0",
+    "mlp.fc1": "ff.net.0.proj",
+    "mlp.fc2": "ff.net.2",
+}
+_EMBEDDERS = {
+    "t_embedder.mlp.0": "timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "timestep_embedder.linear_2",
+    "y_embedder.embedding_table": "class_embedder.embedding_table",
+}
+"""The original DiT's modules and diffusers': outside of the blocks, in a block, in each block's own
+copy of the embedders."""
 
-    diffusers splits the original's `qkv` in three and gives every block a copy of the timestep and
-    label embedders; the copies of block 0 are taken, after a look whether the others are the same.
+
+def _dit_names(depth: int) -> dict[str, list[str]]:
+    """Return what diffusers calls each module of the original: one name, that of each block's copy,
+    or of the three parts of `qkv`.
+    """
+    blocks = [f"transformer_blocks.{i}" for i in range(depth)]
+    names = {ours: [theirs] for ours, theirs in _OUTSIDE.items()}
+    for ours, theirs in _EMBEDDERS.items():
+        names[ours] = [f"{block}.norm1.emb.{theirs}" for block in blocks]
+    for i, block in enumerate(blocks):
+        names |= {f"blocks.{i}.{ours}": [f"{block}.{theirs}"] for ours, theirs in _INSIDE.items()}
+        names[f"blocks.{i}.attn.qkv"] = [f"{block}.attn1.to_{part}" for part in "qkv"]
+    return names
+
+
+def _depth(state: dict[str, Tensor], blocks: str) -> int:
+    return len({key.split(".")[1] for key in state if key.startswith(f"{blocks}.")})
+
+
+def dit_from_diffusers(state: dict[str, Tensor], positions: Tensor) -> dict[str, Tensor]:
+    """Rename the parameters of diffusers' DiT to the original's; what is missing stays missing.
 
     Args:
         state: of `DiTTransformer2DModel`.
         positions: (1, N, D), which diffusers computes anew.
 
-    Raises:
-        ValueError: if the blocks' copies differ, as in a fine-tuned model: the original has one for
-            all of them.
-        KeyError: never to the user; a missing parameter is named by `fill`.
+    Raises ValueError if the blocks' copies of the embedders differ, as in a fine-tuned model: the
+    original has one for all of them.
     """
     renamed = {"pos_embed": positions}
-    rules = {"norm1.linear": "adaLN_modulation.1", "attn1.to_out.0": "attn.proj"}
-    rules |= {"ff.net.0.proj": "mlp.fc1", "ff.net.2": "mlp.fc2"}
-    outside = {"pos_embed.proj": "x_embedder.proj", "proj_out_1": "final_layer.adaLN_modulation.1"}
-    outside |= {"proj_out_2": "final_layer.linear"}
-    embedders = {"norm1.emb.timestep_embedder.linear_1": "t_embedder.mlp.0"}
-    embedders |= {"norm1.emb.timestep_embedder.linear_2": "t_embedder.mlp.2"}
-    embedders |= {"norm1.emb.class_embedder.embedding_table": "y_embedder.embedding_table"}
-    for key, value in state.items():
-        module, kind = key.rsplit(".", 1)
-        if module in outside:
-            renamed[f"{outside[module]}.{kind}"] = value
-        elif module.startswith("transformer_blocks."):
-            _, i, inner = module.split(".", 2)
-            if inner in rules:
-                renamed[f"blocks.{i}.{rules[inner]}.{kind}"] = value
-            elif inner in embedders:
-                first = renamed.setdefault(f"{embedders[inner]}.{kind}", value)
-                if not torch.equal(first, value):
+    for ours, theirs in _dit_names(_depth(state, "transformer_blocks")).items():
+        for kind in ("weight", "bias"):
+            parts = {key: state[key] for name in theirs if (key := f"{name}.{kind}") in state}
+            if len(parts) < len(theirs):
+                continue
+            first, *others = parts
+            if ours.endswith("qkv"):
+                renamed[f"{ours}.{kind}"] = torch.cat(list(parts.values()))
+                continue
+            for key in others:
+                if not torch.equal(parts[first], parts[key]):
                     raise ValueError(
                         f"{key} differs from block 0's; use the pipeline itself, from_pipeline(pipe, …)"
                     )
-            elif inner == "attn1.to_q":
-                parts = [state[f"transformer_blocks.{i}.attn1.to_{part}.{kind}"] for part in "qkv"]
-                renamed[f"blocks.{i}.attn.qkv.{kind}"] = torch.cat(parts)
+            renamed[f"{ours}.{kind}"] = parts[first]
     return renamed
 
 
 def dit_to_diffusers(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Rename the parameters of the original's DiT to diffusers', the inverse of
-    `dit_from_diffusers`.
-
-    Each block gets a copy of the embedders and a third of `qkv` for each of its three projections;
-    positions are left out, since diffusers computes them.
+    `dit_from_diffusers`; positions are left out.
     """
-    names = {"x_embedder.proj": "pos_embed.proj", "final_layer.adaLN_modulation.1": "proj_out_1"}
-    names |= {"final_layer.linear": "proj_out_2"}
-    inner = {"adaLN_modulation.1": "norm1.linear", "attn.proj": "attn1.to_out.0"}
-    inner |= {"mlp.fc1": "ff.net.0.proj", "mlp.fc2": "ff.net.2"}
-    embedders = {
-        "t_embedder.mlp.0": "timestep_embedder.linear_1",
-        "t_embedder.mlp.2": "timestep_embedder.linear_2",
-    }
-    embedders |= {"y_embedder.embedding_table": "class_embedder.embedding_table"}
-    blocks = sorted({key.split(".")[1] for key in state if key.startswith("blocks.")})
-    renamed = {}
-    for key, value in state.items():
-        module, _, kind = key.rpartition(".")
-        if module in names:
-            renamed[f"{names[module]}.{kind}"] = value
-        elif module in embedders:
-            renamed |= {
-                f"transformer_blocks.{i}.norm1.emb.{embedders[module]}.{kind}": value
-                for i in blocks
-            }
-        elif module.startswith("blocks."):
-            _, i, part = module.split(".", 2)
-            if part == "attn.qkv":
-                for letter, third in zip("qkv", value.chunk(3), strict=True):
-                    renamed[f"transformer_blocks.{i}.attn1.to_{letter}.{kind}"] = third
-            else:
-                renamed[f"transformer_blocks.{i}.{inner[part]}.{kind}"] = value
+    renamed: dict[str, Tensor] = {}
+    for ours, theirs in _dit_names(_depth(state, "blocks")).items():
+        for kind in ("weight", "bias"):
+            value = state.get(f"{ours}.{kind}")
+            if value is not None:
+                parts = value.chunk(3) if ours.endswith("qkv") else [value] * len(theirs)
+                renamed |= {f"{n}.{kind}": part for n, part in zip(theirs, parts, strict=True)}
     return renamed

@@ -38,6 +38,9 @@ class Checkpoint:
 
         Raises FileExistsError, FileNotFoundError or ValueError if file and request disagree.
         """
+        if min(iterations, self.every) < 1:
+            found = f"iterations {iterations}, checkpoint_every {self.every}"
+            raise ValueError(f"found {found}; each must be 1 or more")
         state.restore(*from_rank_0(lambda: self._first(state, iterations, resume)))
         self.router, self.captured, self.written = state.router, state.capture(), state.updates
 

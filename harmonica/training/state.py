@@ -123,6 +123,8 @@ def start(
         raise TypeError(f"{name} lacks a member of harmonica.Denoiser; see its docstring")
     if denoiser.steps < 2:
         raise ValueError("the denoiser has 1 step, which always computes; nothing can be trained")
+    if settings.batch_size < 1:
+        raise ValueError(f"found batch_size {settings.batch_size}; it must be 1 or more")
     batch_per_rank(settings.batch_size)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     provenance = {"method": "HarmoniCa", "iterations": 0, **settings.facts()}

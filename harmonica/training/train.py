@@ -48,30 +48,24 @@ def train_sdt(  # noqa: D417 (some arguments are described together)
 ) -> Router:
     """Train a router from noise alone; the defaults are the authors' settings for DiT-XL/2.
 
-    Without a target this is the paper. With one, β is chosen while training, and a search refines
-    the table afterwards; it ends on the target or just above.
+    Without a target this is the paper. With one, training chooses β, and a search refines the table
+    afterwards (harmonica.search.refine_router); it ends on the target or just above.
 
     Args:
         iterations, batch_size: updates in all; noises in a trajectory, of all processes together.
         tau, beta, lr, refresh_every, proxy: as in `sdt`; leave beta out with a target.
         target_speedup, target_cur: theoretical speedup, or share of the table that is reused.
         cost: what the speedup is counted in, `macs(denoiser)` if None.
-        refine, order: budget and order of the search (`reach`); an order above 0 needs a target.
+        refine, order: budget and order of the search; an order above 0 needs a target.
         generator: draws the router, the noise and the conditions; seed 0 if None.
         checkpoint, checkpoint_every, resume: a file to resume from, bit for bit; written every so
             many updates, before and after the search, on Ctrl-C and when memory runs out.
-        progress: show a bar.
 
-    Raises TypeError if denoiser is none, ValueError if a setting is out of range or differs from
-    the checkpoint's, FileExistsError or FileNotFoundError if `resume` and the checkpoint disagree.
+    Raises TypeError or ValueError if an argument does not fit, FileExistsError or FileNotFoundError
+    if `resume` and the checkpoint disagree.
     """
     given = None if beta == BETA else beta
     target = target_of(denoiser, target_speedup, target_cur, cost, given, order)
-    if min(iterations, batch_size, checkpoint_every) < 1:
-        found = (
-            f"iterations {iterations}, batch_size {batch_size}, checkpoint_every {checkpoint_every}"
-        )
-        raise ValueError(f"found {found}; each must be 1 or more")
     settings = Settings(batch_size, tau, beta, lr, refresh_every, proxy, target)
     state = start(denoiser, settings, generator)
     facts = {"settings": settings.facts(), "weights": fingerprint(denoiser)}

@@ -60,14 +60,8 @@ def test_positions_are_columns_first():
 @pytest.mark.parametrize("name", SIZES)
 def test_every_original_size_has_its_original_number_of_parameters(name):
     millions = {"S": 33, "B": 131, "L": 458, "XL": 675}  # Peebles & Xie, table 4, patch size 2
-    size = SIZES[name]
     with torch.device("meta"):
-        model = DiT(
-            depth=size.depth,
-            hidden_size=size.hidden_size,
-            num_heads=size.num_heads,
-            patch_size=size.patch_size,
-        )
+        model = DiT(**SIZES[name])
     count = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
     assert count == pytest.approx(millions[name[4:].split("/")[0]], rel=0.02)
 
