@@ -81,7 +81,7 @@ def test_weights_and_order_are_written_and_read(schedule, tmp_path_factory):
     assert Schedule.load(path) == schedule
     assert Router(4, 4, about={"order": schedule.order}).schedule().order == schedule.order
     if schedule.gate_weights is not None:
-        with pytest.raises(ValueError, match="knows reuse only"):
+        with pytest.raises(ValueError, match="only reuses"):
             schedule.export_smoothcache(path)
 
 
