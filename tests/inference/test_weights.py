@@ -90,7 +90,7 @@ def test_weights_are_part_of_what_a_schedule_is():
     one, other = weigh(table, 1, seed=0), weigh(table, 1, seed=1)
     assert one == replace(one)
     assert one not in (other, table)
-    with pytest.warns(UserWarning, match="its weights were left out"):
+    with pytest.warns(UserWarning, match="weights are left out"):
         assert one.resample(8).weights is None
 
 
