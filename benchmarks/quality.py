@@ -327,7 +327,6 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     points = {name: each for name, each in points.items() if each}
     figure = tradeoff(points, ylabel="distance to the reference")
     figure.axes[0].set_title(f"{model}, {sampler}, T = {steps}")
-    figure.axes[0].legend(loc="upper left", bbox_to_anchor=(1, 1))
     save(figure, path)
 
 
