@@ -244,9 +244,6 @@ def _pair_gradient(
         return torch.autograd.grad(loss, logits)[0]
 
 
-# ------------------------------------------------------------------------------------ to a target
-
-
 def steps_that_compute(denoiser: Denoiser, speedup: float) -> int:
     """Return how many whole steps may compute at a speedup."""
 
