@@ -61,8 +61,7 @@ def train_sdt(  # noqa: D417 (some arguments are described together)
         checkpoint, checkpoint_every, resume: a file to resume from, bit for bit; written every so
             many updates, before and after the search, on Ctrl-C and when memory runs out.
 
-    Raises TypeError or ValueError if an argument does not fit, FileExistsError or FileNotFoundError
-    if `resume` and the checkpoint disagree.
+    Raises TypeError or ValueError if an argument does not fit, OSError if `checkpoint` does not.
     """
     given = None if beta == BETA else beta
     target = target_of(denoiser, target_speedup, target_cur, cost, given, order)
