@@ -24,7 +24,10 @@ from harmonica.evaluation.distances import image_mse
 from harmonica.inference.walk import Walk
 from harmonica.models import load
 
-METHODS = ("dynamic programming, order 1", "weights on dynamic programming")
+METHODS = {
+    "dynamic programming": 1,
+    "weights on dynamic programming": 0,
+}  # and the order of forecasts
 PLACES = (
     ("tiny", "ddim"),
     ("tiny", "dpm-solver++"),
@@ -42,12 +45,13 @@ def rows_at(model: str, sampler: str, args: argparse.Namespace) -> list[dict[str
     pool = pool_of(denoiser, args.noises, 1_000_003, args)
     plain = uncached(denoiser, pool, args.out / f"plain-{model}-20-{sampler}-{args.noises}.pt")
     rows = []
-    for method in METHODS:
+    for method, order in METHODS.items():
         for source, other in PLACES:
             file = args.out / "tables" / f"{source}-20-{other}-{method}-2-0-1500.json"
             if not file.exists():
                 continue
-            schedule = replace(Schedule.load(file), timesteps=tuple(denoiser.about["timesteps"]))
+            schedule = Schedule.load(file)
+            schedule = replace(schedule, timesteps=tuple(denoiser.about["timesteps"]), order=order)
             images = Walk(denoiser, schedule)(pool.x, pool.cond)
             ratio = image_mse(images, pool.images) / image_mse(plain, pool.images)
             rows.append(

@@ -1,4 +1,4 @@
-"""Cache and gates: the only code that touches a model.
+"""Cache and gates: how a site's output is kept and used again.
 
 A *site* is a module whose output can be reused (attention or feed-forward of a block). While a
 model is `gated`, every site asks a *gate* for its output:
@@ -6,16 +6,16 @@ model is `gated`, every site asks a *gate* for its output:
     block i: h + scale·attn(…) → site.forward → gate(i, compute) ─┬─ compute() → fresh ─┬→ output
                                                                   └─ cache[i]  → kept  ─┘
 
-Every gate is the same sum of what is fresh and what was computed before, the last one first:
+Every gate returns a weighted sum of the fresh output and the kept ones, newest first:
 
     output = w₀·fresh + w₁·h₁ + … + w_m·h_m
 
     gate       weights                          what the cache holds for a site
     reuse      (1, 0) or (0, 1)                 h₁, the output that was last computed
-    blend      (r, 1 − r), with gradients       h₁, the sum itself where r > τ (paper, "Router")
+    blend      (r, 1 − r), with gradients       h₁, the last sum whose r was above τ (paper)
     weighted   any; w₀ = 0 where it skips       h₁ … h_m, newest first: a `History`
 
-    Cache     site → feature    owned by a trajectory; a new trajectory is a new dict
+    Cache     site → feature    owned by a walk; a new walk is a new dict
     Feature   a tensor, or a tree of them (dual-stream attention returns a tuple)
     r         scores of one step, 1 = compute, 0 = reuse                                   (N,)
     τ (tau)   a score above it computes at inference, and renews the cache in training
@@ -45,7 +45,7 @@ Gate = Callable[[int, Compute], Feature]
 
 
 def reuse(row: Tensor | Sequence[bool], cache: Cache) -> Gate:
-    """Return the gate of inference: compute and keep where `row` is true, else return what was kept.
+    """Return the gate of inference: compute and keep where `row` is true, else return the kept.
 
     A skipped site never calls `compute`; it costs one dict lookup. Where nothing was kept, the gate
     raises RuntimeError.
@@ -53,7 +53,7 @@ def reuse(row: Tensor | Sequence[bool], cache: Cache) -> Gate:
     Args:
         row: (N,) bool, one step of a schedule; a TypeError if it holds scores, which belong to
             `blend`.
-        cache: of the trajectory; written where the row computes.
+        cache: of the walk; written where the row computes.
 
     >>> cache = {}
     >>> reuse([True], cache)(0, lambda: "fresh"), reuse([False], cache)(0, lambda: "never called")
@@ -62,7 +62,7 @@ def reuse(row: Tensor | Sequence[bool], cache: Cache) -> Gate:
     if isinstance(row, Tensor):
         if row.is_floating_point():
             raise TypeError(
-                f"row is {row.dtype}; reuse takes the bools of a schedule, router.schedule(tau).compute[k]"
+                f"row is {row.dtype}; reuse takes bools: router.schedule(tau).compute[k]"
             )
         row = row.tolist()
 
@@ -81,19 +81,19 @@ def reuse(row: Tensor | Sequence[bool], cache: Cache) -> Gate:
 def blend(r: Tensor, cache: Cache, tau: float) -> Gate:
     """Return the gate of training: the output is r·fresh + (1−r)·cached (paper, "Router").
 
-    The blended feature, detached, replaces the cached one where r > τ: gradients reach the scores
-    of this step through this step's features only. At r = 1 and r = 0 this is `reuse`, bit for bit.
+    Where r > τ the blended feature, detached, replaces the cached one, so no gradient reaches an
+    earlier step. At r = 1 and r = 0 the output is that of `reuse`, bit for bit; `compute` still runs.
 
     Args:
         r: (N,) scores in [0, 1], one row of a router.
-        cache: of the trajectory; empty at its first step, whose row is all ones.
+        cache: of the walk; empty at its first step, whose row is all ones.
         tau: τ.
     """
     scores = r.unbind()  # N × ()
     whole, renew = torch.stack([r == 1, r > tau]).tolist()  # one transfer a step
     if not cache and not all(whole):
         raise RuntimeError(
-            "the cache is empty and this row is not all ones; the first step of a trajectory computes"
+            "the cache is empty and this row is not all ones; the first step of a walk computes"
         )
     # Reads see the cache as it was before this step, writes are for the next step. So a block that
     # runs twice in one step, as under activation checkpointing, blends the same old feature twice.
@@ -130,7 +130,7 @@ def weighted(
     Args:
         row: (N,) bool, one step of a schedule.
         weights: (N, 1 + m), w₀ … w_m of that step.
-        cache: of the trajectory; holds the `History` of each site.
+        cache: of the walk; holds the `History` of each site.
 
     >>> cache = {0: (torch.tensor(8.0), torch.tensor(6.0))}
     >>> weighted([False], [[0.0, 1.5, -0.5]], cache)(0, lambda: "never called")
@@ -151,7 +151,7 @@ def weighted(
 
 
 def weighted_sum(weights: Sequence[float | Tensor], features: History) -> Feature:
-    """Return Σⱼ wⱼ·fⱼ over the features that there are; what is not a tensor is the first one's.
+    """Return Σⱼ wⱼ·fⱼ; surplus weights are ignored, what is no tensor comes from the first feature.
 
     A feature whose weight is the number 0 is left out. If one is left and its weight is 1, it is
     returned itself, without a pass over memory.
@@ -176,13 +176,13 @@ def weighted_sum(weights: Sequence[float | Tensor], features: History) -> Featur
 def never_computed(site: int, sites: int) -> RuntimeError:
     """Return the error of a site that shall be reused although nothing was kept of it."""
     todo = "start at step 0 with an empty cache, or fork with a copy of a filled one"
-    what = f"site {site} of {sites} is to be reused but this trajectory has not computed it"
+    what = f"site {site} of {sites} is to be reused but this walk has not computed it"
     return RuntimeError(f"{what}; {todo}, under a table for this model")
 
 
 @contextmanager
 def gated(sites: Mapping[str, nn.Module] | Sequence[nn.Module], gate: Gate) -> Iterator[None]:
-    """Override the `forward` of each site so that it asks `gate`, and put everything back as it was.
+    """Override the `forward` of each site so that it asks `gate`; put everything back afterwards.
 
     The gate is asked in the thread or task that opened the `with`; others run the plain model
     (`harmonica.override`). A hook could not skip the computation. A site that was compiled in place

@@ -195,6 +195,7 @@ def _pictures(
 ) -> dict[str, Figure]:
     """Return the images in rows, the table, and the error along the walk."""
     from harmonica.evaluation import pictures
+    from harmonica.evaluation.judge import judge_of
     from harmonica.models import PixArtDenoiser
 
     shown = torch.arange(min(SHOWN, len(cond)))
@@ -202,6 +203,9 @@ def _pictures(
         firsts = [(cond.cpu() == label).nonzero()[:1, 0] for label in range(SHOWN)]
         shown = torch.cat(firsts)
     labels = [str(label) for label in cond[shown].tolist()]
+    if _bundled(denoiser):
+        classes = judge_of(str(denoiser.about["model"])).classes
+        labels = [classes[label] for label in cond[shown].tolist()]
     if isinstance(denoiser, PixArtDenoiser):
         labels = [denoiser.prompts.texts[i][:14] for i in cond[shown].tolist()]
     few = x[:8], cond[:8]

@@ -108,13 +108,13 @@ def test_a_skipped_site_never_calls_compute():
 def test_reusing_what_was_never_computed_is_refused(small):
     x, y = start(small)
     walk = denoise(small, x, y, lambda k: reuse([False] * 4, {}), start=1)
-    message = "site 0 of 4 is to be reused but this trajectory has not computed it"
+    message = "site 0 of 4 is to be reused but this walk has not computed it"
     with pytest.raises(RuntimeError, match=message):
         next(walk)
 
 
 def test_blending_into_an_empty_cache_is_refused():
-    with pytest.raises(RuntimeError, match="first step of a trajectory computes"):
+    with pytest.raises(RuntimeError, match="first step of a walk computes"):
         blend(torch.tensor([1.0, 0.5]), {}, 0.1)
 
 

@@ -315,7 +315,7 @@ with tempfile.TemporaryDirectory() as folder:
 # ```text
 # a false in the first row: ValueError: step 0 reuses site1, but nothing is cached yet; its row must be true
 # 10 steps: ValueError: this schedule has 10 steps (unknown sampler), the run has 20; run 10 or train a schedule for 20, or call schedule.resample(20)
-# scores: TypeError: row is torch.float32; reuse takes the bools of a schedule, router.schedule(tau).compute[k]
+# scores: TypeError: row is torch.float32; reuse takes bools: router.schedule(tau).compute[k]
 # ```
 #
 # </details>

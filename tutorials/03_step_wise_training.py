@@ -51,8 +51,8 @@ def as_a_single_step(schedule):
     x, cache = held_out, {}
     for k, row in enumerate(schedule.compute):
         kept, full = cache.copy(), {}
-        yield next(denoise(denoiser, x, held_out_labels, lambda k: reuse(row, kept), start=k))
-        x = next(denoise(denoiser, x, held_out_labels, lambda k: reuse([True] * N, full), start=k))
+        yield next(denoise(denoiser, x, held_out_labels, lambda _: reuse(row, kept), start=k))
+        x = next(denoise(denoiser, x, held_out_labels, lambda _: reuse([True] * N, full), start=k))
         cache |= {site: feature for site, feature in full.items() if row[site]}
 
 
@@ -168,7 +168,8 @@ print(
 )
 
 # %% [markdown]
-# This continues to step T − 1, and then with the next noise. Here is the loop of the library. Find each of the lines above.
+# This continues to step T − 1, and then with the next noise. Here is the library's loop. Step 0 is `next(walk)`, the update is
+# `_update_row`, and `_means` only reports. Find the rest of the lines above.
 
 # %%
 source = inspect.getsource(sdt)
@@ -280,9 +281,8 @@ for name, some in tables.items():
 # A search on whole walks does see this effect; `harmonica/search/refine.py` has one (tutorial 6 uses it).
 #
 # Two cautions. On DiT-XL/2 the paper finds step-wise training ahead of Learning-to-Cache, and a model of 0.63 million weights
-# cannot refute that. And the distance to the image without a cache is only one of three measures: by the distance of a
-# whole set of images to real ones, which is the kind of measure that the paper uses, the learned tables do much better
-# (`docs/results.md`).
+# cannot refute that. And the distance to the image without a cache is only one measure. By the distance of a whole set of
+# images to real ones, as in the paper, the learned tables are about as good as no cache at all (`docs/results.md`).
 #
 # ## Exercises
 #

@@ -116,8 +116,8 @@ for k in range(1, T):
 # %% [markdown]
 # So there are three ways to weigh the MSE of a step:
 #
-# - **by 1**: the loss of step k is the column MSE. It is far too large at the last step, where λ/MSE is 1e-4, and about
-#   right before, where λ/MSE changes only by a factor of 20;
+# - **by 1**: the loss of step k is the column MSE. It is far too large at the last step, where λ/MSE is 1e-4. At the
+#   steps before it is right within a factor of 20;
 # - **by λ**, as the paper does: the loss is the column λ·MSE. The size of the error counts twice. Six orders of magnitude lie
 #   between the steps, and at the first steps the loss is so small that β decides alone;
 # - **by λ/MSE**, measured once and then kept fixed: the loss of step k is then about what its errors do to the image.
@@ -141,9 +141,16 @@ def train(beta, proxy=None, weights=None):
     )
     generator = torch.Generator().manual_seed(1)
     noise = (denoiser.draw(4, generator) for _ in range(20))
-    fixed = None if weights is None else weights.clone()
     for _ in sdt(
-        denoiser, fresh, noise, tau=tau, beta=beta, lr=0.2, refresh_every=5, proxy=proxy, lam=fixed
+        denoiser,
+        fresh,
+        noise,
+        tau=tau,
+        beta=beta,
+        lr=0.2,
+        refresh_every=5,
+        proxy=proxy,
+        lam=weights,
     ):
         pass
     return fresh.schedule(tau)

@@ -81,7 +81,7 @@ def test_nothing_of_a_walk_is_alive_after_it():
 def test_a_walk_that_starts_in_the_middle_is_refused():
     gate = Plan.of(Schedule([[1, 1], [0, 0]])).gate(1, {})
     with pytest.raises(
-        RuntimeError, match="site 1 of 2 is to be reused but this trajectory has not computed it"
+        RuntimeError, match="site 1 of 2 is to be reused but this walk has not computed it"
     ):
         gate(1, lambda: None)
     with pytest.raises(RuntimeError, match="site 2 of 2"):
