@@ -223,7 +223,10 @@ def best_flips(model: Quadratic, table: Tensor, target: Target, *, most: int) ->
     While the table is too slow, the flip is taken that costs least error for what it saves. Then the
     flip, or pair of flips, that lowers the error most is taken until none does. The diagonal of G
     counts half as much again: the larger a single flip's effect, the less of it is linear.
+    A quadratic that is not finite, as after an overflow in half precision, proposes no flip.
     """
+    if not (model.gradient.isfinite().all() and model.curvature.isfinite().all()):
+        return table.clone()
     price = target.cost.sites.expand(table[1:].shape).flatten()  # (E,)
     delta = torch.where(table[1:].flatten(), -price, price)  # what a flip adds to the cost
     room = target.allowed - target.spent(table)

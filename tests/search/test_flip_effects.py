@@ -215,6 +215,15 @@ def test_what_the_quadratic_adds_is_its_formula(seed):
     )
 
 
+def test_a_quadratic_that_is_not_finite_proposes_no_flip():
+    table = torch.tensor([[True, True], [True, False], [False, True]])
+    flat = Macs(torch.ones(2, dtype=torch.float64), 0.0)
+    for spoilt in ([float("nan"), 0.0, 0.0, 0.0], [0.0, float("inf"), 0.0, 0.0]):
+        gradient = torch.tensor(spoilt, dtype=torch.float64)
+        model = Quadratic(gradient, torch.eye(4, dtype=torch.float64))
+        assert torch.equal(best_flips(model, table, Target(1.0, flat, 3), most=4), table)
+
+
 def test_flips_that_cancel_are_found_together():
     table = torch.ones(2, 4, dtype=torch.bool)
     v = torch.tensor([[1.0, 0.0], [-1.0, 0.01], [0.0, 0.5], [0.3, 0.3]], dtype=torch.float64)
