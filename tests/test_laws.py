@@ -119,7 +119,7 @@ def test_blending_into_an_empty_cache_is_refused():
 
 
 def test_scores_are_not_taken_for_decisions():
-    with pytest.raises(TypeError, match="bools of a schedule"):
+    with pytest.raises(TypeError, match="reuse takes bools"):
         reuse(torch.tensor([0.2, 0.9]), {})
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes as without_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from harmonica.models.pipelines.inputs import Inputs, Sample
@@ -88,7 +88,7 @@ class PipelineDenoiser:
 
     def noise(self, cond: Tensor) -> Tensor:
         """Return the x that the pipeline starts from for these prompts and seeds, (B, …)."""
-        with torch.no_grad(), _disable_current_modes():
+        with torch.no_grad(), without_modes():
             arrivals = [self._run([sample], None, 0, pretend=True) for sample in samples_of(cond)]
             firsts = [a.sample for a in arrivals if a.sample is not None]
             return torch.cat([self.recorded[1].fold(first) for first in firsts])
@@ -106,7 +106,7 @@ class PipelineDenoiser:
 
     def _predict(self, x: Tensor, k: int, cond: Tensor, *, pretend: bool) -> Tensor:
         samples, parts = self._checked(x, k, cond)
-        with _disable_current_modes() as modes:
+        with without_modes() as modes:
             arrivals = [
                 self._run(group, part, k, pretend=pretend, modes=modes, first_call=i)
                 for i, (group, part) in enumerate(zip(samples, parts, strict=True))
