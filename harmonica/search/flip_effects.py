@@ -166,7 +166,9 @@ def _walk(denoiser: Denoiser, z: Tensor, x: Tensor, cond: Any, sums: _Sums) -> T
             with torch.set_grad_enabled(torch.is_grad_enabled() and sums.table[k][site]):
                 after[site] = (*outputs.get(site, ()), compute())  # at z = 0 no skipped one is read
             read = sums.read[k][site]
-            return _sum(weights[site, read], [after[site][c] for c in read])
+            # a list as an index would be copied to the device, for each site
+            chosen = torch.stack([weights[site, c] for c in read])
+            return _sum(chosen, [after[site][c] for c in read])
 
         with gated(denoiser.sites, gate):
             out = denoiser.predict(x, k, cond)
