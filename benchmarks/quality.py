@@ -71,6 +71,7 @@ DRAWN = (
     *("dynamic programming, order 2", "FORA", "fewer steps"),
 )
 SEEN = 96
+HELD_OUT = 1_000_003  # seed of the noises that judge
 
 Job = tuple[int, str, str, float, int, argparse.Namespace]
 """T, sampler, method, speedup, seed, options."""
@@ -144,7 +145,7 @@ def new_table(denoiser: Denoiser, method: str, speedup: float, job: Job) -> Sche
     for suffix, order in ORDERS.items():
         name = method.removesuffix(suffix)
         if name != method and name in ways:
-            return replace(ways[name](), order=order)
+            return replace(of(name), order=order)
     return harmonica(denoiser, method, speedup, job)
 
 
@@ -159,9 +160,15 @@ def weighted(schedule: Schedule, denoiser: Denoiser, job: Job) -> Schedule:
 
 def pool_of(denoiser: Denoiser, noises: int, seed: int | None, args: argparse.Namespace) -> Pool:
     """Return references, from their file as far as it goes."""
-    name = f"references-{run_of(denoiser, args)}-{noises}-{seed}.safetensors"
     generator = None if seed is None else torch.Generator().manual_seed(seed)
-    return references(denoiser, noises=noises, generator=generator, path=args.out / name)
+    path = pool_file(denoiser, noises, seed, args)
+    return references(denoiser, noises=noises, generator=generator, path=path)
+
+
+def pool_file(denoiser: Denoiser, noises: int, seed: int | None, args: argparse.Namespace) -> Path:
+    """Return where references are kept."""
+    path: Path = args.out / f"references-{run_of(denoiser, args)}-{noises}-{seed}.safetensors"
+    return path
 
 
 def run_of(denoiser: Denoiser, args: argparse.Namespace) -> str:
@@ -201,10 +208,7 @@ def row_of(job: Job) -> dict[str, Any]:
         return read_json(path)
     torch.set_num_threads(1)
     denoiser = load(args.model, steps=steps, sampler=sampler)
-    pool = pool_of(denoiser, args.noises, 1_000_003, args)
-    plain = uncached(
-        denoiser, pool, args.out / f"plain-{args.model}-{steps}-{sampler}-{args.noises}.pt"
-    )
+    pool, plain = held_out(denoiser, args)
     row: dict[str, Any] = {
         "model": args.model, "T": steps, "sampler": sampler, "method": method, "asked": speedup, "seed": seed,
         "updates": args.updates,
@@ -251,13 +255,15 @@ def judged(images: Tensor, plain: Tensor, finer: Tensor, model: str) -> dict[str
     }
 
 
-def uncached(denoiser: Denoiser, pool: Pool, path: Path) -> Tensor:
-    """Return the uncached images, from their file if it is there."""
+def held_out(denoiser: Denoiser, args: argparse.Namespace) -> tuple[Pool, Tensor]:
+    """Return the noises that judge, with their references, and their uncached images, from files where they are."""
+    pool = pool_of(denoiser, args.noises, HELD_OUT, args)
+    path = args.out / f"plain-{run_of(denoiser, args)}-{args.noises}.pt"
     if path.exists():
-        return torch.load(path)  # type: ignore[no-any-return]
+        return pool, torch.load(path)
     images = sample(denoiser, pool.x, pool.cond)
     torch.save(images, path)
-    return images
+    return pool, images
 
 
 def main() -> None:

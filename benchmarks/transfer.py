@@ -1,7 +1,7 @@
 """Run tables and weights on a model or a sampler that they were not made for.
 
     python benchmarks/quality.py --methods … --speedups 2      first: it makes the tables and the references
-    python benchmarks/transfer.py --out out/quality            a minute
+    python benchmarks/transfer.py --out out/quality            half an hour on one core
 
 Each figure is the distance to the reference over that of the uncached walk: 1 is as far as no cache at all. The library
 refuses a table under other timesteps than its own, so this script takes the timesteps off; a table with another number
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quality import pool_of, uncached
+from quality import HELD_OUT, held_out, pool_file
 from record import RESULTS, ended, record
 
 from harmonica import Schedule
@@ -38,12 +38,10 @@ PLACES = (
 
 def rows_at(model: str, sampler: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Run every table that there is at one model and sampler, at the noises of its references."""
-    held_out = f"references-{model}-20-{sampler}-{args.noises}-1000003.safetensors"
-    if not (args.out / held_out).exists():
-        return []
     denoiser, args.model = load(model, steps=20, sampler=sampler), model
-    pool = pool_of(denoiser, args.noises, 1_000_003, args)
-    plain = uncached(denoiser, pool, args.out / f"plain-{model}-20-{sampler}-{args.noises}.pt")
+    if not pool_file(denoiser, args.noises, HELD_OUT, args).exists():
+        return []
+    pool, plain = held_out(denoiser, args)
     rows = []
     for method, order in METHODS.items():
         for source, other in PLACES:

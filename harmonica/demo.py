@@ -200,14 +200,14 @@ def _pictures(
 
     shown = torch.arange(min(SHOWN, len(cond)))
     if _bundled(denoiser):  # one of each class
-        firsts = [(cond.cpu() == label).nonzero()[:1, 0] for label in range(SHOWN)]
-        shown = torch.cat(firsts)
-    labels = [str(label) for label in cond[shown].tolist()]
-    if _bundled(denoiser):
         classes = judge_of(str(denoiser.about["model"])).classes
+        firsts = [(cond.cpu() == label).nonzero()[:1, 0] for label in range(len(classes))]
+        shown = torch.cat(firsts)
         labels = [classes[label] for label in cond[shown].tolist()]
-    if isinstance(denoiser, PixArtDenoiser):
+    elif isinstance(denoiser, PixArtDenoiser):
         labels = [denoiser.prompts.texts[i][:14] for i in cond[shown].tolist()]
+    else:
+        labels = [str(label) for label in cond[shown].tolist()]
     few = x[:8], cond[:8]
     plain = list(denoise(denoiser, *few))
     cached = list(denoise(denoiser, *few, gates_of(schedule, {})))
