@@ -46,15 +46,18 @@ def processes(device: str = "cpu") -> Iterator[torch.device]:
     mine = _device_of_this_process(device)
     if mine.type == "cuda":
         torch.cuda.set_device(mine)  # nccl talks from the current one
+    # Loading a model imports this module. Its functions have the group as a default argument, so if
+    # it is imported while the group lives, the group and its threads live until Python ends. A thread
+    # that then frees a tensor kills the process.
+    from torch.distributed.nn import functional  # noqa: F401
+
     dist.init_process_group("nccl" if mine.type == "cuda" else "gloo")
     ended_well = False
     try:
         yield mine
         ended_well = True
     finally:
-        if (
-            ended_well or mine.type == "cpu"
-        ):  # nccl's end waits for all, also for a rank that failed
+        if ended_well or mine.type == "cpu":  # the end of nccl waits for all, even for a failed one
             dist.destroy_process_group()
 
 

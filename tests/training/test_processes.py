@@ -34,6 +34,7 @@ UPDATES = 60
 PROXIES = {"sdt": None, "iepo": "leave-one-out"}
 
 LAWS = """
+import torch.distributed.nn.functional  # as loading a model does; it must not keep the group alive
 from harmonica.processes import batch_per_rank, from_rank_0, local_part, mean_over_ranks, rank, world
 
 import harmonica.training.checkpoint
@@ -90,6 +91,7 @@ for name in ("killed0", "killed1"):
 
 FRAME = """
 import sys
+import weakref
 from pathlib import Path
 sys.path[:0] = [{tests!r}, {tests!r} + "/training", {root!r}]
 import torch
@@ -102,8 +104,10 @@ from harmonica.storage.files import write_tensors
 small = lambda: make(dtype=torch.float32)
 folder, tensors, facts = Path({folder!r}), {{}}, {{}}
 with processes("cpu"):
+    group = weakref.ref(torch.distributed.group.WORLD)
 {work}
     write_tensors(folder / f"{name}.{{rank()}}", tensors, facts)
+assert group() is None, "the group outlived its with"
 """
 
 
