@@ -1,7 +1,5 @@
 """Small denoisers for the laws: a DiT of a few hundred weights, none of them zero, in float64."""
 
-from __future__ import annotations
-
 import signal
 import subprocess
 
@@ -76,6 +74,11 @@ def said(module, options, capsys):
     except SystemExit as exit:  # argparse's way
         code = exit.code
     return code, *capsys.readouterr()
+
+
+def refused(message):
+    """Expect a ValueError whose text matches."""
+    return pytest.raises(ValueError, match=message)
 
 
 def press_ctrl_c(child, send=None, timeout=30):

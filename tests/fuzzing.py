@@ -7,8 +7,6 @@
 tests/test_fuzz.py draws a few of each; benchmarks/fuzz.py goes on for minutes.
 """
 
-from __future__ import annotations
-
 import argparse
 import io
 import json
@@ -53,9 +51,6 @@ class Target(NamedTuple):
     file: str  # its name in a folder of its own, which `write` fills with what else is read
     write: Callable[[Path], Any]
     read: Callable[[Path], Any]
-
-
-# ------------------------------------------------------------ writing and reading each
 
 
 def _table() -> Schedule:
@@ -185,9 +180,6 @@ TARGETS = (
     Target("component", "config.json", _config, _component),
 )  # fmt: skip
 """Every kind of file that is read from a name a user gives."""
-
-
-# ------------------------------------------------------------ spoiling
 
 
 def any_bytes(data: bytes, draw: random.Random) -> bytes:
@@ -324,8 +316,6 @@ def ways(target: Target) -> tuple[Callable[[bytes, random.Random], bytes], ...]:
     knowing[".npz"] = (inside,)
     return (*BLIND, *knowing.get(suffix, ()) * 5)
 
-
-# ------------------------------------------------------------ trying
 
 _FORBIDDEN = ("os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "subprocess.Popen")
 _FORBIDDEN += ("socket.", "shutil.", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.chmod")

@@ -6,8 +6,6 @@ prints a line `record error` for each record of a file in this format, whatever 
 error ‖ours − theirs‖ / ‖theirs‖ exceeds 1e-4. Rows of the recorded routers run backwards: row 0 is the last step.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Stock diffusers pipelines of a few thousand weights, made of the very classes that the real ones are made of."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -228,9 +226,6 @@ def count_calls(modules, run):
         for kind, original in originals.items():
             kind.forward = original
     return [ran[id(module)] for module in modules]
-
-
-# ------------------------------------------------------------------------------------------ walks
 
 
 def embeds(*shape: int, seed: int = 3) -> torch.Tensor:

@@ -1,7 +1,5 @@
 """The house: who imports whom, what importing costs, how long the core is."""
 
-from __future__ import annotations
-
 import ast
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The commands: what all of them take, refuse and document, and what bad input costs."""
 
-from __future__ import annotations
-
 import re
 from importlib import import_module
 

@@ -1,7 +1,5 @@
 """The demo and its plots: what a user meets first."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 
@@ -132,9 +130,6 @@ def test_a_real_folder_is_trained_decoded_and_pictured(tmp_path, small_models, u
     assert demo.main(arguments) == 0
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == FILES
     assert Schedule.load(tmp_path / "out" / "schedule.json").model == "pixart-alpha-256"
-
-
-# ---------------------------------------------------------------------------------------------- plots
 
 
 def test_every_plot_has_labelled_axes_and_says_the_cur(tmp_path):

@@ -3,8 +3,6 @@
 The device is a sham (tests/sham.py), so these laws hold, or fail, on any machine.
 """
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from functools import partial
 from pipes import StockDiT, dit_pipe, dit_transformer, pixart_pipe, run, vae, walked, walks

@@ -1,7 +1,5 @@
 """README and docs: their Python runs, their commands, files, links and tests exist."""
 
-from __future__ import annotations
-
 import ast
 import importlib
 import json

@@ -1,7 +1,5 @@
 """The example server: many requests at once, some of them cancelled, each image the one made alone."""
 
-from __future__ import annotations
-
 import asyncio
 import gc
 import importlib.util

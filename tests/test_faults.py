@@ -3,8 +3,6 @@
 Where a fault can be made for real (the system's own refusal to write, a signal, a pipe nobody reads) it is.
 """
 
-from __future__ import annotations
-
 import ast
 import os
 import signal
@@ -41,9 +39,6 @@ def said(name, out, capsys, *more):
 def where(name, folder):
     """Return the --out of a command: a folder, or a file in it."""
     return folder / "images.npz" if name == "image sets" else folder / "run"
-
-
-# ------------------------------------------------------------ a full disk
 
 
 @contextmanager
@@ -107,9 +102,6 @@ def test_a_command_on_a_full_disk_says_so_in_one_line_and_leaves_no_half(name, t
     assert all(path.stat().st_size < 100 for path in tmp_path.rglob("*") if path.is_file())
 
 
-# ------------------------------------------------------------ two runs, one output
-
-
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_second_run_to_one_output_is_refused_and_the_first_is_not_disturbed(
     name, tmp_path, capsys
@@ -140,9 +132,6 @@ def test_a_lock_of_a_killed_run_holds_nobody(tmp_path):
     child.communicate()
     with exclusive_lock(tmp_path):
         assert not list(tmp_path.iterdir())
-
-
-# ------------------------------------------------------------ Ctrl-C, and a reader that goes away
 
 
 @pytest.mark.parametrize("name", ["demo", "image sets"])
@@ -212,9 +201,6 @@ def test_a_pipe_that_nobody_reads_is_141_and_silence(what):
     assert (child.returncode, err) == (141, "")
 
 
-# ------------------------------------------------------------ a poor environment
-
-
 def test_a_read_only_home_another_language_and_a_plain_terminal_will_do(tmp_path):
     """No home to write to, no UTF-8, no colours, no network, spaces and accents in the path, output to a file."""
     out = tmp_path / "two words, één"
@@ -252,9 +238,6 @@ def test_every_text_file_is_opened_with_its_encoding_named():
             if call in ("read_text", "write_text"):
                 named = any(word.arg == "encoding" for word in node.keywords)
                 assert named, f"{path.name}:{node.lineno}"
-
-
-# ------------------------------------------------------------ numbers that are none
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -3,8 +3,6 @@
 What is drawn and what counts as a finding: tests/fuzzing.py. `python benchmarks/fuzz.py` does the same for minutes.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import os
@@ -16,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import refused
 from fuzzing import TARGETS, any_json, outcome, put, ways, whole
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -50,8 +49,6 @@ def test_any_json_in_place_of_a_table_is_refused_or_read(draw, tmp_path):
             path = put(target, tmp_path, json.dumps(any_json(draw)).encode())
             assert outcome(target, path) in ("object", "refused"), target.name
 
-
-# ------------------------------------------------------------ code in a file
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 GADGETS = {
@@ -100,7 +97,7 @@ def test_no_call_in_a_pickle_is_made_wherever_it_stands(gadget, tmp_path):
             for data in (pickle.dumps(hostile, protocol), zipped(hostile, protocol)):
                 path.write_bytes(data)
                 for read in (Schedule.load, read_state):
-                    with pytest.raises(ValueError, match=rf"{name} {protocol}\.pt "):
+                    with refused(rf"{name} {protocol}\.pt "):
                         read(path)
                 assert not (tmp_path / "trace").exists()
 
@@ -112,17 +109,14 @@ def zipped(data, protocol):
     return file.getvalue()
 
 
-# ------------------------------------------------------------ files that are more than they seem
-
-
 def test_a_few_bytes_that_claim_to_be_a_huge_tensor_are_refused(tmp_path):
     """Every entry the same memory: torch would need four terabytes to look at it."""
     huge = torch.ones(1).expand(10**12)
     torch.save({"0.prob": huge, "1.prob": huge}, tmp_path / "r.pt")
     assert (tmp_path / "r.pt").stat().st_size < 5000
-    with pytest.raises(ValueError, match=r"r\.pt has a row 0 that is not"):
+    with refused(r"r\.pt has a row 0 that is not"):
         Schedule.load(tmp_path / "r.pt")
-    with pytest.raises(ValueError, match=r"r\.pt does not hold tensors by parameter name"):
+    with refused(r"r\.pt does not hold tensors by parameter name"):
         read_state(tmp_path / "r.pt")
 
 
@@ -133,7 +127,7 @@ def test_an_archive_that_would_unpack_to_more_than_it_is_is_refused(tmp_path):
             for name in old.namelist():
                 new.writestr(name, old.read(name))
     assert (tmp_path / "bomb.pt").stat().st_size < 10_000
-    with pytest.raises(ValueError, match=r"bomb\.pt would unpack to 3 MB, more than its own size"):
+    with refused(r"bomb\.pt would unpack to 3 MB, more than its own size"):
         Schedule.load(tmp_path / "bomb.pt")
 
 
@@ -142,7 +136,7 @@ def test_an_npz_that_claims_more_images_than_there_is_memory_for_is_refused(tmp_
     with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
         head = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(claim) + 1)
         archive.writestr("arr_0.npy", head + claim + b"\n123")
-    with pytest.raises(ValueError, match=r"x\.npz is a damaged \.npz"):
+    with refused(r"x\.npz is a damaged \.npz"):
         list(read_images(tmp_path / "x.npz"))
 
 
@@ -152,7 +146,7 @@ def test_an_oversized_text_is_refused_unread(read, tmp_path):
     with (tmp_path / "big.json").open("wb") as file:
         file.write(b"{")
         file.truncate(2**36)
-    with pytest.raises(ValueError, match=r"big\.json is 65536 MB; a text has at most 64 MB"):
+    with refused(r"big\.json is 65536 MB; a text has at most 64 MB"):
         read(tmp_path / "big.json")
 
 
@@ -160,7 +154,7 @@ def test_a_header_with_a_number_of_sites_for_their_names_is_refused_at_once(tmp_
     """A number would be as many names, drawn up in memory."""
     facts = {"sites": 10**12, "about": {}}
     write_tensors(tmp_path / "r.safetensors", {"logits": torch.zeros(1, 2)}, facts)
-    with pytest.raises(ValueError, match=r"r\.safetensors is not a valid router: sites must be"):
+    with refused(r"r\.safetensors is not a valid router: sites must be"):
         Router.load(tmp_path / "r.safetensors")
 
 

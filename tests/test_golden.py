@@ -1,7 +1,5 @@
 """Golden numbers: what the authors' released code computed, computed by ours."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

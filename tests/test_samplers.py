@@ -1,10 +1,8 @@
 """Samplers: diffusers' schedulers under another owner of their state; forks; noise that can be drawn again."""
 
-from __future__ import annotations
-
 import pytest
 import torch
-from conftest import make, start
+from conftest import make, refused, start
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -189,7 +187,7 @@ def test_a_multistep_walk_cannot_start_in_the_middle_without_its_memory():
 def test_a_scheduler_without_timesteps_is_refused():
     from diffusers import DPMSolverMultistepScheduler
 
-    with pytest.raises(ValueError, match="has no timesteps yet; call its set_timesteps"):
+    with refused("has no timesteps yet; call its set_timesteps"):
         Scheduled(DPMSolverMultistepScheduler(), "dpm")
 
 

@@ -1,7 +1,5 @@
 """The speed benchmarks' own laws: tables of the asked share, ratios within a turn, a run that continues or is cut short."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """`python -m harmonica.train`: what it writes, what it says, what it refuses."""
 
-from __future__ import annotations
-
 import inspect
 import subprocess
 import sys
@@ -9,7 +7,7 @@ import time
 
 import pytest
 import torch
-from conftest import press_ctrl_c, said
+from conftest import press_ctrl_c, refused, said
 from test_processes import environment, torchrun
 
 from harmonica import Router, Schedule, models, train, train_sdt
@@ -47,9 +45,6 @@ def test_the_command_is_the_library(tmp_path, capsys):
     assert torch.equal(trained(tmp_path, capsys, options), router.logits)
 
 
-# ------------------------------------------------------------ what the released code did: ours must not
-
-
 def test_iterations_do_stop_the_command_in_the_middle_of_a_trajectory(tmp_path, capsys):
     trained(tmp_path, capsys, "--iterations 4")
     facts = read_tensors(tmp_path / "router.safetensors")[1]
@@ -73,18 +68,12 @@ def test_a_resumed_command_ends_where_an_uninterrupted_one_does(tmp_path, capsys
     assert one.read_text() == two.read_text()
 
 
-# ------------------------------------------------------------ defaults and options
-
-
 def test_the_defaults_are_the_authors_but_for_the_bundled_model():
     parameters = inspect.signature(train_sdt).parameters
     assert {name: parameters[name].default for name in train.AUTHORS} == train.AUTHORS
     for model, settings in (("tiny", train.QUICK), ("dit-xl", train.AUTHORS)):
         assert train.defaults(model) == settings
     assert train.defaults("pixart-sigma-2k")["refine"] == 0  # no search fits into 80 GiB
-
-
-# ------------------------------------------------------------ bad input, Ctrl-C
 
 
 def test_a_checkpoint_is_not_lost_nor_imagined_and_the_model_is_not_loaded_to_find_out(
@@ -125,9 +114,6 @@ def test_ctrl_c_is_130_and_one_line_that_says_how_to_go_on(tmp_path):
     assert "resume=True" not in err
 
 
-# ------------------------------------------------------------ several processes
-
-
 def test_it_runs_under_torchrun_as_it_is_and_rank_0_alone_prints(tmp_path, capsys):
     done = torchrun("-m", "harmonica.train", *SHORT.split(), "--out", tmp_path / "two")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -136,9 +122,6 @@ def test_it_runs_under_torchrun_as_it_is_and_rank_0_alone_prints(tmp_path, capsy
     assert sorted(p.name for p in (tmp_path / "two").iterdir()) == files
     one, two = trained(tmp_path / "one", capsys), Router.load(tmp_path / "two" / files[0]).logits
     torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)
-
-
-# ------------------------------------------------------------ prompts
 
 
 def test_the_bundled_prompts_are_64_different_short_ones():
@@ -160,7 +143,7 @@ def test_blank_lines_and_comments_are_not_prompts(tmp_path):
 )
 def test_a_file_without_prompts_is_named(tmp_path, content, message):
     (tmp_path / "p").write_bytes(content)
-    with pytest.raises(ValueError, match=message):
+    with refused(message):
         read_prompts(tmp_path / "p")
     with pytest.raises(FileNotFoundError, match="q: no such file"):
         read_prompts(tmp_path / "q")

@@ -1,7 +1,5 @@
 """The tutorials run, say what they print, and their notebooks are what the scripts make."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

@@ -9,8 +9,6 @@ until an entry is called. This file does not know sites or gates: tests/models/t
 """
 
 # ruff: noqa: C408
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
@@ -385,9 +383,6 @@ TABLE: dict[str, tuple[str, dict[str, Any], Callable[[Callable[..., Tensor]], di
 }
 # fmt: on
 """Class name: submodule, configuration, inputs."""
-
-
-# ------------------------------------------------------------ what needs the model, or more of diffusers
 
 
 def allegro(model, call):

@@ -1,12 +1,10 @@
 """The walk as one graph: keys, copying in, room and reasons on any machine; capturing itself where there is a GPU."""
 
-from __future__ import annotations
-
 import threading
 
 import pytest
 import torch
-from conftest import make, start
+from conftest import make, refused, start
 from sham import ShamDevice
 from test_blocks import table
 from test_every_model import loaded, small  # noqa: F401 (small is a fixture: every model on a small configuration)
@@ -67,7 +65,7 @@ def test_each_shape_of_noise_and_condition_has_a_graph_and_the_oldest_makes_room
         draw(*batches[size])
         assert tape.captured == captured, size
         assert draw.graphs <= 2
-    with pytest.raises(ValueError, match="most is 0; it must be 1 graph or more"):
+    with refused("most is 0; it must be 1 graph or more"):
         GraphWalk(Walk(d), most=0)
 
 
@@ -166,9 +164,6 @@ def test_a_capture_that_fails_falls_back_and_is_not_tried_again_but_for_memory()
         tape.fails = None
         draw(x, y)
         assert tape.captured == isinstance(error, torch.OutOfMemoryError)
-
-
-# ---------------------------------------------------------------------------------------------- with a GPU
 
 
 @pytest.mark.gpu

@@ -1,7 +1,5 @@
 """What a schedule tells before the walk: fewer features alive, the same images."""
 
-from __future__ import annotations
-
 import gc
 import weakref
 

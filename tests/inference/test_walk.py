@@ -1,13 +1,11 @@
 """The fast walk: the images of the plain one, less work, nothing left behind."""
 
-from __future__ import annotations
-
 import time
 from pipes import StockDiT, count_calls, dit_transformer, randomised
 
 import pytest
 import torch
-from conftest import make, seeds, start, tables
+from conftest import make, refused, seeds, start, tables
 from hypothesis import given
 from test_blocks import MADE, in_double, table
 from test_every_model import (
@@ -207,7 +205,7 @@ def test_an_unknown_model_has_nothing_ahead():
 
 
 def test_a_schedule_that_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="this schedule has 2 steps"):
+    with refused("this schedule has 2 steps"):
         Walk(make(), Schedule([[1] * 4, [0] * 4]))
 
 
@@ -270,5 +268,5 @@ def test_a_table_lands_on_a_target_in_milliseconds():
 
 @pytest.mark.parametrize("bad", [{"batch_size": 0}, {"repeats": 0}])
 def test_milliseconds_of_nothing_are_refused(bad):
-    with pytest.raises(ValueError, match="expected 1 or more of each"):
+    with refused("expected 1 or more of each"):
         milliseconds(make(), **bad)

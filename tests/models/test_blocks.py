@@ -1,7 +1,5 @@
 """Blocks with all of a branch inside the gate: the same numbers as overriding sites, and nothing else runs."""
 
-from __future__ import annotations
-
 import copy
 from pipes import StockDiT, dit_transformer, pixart_transformer, randomised
 

@@ -1,7 +1,5 @@
 """The pipeline that draws digits is the bundled model in diffusers' classes."""
 
-from __future__ import annotations
-
 import torch
 
 from harmonica.models import digits, load

@@ -1,13 +1,11 @@
 """A target: β is steered, the table lands, whole walks refine it."""
 
-from __future__ import annotations
-
 import math
 from itertools import combinations, repeat
 
 import pytest
 import torch
-from conftest import make, seeds, start, tables
+from conftest import make, refused, seeds, start, tables
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -48,7 +46,7 @@ def test_a_cur_is_landed_on():
 def test_a_target_out_of_reach_is_refused_with_the_maximum_before_training():
     d = make(dtype=torch.float32)
     everything_but_the_first = Schedule([[True] * 4] + [[False] * 4] * 3).speedup(macs(d))
-    with pytest.raises(ValueError, match=f"maximum here is {everything_but_the_first:.4g}"):
+    with refused(f"maximum here is {everything_but_the_first:.4g}"):
         router_of(d, iterations=10**9, target_speedup=100.0)
     assert (
         router_of(d, 3, target_speedup=everything_but_the_first, refine=0).schedule(0.1).cur == 0.75
@@ -69,7 +67,7 @@ def test_a_target_out_of_reach_is_refused_with_the_maximum_before_training():
     ids=str,
 )
 def test_requests_that_contradict_are_refused(asked):
-    with pytest.raises(ValueError, match=r"target"):
+    with refused(r"target"):
         router_of(make(dtype=torch.float32), **asked)
 
 
@@ -105,7 +103,7 @@ def test_a_resumed_run_ends_in_the_same_refined_router(tmp_path, stop):
 def test_another_target_is_not_resumed(tmp_path):
     d = make(dtype=torch.float32)
     router_of(d, 6, checkpoint=tmp_path / "c", target_speedup=1.5, refine=0)
-    with pytest.raises(ValueError, match="target_speedup"):
+    with refused("target_speedup"):
         router_of(d, 9, checkpoint=tmp_path / "c", resume=True, target_speedup=1.6, refine=0)
 
 
@@ -218,7 +216,7 @@ def test_refining_stays_within_its_budget_and_says_what_it_spent(budget):
 
 def test_a_target_at_tau_zero_is_refused():
     d = make()
-    with pytest.raises(ValueError, match="tau is 0"):
+    with refused("tau is 0"):
         refine_router(d, Router(4, d.sites), Target(1.5, macs(d), 4), tau=0.0)
 
 

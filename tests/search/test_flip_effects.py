@@ -1,7 +1,5 @@
 """The quadratic around a table: its walk is the table's, its numbers are derivatives, what it chooses is on target."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

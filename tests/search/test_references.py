@@ -1,13 +1,11 @@
 """References and weights learned towards them."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import make, start, tables
+from conftest import make, refused, start, tables
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -59,13 +57,13 @@ def test_a_pool_that_was_interrupted_is_continued(tmp_path, monkeypatch):
 def test_a_file_of_other_references_is_refused(tmp_path):
     d, path = make(), tmp_path / "pool.safetensors"
     references(d, noises=4, factor=2, path=path)
-    with pytest.raises(ValueError, match=r"no references of 12 steps \(found 8 steps\)"):
+    with refused(r"no references of 12 steps \(found 8 steps\)"):
         references(d, noises=4, factor=3, path=path)
     for other in ({"noises": 3}, {"generator": torch.Generator().manual_seed(1), "noises": 4}):
-        with pytest.raises(ValueError, match="of other noises; name another file"):
+        with refused("of other noises; name another file"):
             references(d, factor=2, path=path, **other)
     write_tensors(path, {"logits": torch.zeros(1)}, {})
-    with pytest.raises(ValueError, match=r"found unknown steps"):
+    with refused(r"found unknown steps"):
         references(d, noises=4, factor=2, path=path)
 
 
@@ -76,14 +74,14 @@ def test_where_no_finer_walk_can_be_made_it_says_what_to_use():
         steps, sites, about = d.steps, d.sites, d.about
         predict, step, draw = d.predict, d.step, d.draw
 
-    with pytest.raises(ValueError, match='Plain has no with_steps.*toward="uncached"'):
+    with refused('Plain has no with_steps.*toward="uncached"'):
         references(Plain(), noises=1)
     assert torch.equal(references(Plain(), noises=2, factor=1).images, drawn(2, 1).images)
-    with pytest.raises(ValueError, match=r"no walk of 300 × 4 steps: steps is 1200"):
+    with refused(r"no walk of 300 × 4 steps: steps is 1200"):
         references(d, noises=1, factor=300)
-    with pytest.raises(ValueError, match="noises is 0 and factor 10"):
+    with refused("noises is 0 and factor 10"):
         references(d, noises=0)
-    with pytest.raises(ValueError, match="toward is 'best'; it must be 'reference' or 'uncached'"):
+    with refused("toward is 'best'; it must be 'reference' or 'uncached'"):
         factor_of("best")
     assert (factor_of("reference"), factor_of("uncached")) == (10, 1)
 
@@ -98,7 +96,7 @@ def test_a_sampler_that_draws_noise_is_compared_with_its_uncached_walk():
 
 
 def test_a_pool_without_an_image_for_each_noise_is_refused():
-    with pytest.raises(ValueError, match="one image for each noise, and at least one"):
+    with refused("one image for each noise, and at least one"):
         Pool(torch.zeros(2, 1, 2, 2), torch.zeros(2), torch.zeros(1, 1, 2, 2))
 
 
@@ -211,7 +209,7 @@ def test_the_model_is_left_as_it_was():
 )
 def test_settings_that_make_no_sense_are_refused(bad, message):
     settings = {"schedule": TABLE, "pool": drawn(2), **bad}
-    with pytest.raises(ValueError, match=message):
+    with refused(message):
         learn_weights(make(), **settings)
 
 

@@ -1,7 +1,5 @@
 """BetaController: β is chosen while training, so that the table ends on a target."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
