@@ -36,6 +36,7 @@ from harmonica.models import BUNDLED
 from harmonica.models.prompts import read_prompts
 from harmonica.processes import batch_per_rank, processes, rank, started_as
 from harmonica.search.budget import check_target
+from harmonica.search.references import Toward
 from harmonica.storage.files import exclusive_lock
 from harmonica.training.dry_run import DryRun, dry_run
 
@@ -102,6 +103,14 @@ def _add_settings(p: Parser) -> None:
     add("target", float, f"{TARGET}, instead of --beta", metavar="SPEEDUP")
     add("refine", whole, "to spend on the search after training (12 rounds)", metavar="PREDICTIONS")
     add("order", whole, ORDER, default=0)
+    images = get_args(Toward)
+    add(
+        "toward",
+        str,
+        "image that the search aims at (uncached)",
+        choices=images,
+        default="uncached",
+    )
     proxies = (*get_args(Proxy), "none")
     add(
         "proxy", str, f"which lambda; none is 1 ({proxies[0]})", choices=proxies, default=proxies[0]
@@ -188,7 +197,7 @@ def _check_out(args: argparse.Namespace) -> None:
 
 
 def _train(denoiser: Denoiser, args: argparse.Namespace) -> Router:
-    names = (*AUTHORS, "tau", "refine", "order", "checkpoint_every", "resume")
+    names = (*AUTHORS, "tau", "refine", "order", "toward", "checkpoint_every", "resume")
     settings = {name: getattr(args, name) for name in names}
     if args.target is not None:
         settings["beta"] = AUTHORS["beta"]

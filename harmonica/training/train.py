@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -18,7 +18,8 @@ from harmonica.memory import is_out_of_memory
 from harmonica.processes import local_part, rank, world
 from harmonica.router import Router
 from harmonica.sdt import BETA, Update, sdt
-from harmonica.search.budget import Target, target_of
+from harmonica.search.budget import target_of
+from harmonica.search.references import Toward, factor_of, finer_walk
 from harmonica.search.refine_router import refine_router
 from harmonica.storage.files import StrPath
 from harmonica.training.checkpoint import Checkpoint
@@ -40,6 +41,7 @@ def train_sdt(  # noqa: D417 (some arguments are described together)
     cost: Macs | None = None,
     refine: int | None = None,
     order: int = 0,
+    toward: Toward = "uncached",
     generator: torch.Generator | None = None,
     checkpoint: StrPath | None = None,
     checkpoint_every: int = 500,
@@ -56,7 +58,8 @@ def train_sdt(  # noqa: D417 (some arguments are described together)
         tau, beta, lr, refresh_every, proxy: as in `sdt`; leave beta out with a target.
         target_speedup, target_cur: theoretical speedup, or share of the table that is reused.
         cost: what the speedup is counted in, `macs(denoiser)` if None.
-        refine, order: budget and order of the search; an order above 0 needs a target.
+        refine, order, toward: budget and order of the search, and the image it aims at; an order
+            above 0 and the "reference" need a target.
         generator: draws the router, the noise and the conditions; seed 0 if None.
         checkpoint, checkpoint_every, resume: a file to resume from, bit for bit; written every so
             many updates, before and after the search, on Ctrl-C and when memory runs out.
@@ -65,6 +68,9 @@ def train_sdt(  # noqa: D417 (some arguments are described together)
     """
     given = None if beta == BETA else beta
     target = target_of(denoiser, target_speedup, target_cur, cost, given, order)
+    finer_walk(denoiser, factor_of(toward))  # raises before training what would be raised after it
+    if toward == "reference" and target is None:
+        raise ValueError("toward='reference' is for the search; give target_speedup as well")
     settings = Settings(batch_size, tau, beta, lr, refresh_every, proxy, target)
     state = start(denoiser, settings, generator)
     facts = {"settings": settings.facts(), "weights": fingerprint(denoiser)}
@@ -72,7 +78,8 @@ def train_sdt(  # noqa: D417 (some arguments are described together)
         saved.begin(state, iterations, resume=resume)
         _train(denoiser, settings, state, saved, iterations, progress)
         if target is not None:
-            _refine(denoiser, state.router, target, settings, refine, order, progress)
+            search = partial(refine_router, denoiser, state.router, target, tau=tau, order=order)
+            _refine(partial(search, toward=toward), batch_size, refine, progress)
             saved.write()
     return state.router
 
@@ -124,22 +131,15 @@ def _trajectory(
 
 
 def _refine(
-    denoiser: Denoiser,
-    router: Router,
-    target: Target,
-    settings: Settings,
-    budget: int | None,
-    order: int,
-    progress: bool,
+    search: Callable[..., None], batch_size: int, budget: int | None, progress: bool
 ) -> None:
     """Put the router on target and refine it; without enough memory for that, only put it there."""
-    how = partial(refine_router, denoiser, router, target, tau=settings.tau, order=order)
     try:
-        how(batch_size=settings.batch_size, budget=budget, progress=progress)
+        search(batch_size=batch_size, budget=budget, progress=progress)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error) or world() > 1:
             raise
-        how(budget=0)
+        search(budget=0)
         warnings.warn(
             "the search ran out of memory; the router is on its target without it, and so is its "
             "file. To search, resume it on a device with more free memory",

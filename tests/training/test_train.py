@@ -12,9 +12,10 @@ import pytest
 import torch
 from conftest import make, press_ctrl_c
 
-from harmonica import Router, macs, sdt, train_sdt
+from harmonica import Router, macs, references, sdt, train_sdt
 from harmonica.models import load
 from harmonica.sdt import BETA
+from harmonica.search.references import pool_errors
 from harmonica.storage.files import read_tensors, write_tensors
 from harmonica.training.checkpoint import Checkpoint
 
@@ -275,3 +276,23 @@ def test_a_search_without_memory_leaves_the_table_on_target_on_disk_and_says_how
     resumed = router_of(make(3, 1, dtype=torch.float32), 6, resume=True, **how)
     how["checkpoint"] = None
     assert torch.equal(resumed.logits, router_of(make(3, 1, dtype=torch.float32), 6, **how).logits)
+
+
+def test_training_towards_the_reference_ends_nearer_to_it():
+    d, how = make(5, dtype=torch.float32), {**QUICK, "target_speedup": 1.5}
+    del how["beta"]
+    pool = references(d, noises=64)
+    near, plain = (
+        float(
+            pool_errors(d, pool, train_sdt(d, iterations=4, **how, toward=image).schedule()).mean()
+        )
+        for image in ("reference", "uncached")
+    )
+    assert near < plain
+
+
+def test_the_reference_needs_a_target_and_a_finer_walk():
+    with pytest.raises(ValueError, match="give target_speedup as well"):
+        train_sdt(make(), iterations=3, **QUICK, toward="reference")
+    with pytest.raises(ValueError, match="toward is 'images'"):
+        train_sdt(make(), iterations=3, **QUICK, toward="images")
