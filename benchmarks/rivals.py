@@ -24,8 +24,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from harmonica import Schedule, macs
-from harmonica.cache import Cache, Compute, Feature, Gate, History, gated, reuse, weighted_sum
+from harmonica.cache import Cache, Compute, Feature, Gate, gated, reuse
 from harmonica.denoise import Denoiser
+from harmonica.forecast import History, weighted_sum
 from harmonica.search.baselines import (
     block_and_kind,
     every,

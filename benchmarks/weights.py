@@ -22,7 +22,8 @@ from record import ended, record
 from torch import Tensor
 
 from harmonica import Denoiser, Schedule, learn_weights, macs, references
-from harmonica.cache import Feature, History
+from harmonica.cache import Feature
+from harmonica.forecast import History
 from harmonica.inference.lifetimes import fused_sum
 from harmonica.inference.walk import Walk
 from harmonica.models import load

@@ -6,14 +6,9 @@ model is `gated`, every site asks a *gate* for its output:
     block i: h + scale·attn(…) → site.forward → gate(i, compute) ─┬─ compute() → fresh ─┬→ output
                                                                   └─ cache[i]  → kept  ─┘
 
-Every gate returns a weighted sum of the fresh output and the kept ones, newest first:
-
-    output = w₀·fresh + w₁·h₁ + … + w_m·h_m
-
-    gate       weights                          what the cache holds for a site
-    reuse      (1, 0) or (0, 1)                 h₁, the output that was last computed
-    blend      (r, 1 − r), with gradients       h₁, the last sum whose r was above τ (paper)
-    weighted   any; w₀ = 0 where it skips       h₁ … h_m, newest first: a `History`
+    gate     output                                    what it keeps
+    reuse    fresh where the row is true, else kept    the fresh output, where it computes
+    blend    r·fresh + (1 − r)·kept, with gradients    the output, where r is above τ
 
     Cache     site → feature    owned by a walk; a new walk is a new dict
     Feature   a tensor, or a tree of them (dual-stream attention returns a tuple)
@@ -38,7 +33,6 @@ from torch.utils._pytree import tree_map, tree_map_only
 from harmonica.override import overridden
 
 Feature = Any
-History = tuple[Feature, ...]
 Cache = dict[int, Feature]
 Compute = Callable[[], Feature]
 Gate = Callable[[int, Compute], Feature]
@@ -51,8 +45,7 @@ def reuse(row: Tensor | Sequence[bool], cache: Cache) -> Gate:
     raises RuntimeError.
 
     Args:
-        row: (N,) bool, one step of a schedule; a TypeError if it holds scores, which belong to
-            `blend`.
+        row: (N,) bool, one step of a schedule; TypeError for scores, which belong to `blend`.
         cache: of the walk; written where the row computes.
 
     >>> cache = {}
@@ -61,9 +54,8 @@ def reuse(row: Tensor | Sequence[bool], cache: Cache) -> Gate:
     """
     if isinstance(row, Tensor):
         if row.is_floating_point():
-            raise TypeError(
-                f"row is {row.dtype}; reuse takes bools: router.schedule(tau).compute[k]"
-            )
+            todo = "reuse takes bools: router.schedule(tau).compute[k]"
+            raise TypeError(f"row is {row.dtype}; {todo}")
         row = row.tolist()
 
     def gate(site: int, compute: Compute) -> Feature:
@@ -82,7 +74,7 @@ def blend(r: Tensor, cache: Cache, tau: float) -> Gate:
     """Return the gate of training: the output is r·fresh + (1−r)·cached (paper, "Router").
 
     Where r > τ the blended feature, detached, replaces the cached one, so no gradient reaches an
-    earlier step. At r = 1 and r = 0 the output is that of `reuse`, bit for bit; `compute` still runs.
+    earlier step. At r = 1 and r = 0 the output is that of `reuse`, bit for bit.
 
     Args:
         r: (N,) scores in [0, 1], one row of a router.
@@ -92,9 +84,7 @@ def blend(r: Tensor, cache: Cache, tau: float) -> Gate:
     scores = r.unbind()  # N × ()
     whole, renew = torch.stack([r == 1, r > tau]).tolist()  # one transfer a step
     if not cache and not all(whole):
-        raise RuntimeError(
-            "the cache is empty and this row is not all ones; the first step of a walk computes"
-        )
+        raise RuntimeError("the cache is empty; the first step of a walk computes, so r is ones")
     # Reads see the cache as it was before this step, writes are for the next step. So a block that
     # runs twice in one step, as under activation checkpointing, blends the same old feature twice.
     before = cache.copy()
@@ -114,69 +104,14 @@ def blend(r: Tensor, cache: Cache, tau: float) -> Gate:
 
 def _mix(r: Tensor, kept: Any, fresh: Any) -> Any:
     """Return r·fresh + (1−r)·kept in one pass, bit for bit one of the two at 1 and 0."""
-    if not isinstance(fresh, Tensor):
-        return fresh  # attention may return (output, None)
-    return torch.lerp(kept, fresh, r.to(fresh))
+    # attention may return (output, None)
+    return torch.lerp(kept, fresh, r.to(fresh)) if isinstance(fresh, Tensor) else fresh
 
 
-def weighted(
-    row: Sequence[bool], weights: Sequence[Sequence[float | Tensor]], cache: Cache
-) -> Gate:
-    """Return the gate of a weighted schedule: w₀·fresh + w₁·h₁ + … + w_m·h_m.
-
-    hⱼ is the j-th last output that the site computed, as it computed it. A skipped site never calls
-    `compute`. Where the weights are (1, 0, …) the fresh feature itself is returned.
-
-    Args:
-        row: (N,) bool, one step of a schedule.
-        weights: (N, 1 + m), w₀ … w_m of that step.
-        cache: of the walk; holds the `History` of each site.
-
-    >>> cache = {0: (torch.tensor(8.0), torch.tensor(6.0))}
-    >>> weighted([False], [[0.0, 1.5, -0.5]], cache)(0, lambda: "never called")
-    tensor(9.)
-    """
-
-    def gate(site: int, compute: Compute) -> Feature:
-        w, history = weights[site], cache.get(site, ())
-        if not row[site]:
-            if not history:
-                raise never_computed(site, len(row))
-            return weighted_sum(w[1:], history)
-        outputs = (compute(), *history)  # newest first
-        cache[site] = outputs[: len(w) - 1]
-        return weighted_sum(w, outputs)
-
-    return gate
-
-
-def weighted_sum(weights: Sequence[float | Tensor], features: History) -> Feature:
-    """Return Σⱼ wⱼ·fⱼ; surplus weights are ignored, what is no tensor comes from the first feature.
-
-    A feature whose weight is the number 0 is left out. If one is left and its weight is 1, it is
-    returned itself, without a pass over memory.
-    """
-    pairs = zip(weights, features, strict=False)
-    terms = [(w, f) for w, f in pairs if isinstance(w, Tensor) or w != 0] or [(0.0, features[0])]
-    scale, feature = terms[0]
-    if len(terms) == 1 and not isinstance(scale, Tensor) and scale == 1:
-        return feature
-
-    def add(first: Any, *others: Any) -> Any:
-        if not isinstance(first, Tensor):
-            return first  # attention may return (output, None)
-        total = scale * first
-        for (w, _), other in zip(terms[1:], others, strict=True):
-            total = total + w * other  # torch.add(…, alpha=w) may round once or twice
-        return total
-
-    return tree_map(add, *(f for _, f in terms))
-
-
-def never_computed(site: int, sites: int) -> RuntimeError:
+def never_computed(site: int, n_sites: int) -> RuntimeError:
     """Return the error of a site that shall be reused although nothing was kept of it."""
     todo = "start at step 0 with an empty cache, or fork with a copy of a filled one"
-    what = f"site {site} of {sites} is to be reused but this walk has not computed it"
+    what = f"site {site} of {n_sites} is to be reused but this walk has not computed it"
     return RuntimeError(f"{what}; {todo}, under a table for this model")
 
 
@@ -185,8 +120,7 @@ def gated(sites: Mapping[str, nn.Module] | Sequence[nn.Module], gate: Gate) -> I
     """Override the `forward` of each site so that it asks `gate`; put everything back afterwards.
 
     The gate is asked in the thread or task that opened the `with`; others run the plain model
-    (`harmonica.override`). A hook could not skip the computation. A site that was compiled in place
-    asks before its compiled code.
+    (`harmonica.override`). A site that was compiled in place asks before its compiled code.
 
     Args:
         sites: modules in the order of the table's columns, no module twice.
@@ -194,12 +128,8 @@ def gated(sites: Mapping[str, nn.Module] | Sequence[nn.Module], gate: Gate) -> I
     """
     modules = list(sites.values() if isinstance(sites, Mapping) else sites)
     if len(set(map(id, modules))) < len(modules):
-        raise ValueError(
-            "a module stands at two sites; each needs a feature, hence a module, of its own"
-        )
-    with overridden(
-        (module, called_by(module), (gate, site)) for site, module in enumerate(modules)
-    ):
+        raise ValueError("a module stands at two sites; each site needs a module of its own")
+    with overridden((each, called_by(each), (gate, i)) for i, each in enumerate(modules)):
         yield
 
 

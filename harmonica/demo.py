@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from harmonica import Denoiser, Schedule, denoise, macs, sample, train_sdt
+from harmonica.columns import fit
 from harmonica.command_line import (
     Parser,
     add_model_options,
@@ -35,9 +36,9 @@ from harmonica.command_line import (
     seed,
     whole,
 )
-from harmonica.denoise import Refinable, gates_of
+from harmonica.denoise import check_fit, gates_of
 from harmonica.inference.timing import measure
-from harmonica.inference.walk import Walk
+from harmonica.inference.walk import Refinable, Walk
 from harmonica.search.baselines import dynamic_programming
 from harmonica.search.budget import check_target
 from harmonica.search.learn import learn_weights
@@ -91,8 +92,8 @@ def run(args: argparse.Namespace) -> None:
     schedule = Schedule.load(args.schedule, args.tau) if args.schedule else None
     denoiser = load_model(args)
     if schedule is not None:
-        schedule = schedule.fit(tuple(denoiser.sites))
-        schedule.check(denoiser.steps, tuple(denoiser.sites), denoiser.about["timesteps"])
+        schedule = fit(schedule, tuple(denoiser.sites))
+        check_fit(schedule, denoiser)
     dtype = dtype_of(args, args.device)
     decode = decoder(args.model, args.weights, vae=args.vae, device=args.device, dtype=dtype)
     make_writable(args.out)

@@ -1,14 +1,12 @@
 """Denoiser and the walk: a frozen model with its sampler, and one reverse trajectory.
 
-A walk is a loop over T executed steps k = 0 … T−1 (the paper's t is T − k). Its state is three
-values:
+A walk is a loop over T executed steps k = 0 … T−1 (the paper's t is T − k). Its state:
 
     x        the noisy image               (B, C, H, W)
     cache    site → feature                a dict, written by gates (harmonica.cache)
     memory   what the sampler remembers    a dict, written by Denoiser.step
 
-so a walk is forked before any step by copying two dicts. This file does not know routers, losses or
-any particular model.
+so a walk is forked before any step by copying two dicts. This file knows no losses and no model.
 """
 
 from __future__ import annotations
@@ -20,8 +18,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from harmonica.cache import Cache, Gate, gated, reuse, weighted
-from harmonica.table import Table, check_fit
+from harmonica.cache import Cache, Gate, gated, reuse
+from harmonica.router import Schedule
 
 
 @runtime_checkable
@@ -31,8 +29,7 @@ class Denoiser(Protocol):
     Attributes:
         steps: T, predictions in one walk.
         sites: N cacheable modules by name, in the order of a table's columns.
-        about: what a table made here belongs to, as fields of `Schedule`: model, sampler,
-            timesteps, guidance.
+        about: what a table made here is for, as `Schedule`'s model, sampler, timesteps, guidance.
     """
 
     steps: int
@@ -54,23 +51,7 @@ class Denoiser(Protocol):
         ...
 
 
-@runtime_checkable
-class Refinable(Denoiser, Protocol):
-    """A denoiser that can be had with another number of steps.
-
-    Attributes:
-        draws_noise: whether the sampler draws noise during the walk.
-    """
-
-    @property
-    def draws_noise(self) -> bool: ...  # noqa: D102 (described above)
-
-    def with_steps(self, steps: int) -> Denoiser:
-        """Return the same model, sampler and guidance with another number of steps."""
-        ...
-
-
-def denoise(
+def denoise(  # noqa: D417 (some arguments share a line)
     denoiser: Denoiser,
     x: Tensor,
     cond: Any,
@@ -79,16 +60,13 @@ def denoise(
     start: int = 0,
     memory: dict[str, Any] | None = None,
 ) -> Iterator[Tensor]:
-    """Walk from x to the image, without gradients, yielding x (B, C, H, W) after each step; the
-    last is x₀.
+    """Walk without gradients, yielding x (B, C, H, W) after each step; the last is the image x₀.
 
-    The model is gated only inside a step: a walk that is abandoned between two leaves nothing
-    behind.
+    The model is gated only inside a step: a walk abandoned between two leaves nothing behind.
 
     Args:
         denoiser: model, sampler, guidance.
-        x: (B, C, H, W), pure noise at start = 0.
-        cond: conditions for the batch.
+        x, cond: (B, C, H, W), pure noise at start = 0, and conditions for the batch.
         gates: k -> gate of step k, such as `gates_of(schedule, cache)`; None is the plain model.
         start: first step to run; a walk forked before step k starts at k.
         memory: the sampler's, changed by the walk; a fork passes copies of it and of the cache.
@@ -105,11 +83,13 @@ def denoise(
         yield x
 
 
-def gates_of(schedule: Table, cache: Cache) -> Callable[[int], Gate]:
+def gates_of(schedule: Schedule, cache: Cache) -> Callable[[int], Gate]:
     """Return k -> the gate of step k under a schedule: `reuse`, or `weighted` if it has weights."""
     rows, weights = schedule.compute.tolist(), schedule.gate_weights
     if weights is None:
         return lambda k: reuse(rows[k], cache)
+    from harmonica.forecast import weighted
+
     numbers = weights.tolist()
     return lambda k: weighted(rows[k], numbers[k], cache)
 
@@ -119,14 +99,16 @@ def final_image(walk: Iterable[Tensor]) -> Tensor:
     return deque(walk, maxlen=1).pop()
 
 
-def sample(denoiser: Denoiser, x: Tensor, cond: Any, schedule: Table | None = None) -> Tensor:
-    """Return the image x₀ that noise x becomes, both (B, C, H, W), under a schedule or with the
-    plain model.
+def check_fit(schedule: Schedule, denoiser: Denoiser) -> None:
+    """Raise ValueError, naming both sides, unless the schedule fits the denoiser."""
+    schedule.check(denoiser.steps, tuple(denoiser.sites), denoiser.about.get("timesteps", ()))
 
-    Raises ValueError if the schedule does not fit the denoiser.
+
+def sample(denoiser: Denoiser, x: Tensor, cond: Any, schedule: Schedule | None = None) -> Tensor:
+    """Return the image x₀ that noise x becomes, both (B, C, H, W), under a schedule or with the
+    plain model; raise ValueError if the schedule does not fit.
     """
     if schedule is None:
         return final_image(denoise(denoiser, x, cond))
-    timesteps = denoiser.about.get("timesteps", ())
-    check_fit(schedule, denoiser.steps, tuple(denoiser.sites), timesteps)
+    check_fit(schedule, denoiser)
     return final_image(denoise(denoiser, x, cond, gates_of(schedule, {})))

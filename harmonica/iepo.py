@@ -12,7 +12,7 @@ The paper has the squared norm, the released code the mean: a constant apart, wh
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from harmonica.cache import Cache, Gate, blend
 from harmonica.denoise import Denoiser, denoise, final_image
+from harmonica.table import require
 
 Proxy = Literal["leave-one-out", "telescoping"]
 """The paper's λ, and the released code's."""
@@ -50,25 +51,20 @@ def image_error(  # noqa: D417 (some arguments are described together)
 
     λ is in squared units of x, and zero for a step that reuses nothing, hence for k = 0.
     """
-    if mode not in ("leave-one-out", "telescoping"):
-        raise ValueError(f"mode is {mode!r}; expected 'leave-one-out' or 'telescoping'")
-    if len(r) != denoiser.steps:
-        raise ValueError(
-            f"r has {len(r)} rows and the denoiser {denoiser.steps} steps; one row is for one step"
-        )
-    r = r.detach()
-    cache: Cache = {}
-    memory: dict[str, Any] = {}
+    T, alone = denoiser.steps, mode == "leave-one-out"
+    require(alone or mode == "telescoping", f"mode is {mode!r}; {' or '.join(get_args(Proxy))}?")
+    require(len(r) == T, f"r has {len(r)} rows and the denoiser {T} steps; one row is for one step")
+    r, cache, memory = r.detach(), Cache(), dict[str, Any]()
     forks: list[Tensor] = []  # forks[k−1]: image of the walk that leaves the main one before step k
     main = denoise(denoiser, x, cond, blends(r, cache, tau), memory=memory)
     for k, x_k in enumerate(main, start=1):
-        if k < denoiser.steps:
+        if k < T:
             table = r.clone()
-            table[k : k + 1 if mode == "leave-one-out" else None] = 1.0
-            gate, copy = blends(table, cache.copy(), tau), memory.copy()
-            forks.append(final_image(denoise(denoiser, x_k, cond, gate, start=k, memory=copy)))
+            table[k : k + 1 if alone else T] = 1.0
+            gates, copy = blends(table, cache.copy(), tau), memory.copy()
+            forks.append(final_image(denoise(denoiser, x_k, cond, gates, start=k, memory=copy)))
     # what a fork is compared with: the image of the main walk, x_k now, or that of the next fork
-    ends = [x_k] * len(forks) if mode == "leave-one-out" else [*forks, x_k][1:]
+    ends = [x_k] * len(forks) if alone else [*forks, x_k][1:]
     errors = [mse(end, fork) for end, fork in zip(ends, forks, strict=True)]
     return torch.stack([torch.zeros((), device=x.device), *errors])
 
@@ -79,21 +75,19 @@ def blends(r: Tensor, cache: Cache, tau: float) -> Callable[[int], Gate]:
 
 
 def mse(out: Tensor, target: Tensor) -> Tensor:
-    """Return the mean squared difference, (), in float32 or wider, because half precision
-    rounds 1e-12 to zero.
-    """
-    return F.mse_loss(_at_least_float32(out), _at_least_float32(target))
+    """Return the mean squared difference, (), in float32 or wider: half would make 1e-12 zero."""
+    wide = torch.promote_types(out.dtype, torch.float32)
+    return F.mse_loss(out.to(wide), target.to(wide))
 
 
 def objective(  # noqa: D417
     out: Tensor, target: Tensor, r: Tensor, lam: Tensor | float, beta: Tensor | float
 ) -> Tensor:
-    """Return λ·MSE(out, target) + β·Σᵢ rᵢ, the loss of one step (paper, L_IEPO; λ = 1 is SDT alone).
+    """Return λ·MSE(out, target) + β·Σᵢ rᵢ, the loss of a step (paper, L_IEPO; λ = 1 is SDT alone).
 
     Args:
         out, target: predictions with and without reuse, of one shape; target has no gradient.
-        r: (N,) scores of the step.
-        lam: λ⁽ᵏ⁾ of the step.
+        r, lam: (N,) scores, and λ⁽ᵏ⁾, of the step.
         beta: β, the price of computing one site, or of each site, (N,).
 
     >>> out, target, r = torch.ones(2), torch.zeros(2), torch.tensor([0.5, 0.25])
@@ -101,7 +95,3 @@ def objective(  # noqa: D417
     5.0
     """
     return lam * mse(out, target) + (beta * r).sum()
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.float() if x.element_size() < 4 else x

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from harmonica.columns import fit
 from harmonica.command_line import (
     Parser,
     add_model_options,
@@ -39,7 +40,7 @@ from harmonica.command_line import (
     load_model,
     whole,
 )
-from harmonica.denoise import Denoiser
+from harmonica.denoise import Denoiser, check_fit
 from harmonica.evaluation import image_files
 from harmonica.inference.walk import Walk
 from harmonica.processes import from_rank_0, mean_over_ranks, processes, rank, started_as, world
@@ -220,8 +221,8 @@ def run(args: argparse.Namespace) -> None:
         dtype = dtype_of(args, device)
         decode = decoder(args.model, args.weights, vae=args.vae, device=device, dtype=dtype)
         if schedule is not None:
-            schedule = schedule.fit(tuple(denoiser.sites))
-            schedule.check(denoiser.steps, tuple(denoiser.sites), denoiser.about["timesteps"])
+            schedule = fit(schedule, tuple(denoiser.sites))
+            check_fit(schedule, denoiser)
         sizes = {"count": args.count, "batch_size": args.batch_size, "seed": args.seed}
         write_images(denoiser, schedule, decode, **sizes, out=args.out)
         if rank() == 0:

@@ -4,37 +4,26 @@
     logits     what is trained, r = σ(logits), rows 1 … T−1                            (T−1, N)
     compute    r > τ, the table that a run follows                                     (T, N) bool
     CUR        cache utilisation ratio, the share of the T×N entries that are reused
-    weights    of each entry's gate, w₀·fresh + Σⱼ wⱼ·(j-th last computed output)    (T, N, 1 + m)
 
-Row k is the k-th *executed* step. Row 0 is not trained: a walk has nothing to reuse at its
-first step. This file does not know models, caches or losses; files are in harmonica/storage/.
+Row k is the k-th *executed* step. Row 0 is not trained: a walk begins with nothing to reuse.
+This file does not know models, caches or losses; files are in harmonica/storage/.
 """
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from harmonica.site_names import columns_for
-from harmonica.table import (
-    Cost,
-    check_fit,
-    checked_table,
-    checked_weights,
-    default_names,
-    require,
-    taylor_weights,
-)
+from harmonica.table import Cost, check_run, checked_fields, default_names, require
 
-if TYPE_CHECKING:
-    from harmonica.storage.files import StrPath
+StrPath = str | os.PathLike[str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,8 +37,9 @@ class Schedule:
         model, sampler, guidance: what the table was made for.
         threshold: τ, if a router was frozen.
         order: without weights, how a skipped site is filled: 0 is reuse (the paper), 1 and above
-            are TaylorSeer's forecasts (`taylor_weights`).
-        weights: (T, N, 1 + m) of the gates, or None; w₀ is 0 where the table skips.
+            are TaylorSeer's forecasts (`harmonica.forecast.taylor_weights`).
+        weights: (T, N, 1 + m), w₀·fresh + Σⱼ wⱼ·(j-th last computed output), or None; w₀ is 0 where
+            the table skips.
         provenance: how the table was made, for people; strings and numbers.
 
     Raises ValueError if these do not fit each other.
@@ -72,14 +62,7 @@ class Schedule:
     provenance: Mapping[str, str | float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        compute, sites, times = checked_table(self.compute, self.sites, self.timesteps)
-        require(
-            type(self.order) is int and 0 <= self.order < 10,
-            f"order is {self.order!r}; a forecast has 0 (reuse) to 9 differences",
-        )
-        weights = None if self.weights is None else checked_weights(self.weights, compute)
-        values = {"compute": compute, "sites": sites, "timesteps": times, "weights": weights}
-        for name, value in {**values, "provenance": dict(self.provenance)}.items():
+        for name, value in checked_fields(vars(self)).items():
             object.__setattr__(self, name, value)
 
     def __eq__(self, other: object) -> bool:
@@ -102,9 +85,11 @@ class Schedule:
     @cached_property
     def gate_weights(self) -> Tensor | None:
         """(T, N, 1 + m) weights of the gates: learned, or Taylor's of `order`; None is reuse."""
-        if self.weights is None and self.order > 0:
-            return taylor_weights(self.compute, self.order)
-        return self.weights
+        if self.weights is not None or self.order == 0:
+            return self.weights
+        from harmonica.forecast import taylor_weights
+
+        return taylor_weights(self.compute, self.order)
 
     def speedup(self, macs: Cost) -> float:
         """Return the theoretical speedup: MACs of a full walk over those that still run."""
@@ -123,27 +108,13 @@ class Schedule:
         what = f"a schedule for {self.steps} steps was stretched to {steps}, not trained there"
         warnings.warn(what + "; weights are left out" * (self.weights is not None), stacklevel=2)
         rows = [round(k * (self.steps - 1) / max(steps - 1, 1)) for k in range(steps)]
-        origin = {"resampled_from": self.steps, **self.provenance}
-        compute = self.compute[rows]
+        compute, origin = self.compute[rows], {"resampled_from": self.steps, **self.provenance}
         return replace(self, compute=compute, weights=None, timesteps=(), provenance=origin)
 
-    def fit(self, sites: Sequence[str]) -> Schedule:
-        """Return the schedule with its columns renamed and ordered as a model's sites, or unchanged
-        if the names do not match (`harmonica.site_names.columns_for`).
-        """
-        columns = columns_for(self.sites, sites)
-        if columns is None or self.sites == tuple(sites):
-            return self
-        compute, weights = F.pad(self.compute, (0, 1), value=True)[:, columns], self.weights
-        if weights is not None:  # a site that the table lacks is column −1: the pad
-            weights = F.pad(weights, (0, 0, 0, 1))
-            weights[:, -1, 0] = 1.0
-            weights = weights[:, columns]
-        return replace(self, compute=compute, weights=weights, sites=tuple(sites))
-
-    def check(self, steps: int, sites: tuple[str, ...], timesteps: tuple[float, ...] = ()) -> None:
-        """Raise ValueError unless the schedule fits such a run (`harmonica.table.check_fit`)."""
-        check_fit(self, steps, sites, timesteps)
+    def check(self, steps: int, site_names: Sequence[str], timesteps: Sequence[float] = ()) -> None:
+        """Raise ValueError unless the schedule fits such a run."""
+        made = self.steps, self.sites, self.timesteps
+        check_run(made, (steps, tuple(site_names), tuple(timesteps)), self.sampler)
 
     def __str__(self) -> str:
         width = max(map(len, self.sites))
@@ -170,31 +141,6 @@ class Schedule:
         if is_router(path):
             return Router.load(path).schedule(tau)
         return build(cls, path, read_schedule(path, tau))
-
-    def export_smoothcache(self, path: StrPath) -> None:
-        """Write SmoothCache's JSON, see `harmonica.storage.foreign.write_smoothcache`."""
-        from harmonica.storage.foreign import write_smoothcache
-
-        write_smoothcache(path, self.sites, self.compute, self.gate_weights)
-
-    def save_pretrained(self, folder: StrPath) -> None:
-        """Write a folder for the Hub: the table, and a page that describes it."""
-        from harmonica.storage.hub import write_folder
-
-        write_folder(folder, self.save, "Schedule", self)
-
-    @classmethod
-    def from_pretrained(cls, source: StrPath, revision: str | None = None) -> Schedule:
-        """Read a folder here or on the Hub, see `harmonica.storage.hub.table_file`."""
-        from harmonica.storage.hub import table_file
-
-        return cls.load(table_file(source, "Schedule", revision))
-
-    def push_to_hub(self, repo_id: str, private: bool = False) -> str:
-        """Publish the folder and return its address, see `harmonica.storage.hub.push`."""
-        from harmonica.storage.hub import push
-
-        return push(repo_id, self.save, "Schedule", self, private)
 
 
 class Router(nn.Module):
@@ -228,19 +174,15 @@ class Router(nn.Module):
         self.steps, self.about = steps, dict(about or {})
         self.sites = default_names(sites) if isinstance(sites, int) else tuple(sites)
         shape = (steps - 1, len(self.sites))
-        require(
-            steps >= 1 and bool(self.sites),
-            f"a router needs a step and a site; it got {steps} steps and {len(self.sites)} sites",
-        )
+        size = f"{steps} and {len(self.sites)}"
+        require(steps >= 1 and bool(self.sites), f"a router needs a step and a site; it got {size}")
         if logits is None:
             device = generator.device if generator else None
             logits = torch.randn(shape, generator=generator, device=device)
-        require(
-            logits.shape == shape and bool(logits.isfinite().all()),
-            f"logits of shape {tuple(logits.shape)} must be (steps − 1, sites) {shape}, and finite",
-        )
-        rows = (nn.Parameter(row.clone()) for row in logits.detach())
-        self.rows = nn.ParameterList(rows)  # (T−1) × (N,)
+        finite, what = bool(logits.isfinite().all()), f"logits of shape {tuple(logits.shape)}"
+        fit = logits.shape == shape and finite
+        require(fit, f"{what} must be (steps − 1, sites) {shape}, and finite")
+        self.rows = nn.ParameterList(nn.Parameter(row.clone()) for row in logits.detach())
         self.schedule()  # raises if `about` does not describe a schedule
 
     @property
@@ -263,8 +205,9 @@ class Router(nn.Module):
         """Freeze the table: compute where r > τ, 0 ≤ τ < 1 (paper, "Router")."""
         require(0.0 <= tau < 1.0, f"tau is {tau}; it must be at least 0 and below 1")
         r = self().detach().cpu()
-        numbers = not bool(r.isnan().any())
-        require(numbers, "the router has scores that are not numbers; its training diverged")
+        require(
+            not bool(r.isnan().any()), "the router's scores are not numbers; its training diverged"
+        )
         return Schedule(r > tau, sites=self.sites, threshold=tau, **self.about)
 
     def save(self, path: StrPath) -> None:
@@ -279,22 +222,3 @@ class Router(nn.Module):
         from harmonica.storage.formats import build, read_router
 
         return build(cls, path, read_router(path)[0])
-
-    def save_pretrained(self, folder: StrPath) -> None:
-        """Write a folder for the Hub: the router, and a page that describes it."""
-        from harmonica.storage.hub import write_folder
-
-        write_folder(folder, self.save, "Router", self.schedule())
-
-    @classmethod
-    def from_pretrained(cls, source: StrPath, revision: str | None = None) -> Router:
-        """Read a folder here or on the Hub, see `harmonica.storage.hub.table_file`."""
-        from harmonica.storage.hub import table_file
-
-        return cls.load(table_file(source, "Router", revision))
-
-    def push_to_hub(self, repo_id: str, private: bool = False) -> str:
-        """Publish the folder and return its address, see `harmonica.storage.hub.push`."""
-        from harmonica.storage.hub import push
-
-        return push(repo_id, self.save, "Router", self.schedule(), private)

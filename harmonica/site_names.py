@@ -11,11 +11,12 @@ Here stand the only functions that read such a name. This file does not know sch
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 
 _ORIGINAL = {"attn1": "attn", "attention": "attn", "self_attn": "attn", "cross_attn": "attn2"}
 _ORIGINAL |= {"ff": "mlp", "ffn": "mlp", "feed_forward": "mlp"}
-_KINDS = ("attn", "attn2", "mlp")
+KINDS = {*_ORIGINAL, "attn", "attn2", "mlp"}
+"""What a kind of site may be called."""
+
 _NUMBERED = re.compile(r"(?:transformer_)?blocks\.([0-9]{1,6})\.(\w+)|(.+)-([0-9]{1,6})")
 
 
@@ -37,29 +38,3 @@ def block_and_word(name: str) -> tuple[int, str] | None:
     """
     match = _NUMBERED.fullmatch(name)
     return match and (int(match[1] or match[4]), word_of(match[2] or match[3]))
-
-
-def columns_for(names: Sequence[str], sites: Sequence[str]) -> list[int] | None:
-    """Return which column of a table of sites `names` each of a model's `sites` follows, −1 for one
-    that always computes, or None if the table is for other sites.
-
-    A table without names ("site0", …) fits by the number of its columns. In a table for kinds of
-    site ("attn", "mlp") each site follows its kind; cross-attention follows "attn" if it has no
-    column of its own, and a kind that the table does not name computes.
-
-    >>> columns_for(["attn", "mlp"], ["b.0.attn1", "b.0.conv", "b.0.ff"])
-    [0, -1, 1]
-    """
-    if list(names) in (list(sites), [f"site{i}" for i in range(len(sites))]):
-        return list(range(len(sites)))
-    mine = {block_and_word(name) or name: i for i, name in enumerate(names)}
-    theirs = [block_and_word(name) or name for name in sites]
-    if len(mine) == len(names) == len(sites) and mine.keys() == set(theirs):
-        return [mine[key] for key in theirs]
-    if not set(names) <= {*_ORIGINAL, *_KINDS}:
-        return None
-    words = {word_of(name): i for i, name in enumerate(names)}
-    if {"attn", "attention"} & set(names):
-        words.setdefault("attn2", words["attn"])
-    columns = [words.get(word_of(site), -1) for site in sites]
-    return columns if max(columns) >= 0 else None

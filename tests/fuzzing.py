@@ -35,6 +35,8 @@ from harmonica.models.dit import DiT
 from harmonica.models.prompts import read_prompts
 from harmonica.models.weights import component, fill, read_state
 from harmonica.storage.files import read_json, write_tensors
+from harmonica.storage.foreign import write_smoothcache
+from harmonica.storage.hub import fetch, write_folder
 from harmonica.training.checkpoint import Checkpoint
 from harmonica.training.state import Settings, fingerprint, start
 
@@ -157,16 +159,14 @@ def _component(path: Path) -> None:
 
 TARGETS = (
     Target("schedule", "s.json", lambda p: _table().save(p), lambda p: _use(Schedule.load(p))),
-    Target("SmoothCache", "s.json", lambda p: _table().export_smoothcache(p), lambda p: _use(Schedule.load(p))),
+    Target("SmoothCache", "s.json", lambda p: write_smoothcache(p, _table()), lambda p: _use(Schedule.load(p))),
     Target("router", "r.safetensors", lambda p: Router(3, SITES, about=ABOUT).save(p),
            lambda p: _use_router(Router.load(p))),
     Target("router as schedule", "r.safetensors", lambda p: Router(3, SITES, about=ABOUT).save(p),
            lambda p: _use(Schedule.load(p))),
     Target("router file .pt", "r.pt", _rows, lambda p: _use(Schedule.load(p))),
-    Target("schedule folder", "schedule.json", lambda p: _table().save_pretrained(p.parent),
-           lambda p: _use(Schedule.from_pretrained(p.parent))),
-    Target("router folder", "router.safetensors", lambda p: Router(3, SITES, about=ABOUT).save_pretrained(p.parent),
-           lambda p: _use_router(Router.from_pretrained(p.parent))),
+    Target("folder", "schedule.json", lambda p: write_folder(p.parent, _table()),
+           lambda p: _use(Schedule.load(fetch(p.parent)))),
     Target("weights .safetensors", "w.safetensors", _weights, _fill),
     Target("weights .pt", "w.pt", _weights, _fill),
     Target("checkpoint", "c.safetensors", lambda p: p.write_bytes(_checkpoint_bytes()), _resume),

@@ -19,6 +19,8 @@ from conftest import make, press_ctrl_c
 from harmonica import Router, Schedule, demo, image_sets, train, train_sdt
 from harmonica.evaluation import pictures as plots
 from harmonica.storage.files import exclusive_lock
+from harmonica.storage.foreign import write_smoothcache
+from harmonica.storage.hub import write_folder
 
 ROOT = Path(__file__).parent.parent
 SHORT = ["--steps", "4", "--iterations", "4"]
@@ -60,9 +62,8 @@ def router():
 SAVES = {
     "schedule.json": lambda path: router().schedule().save(path),
     "router.safetensors": lambda path: router().save(path),
-    "a router": lambda path: router().save_pretrained(path),
-    "a schedule": lambda path: router().schedule().save_pretrained(path),
-    "smoothcache.json": lambda path: router().schedule().export_smoothcache(path),
+    "a folder": lambda path: write_folder(path, router().schedule(), router()),
+    "smoothcache.json": lambda path: write_smoothcache(path, router().schedule()),
     "checkpoint": lambda path: train_sdt(
         make(dtype=torch.float32), iterations=2, batch_size=2, checkpoint=path, progress=False
     ),

@@ -14,6 +14,7 @@ from scores import read_images
 from test_processes import torchrun
 
 from harmonica import Schedule, image_sets, models, sample
+from harmonica.columns import fit
 from harmonica.evaluation import image_files
 from harmonica.evaluation.image_files import pieces_of, to_uint8
 from harmonica.image_sets import draw_images, generator_of, write_images
@@ -315,7 +316,7 @@ def test_the_command_is_the_library(tmp_path, capsys):
     options = ["--steps", 3, "--guidance", 2.0, "--schedule", tmp_path / "s.json", "--count", 5]
     code, out, _ = said(image_sets, [*options, "--seed", 9, "--out", tmp_path / "a b.npz"], capsys)
     assert (code, out) == (0, f"5 images of seed 9 are in {tmp_path / 'a b.npz'}\n")
-    fitted, out = schedule.fit(tuple(d.sites)), tmp_path / "library.npz"
+    fitted, out = fit(schedule, tuple(d.sites)), tmp_path / "library.npz"
     write_images(d, fitted, lambda x: x, count=5, seed=9, out=out, progress=False)
     assert same(arrays(tmp_path / "a b.npz"), arrays(tmp_path / "library.npz"))
 

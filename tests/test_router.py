@@ -123,10 +123,10 @@ def test_a_schedule_refuses_another_run():
             "this schedule has 5 steps .*the run has 4; run 5 or train a schedule for 4",
         ),
         (Router(4, 4).schedule(), None),
-        (Router(4, 6).schedule(), "6 sites, site0 … site5, the model has 4, blocks.0.attn"),
+        (Router(4, 6).schedule(), "6 sites, site0 … site5, the model has 4 sites, blocks.0.attn"),
         (
             replace(fits, sites=("a", "b", "c", "d")),
-            "4 sites, a … d, the model has 4, blocks.0.attn",
+            "4 sites, a … d, the model has 4 sites, blocks.0.attn",
         ),
         (replace(fits, timesteps=(9, 8, 7, 0)), "made at timesteps 9 … 0"),
     ):

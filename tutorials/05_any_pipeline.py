@@ -228,7 +228,7 @@ disable_cache(pipe)
 #
 # ```python
 # with tempfile.TemporaryDirectory() as folder:
-#     schedule.export_smoothcache(Path(folder) / "table.json")
+#     write_smoothcache(Path(folder) / "table.json", schedule)
 #     back = Schedule.load(Path(folder) / "table.json")
 # print(torch.equal(back.compute, schedule.compute))
 # print(schedule.sampler, len(schedule.timesteps), "and", repr(back.sampler), len(back.timesteps))

@@ -19,8 +19,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from harmonica.cache import Cache, Compute, Feature, Gate, History, never_computed, weighted_sum
-from harmonica.table import Table
+from harmonica.cache import Cache, Compute, Feature, Gate, never_computed
+from harmonica.forecast import History, weighted_sum
+from harmonica.router import Schedule
 
 
 class Entry(NamedTuple):
@@ -53,7 +54,7 @@ class Plan:
     rows: tuple[Row, ...]
 
     @classmethod
-    def of(cls, schedule: Table) -> Plan:
+    def of(cls, schedule: Schedule) -> Plan:
         """Plan a schedule; the only time that its tensors are read."""
         weights = schedule.gate_weights
         columns = zip(

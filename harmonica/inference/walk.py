@@ -24,10 +24,20 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from harmonica.cache import Cache, Compute, Feature, Gate, gated, weighted_sum
-from harmonica.denoise import Denoiser, Refinable
+from harmonica.cache import Cache, Compute, Feature, Gate, gated
+from harmonica.denoise import Denoiser, check_fit
+from harmonica.forecast import weighted_sum
 from harmonica.inference.lifetimes import Plan, fused_sum
 from harmonica.router import Schedule
+
+
+@runtime_checkable
+class Refinable(Denoiser, Protocol):
+    """A denoiser that can be had with another number of steps."""
+
+    @property
+    def draws_noise(self) -> bool: ...  # noqa: D102 (whether the sampler draws during the walk)
+    def with_steps(self, steps: int) -> Denoiser: ...  # noqa: D102 (and all else the same)
 
 
 @runtime_checkable
@@ -70,10 +80,10 @@ class Walk:
     def __init__(
         self, denoiser: Denoiser, schedule: Schedule | None = None, *, exact: bool = False
     ) -> None:
-        sites, timesteps = tuple(denoiser.sites), denoiser.about.get("timesteps", ())
         if schedule is None:
-            schedule = Schedule(torch.ones(denoiser.steps, len(sites)), sites=sites)
-        schedule.check(denoiser.steps, sites, timesteps)
+            names = tuple(denoiser.sites)
+            schedule = Schedule(torch.ones(denoiser.steps, len(names)), names)
+        check_fit(schedule, denoiser)
         self.denoiser, self.schedule, self.exact = denoiser, schedule, exact
         self.plan = Plan.of(schedule)
 

@@ -41,14 +41,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from harmonica.cache import Compute, Feature, History, gated
+from harmonica.cache import Compute, Feature, gated
 from harmonica.denoise import Denoiser
+from harmonica.forecast import History, taylor_weights
 from harmonica.router import Schedule
 from harmonica.run_again import run_again
 from harmonica.search.budget import Target
 from harmonica.search.errors import CAP, PORTION, image_errors, in_portions, outlier_weights
 from harmonica.search.references import Pool
-from harmonica.table import taylor_weights
 
 WALKS = 7
 """What `flip_effects_at` costs, in walks, at most: one forward, then one again and a backward pass

@@ -26,13 +26,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.optim import Adam
 
-from harmonica.cache import Cache, gated, weighted
-from harmonica.denoise import Denoiser
+from harmonica.cache import Cache, gated
+from harmonica.denoise import Denoiser, check_fit
+from harmonica.forecast import taylor_weights, weighted
 from harmonica.router import Schedule
 from harmonica.run_again import run_again, run_once
 from harmonica.search.errors import CAP, free_bytes, image_errors, in_portions, outlier_weights
 from harmonica.search.references import Pool, pool_errors
-from harmonica.table import check_fit, taylor_weights
 
 SHARE = 6
 """One noise of so many is not trained on."""
@@ -76,7 +76,7 @@ def learn_weights(
             f"history is {history}, iterations {iterations}, batch_size {batch_size}, and the pool "
             f"has {len(pool)} noises; expected 1 or more, and 2 noises or more"
         )
-    check_fit(schedule, denoiser.steps, tuple(denoiser.sites), denoiser.about.get("timesteps", ()))
+    check_fit(schedule, denoiser)
     held_back = max(len(pool) // SHARE, 1)
     validation, training = pool[slice(held_back)], pool[slice(held_back, None)]
     best, errors = _best_start(denoiser, schedule, validation, history)

@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from harmonica.denoise import Denoiser, Refinable, sample
+from harmonica.denoise import Denoiser, sample
+from harmonica.inference.walk import Refinable
+from harmonica.router import Schedule
 from harmonica.search.errors import PORTION, image_errors, in_portions
 from harmonica.storage.files import StrPath, read_tensors, write_tensors
-from harmonica.table import Table
 
 Toward = Literal["reference", "uncached"]
 """What images should be near: the reference of a finer walk, or the uncached walk's image."""
@@ -74,7 +75,7 @@ def with_images(denoiser: Denoiser, x: Tensor, cond: Any) -> Pool:
     return Pool(x, cond, torch.cat(list(in_portions(run, len(x), PORTION))))
 
 
-def pool_errors(denoiser: Denoiser, pool: Pool, schedule: Table | None = None) -> Tensor:
+def pool_errors(denoiser: Denoiser, pool: Pool, schedule: Schedule | None = None) -> Tensor:
     """Return how far the images under a schedule are from the pool's, (M,) float64."""
 
     def run(first: int, last: int) -> Tensor:

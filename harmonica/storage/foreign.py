@@ -19,7 +19,7 @@ import argparse
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -48,21 +48,30 @@ def _fields(path: StrPath, table: Tensor, sites: Sequence[str], source: str) -> 
 # ------------------------------------------------------------------------------------- SmoothCache
 
 
-def write_smoothcache(
-    path: StrPath, sites: Sequence[str], compute: Tensor, weights: Tensor | None
-) -> None:
-    """Write a table (T, N) as SmoothCache's JSON, one list of 0 and 1 for each site.
+class Table(Protocol):
+    """What is written of a schedule."""
+
+    @property
+    def compute(self) -> Tensor: ...  # noqa: D102
+    @property
+    def gate_weights(self) -> Tensor | None: ...  # noqa: D102
+    @property
+    def sites(self) -> tuple[str, ...]: ...  # noqa: D102
+
+
+def write_smoothcache(path: StrPath, schedule: Table) -> None:
+    """Write a schedule as SmoothCache's JSON, one list of 0 and 1 for each site.
 
     blocks.3.attn and transformer_blocks.3.attn1 become attn-3, .attn2 attn2-3, .mlp and .ff mlp-3.
     Read back, the table is the same; names, timesteps and the rest are not in that format. Raises
     ValueError for a table with weights or an order, which that format does not know, and for sites
     that are no attention or feed-forward of a numbered block, or would get the name of another.
     """
-    reuses = weights is None
+    reuses = schedule.gate_weights is None
     require(reuses, "this schedule has weights or an order; SmoothCache's format only reuses")
     columns: dict[str, list[int]] = {}
     strange = []
-    for site, column in zip(sites, compute.int().T.tolist(), strict=True):
+    for site, column in zip(schedule.sites, schedule.compute.int().T.tolist(), strict=True):
         block, word = block_and_word(site) or (0, "")
         name = f"{word}-{block}"
         if word not in ("attn", "attn2", "mlp") or name in columns:

@@ -1,26 +1,28 @@
 """Hub: folders of the Hugging Face Hub, here and there: what is written, published and fetched.
 
-    a router's folder      router.safetensors and a page, README.md
-    a schedule's folder    schedule.json and a page, README.md
-    a model's folder       as diffusers writes it; only read (harmonica.models.weights)
+    a table's folder    schedule.json, a page README.md, and the router if one was trained
+    a model's folder    as diffusers writes it; only read (harmonica.models.weights)
 
-The table is the same file that `save` writes. The Hub's client is imported when it is needed; who
-may read and write is decided by its login or HF_TOKEN. This file does not know what stands in a
-table.
+    push("me/table", schedule)                       publish
+    Schedule.load(fetch("me/table"))                 read it again; a folder will do as well
+    Router.load(fetch("me/table", ROUTER))           the scores, to go on from
+
+The tables are the files that `save` writes. The Hub's client is imported when it is needed; who may
+read and write is decided by its login or HF_TOKEN. This file does not know what stands in a table.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
 from harmonica.storage.files import StrPath, write_text
 
-FILES = {"Router": "router.safetensors", "Schedule": "schedule.json"}
+SCHEDULE, ROUTER = "schedule.json", "router.safetensors"
 PAGE = """---
 library_name: harmonica
 tags:
@@ -29,52 +31,54 @@ tags:
 - diffusion
 ---
 
-# {kind} for {model}
+# Schedule for {model}
 
 Which layer of a diffusion transformer computes at which step, and which one reuses its last output.
 Made with HarmoniCa, learned feature caching for diffusion transformers (ICML 2025,
 arXiv 2410.01723).
 
 ```python
-from harmonica import {kind}
+from harmonica import Schedule
+from harmonica.storage.hub import fetch
 
-schedule = {kind}.from_pretrained("{name}"){freeze}
+schedule = Schedule.load(fetch("{name}"))
 ```
 
 ```
-{drawing}
+{schedule}
 ```
 """
 
 
-class Drawn(Protocol):
-    """What a page shows: a schedule, which is for a model and which `str` draws."""
+class Saved(Protocol):
+    """What can write itself to a file: a router."""
+
+    def save(self, path: StrPath) -> None: ...  # noqa: D102
+
+
+class Drawn(Saved, Protocol):
+    """What a page shows as well: a schedule, which is for a model and which `str` draws."""
 
     @property
     def model(self) -> str: ...  # noqa: D102
 
 
 def write_folder(
-    folder: StrPath, save: Callable[[Path], None], kind: str, schedule: Drawn, name: str = ""
+    folder: StrPath, schedule: Drawn, router: Saved | None = None, name: str = ""
 ) -> None:
-    """Write the folder of a router or a schedule: its table, then the page.
+    """Write a table's folder, which is made if it is new, in a folder that exists.
 
-    Each file is whole or not there; files of the same names are replaced, others stay.
-
-    Args:
-        folder: made if it is new, in a folder that exists.
-        save: writes the table to a path.
-        kind: "Router" or "Schedule".
-        schedule: what the page shows.
-        name: of the repository; the folder's own name if empty.
+    Each file is whole or not there; files of the same names are replaced, others stay. The page
+    calls the repository `name`, or by the folder's own name if that is empty.
     """
     folder = Path(folder).absolute()
     folder.mkdir(exist_ok=True)
-    freeze = ".schedule(tau=0.1)" if kind == "Router" else ""
-    facts = {"kind": kind, "model": schedule.model or "an unnamed model", "freeze": freeze}
-    page = PAGE.format(**facts, drawing=schedule, name=name or folder.name)
+    model = schedule.model or "an unnamed model"
+    page = PAGE.format(model=model, schedule=schedule, name=name or folder.name)
     try:
-        save(folder / FILES[kind])
+        schedule.save(folder / SCHEDULE)
+        if router is not None:
+            router.save(folder / ROUTER)
         write_text(folder / "README.md", page)
     finally:
         with suppress(OSError):  # a folder with something in it stays
@@ -82,7 +86,7 @@ def write_folder(
 
 
 def push(
-    repo_id: str, save: Callable[[Path], None], kind: str, schedule: Drawn, private: bool
+    repo_id: str, schedule: Drawn, router: Saved | None = None, *, private: bool = False
 ) -> str:
     """Upload the folder that `write_folder` writes as one commit; return the repository's address.
 
@@ -94,25 +98,19 @@ def push(
     api = HfApi()
     address = api.create_repo(repo_id, private=private, exist_ok=True)
     name = repo_id if "/" in repo_id else address.repo_id
-    message = f"Upload a {kind.lower()} made with HarmoniCa"
     with tempfile.TemporaryDirectory() as folder:
-        write_folder(folder, save, kind, schedule, name)
+        write_folder(folder, schedule, router, name)
+        message = "Upload a table made with HarmoniCa"
         api.upload_folder(repo_id=name, folder_path=folder, commit_message=message)
     return str(address)
 
 
-def table_file(source: StrPath, kind: str, revision: str | None) -> Path:
-    """Return the file of a table, from a folder here or a repository on the Hub.
-
-    Raises what `download` raises, and ValueError if the folder holds a table of the other kind.
-    """
+def fetch(source: StrPath, file: str = SCHEDULE, revision: str | None = None) -> Path:
+    """Return the path of a file in a folder here, or in a repository on the Hub as `download`."""
     folder = Path(source)
     if not folder.is_dir():
-        folder = download(os.fspath(source), list(FILES.values()), revision=revision)
-    for other, file in FILES.items():
-        if other != kind and (folder / file).is_file() and not (folder / FILES[kind]).is_file():
-            raise ValueError(f"{source} holds a {other.lower()}; use {other}.from_pretrained(...)")
-    return folder / FILES[kind]
+        folder = download(os.fspath(source), [file], revision=revision)
+    return folder / file
 
 
 def download(
@@ -130,10 +128,8 @@ def download(
         revision: branch, tag or commit; the main branch if None.
         otherwise: what else the user can do, for the error.
 
-    Raises:
-        FileNotFoundError: if there is no such repository or revision, or it is neither on this
-            machine nor in reach.
-        ValueError: if repo_id cannot be the name of a repository.
+    Raises FileNotFoundError if there is no such repository or revision, or it is neither on this
+    machine nor in reach, and ValueError if repo_id cannot be the name of a repository.
     """
     from huggingface_hub import errors, snapshot_download
 

@@ -15,7 +15,7 @@ from harmonica.cost import Macs, macs
 from harmonica.denoise import Denoiser
 from harmonica.iepo import Proxy
 from harmonica.memory import is_out_of_memory
-from harmonica.processes import local_part, rank, world
+from harmonica.processes import local_part, mean_over_ranks, rank, world
 from harmonica.router import Router
 from harmonica.sdt import BETA, Update, sdt
 from harmonica.search.budget import target_of
@@ -127,6 +127,7 @@ def _trajectory(
         optimizer=state.optimizer,
         lam=state.lam,
         trajectory=state.trajectory,
+        mean=mean_over_ranks,
     )
 
 

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from harmonica import Router, Schedule, macs, sample, train_sdt
-from harmonica.cache import weighted, weighted_sum
 from harmonica.denoise import denoise, final_image
+from harmonica.forecast import taylor_weights, weighted, weighted_sum
 from harmonica.inference.lifetimes import Plan, fused_sum
 from harmonica.inference.walk import Walk
-from harmonica.table import taylor_weights
+from harmonica.storage.foreign import write_smoothcache
 
 
 def weigh(table, past, seed=0):
@@ -80,7 +80,7 @@ def test_weights_and_order_are_written_and_read(schedule, tmp_path_factory):
     assert Router(4, 4, about={"order": schedule.order}).schedule().order == schedule.order
     if schedule.gate_weights is not None:
         with refused("only reuses"):
-            schedule.export_smoothcache(path)
+            write_smoothcache(path, schedule)
 
 
 def test_weights_are_part_of_what_a_schedule_is():

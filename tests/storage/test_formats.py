@@ -18,6 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harmonica import Router, Schedule
+from harmonica.storage.foreign import write_smoothcache
+from harmonica.storage.hub import ROUTER, fetch, push, write_folder
 
 DATA = os.environ.get("HARMONICA_FOREIGN_DATA")
 DIT = tuple(f"blocks.{i}.{kind}" for i in range(28) for kind in ("attn", "mlp"))
@@ -225,7 +227,7 @@ THREE = [f"transformer_blocks.{site}" for site in ("3.attn1", "3.attn2", "3.ff",
 @given(tables())
 def test_an_exported_table_reads_back_the_same(tmp_path_factory, names, keys, schedule):
     path = tmp_path_factory.mktemp("export") / "s.json"
-    replace(schedule, sites=names).export_smoothcache(path)
+    write_smoothcache(path, replace(schedule, sites=names))
     data = json.loads(path.read_text())
     assert list(data) == keys
     assert data[keys[0]] == schedule.compute[:, 0].int().tolist()
@@ -236,7 +238,7 @@ def test_a_site_that_smoothcache_has_no_name_for_is_named(tmp_path):
     for other in ("mid_block.mlp", "transformer_blocks.0.attn1"):
         sites = ("blocks.0.attn", other)
         with refused(rf"1 sites cannot be exported: {other}; "):
-            Schedule([[1, 1]], sites).export_smoothcache(tmp_path / "s.json")
+            write_smoothcache(tmp_path / "s.json", Schedule([[1, 1]], sites))
         assert not (tmp_path / "s.json").exists()
 
 
@@ -306,37 +308,21 @@ def pair():
     return router, router.schedule(0.3)
 
 
-def same(one, other):
-    if isinstance(one, Schedule):
-        return one == other
-    return torch.equal(one(), other()) and (one.sites, one.about) == (other.sites, other.about)
-
-
-def test_a_folder_holds_the_file_that_save_writes_and_a_card(tmp_path):
-    for table, file in zip(pair(), ("router.safetensors", "schedule.json"), strict=True):
-        kind, folder = type(table).__name__, tmp_path / file.partition(".")[0]
-        table.save_pretrained(folder)
-        table.save(tmp_path / file)
-        assert sorted(p.name for p in folder.iterdir()) == ["README.md", file]
-        assert same(type(table).load(folder / file), type(table).load(tmp_path / file))
-        assert same(type(table).from_pretrained(folder), table)
-        card = (folder / "README.md").read_text()
-        assert card.startswith("---\nlibrary_name: harmonica\n")
-        assert f'{kind}.from_pretrained("{folder.name}")' in card
-        assert f"# {kind} for small" in card
-
-
-def test_each_folder_is_read_as_what_it_is(tmp_path):
+def test_a_folder_holds_the_files_that_save_writes_and_a_page(tmp_path):
     router, schedule = pair()
-    router.save_pretrained(tmp_path / "router")
-    schedule.save_pretrained(tmp_path / "schedule")
-    with refused(r"holds a router; use Router.from_pretrained"):
-        Schedule.from_pretrained(tmp_path / "router")
-    with refused(r"holds a schedule; use Schedule.from_pretrained"):
-        Router.from_pretrained(tmp_path / "schedule")
-    (tmp_path / "router" / "router.safetensors").unlink()
+    for name, files in (("one", []), ("both", [ROUTER])):
+        folder = tmp_path / name
+        write_folder(folder, schedule, router if files else None)
+        files = ["README.md", *files, "schedule.json"]
+        assert sorted(p.name for p in folder.iterdir()) == files
+        assert Schedule.load(fetch(folder)) == schedule
+        page = (folder / "README.md").read_text()
+        assert page.startswith("---\nlibrary_name: harmonica\n")
+        assert f'Schedule.load(fetch("{folder.name}"))' in page
+        assert "# Schedule for small" in page
+    assert torch.equal(Router.load(fetch(folder, ROUTER))(), router())
     with pytest.raises(FileNotFoundError, match=r"router\.safetensors: no such file"):
-        Router.from_pretrained(tmp_path / "router")
+        Router.load(fetch(tmp_path / "one", ROUTER))
 
 
 class Hub:
@@ -358,37 +344,37 @@ class Hub:
             (self.folder / file.name).write_bytes(file.read_bytes())
 
 
-@pytest.mark.parametrize("table", pair(), ids=["router", "schedule"])
-def test_what_is_pushed_is_what_is_fetched(tmp_path, monkeypatch, table):
+def test_what_is_pushed_is_what_is_fetched(tmp_path, monkeypatch):
     huggingface_hub = pytest.importorskip("huggingface_hub")
     hub, calls = Hub(tmp_path), {}
     monkeypatch.setattr(huggingface_hub, "HfApi", hub)
     fetched = lambda name, **options: calls.update(options, name=name) or tmp_path  # noqa: E731
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetched)
-    table.push_to_hub("table", private=True)
-    message = f"Upload a {type(table).__name__.lower()} made with HarmoniCa"
+    router, schedule = pair()
+    push("table", schedule, router, private=True)
+    message = "Upload a table made with HarmoniCa"
     assert hub.calls == [("create", "table", True, True), ("upload", "me/table", message)]
-    assert 'from_pretrained("me/table")' in (tmp_path / "README.md").read_text()
-    again = type(table).from_pretrained("me/table", revision="v1")
+    assert 'fetch("me/table")' in (tmp_path / "README.md").read_text()
+    assert Schedule.load(fetch("me/table", revision="v1")) == schedule
     assert {"name": "me/table", "revision": "v1"}.items() <= calls.items()
-    assert same(again, table)
+    assert torch.equal(Router.load(fetch("me/table", ROUTER))(), router())
 
 
-@pytest.mark.parametrize("kind", [Router, Schedule])
-def test_a_repository_that_is_not_cached_is_one_clear_sentence_offline(kind, monkeypatch):
+def test_a_repository_that_is_not_cached_is_one_clear_sentence_offline(monkeypatch):
     constants = pytest.importorskip("huggingface_hub").constants
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     message = r"^me/table is not on this machine and cannot be fetched [^\n]*; connect to the Hub"
     with pytest.raises(FileNotFoundError, match=message):
-        kind.from_pretrained("me/table")
+        fetch("me/table")
     with refused(r"^\./a/b/c is no folder here and no name of a rep"):
-        kind.from_pretrained("./a/b/c")
+        fetch("./a/b/c")
 
 
 def test_the_hubs_client_is_not_imported_until_it_is_needed(tmp_path):
     script = (
-        "import sys; from harmonica import Router; r = Router(2, 2); r.save_pretrained('r'); "
-        "Router.from_pretrained('r').schedule(); print('huggingface_hub' in sys.modules)"
+        "import sys; from harmonica.storage.hub import *; from harmonica import Schedule\n"
+        "write_folder('s', Schedule([[1]])); Schedule.load(fetch('s'))\n"
+        "print('huggingface_hub' in sys.modules)"
     )
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True

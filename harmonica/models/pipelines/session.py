@@ -26,6 +26,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from harmonica.cache import called_by
+from harmonica.columns import fit
 from harmonica.cost import Macs
 from harmonica.models.arithmetic import EXACT, FUSED
 from harmonica.models.blocks import gated_blocks
@@ -80,7 +81,7 @@ class Session:
         self._exact, self._otherwise, self._offload = exact, otherwise, offload
         self._given = modules
         self.sites = tuple(_sites_of(pipe) if modules is None else modules)
-        self.schedules = [schedule.fit(self.sites) for schedule in schedules]
+        self.schedules = [fit(schedule, self.sites) for schedule in schedules]
         for schedule in self.schedules:
             schedule.check(schedule.steps, self.sites)
         self._tables = [Table(schedule) for schedule in self.schedules]

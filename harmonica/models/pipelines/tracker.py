@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from harmonica.cache import Compute, Feature, weighted_sum
+from harmonica.cache import Compute, Feature
+from harmonica.forecast import weighted_sum
 from harmonica.models.memo import Memo
 from harmonica.models.pipelines.kept import FIRST, Entry, Kept, Table, brought_back, keep
 
