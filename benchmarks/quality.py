@@ -11,7 +11,8 @@
 Each is [value, low, high] of a bootstrap. "…_difference" is the method's value minus the uncached walk's, resampled
 over the same noises, so an interval below zero means that the method is better than not caching at all.
 All methods return a schedule; one engine runs it on the same held-out noises. Methods that measure see 96 noises that
-are not among those (greedy search 8, for its price; refined tables are judged on 128, weights learned on 384). Each
+are not among those (greedy search 8, for its price; refined tables are judged on 128, weights learned on 384, table and
+weights in turn on 1536). Each
 finished row, pool and trained table is a file in --out: the same command continues.
 "order 1" and "order 2" are TaylorSeer's forecasts. Writes results/NAME.json and, for each model, T and
 sampler, results/NAME-MODEL-T-SAMPLER.png: the distance to the reference against speedup, first seeds.
@@ -44,6 +45,7 @@ from harmonica.inference.walk import Walk
 from harmonica.models import load
 from harmonica.search import baselines
 from harmonica.search.budget import Target
+from harmonica.search.in_turn import learn_in_turn
 from harmonica.search.learn import learn_weights
 from harmonica.search.references import Pool
 from harmonica.search.refine_router import refine_router
@@ -59,6 +61,7 @@ TRAINED = (
     "weights on dynamic programming",
     "weights on the refined table",
     "weights, everything computed",
+    "table and weights in turn",
 )
 MEASURED = (
     *("FORA", "FORA, order 1", "FORA, order 2", "SmoothCache", "Delta-DiT", "random", "greedy"),
@@ -139,6 +142,10 @@ def new_table(denoiser: Denoiser, method: str, speedup: float, job: Job) -> Sche
             of("refined towards the reference, order 1"), denoiser, job
         ),
         "weights, everything computed": lambda: weighted(everything(), denoiser, job),
+        "table and weights in turn": lambda: learn_in_turn(
+            denoiser, of("dynamic programming"), pool_of(denoiser, 1536, None, args), Target(speedup, macs(denoiser), denoiser.steps),
+            turns=2, iterations=384, generator=generator, progress=print,
+        ),
     }  # fmt: skip
     if method in ways:
         return ways[method]()

@@ -10,9 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import harmonica
-from harmonica import Schedule, sample
+from harmonica import Schedule, macs, sample
+from harmonica.search.budget import Target
 from harmonica.search.errors import image_errors, in_portions, outlier_weights
+from harmonica.search.in_turn import learn_in_turn
 from harmonica.search.learn import learn_weights, pool_errors, weighted_walk
+from harmonica.search.paths import whole_steps
 from harmonica.search.references import Pool, factor_of, references
 from harmonica.storage.files import read_tensors, write_tensors
 
@@ -225,3 +228,20 @@ def test_errors_are_means_over_an_image():
     assert image_errors(
         images, images + torch.tensor([1.0, 3.0])[:, None, None, None]
     ).tolist() == [1, 9]
+
+
+def test_table_and_weights_in_turn_end_on_target_and_no_worse_than_weights_alone():
+    d = make(steps=5)
+    pool, target = references(d, noises=12, factor=4), Target(1.4, macs(d), 5)
+    start = Schedule(whole_steps(d, (0, 2, 4)), sites=tuple(d.sites))
+    how = {"iterations": 6, "batch_size": 4}
+    errors = [
+        float(
+            pool_errors(
+                d, pool[slice(2)], learn_in_turn(d, start, pool, target, turns=n, **how)
+            ).mean()
+        )
+        for n in (0, 2)
+    ]
+    assert errors[1] <= errors[0]
+    assert target.speed(learn_in_turn(d, start, pool, target, turns=1, **how).compute) >= 1.4
