@@ -3,7 +3,7 @@
 import torch
 
 from harmonica.models import digits, load
-from harmonica.models.pipelines.denoiser import from_pipeline
+from harmonica.models.pipelines import from_pipeline
 from harmonica.models.sites import sites
 from harmonica.models.weights import dit_from_diffusers, dit_to_diffusers
 

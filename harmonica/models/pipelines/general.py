@@ -6,35 +6,40 @@
     cond                  (B, 2) int64: the row of the prompt, the seed of that sample's generator
 
 Nothing here knows a model. That the pipeline can be followed is verified when the denoiser is made
-(`harmonica.models.pipelines.probe`); what cannot be followed is refused there.
+(`harmonica.models.pipelines.denoiser`); what cannot be followed is refused there.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
+from harmonica.calls import in_call
 from harmonica.models.pipelines.inputs import Inputs, Sample
 from harmonica.models.pipelines.recorded import (
     Arrival,
     NotFollowedError,
     Recorded,
     State,
-    folded_out,
     global_generators,
-    scaled,
+    random_states,
+    zeros,
 )
-from harmonica.models.pipelines.runs import Arrive, Memo, real_forward
+from harmonica.models.pipelines.runs import Arrive, Memo, Method, Whole
 from harmonica.models.pipelines.standin import StandIns, plain_scheduler
+from harmonica.override import overridden
+from harmonica.run_again import run_again
+from harmonica.table import require
 
 CONDITIONS, ARRIVALS = 64, 8
 """How many conditions' encodings, and steps' arguments, are remembered."""
@@ -47,27 +52,17 @@ class PipelineDenoiser:
         steps, sites, about: as `Denoiser` says.
         batched: whether the pipeline takes several samples at once; otherwise they run one by one,
             and a site has a feature for each.
+        recorded: batch size -> what is known of its runs; of others than 1 it may be guessed.
     """
 
     def __init__(
-        self,
-        stand_ins: StandIns,
-        inputs: Inputs,
-        recorded: Recorded,
-        sites: Mapping[str, nn.Module],
-        about: Mapping[str, Any],
+        self, stand_ins: StandIns, inputs: Inputs, sites: Mapping[str, nn.Module], about: Any
     ) -> None:
         self.sites, self.about, self.inputs = sites, dict(about), inputs
         self.steps, self.batched = 0, False
-        self.again: Callable[[int], PipelineDenoiser]  # with another num_inference_steps
-        self.stand_ins, self.recorded = stand_ins, {1: recorded}
+        self.stand_ins, self.recorded = stand_ins, {1: Recorded(batch=1)}
         self._memos: OrderedDict[Hashable, Memo] = OrderedDict()
         self._arrivals: OrderedDict[tuple[int, int], tuple[Any, list[Arrival]]] = OrderedDict()
-
-    @property
-    def calls(self) -> int:
-        """Calls of the transformer in a prediction of one sample."""
-        return len(self.recorded[1].inputs)
 
     @property
     def draws_noise(self) -> bool:
@@ -75,10 +70,32 @@ class PipelineDenoiser:
         return self.recorded[1].draws_noise
 
     def with_steps(self, steps: int) -> PipelineDenoiser:
-        """Return the same pipeline with about so many steps."""
-        return self.again(round(self.inputs.call["num_inference_steps"] * steps / self.steps))
+        """Return the same pipeline with about so many steps; it is not verified again."""
+        number = round(self.inputs.call["num_inference_steps"] * steps / self.steps)
+        inputs = replace(self.inputs, call={**self.inputs.call, "num_inference_steps": number})
+        other = PipelineDenoiser(self.stand_ins, inputs, self.sites, self.about)
+        other.watch(torch.tensor([[0, 0]]), self.recorded[1].again(1))
+        other.batched = self.batched
+        return other
 
-    def draw(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    @torch.no_grad()
+    def watch(self, cond: Tensor, recorded: Recorded, run_once: Method | None = None) -> None:
+        """Run the pipeline once and fill in `recorded`, which says what is known from now on.
+
+        The transformer runs by `run_once`, if it is given: (module, args, kwargs) -> output.
+        """
+        samples, device = samples_of(cond), self.stand_ins.device
+        run = Whole(recorded, device, self._remembered(samples), run_once)
+        before = self._seeds(samples)
+        with random_states(device, before) as after:
+            self.stand_ins.run(run, self.inputs.of(samples))
+        if not recorded.steps:
+            raise NotFollowedError("it never steps its scheduler, or steps a copy of it")
+        recorded.random = any(not torch.equal(*pair) for pair in zip(before, after, strict=True))
+        self.steps, self.recorded[recorded.batch] = len(recorded.steps), recorded
+        self.about["timesteps"] = self.recorded[1].timesteps
+
+    def draw(self, batch_size: int, generator: Generator) -> tuple[Tensor, Tensor]:
         """Draw prompts and seeds; return the noise that the pipeline draws for them, and cond."""
         options: dict[str, Any] = {"generator": generator, "device": generator.device}
         rows = torch.randint(self.inputs.rows, (batch_size,), **options)
@@ -89,7 +106,7 @@ class PipelineDenoiser:
     def noise(self, cond: Tensor) -> Tensor:
         """Return the x that the pipeline starts from for these prompts and seeds, (B, …)."""
         with torch.no_grad(), without_modes():
-            arrivals = [self._run([sample], None, 0, pretend=True) for sample in samples_of(cond)]
+            arrivals = [self._run([sample], None, 0, None) for sample in samples_of(cond)]
             firsts = [a.sample for a in arrivals if a.sample is not None]
             return torch.cat([self.recorded[1].fold(first) for first in firsts])
 
@@ -105,17 +122,35 @@ class PipelineDenoiser:
         return self._predict(x, k, cond, pretend=True), self._arrivals[id(x), k][1][0]
 
     def _predict(self, x: Tensor, k: int, cond: Tensor, *, pretend: bool) -> Tensor:
-        samples, parts = self._checked(x, k, cond)
+        self._check(x, k, cond)
+        samples = samples_of(cond)
+        groups = [samples] if self.batched else [[sample] for sample in samples]
+        arrivals, outs = list[Arrival](), list[Tensor]()
         with without_modes() as modes:
-            arrivals = [
-                self._run(group, part, k, pretend=pretend, modes=modes, first_call=i)
-                for i, (group, part) in enumerate(zip(samples, parts, strict=True))
-            ]
-            outs = [self._left(a, part, k) for a, part in zip(arrivals, parts, strict=True)]
+            for i, (group, part) in enumerate(zip(groups, x.chunk(len(groups)), strict=True)):
+                first_call = i * len(self.recorded[1].inputs)
+                forward = None if pretend else self._forward(len(group), first_call, modes)
+                arrivals.append(self._run(group, part, k, forward))
+                outs.append(self._left(arrivals[-1], part, k))
         self._arrivals[id(x), k] = weakref.ref(x), arrivals
         while len(self._arrivals) > ARRIVALS:
             self._arrivals.popitem(last=False)
         return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def _check(self, x: Tensor, k: int, cond: Tensor) -> None:
+        (n, *shape), rows = self.recorded[1].first.shape, self.inputs.rows
+        last = self.steps - 1
+        require(0 <= k <= last, f"step {k} of a walk of {self.steps} steps, 0 to {last}")
+        fits = cond.dim() == 2 and cond.shape[1] == 2 and not cond.is_floating_point() and len(cond)
+        require(
+            bool(fits) and x.shape == (len(cond) * n, *shape),
+            f"found x {tuple(x.shape)} and cond {tuple(cond.shape)} {cond.dtype}; expected "
+            f"({', '.join(['B' if n == 1 else f'{n}·B', *map(str, shape)])}) and (B, 2) whole "
+            "numbers, as `draw` returns",
+        )
+        chosen = [row for row, _ in samples_of(cond)]
+        known = all(0 <= row < rows for row in chosen)
+        require(known, f"cond names rows {chosen}; there are {rows} prompts")
 
     def _left(self, arrival: Arrival, x: Tensor, k: int) -> Tensor:
         """Return the model's output for x at step k, which the arrival need not keep."""
@@ -126,7 +161,7 @@ class PipelineDenoiser:
                 f"{self.about['model']} starts from noise of its own and lets none be put in; pass "
                 "x and cond as `draw` returned them"
             )
-        out: Tensor = folded_out(recorded, arrival.out, sample)
+        out: Tensor = recorded.fold_out(arrival.out, sample)
         arrival.out = None
         return out
 
@@ -152,107 +187,70 @@ class PipelineDenoiser:
 
     def _take(self, a: Arrival, start: State, x: Tensor, out: Tensor) -> tuple[Tensor, State]:
         """Take one run's step with a scheduler of the walk's own."""
-        recorded = self.recorded[1]
+        recorded, states, mine = self.recorded[1], iter(start.generators), list[Generator]()
         scheduler = plain_scheduler(self.stand_ins.pipe.scheduler, start.scheduler)
-        sample = recorded.unfold(x) if a.sample is None else a.sample
+        sample = x if a.sample is None else a.sample
         doubled = recorded.doubled and 2 * len(out) == len(sample)
         given = {"model_output": torch.cat([out, out]) if doubled else out, "sample": sample}
         given |= {name: start.carried[i] for name, i in a.carried.items()}
-        states, mine = iter(start.generators), list[torch.Generator]()
 
-        def again(generator: torch.Generator) -> torch.Generator:
-            mine.append(torch.Generator(generator.device).set_state(next(states)))
+        def again(generator: Generator) -> Generator:
+            mine.append(Generator(generator.device).set_state(next(states)))
             return mine[-1]
 
-        arguments = tree_map_only(torch.Generator, again, {**a.arguments.arguments, **given})
+        arguments = tree_map_only(Generator, again, {**a.arguments, **given})
         arguments |= arguments.pop("kwargs", {})
-        with self._random(start.random) as random:
+        with random_states(self.stand_ins.device, start.random) as random:
             result = scheduler.step(**arguments)
         after, *carried = tree_leaves(result)
         state = State(vars(scheduler), carried, [g.get_state() for g in mine], random)
         return recorded.fold(after), state
 
-    @contextmanager
-    def _random(self, states: list[Tensor]) -> Iterator[list[Tensor]]:
-        """Set torch's global generators for a while; yields a list that then holds their states."""
-        generators = global_generators(self.stand_ins.device) if states else []
-        before, after = [g.get_state() for g in generators], list[Tensor]()
-        try:
-            _set(generators, states)
-            yield after
-        finally:
-            after.extend(g.get_state() for g in generators)
-            _set(generators, before)
-
     def _run(
-        self, samples: Sequence[Sample], x: Tensor | None, k: int, *, pretend: bool,
-        modes: Sequence[Any] = (), first_call: int = 0,
-    ) -> Arrival:  # fmt: skip
-        """Run the pipeline to step k."""
-        batch, calls = len(samples), self.calls
-        if batch not in self.recorded:  # guessed from runs of one sample
-            one = self.recorded[1]
-            self.recorded[batch] = replace(one, batch=batch, answers=scaled(one, batch))
-        recorded = self.recorded[batch]
-
-        def forward(name: str, module: Any, call: int, args: Any, kwargs: Any) -> Any:
-            if name != "transformer":
-                return module(*args, **kwargs)
-            known = recorded.answers.get((name, call))
-            return real_forward(module, first_call * calls + call, args, kwargs, modes, known)
-
-        answer, memos = None if pretend else forward, self.memos(samples)
-        run = Arrive(recorded, self.stand_ins.device, memos, k, x, answer)
-        with self.seeded(samples):
+        self, samples: Sequence[Sample], x: Tensor | None, k: int, forward: Method | None
+    ) -> Arrival:
+        """Run the pipeline to step k, where the models answer by `forward`, if it is given."""
+        memos, device = self._remembered(samples), self.stand_ins.device
+        run = Arrive(self._recorded_of(len(samples)), device, memos, k, x, forward)
+        with random_states(device, self._seeds(samples)):
             self.stand_ins.run(run, self.inputs.of(samples))
         if run.arrival is None:
             raise NotFollowedError(f"the pipeline ends before step {k}")
         return run.arrival
 
-    def memos(self, samples: Sequence[Sample]) -> tuple[Memo, Memo]:
-        """Return what is remembered for these rows, and for these rows with these seeds."""
-        return self._memo(tuple(row for row, _ in samples)), self._memo(tuple(samples))
+    def _recorded_of(self, batch: int) -> Recorded:
+        if batch not in self.recorded:  # guessed from runs of one sample
+            one = self.recorded[1]
+            self.recorded[batch] = replace(one, batch=batch, answers=one.scaled(batch))
+        return self.recorded[batch]
 
-    def _memo(self, key: Hashable) -> Memo:
-        memo = self._memos[key] = self._memos.pop(key, {})
+    def _forward(self, batch: int, first_call: int, modes: Sequence[Any]) -> Method:
+        answers = self._recorded_of(batch).answers
+
+        def forward(name: str, module: Any, call: int, args: Any, kwargs: Any) -> Any:
+            if name != "transformer":
+                return module(*args, **kwargs)
+            output = _ran(module, first_call + call, args, kwargs, modes)
+            fake = any(isinstance(leaf, FakeTensor) for leaf in tree_leaves(output))
+            return tree_map(zeros, answers.get((name, call))) if fake else output
+
+        return forward
+
+    def _remembered(self, samples: Sequence[Sample]) -> tuple[Memo, Memo]:
+        """Return what is remembered for these rows, and for these rows with these seeds."""
+        keys = tuple(row for row, _ in samples), tuple(samples)
+        memos = [self._memos.pop(key, {}) for key in keys]
+        self._memos.update(zip(keys, memos, strict=True))
         while len(self._memos) > CONDITIONS:
             self._memos.popitem(last=False)
-        return memo
+        return memos[0], memos[1]
 
-    def _checked(self, x: Tensor, k: int, cond: Tensor) -> tuple[list[list[Sample]], Any]:
-        """Return the samples and the parts of x of each run."""
-        one = self.recorded[1].first
-        if not 0 <= k < self.steps:
-            raise ValueError(f"step {k} of a walk of {self.steps} steps, 0 to {self.steps - 1}")
-        fits = cond.dim() == 2 and cond.shape[1] == 2 and not cond.is_floating_point() and len(cond)
-        if not fits or x.shape != (len(cond) * len(one), *one.shape[1:]):
-            batch = "B" if len(one) == 1 else f"{len(one)}·B"
-            shape = ", ".join([batch, *map(str, one.shape[1:])])
-            raise ValueError(
-                f"found x {tuple(x.shape)} and cond {tuple(cond.shape)} {cond.dtype}; expected "
-                f"({shape}) and (B, 2) whole numbers, as `draw` returns"
-            )
-        samples = samples_of(cond)
-        rows = [row for row, _ in samples]
-        if min(rows) < 0 or max(rows) >= self.inputs.rows:
-            raise ValueError(f"cond names rows {rows}; there are {self.inputs.rows} prompts")
-        if self.batched:
-            return [samples], [x]
-        return [[sample] for sample in samples], x.chunk(len(samples))
-
-    @contextmanager
-    def seeded(self, samples: Sequence[Sample]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-        """Seed torch's global generators by the first sample, if the pipeline draws from them.
-
-        Yields their states, and a list that holds their states afterwards.
+    def _seeds(self, samples: Sequence[Sample]) -> list[Tensor]:
+        """Return states of torch's global generators for a run of these samples, seeded by the
+        first of them; none if the pipeline does not draw from them.
         """
-        states: list[Tensor] = []
-        if self.recorded[1].random:
-            for generator in global_generators(self.stand_ins.device):
-                own = torch.Generator(generator.device).manual_seed(samples[0][1])
-                states.append(own.get_state())
-        with self._random(states) as after:
-            yield states, after
+        own = global_generators(self.stand_ins.device) if self.recorded[1].random else []
+        return [Generator(g.device).manual_seed(samples[0][1]).get_state() for g in own]
 
 
 def samples_of(cond: Tensor) -> list[Sample]:
@@ -260,6 +258,29 @@ def samples_of(cond: Tensor) -> list[Sample]:
     return [(int(row), int(seed)) for row, seed in cond.tolist()]
 
 
-def _set(generators: Sequence[torch.Generator], states: Sequence[Tensor]) -> None:
-    for generator, state in zip(generators, states, strict=True):
-        generator.set_state(state)
+def _ran(module: nn.Module, call: int, args: Any, kwargs: Any, modes: Sequence[Any]) -> Any:
+    """Run the transformer under the dispatch modes that were on when the prediction was asked for.
+
+    What counts operations on fake tensors sees the transformer; the pipeline goes on with zeros.
+    Checkpointed blocks, which backward runs again, know the call that they belong to.
+    """
+
+    def again(run: Method, args: Any, kwargs: Any) -> Any:
+        block, *inputs = args
+
+        def forward(*inputs: Any) -> Any:
+            with in_call(call):
+                return block(*inputs)
+
+        return run_again(forward, *inputs)
+
+    name, parts = "_gradient_checkpointing_func", module.modules()
+    blocks = [part for part in parts if getattr(part, "gradient_checkpointing", False)]
+    told = ((block, name, again) for block in blocks if callable(getattr(block, name, None)))
+    with ExitStack() as stack:
+        for mode in modes:
+            stack.enter_context(mode)
+        if torch.is_grad_enabled():
+            stack.enter_context(overridden(told))
+        stack.enter_context(in_call(call))
+        return module(*args, **kwargs)

@@ -17,6 +17,7 @@ from torch import Tensor
 from harmonica.models.pipelines.checks import check_pipeline, transformers_of
 from harmonica.models.prompts import prompts_from
 from harmonica.storage.files import StrPath
+from harmonica.table import require
 
 Sample = tuple[int, int]
 """Row of the prompt, seed."""
@@ -43,11 +44,10 @@ class Inputs:
         if several and isinstance(call.get("negative_prompt"), str):
             call["negative_prompt"] = [call["negative_prompt"]] * len(samples)
         for name, values in self.each.items():
+            chosen = [values[row] for row, _ in samples]  # an index tensor would be waited for
             if isinstance(values, Tensor):
-                # An index would be copied to the device, and waited for.
-                call[name] = torch.stack([values[row] for row, _ in samples])
+                call[name] = torch.stack(chosen)
             else:
-                chosen = [values[row] for row, _ in samples]
                 alone = not several and not isinstance(chosen[0], Tensor | int)
                 call[name] = chosen[0] if alone else chosen
         if self.takes_generator:
@@ -61,31 +61,23 @@ def inputs_of(
     steps: int | None,
     prompts: StrPath | Sequence[str] | None,
     each: Mapping[str, Any] | None,
-    call: dict[str, Any],
+    call: Mapping[str, Any],
 ) -> Inputs:
     """Return what the pipeline is called with; raises as `from_pipeline` does."""
     check_pipeline(pipe)
     name, parameters = type(pipe).__name__, inspect.signature(type(pipe).__call__).parameters
     if "transformer_2" in transformers_of(pipe):
         raise TypeError(f"{name} runs two transformers in one walk; from_pipeline follows one")
-    each = dict(each or {})
-    given = {**each, **call}
-    if (
-        prompts is None
-        and "prompt" in parameters
-        and not {"prompt", "prompt_embeds"} & given.keys()
-    ):
-        prompts = prompts_from(None)
-    if prompts is not None:
-        each = each | {"prompt": list(prompts_from(prompts))}
+    each, call = dict(each or {}), dict(call)
+    given = {*each, *call}
+    if prompts is not None or ("prompt" in parameters and not {"prompt", "prompt_embeds"} & given):
+        each["prompt"] = list(prompts_from(prompts))
     if "class_labels" in parameters and "class_labels" not in given:
-        each = each | {"class_labels": list(range(pipe.transformer.config.num_embeds_ada_norm))}
+        each["class_labels"] = list(range(pipe.transformer.config.num_embeds_ada_norm))
     _check_arguments(name, parameters, each, call)
-    if steps is None:
-        steps = parameters["num_inference_steps"].default
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps is {steps}; a walk has at least 1")
-    call = call | {"num_inference_steps": steps}
+    steps = parameters["num_inference_steps"].default if steps is None else steps
+    require(isinstance(steps, int) and steps >= 1, f"steps is {steps}; a walk has at least 1")
+    call["num_inference_steps"] = steps
     if "output_type" in parameters:
         call.setdefault("output_type", "latent")
     rows = len(next(iter(each.values()), [None]))
@@ -101,16 +93,13 @@ def _check_arguments(
             takes = f"it takes {', '.join(list(parameters)[1:])}"
             hint = f"did you mean {' or '.join(near)}?" if near else takes
             raise TypeError(f"{name} does not take {argument}; {hint}")
-    for argument in ("generator", "latents"):
-        if argument in {**each, **call}:
-            raise ValueError(f"{argument} is given; x and its seeds take its place, leave it out")
+    for argument in {"generator", "latents"} & {*each, *call}:
+        raise ValueError(f"{argument} is given; x and its seeds take its place, leave it out")
     for argument in ("num_images_per_prompt", "num_videos_per_prompt"):
-        if call.get(argument, 1) != 1:
-            raise ValueError(
-                f"{argument} is {call[argument]}; a sample is one image, so leave it out"
-            )
+        count = call.get(argument, 1)
+        require(count == 1, f"{argument} is {count}; a sample is one image, so leave it out")
     lengths = {argument: len(values) for argument, values in each.items()}
-    if len(set(lengths.values())) > 1 or 0 in lengths.values():
-        raise ValueError(
-            f"the lengths of prompts and each differ, or are zero: {lengths}; give each prompt one"
-        )
+    require(
+        len(set(lengths.values())) < 2 and 0 not in lengths.values(),
+        f"the lengths of prompts and each differ, or are zero: {lengths}; give each prompt one",
+    )

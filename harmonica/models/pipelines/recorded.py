@@ -1,8 +1,8 @@
-"""What is known of a pipeline's walk, and how it is told: recorded runs, arrivals, digests.
+"""What runs of a pipeline have shown, and how two of them are held against each other.
 
-    Recorded   what one whole run showed: a template of each model's output, the scheduler's state
-               after each step
+    Recorded   what a whole run showed: shapes of each model's output, what each step was given
     Arrival    what reached the scheduler at one step of one run
+    State      what the sampler of one run remembers between two steps
     digest     a number that tells two trees of tensors apart, to the bit
     pretended  an answer that has a model's shapes, depends on all its inputs, and costs nothing
 
@@ -11,14 +11,17 @@ This file does not know pipelines or denoisers.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch import Generator, Tensor
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+
+Answers = dict[tuple[str, int], Any]
+"""(model, number of its call) -> the output of that call at step 0, of which only shapes count."""
 
 
 class NotFollowedError(ValueError):
@@ -31,30 +34,57 @@ class Leave(BaseException):
 
 @dataclass
 class Recorded:
-    """What one whole run showed."""
+    """What one whole run showed; every list has an entry for each step."""
 
     batch: int
-    answers: dict[tuple[str, int], Any] = field(default_factory=dict)  # (model, call) at step 0
+    answers: Answers = field(default_factory=dict)
     inputs: list[list[torch.Size]] = field(default_factory=list)  # of each call, at step 0
     looping: set[str] = field(default_factory=lambda: {"transformer"})  # called at later steps too
-    steps: list[dict[str, Any]] = field(default_factory=list)  # digests of what each was given
-    after: list[int] = field(default_factory=list)  # digest of x after each step
-    states: list[dict[str, Any]] = field(default_factory=list)  # of the scheduler, after each step
+    steps: list[dict[str, int]] = field(default_factory=list)  # digests of what it was given
+    after: list[int] = field(default_factory=list)  # digest of x after it
+    states: list[dict[str, Any]] = field(default_factory=list)  # of the scheduler after it
     returned: Any = None  # by the scheduler's first step
     first: Tensor = field(default_factory=lambda: torch.empty(0))  # x of step 0
     doubled: bool = False  # the scheduler steps [x; x]
     entry: tuple[str, int, int] | None = None  # where x comes from: source, call, leaf
     timesteps: tuple[float, ...] = ()
     draws_noise: bool = False  # a step of the scheduler does
-    random: bool = False  # torch's global generators are drawn from
+    random: bool = True  # torch's global generators may be drawn from
 
     def fold(self, x: Tensor) -> Tensor:
         """Return the x of [x; x], if that is what the scheduler steps."""
         return x[: len(x) // 2] if self.doubled else x
 
-    def unfold(self, x: Tensor) -> Tensor:
-        """Return what the scheduler steps for x."""
-        return torch.cat([x, x]) if self.doubled else x
+    def fold_out(self, out: Any, sample: Tensor) -> Any:
+        """Return the model's output for x, if the scheduler is given [out; out] with [x; x]."""
+        return self.fold(out) if isinstance(out, Tensor) and len(out) == len(sample) else out
+
+    def again(self, batch: int) -> Recorded:
+        """Return what to record another run in, in which no model need run."""
+        answers = dict(self.answers) if batch == 1 else self.scaled(batch)
+        return Recorded(batch, answers, looping=self.looping, random=self.random)
+
+    def scaled(self, batch: int) -> Answers:
+        """Guess the answers of a batch from those of one sample: first dimensions grow, and so do
+        lists of the transformer's.
+        """
+
+        def grown(leaf: Tensor) -> Tensor:
+            if not leaf.dim():
+                return leaf
+            return leaf.new_empty(()).expand(len(leaf) * batch, *leaf.shape[1:])
+
+        def of_lists(answer: Any) -> Any:
+            if isinstance(answer, list):
+                return answer * batch
+            many = isinstance(answer, tuple)
+            return tuple(map(of_lists, answer)) if many else tree_map_only(Tensor, grown, answer)
+
+        def of(name: str, answer: Any) -> Any:
+            loops = name == "transformer"
+            return of_lists(answer) if loops else tree_map_only(Tensor, grown, answer)
+
+        return {key: of(key[0], answer) for key, answer in self.answers.items()}
 
 
 @dataclass(frozen=True)
@@ -71,50 +101,28 @@ class State:
 class Arrival:
     """What reaches the scheduler at one step of one run."""
 
-    arguments: inspect.BoundArguments  # without the model's output
+    arguments: dict[str, Any]  # by name, without the model's output and the sample
     sample: Tensor | None  # None where it is x itself, which must not be kept alive
-    out: Tensor | None
+    out: Any  # None once it was used
     carried: dict[str, int]  # argument -> which of the values that the step before returned
     start: State  # right at step 0; later ones are the walk's
 
 
-def state_of(scheduler: Any) -> dict[str, Any]:
+def state_of(attributes: dict[str, Any]) -> dict[str, Any]:
     """Return what a scheduler remembers, its attributes, in copies: PNDM adds to a tensor in place.
 
     What others have put on the instance to hide its methods is not among it.
     """
-    held = scheduler if isinstance(scheduler, Mapping) else vars(scheduler)
-    return {
-        key: _copied(value) for key, value in held.items() if key not in ("step", "set_timesteps")
-    }
+    own = {key: it for key, it in attributes.items() if key not in ("step", "set_timesteps")}
+    return tree_map_only(Tensor, Tensor.clone, own)  # type: ignore[no-any-return]
 
 
-def _copied(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_copied(item) for item in value]
-    return value.clone() if isinstance(value, Tensor) else value
+def generators_in(arguments: dict[str, Any]) -> list[Generator]:
+    """Return the generators among the arguments of a step, in their order."""
+    return [leaf for leaf in tree_leaves(list(arguments.values())) if isinstance(leaf, Generator)]
 
 
-def bind(
-    step: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> inspect.BoundArguments:
-    """Bind the arguments of a scheduler's step to their names."""
-    return inspect.signature(step).bind(*args, **kwargs)
-
-
-def folded_out(recorded: Recorded, out: Any, sample: Tensor) -> Any:
-    """Return the model's output for x, if the scheduler is given [out; out] with [x; x]."""
-    both = recorded.doubled and isinstance(out, Tensor) and len(out) == len(sample)
-    return recorded.fold(out) if both else out
-
-
-def generators_in(bound: inspect.BoundArguments) -> list[torch.Generator]:
-    """Return the generators among the arguments, in their order."""
-    leaves = tree_leaves(list(bound.arguments.values()))
-    return [leaf for leaf in leaves if isinstance(leaf, torch.Generator)]
-
-
-def global_generators(device: torch.device) -> list[torch.Generator]:
+def global_generators(device: torch.device) -> list[Generator]:
     """Return torch's generators that a pipeline on this device draws from if it is given none."""
     if device.type != "cuda":
         return [torch.default_generator]
@@ -123,38 +131,22 @@ def global_generators(device: torch.device) -> list[torch.Generator]:
     return [torch.default_generator, torch.cuda.default_generators[number]]
 
 
-def states_of(device: torch.device) -> list[Tensor]:
-    """Return the states of these generators."""
-    return [generator.get_state() for generator in global_generators(device)]
+@contextmanager
+def random_states(device: torch.device, states: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Set torch's global generators in this `with`, unless `states` is empty.
 
-
-def scaled(recorded: Recorded, batch: int) -> dict[tuple[str, int], Any]:
-    """Guess the answers of a larger batch: first dimensions grow, and so do lists of the
-    transformer's.
+    Yields a list that holds their states afterwards.
     """
-
-    def grown(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.dim():
-            return leaf
-        size = (len(leaf) * batch // recorded.batch, *leaf.shape[1:])
-        return leaf.new_empty(()).expand(size)
-
-    def of_lists(answer: Any) -> Any:
-        if isinstance(answer, list):
-            return answer * (batch // recorded.batch)
-        if isinstance(answer, tuple):
-            return tuple(map(of_lists, answer))
-        return tree_map(grown, answer)
-
-    return {
-        key: of_lists(answer) if key[0] == "transformer" else tree_map(grown, answer)
-        for key, answer in recorded.answers.items()
-    }
-
-
-def shape_of(leaf: Tensor) -> Tensor:
-    """Return a tensor of this shape, type and place that holds one number."""
-    return leaf.new_empty(()).expand(leaf.shape)
+    generators = global_generators(device) if states else []
+    before, after = [g.get_state() for g in generators], list[Tensor]()
+    try:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+        yield after
+    finally:
+        for generator, state in zip(generators, before, strict=True):
+            after.append(generator.get_state())
+            generator.set_state(state)
 
 
 def same(leaf: Any) -> Any:
@@ -170,13 +162,12 @@ def zeros(leaf: Any) -> Any:
 def pretended(answer: Any, name: str, call: int, inputs: Any) -> Any:
     """Return an answer of these shapes, which depends on all inputs and costs nothing."""
     share = digest(inputs) % 10_007 / 10_007
-    generator = torch.Generator().manual_seed(len(name) + 1000 * call)
+    generator = Generator().manual_seed(len(name) + 1000 * call)
 
     def drawn(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
             return leaf
-        noise = torch.randn(leaf.shape, generator=generator)
-        return (noise * (0.5 + share)).to(leaf)
+        return (torch.randn(leaf.shape, generator=generator) * (0.5 + share)).to(leaf)
 
     return tree_map(drawn, answer)
 

@@ -1,7 +1,8 @@
 """Runs: a pipeline's `__call__` as a walk that can be entered before any step and left after any
 prediction.
 
-    Run       what every run does: it is told of latents, encoders, models and steps
+    Run       is told of latents, encoders, models and steps, and says what each answers
+    Whole     runs all steps on answers that cost nothing, and records what it sees
     Arrive    skips to step k, puts x in, lets the transformer run there, and leaves with what the
               scheduler is given
 
@@ -12,33 +13,16 @@ meanwhile is as in the recorded run. This file does not know what a step of the 
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from harmonica.calls import in_call
-from harmonica.models.pipelines.recorded import (
-    Arrival,
-    Leave,
-    NotFollowedError,
-    Recorded,
-    State,
-    bind,
-    generators_in,
-    pretended,
-    same,
-    state_of,
-    states_of,
-    zeros,
-)
-from harmonica.override import overridden
-from harmonica.run_again import run_again
+from harmonica.models.pipelines import recorded as record
+from harmonica.models.pipelines.recorded import Arrival, Leave, NotFollowedError, Recorded, State
 
 Method = Callable[..., Any]
 Memo = dict[Hashable, Any]
@@ -51,11 +35,8 @@ class Run:
         recorded: what is known of such runs.
         device: where the pipeline runs.
         scheduler: the stand-in's; a pipeline may copy it, and the copies tell nothing.
-        draws: whether to tell of what the pipeline's module draws with `randn_tensor`.
         k: step that the run is in.
     """
-
-    draws = True
 
     def __init__(self, recorded: Recorded, device: torch.device, memos: tuple[Memo, Memo]) -> None:
         self.recorded, self.device, self.k = recorded, device, 0
@@ -73,9 +54,9 @@ class Run:
 
     def prepared(self, source: str, result: Any) -> Any:
         """Return the latents to start from, given what `prepare_latents` or `randn_tensor` gave."""
-        return result
+        raise NotImplementedError
 
-    def encoded(self, name: str, compute: Callable[[], Any], args: Any) -> Any:
+    def encoded(self, name: str, compute: Method, args: Any) -> Any:
         """Return what a method answers that depends on the condition alone; remember it, unless it
         takes a generator.
         """
@@ -83,11 +64,10 @@ class Run:
             return compute()
         return self._remembered(self._of_rows, name, compute)
 
-    def _remembered(self, memo: Memo, name: str, compute: Callable[[], Any]) -> Any:
+    def _remembered(self, memo: Memo, name: str, compute: Method) -> Any:
         key = (name, self._count(name))
         if key not in memo:
-            self._inside = True
-            before = torch.get_rng_state()
+            self._inside, before = True, torch.get_rng_state()
             try:
                 with torch.inference_mode(False), torch.no_grad():
                     answer = compute()
@@ -98,7 +78,7 @@ class Run:
         answer, after = memo[key]
         if after is not None:
             torch.set_rng_state(after)
-        return tree_map(same, answer)
+        return tree_map(record.same, answer)
 
     def called(self, name: str, module: Any, *args: Any, **kwargs: Any) -> Any:
         """Return what a call of a model answers, whose own answer would be `module(…)`."""
@@ -108,24 +88,123 @@ class Run:
             raise Leave(self)
         if name in self.recorded.looping:
             return self._looping(name, self._count(name), module, args, kwargs)
-        return self._once(name, functools.partial(module, *args, **kwargs), args, kwargs)
+        return self._once(name, module, args, kwargs)
 
-    def _once(self, name: str, compute: Callable[[], Any], args: Any, kwargs: Any) -> Any:
+    def _once(self, name: str, module: Any, args: Any, kwargs: Any) -> Any:
         """Answer a model that runs before the loop."""
-        return self._remembered(self._of_samples, name, compute)
+        return self._remembered(self._of_samples, name, partial(module, *args, **kwargs))
 
     def _looping(self, name: str, call: int, module: Any, args: Any, kwargs: Any) -> Any:
         """Answer a model that runs at every step."""
         raise NotImplementedError
 
-    def stepped(self, step: Method, *args: Any, **kwargs: Any) -> Any:
-        """Return what a step of the scheduler answers, whose own answer would be `step(…)`."""
+    def stepped(self, step: Method, given: dict[str, Any]) -> Any:
+        """Return what a step of the scheduler answers, whose own answer would be `step()`.
+
+        It is given these arguments by name.
+        """
         raise NotImplementedError
 
     def _next_step(self) -> None:
         self.k += 1
         for name in self.recorded.looping:
             self._counts.pop(name, None)
+
+
+class Whole(Run):
+    """A run of all steps on answers that cost nothing; what it shows is in `recorded`.
+
+    Args:
+        recorded, device, memos: as `Run` has them.
+        run_once: (module, args, kwargs) -> the output of a transformer's call at step 0, for its
+            shapes; None if `recorded` has the answers already.
+    """
+
+    def __init__(
+        self,
+        recorded: Recorded,
+        device: torch.device,
+        memos: tuple[Memo, Memo],
+        run_once: Method | None,
+    ) -> None:
+        super().__init__(recorded, device, memos)
+        self.run_once = run_once
+        self._latents: list[tuple[tuple[str, int, int], Tensor]] = []
+
+    def prepared(self, source: str, result: Any) -> Any:
+        """Note the tensors that x may come from."""
+        if self.k == 0:
+            call, leaves = self._count(source), enumerate(tree_leaves(result))
+            self._latents += [((source, call, i), x) for i, x in leaves if isinstance(x, Tensor)]
+        return result
+
+    def _once(self, name: str, module: Any, args: Any, kwargs: Any) -> Any:
+        if self.k > 0:  # it was taken for something that runs before the loop
+            self.recorded.looping.add(name)
+            self._counts.pop(name, None)
+            return self._looping(name, self._count(name), module, args, kwargs)
+        answer = super()._once(name, module, args, kwargs)
+        # A tree of its own: some transformers take what they read out of a list.
+        self.recorded.answers.setdefault((name, self._counts[name]), tree_map(record.same, answer))
+        return answer
+
+    def _looping(self, name: str, call: int, module: Any, args: Any, kwargs: Any) -> Any:
+        answers, at_first = self.recorded.answers, self.recorded.inputs
+        if name == "transformer":
+            shapes = [x.shape for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+            if self.k == 0:
+                at_first.append(shapes)
+                if self.run_once is not None:
+                    answers[name, call] = self.run_once(module, args, kwargs)
+            elif call < len(at_first) and shapes != at_first[call]:
+                now, then = ([tuple(shape) for shape in each] for each in (shapes, at_first[call]))
+                raise NotFollowedError(
+                    f"the transformer's inputs have shapes {now}, and had {then} at step 0"
+                )
+        if (name, call) not in answers:
+            raise NotFollowedError(f"{name} is called {call + 1} times, and {call} times at step 0")
+        return record.pretended(answers[name, call], name, call, (args, kwargs))
+
+    def stepped(self, step: Method, given: dict[str, Any]) -> Any:
+        """Note what the step is given, step, and note what comes of it."""
+        recorded, calls = self.recorded, self._counts.get("transformer", -1) + 1
+        if calls != len(recorded.inputs) or not calls:
+            raise NotFollowedError(
+                f"the transformer is called {calls} times, {len(recorded.inputs)} times at step 0 "
+                "(guidance that begins or ends midway, or a step without the transformer)"
+            )
+        sample = given.get("sample")
+        if not isinstance(sample, Tensor) or not sample.is_floating_point():
+            raise NotFollowedError(
+                "its scheduler does not step a noisy image, a tensor called sample"
+            )
+        if self.k == 0:
+            self._enter(sample)
+        out = recorded.fold_out(given["model_output"], sample)
+        own = given | {"sample": recorded.fold(sample), "model_output": out}
+        recorded.steps.append({name: record.digest(value) for name, value in own.items()})
+        sources = [*record.generators_in(given), *record.global_generators(self.device)]
+        before = [generator.get_state() for generator in sources]
+        result = step()
+        drew = (not torch.equal(g.get_state(), b) for g, b in zip(sources, before, strict=True))
+        recorded.draws_noise |= any(drew)
+        if self.k == 0:
+            recorded.returned = result
+        recorded.after.append(record.digest(recorded.fold(tree_leaves(result)[0])))
+        recorded.states.append(record.state_of(vars(self.scheduler)))
+        self._next_step()
+        return result
+
+    def _enter(self, sample: Tensor) -> None:
+        """Find where the x of the first step comes from."""
+        recorded, halves = self.recorded, sample.chunk(2)
+        twice = len(sample) == 2 * recorded.batch
+        recorded.doubled = twice and torch.equal(halves[0], halves[-1])
+        recorded.first = first = recorded.fold(sample).clone()
+        times = torch.as_tensor(self.scheduler.timesteps).flatten().tolist()
+        recorded.timesteps = tuple(map(float, times))
+        same = (place for place, x in self._latents if x.shape == first.shape and x.equal(first))
+        recorded.entry = next(same, None)
 
 
 class Arrive(Run):
@@ -152,7 +231,6 @@ class Arrive(Run):
         self.at, self.x, self.forward = k, x, forward
         self.arrival: Arrival | None = None
         self._entry = recorded.entry if k == 0 and x is not None else None
-        self.draws = self._entry is not None and self._entry[0] == "randn_tensor"
         self._grad = torch.is_grad_enabled()
         self._placeholders: list[Any] = []
 
@@ -170,38 +248,38 @@ class Arrive(Run):
         if (name, call) not in known and not (arrived and name == "transformer"):
             raise NotFollowedError(f"{name} is called more often than in the first run")
         if not arrived:
-            return tree_map(zeros, known[name, call])
+            return tree_map(record.zeros, known[name, call])
         if self.forward is None:
-            return pretended(known[name, call], name, call, (args, kwargs))
+            return record.pretended(known[name, call], name, call, (args, kwargs))
         torch.set_grad_enabled(self._grad)
         return self.forward(name, module, call, args, kwargs)
 
-    def stepped(self, step: Method, *args: Any, **kwargs: Any) -> Any:
+    def stepped(self, step: Method, given: dict[str, Any]) -> Any:
         """Skip the step, or leave with what it is given."""
-        bound = bind(step, args, kwargs)
-        given, sample = bound.arguments, bound.arguments["sample"]
+        recorded, sample = self.recorded, given["sample"]
         if self.k < self.at:
-            vars(self.scheduler).update(self.recorded.states[self.k])
+            vars(self.scheduler).update(recorded.states[self.k])
             self._next_step()
             if self.k == self.at and self.x is not None:
                 torch.set_grad_enabled(self._grad)
-                sample = self.recorded.unfold(self.x)
+                sample = torch.cat([self.x, self.x]) if recorded.doubled else self.x
             return self._answer(sample)
-        out, given["sample"] = given.pop("model_output"), None
+        others = {name: it for name, it in given.items() if name not in ("sample", "model_output")}
         carried = {
             name: i
-            for name, value in given.items()
+            for name, value in others.items()
             for i, placeholder in enumerate(self._placeholders)
             if value is placeholder and isinstance(value, Tensor)
         }
+        own = record.global_generators(self.device) if recorded.random else []
         start = State(
-            state_of(self.scheduler) if self.at == 0 else {},
+            record.state_of(vars(self.scheduler)) if self.at == 0 else {},
             [],
-            [generator.get_state() for generator in generators_in(bound)],
-            states_of(self.device) if self.recorded.random else [],
+            [generator.get_state() for generator in record.generators_in(others)],
+            [generator.get_state() for generator in own],
         )
         mine = None if sample is self.x else sample
-        self.arrival = Arrival(bound, mine, out, carried, start)
+        self.arrival = Arrival(others, mine, given["model_output"], carried, start)
         raise Leave(self)
 
     def _answer(self, sample: Tensor) -> Any:
@@ -214,44 +292,3 @@ class Arrive(Run):
             for leaf in others
         ]
         return tree_unflatten([sample, *self._placeholders], spec)
-
-
-def real_forward(
-    module: nn.Module, call: int, args: Any, kwargs: Any, modes: Sequence[Any], answer: Any
-) -> Any:
-    """Run the transformer under the dispatch modes that were on when the prediction was asked for.
-
-    What counts operations on fake tensors sees the transformer; the pipeline goes on with zeros.
-    """
-    with ExitStack() as stack:
-        for mode in modes:
-            stack.enter_context(mode)
-        if torch.is_grad_enabled():
-            stack.enter_context(_again_in(call, module))
-        stack.enter_context(in_call(call))
-        output = module(*args, **kwargs)
-    if any(isinstance(leaf, FakeTensor) for leaf in tree_leaves(output)):
-        return tree_map(zeros, answer)
-    return output
-
-
-def _again_in(call: int, module: nn.Module) -> Any:
-    """Let checkpointed blocks, which backward runs again, know the call that they belong to; inside
-    a step that is run again they are not.
-    """
-
-    def again(run: Method, args: Any, kwargs: Any) -> Any:
-        block, *inputs = args
-
-        def forward(*inputs: Any) -> Any:
-            with in_call(call):
-                return block(*inputs)
-
-        return run_again(forward, *inputs)
-
-    name = "_gradient_checkpointing_func"
-    return overridden(
-        (part, name, again)
-        for part in module.modules()
-        if getattr(part, "gradient_checkpointing", False) and callable(getattr(part, name, None))
-    )

@@ -12,12 +12,12 @@ denoisers, schedules or gates.
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -37,9 +37,18 @@ class StandIns:
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
         kind = type(pipe)
-        members = {"__module__": kind.__module__, **_pipeline_taps(kind)}
+        members: dict[str, Any] = {
+            "__module__": kind.__module__,
+            "_execution_device": property(lambda stand_in: stand_in._run.device),
+            "progress_bar": _silent,
+        }
+        for name in dir(kind):
+            method = inspect.getattr_static(kind, name)
+            told = name == "prepare_latents" or ENCODES.fullmatch(name)
+            if told and inspect.isfunction(method):
+                members[name] = _tap(name, method)
         self._class = type(kind.__name__, (kind,), members)
-        self._devices: dict[Any, torch.device] = {}
+        self._devices: dict[torch.device, torch.device] = {}
 
     @property
     def device(self) -> torch.device:
@@ -53,44 +62,34 @@ class StandIns:
         """Run `__call__` with these arguments until it ends or `run` leaves."""
         stand_in: Any = object.__new__(self._class)
         own = vars(stand_in)
-        own.update(vars(self.pipe))
-        own["_run"] = run
+        own.update(vars(self.pipe), _run=run)
         for name, part in vars(self.pipe).items():
             if isinstance(part, nn.Module):
                 own[name] = _model(part, run, name)
         own["scheduler"] = run.scheduler = _scheduler(self.pipe.scheduler, run)
-        try:
-            with _drawing(type(self.pipe), run):
+        module = sys.modules[type(self.pipe).__module__]
+        with ExitStack() as stack:
+            if hasattr(module, "randn_tensor"):
+                drawn = partial(_drawn, run)
+                stack.enter_context(overridden([(module, "randn_tensor", drawn)]))
+            try:
                 stand_in(**call)
-        except Leave as leave:
-            if leave.args != (run,):
-                raise
+            except Leave as leave:
+                if leave.args != (run,):
+                    raise
 
 
-def _pipeline_taps(kind: type) -> dict[str, Any]:
-    """Return what a stand-in does in another way than its pipeline."""
+def _silent(stand_in: Any, iterable: Any = None, total: int | None = None) -> Any:
+    """Return a progress bar that shows nothing."""
+    from tqdm.auto import tqdm
 
-    def progress_bar(self: Any, iterable: Any = None, total: int | None = None) -> Any:
-        from tqdm.auto import tqdm
-
-        return tqdm(iterable, total=total, disable=True)
-
-    taps: dict[str, Any] = {
-        "_execution_device": property(lambda self: self._run.device),
-        "progress_bar": progress_bar,
-    }
-    for name in dir(kind):
-        method = inspect.getattr_static(kind, name)
-        told = name == "prepare_latents" or ENCODES.fullmatch(name)
-        if told and inspect.isfunction(method):
-            taps[name] = _tap(name, method)
-    return taps
+    return tqdm(iterable, total=total, disable=True)
 
 
 def _tap(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(method)
+    @wraps(method)
     def tap(self: Any, *args: Any, **kwargs: Any) -> Any:
-        compute = functools.partial(method, self, *args, **kwargs)
+        compute = partial(method, self, *args, **kwargs)
         if name == "prepare_latents":
             return self._run.prepared(name, compute())
         return self._run.encoded(name, compute, (args, kwargs))
@@ -98,19 +97,8 @@ def _tap(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
     return tap
 
 
-@contextmanager
-def _drawing(kind: type, run: Run) -> Iterator[None]:
-    """Tell the run what the module of the pipeline draws, if the run wants to know."""
-    module = sys.modules[kind.__module__]
-    if not hasattr(module, "randn_tensor") or not run.draws:
-        yield
-        return
-
-    def tap(draw: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return run.prepared("randn_tensor", draw(*args, **kwargs))
-
-    with overridden([(module, "randn_tensor", tap)]):
-        yield
+def _drawn(run: Run, draw: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    return run.prepared("randn_tensor", draw(*args, **kwargs))
 
 
 def _model(module: nn.Module, run: Run, name: str) -> nn.Module:
@@ -124,32 +112,33 @@ def _model(module: nn.Module, run: Run, name: str) -> nn.Module:
     for key, value in own.items():
         if "_hooks" in key and isinstance(value, dict):
             own[key] = type(value)()
-    own["forward"] = functools.partial(run.called, name, module)
+    own["forward"] = partial(run.called, name, module)
     for method in ("encode", "decode"):
         if callable(getattr(module, method, None)):
-            own[method] = functools.partial(run.called, f"{name}.{method}", getattr(module, method))
+            own[method] = partial(run.called, f"{name}.{method}", getattr(module, method))
     return stand_in
 
 
 def _scheduler(scheduler: Any, run: Run) -> Any:
     """Return a copy of the scheduler, of the very same class, that tells before it steps."""
-    mine = plain_scheduler(scheduler)
-    tap = functools.partial(_step, run, mine)
+    mine = plain_scheduler(scheduler, vars(scheduler))
+    tap = partial(_step, run, mine)
     vars(tap)["__signature__"] = inspect.signature(mine.step)  # pipelines look at it
     vars(mine)["step"] = tap
     return mine
 
 
 def _step(run: Run, scheduler: Any, /, *args: Any, **kwargs: Any) -> Any:
-    step = functools.partial(type(scheduler).step, scheduler)
+    step = partial(type(scheduler).step, scheduler)
     # A pipeline may step a deep copy of its scheduler, and the tap is copied with it.
     if scheduler is not run.scheduler:
         return step(*args, **kwargs)
-    return run.stepped(step, *args, **kwargs)
+    given = inspect.signature(step).bind(*args, **kwargs).arguments
+    return run.stepped(partial(step, *args, **kwargs), dict(given))
 
 
-def plain_scheduler(scheduler: Any, state: Mapping[str, Any] | None = None) -> Any:
-    """Return a scheduler of the same class in this state, or in the state that it is in."""
+def plain_scheduler(scheduler: Any, state: dict[str, Any]) -> Any:
+    """Return a scheduler of the same class in a state, its attributes by name."""
     mine = object.__new__(type(scheduler))
-    vars(mine).update(state_of(scheduler if state is None else state))
+    vars(mine).update(state_of(state))
     return mine

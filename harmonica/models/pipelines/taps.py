@@ -53,7 +53,7 @@ def _begin(tracker: Tracker, scheduler: Any, args: Any, kwargs: Any) -> None:
     times, method = scheduler.timesteps, inspect.unwrap(type(scheduler).set_timesteps)
     on_cpu, signature = scheduler, inspect.signature(method)
     if not torch.as_tensor(times).is_cpu and "device" in signature.parameters:
-        on_cpu = plain_scheduler(scheduler)
+        on_cpu = plain_scheduler(scheduler, vars(scheduler))
         bound = signature.bind(on_cpu, *args, **kwargs)
         bound.arguments["device"] = "cpu"
         method(*bound.args, **bound.kwargs)
