@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 
 from harmonica import Schedule, train_sdt
 from harmonica.columns import fit
-from harmonica.models.pipelines.caching import cached, disable_cache, enable_cache, summary
 from harmonica.models.pipelines import from_pipeline
+from harmonica.models.pipelines.caching import cached, disable_cache, enable_cache, summary
 from harmonica.models.sites import sites
 
 PIPES = {

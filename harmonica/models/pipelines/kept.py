@@ -1,56 +1,45 @@
-"""Kept: what a table says of each site at each step, and what is kept of a site meanwhile.
+"""Kept: what a table says of each site at each step, and the outputs that are kept meanwhile.
 
-A walk of a pipeline may start late, or compute where the table reuses. So what is kept remembers
-the steps that it comes from, and whether anybody has written to it since. This file does not know
+A walk of a pipeline may start late, or compute where the table reuses. So an output remembers the
+step that it comes from, and whether anybody has written to it since. This file does not know
 pipelines.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import isclose
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from harmonica.cache import Feature
+from harmonica.inference.lifetimes import Entry, Plan
 from harmonica.router import Schedule
 
 
-@dataclass(frozen=True)
-class Entry:
-    """What the table says of one site at one step.
+class Planned(NamedTuple):
+    """What a site does at one step, and the steps whose outputs it adds up, newest first."""
 
-    Attributes:
-        computes: whether the site computes.
-        steps: that the outputs come from which the gate adds up, newest first.
-        weights: of these outputs.
-        keeps: whether a later step reads what is kept.
-    """
-
-    computes: bool
+    entry: Entry
     steps: tuple[int, ...]
-    weights: tuple[float, ...]
-    keeps: bool
 
 
-FIRST = Entry(True, (), (), True)
+UNKNOWN = -1
+FIRST = Planned(Entry(True, (1.0,), (0,)), (UNKNOWN,))
 """Every site of a walk's first step, before its row is known."""
 
 
-class Table:
-    """A schedule in Python numbers, T rows of N entries."""
+class Rows:
+    """A schedule in Python numbers, T rows of N."""
 
     def __init__(self, schedule: Schedule) -> None:
-        self.schedule, weights = schedule, schedule.gate_weights
-        self.longest = 1 if weights is None else weights.shape[2] - 1
-        columns = [
-            _column(column, None if weights is None else weights[:, site].tolist())
-            for site, column in enumerate(schedule.compute.T.tolist())
-        ]
-        self.rows = list(zip(*columns, strict=True))
+        self.schedule = schedule
+        columns = zip(*Plan.of(schedule).rows, strict=True)
+        self.rows = list(zip(*map(_planned, columns), strict=True))
 
     def start(self, times: tuple[float, ...]) -> int | None:
         """Return the row of the first of these timesteps, None if the table is not for them.
@@ -64,61 +53,46 @@ class Table:
         return offset if alike else None
 
 
-def _column(computes: list[bool], weights: list[list[float]] | None) -> list[Entry]:
-    """Return what one site does at each of the T steps.
-
-    >>> [entry.keeps for entry in _column([True, False, False, True, True], None)]
-    [True, True, False, False, False]
-    """
-    outputs: list[list[int]] = []  # steps whose outputs are known after step k, newest first
-    terms: list[dict[int, float]] = []  # step -> weight, of those that are read
-    for k, computed in enumerate(computes):
-        past = outputs[-1] if outputs else []
-        outputs.append([k, *past] if computed else past)
-        scales = [1.0] if weights is None else weights[k][0 if computed else 1 :]
-        terms.append(dict(zip(outputs[-1], scales, strict=False)))
-    last = {step: k for k, term in enumerate(terms) for step, w in term.items() if w != 0}
-    return [
-        Entry(computed, tuple(term), tuple(term.values()), any(last.get(s, 0) > k for s in known))
-        for k, (computed, term, known) in enumerate(zip(computes, terms, outputs, strict=True))
-    ]
+def _planned(column: Sequence[Entry]) -> Iterator[Planned]:
+    kept: tuple[int, ...] = ()
+    for k, entry in enumerate(column):
+        steps = (k, *kept) if entry.computes else kept
+        yield Planned(entry, steps)
+        kept = tuple(steps[j] for j in entry.keep)
 
 
 @dataclass
-class Kept:
-    """The last outputs of a site, newest first.
+class Output:
+    """An output of a site.
 
     Attributes:
-        steps: that they come from.
-        features: the outputs; copies of them where `apart`.
-        tensors, versions: all tensors in them, and how often each was written to when it was kept.
-        apart: nobody else holds the features, because they lie in host memory, or because torch
-            does not count what is written to them (inference mode).
+        step: that it comes from.
+        feature: the output; a copy that nobody else holds where `apart`, because it lies in host
+            memory, or because torch does not count what is written to it (inference mode).
+        tensors, versions: those in it, and how often each was written to when it was kept.
     """
 
-    steps: tuple[int, ...]
-    features: tuple[Feature, ...]
-    tensors: list[Tensor]
-    versions: list[int]
-    apart: bool
+    step: int
+    feature: Feature
+    apart: bool = False
+    tensors: tuple[Tensor, ...] = ()
+    versions: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, step: int, feature: Feature, offload: bool) -> Output:
+        """Keep a feature, in host memory if it is `offload`ed."""
+        tensors = tuple(leaf for leaf in tree_leaves(feature) if isinstance(leaf, Tensor))
+        if offload or any(tensor.is_inference() for tensor in tensors):
+            return cls(step, tree_map(_to_host if offload else _copied, feature), True)
+        return cls(step, feature, False, tensors, tuple(each._version for each in tensors))
 
     def intact(self) -> bool:
-        """Tell whether nobody has written to the features since."""
-        return [tensor._version for tensor in self.tensors] == self.versions
+        """Tell whether nobody has written to the feature since."""
+        return tuple(tensor._version for tensor in self.tensors) == self.versions
 
-
-def keep(steps: tuple[int, ...], features: tuple[Feature, ...], offload: bool) -> Kept:
-    """Keep the outputs of a site; the newest is copied if it must be `apart`."""
-    leaves = [leaf for leaf in tree_leaves(features) if isinstance(leaf, Tensor)]
-    if not offload and not any(leaf.is_inference() for leaf in leaves):
-        return Kept(steps, features, leaves, [leaf._version for leaf in leaves], False)
-    copy = _to_host if offload else _copied
-    newest = tree_map(copy, features[0])
-    return Kept(steps, (newest, *features[1:]), [], [], True)
-
-
-def _copied(leaf: Any) -> Any:
-    return leaf.clone() if isinstance(leaf, Tensor) else leaf
+    def value(self) -> Feature:
+        """Return the feature, or a copy of one that is kept apart, on its own device."""
+        return tree_map(_copied, self.feature) if self.apart else self.feature
 
 
 @dataclass(frozen=True)
@@ -134,9 +108,8 @@ def _to_host(leaf: Any) -> Any:
     return _Hosted(host.copy_(leaf, non_blocking=True), leaf.device)
 
 
-def brought_back(leaf: Any) -> Any:
-    """Return a copy of a feature that is kept apart, on its own device."""
-    if not isinstance(leaf, _Hosted):
-        return _copied(leaf)
-    there = torch.empty_like(leaf.tensor, device=leaf.device)
-    return there.copy_(leaf.tensor, non_blocking=True)
+def _copied(leaf: Any) -> Any:
+    if isinstance(leaf, _Hosted):
+        there = torch.empty_like(leaf.tensor, device=leaf.device)
+        return there.copy_(leaf.tensor, non_blocking=True)
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -31,14 +30,15 @@ from harmonica.cost import Macs
 from harmonica.models.arithmetic import EXACT, FUSED
 from harmonica.models.blocks import gated_blocks
 from harmonica.models.pipelines.checks import TRANSFORMERS, check_pipeline, transformers_of
-from harmonica.models.pipelines.kept import Table
+from harmonica.models.pipelines.kept import Rows
 from harmonica.models.pipelines.taps import tapped
-from harmonica.models.pipelines.tracker import Tracker, current
+from harmonica.models.pipelines.tracker import Counts, Tracker, current
 from harmonica.models.precompute import precomputed
 from harmonica.models.site_costs import cost_of_call, without_numbers
 from harmonica.models.sites import sites
-from harmonica.override import Answer, Method, overridden
+from harmonica.override import Method, overridden
 from harmonica.router import Schedule
+from harmonica.table import require
 
 PIPELINES = ("DiTPipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline")
 """What `cached(…, exact=False)` knows."""
@@ -49,14 +49,10 @@ log = logging.getLogger(__name__)
 class Session:
     """The tables of one open `cached`, and the counts of its walks; `report()` and `str()` tell.
 
-    Args:
-        pipe: the pipeline; not kept alive.
-        schedules: one for each set of timesteps.
-        modules: the sites by name; None finds them.
-        exact, otherwise, offload: as `cached` takes them.
+    Takes what `cached` takes; the pipeline is not kept alive.
 
     Attributes:
-        sites: their names.
+        sites: names of the sites.
         schedules: in the names of these sites.
         walks: begun so far.
     """
@@ -73,22 +69,20 @@ class Session:
     ) -> None:
         check_pipeline(pipe)
         self.pipe, self._kind, self.walks = ref(pipe), type(pipe).__name__, 0
-        if not exact and self._kind not in PIPELINES:
-            known = ", ".join(PIPELINES)
-            raise ValueError(f"exact=False is for {known}, not {self._kind}; leave it out")
-        if otherwise not in ("raise", "compute"):
-            raise ValueError(f"otherwise is {otherwise!r}; it must be 'raise' or 'compute'")
+        known = f"exact=False is for {', '.join(PIPELINES)}, not {self._kind}; leave it out"
+        require(exact or self._kind in PIPELINES, known)
+        choices = f"otherwise is {otherwise!r}; it must be 'raise' or 'compute'"
+        require(otherwise in ("raise", "compute"), choices)
         self._exact, self._otherwise, self._offload = exact, otherwise, offload
         self._given = modules
         self.sites = tuple(_sites_of(pipe) if modules is None else modules)
         self.schedules = [fit(schedule, self.sites) for schedule in schedules]
         for schedule in self.schedules:
             schedule.check(schedule.steps, self.sites)
-        self._tables = [Table(schedule) for schedule in self.schedules]
+        self._tables = [Rows(schedule) for schedule in self.schedules]
         self._inputs: dict[str, Any] = {}  # of the first call of each transformer, without numbers
         self._costs: dict[str, Macs | None] = {}
-        self._live: list[Tracker] = []
-        self._ended = Tracker(lambda times: None, len(self.sites))
+        self._live, self._ended = list[Tracker](), Counts()
         self._lock, self._told = threading.Lock(), set[str]()
 
     @contextmanager
@@ -100,15 +94,15 @@ class Session:
         """
         pipe: Any = self.pipe()
         check_pipeline(pipe)
-        models, scheduler = transformers_of(pipe), pipe.scheduler
-        how: dict[str, Any] = {"exact": self._exact, "offload": self._offload}
-        tracker = Tracker(partial(self._choose, scheduler), len(self.sites), **how)
+        models, choose = transformers_of(pipe), partial(self._choose, pipe.scheduler)
+        tracker = Tracker(choose, exact=self._exact, offload=self._offload)
         both = nn.ModuleList()
         both._modules.update(models)  # not added one by one, which would look like a change
+        taps = ((m, called_by(m), partial(self._tap, tracker, name)) for name, m in models.items())
         with ExitStack() as stack:
             stack.callback(self._close, tracker)
-            stack.enter_context(tapped(scheduler))
-            stack.enter_context(overridden(self._taps(tracker, models)))
+            stack.enter_context(tapped(pipe.scheduler))
+            stack.enter_context(overridden(taps))
             math = EXACT if self._exact else FUSED
             stack.enter_context(gated_blocks(both, self._modules(pipe), tracker.ask, math=math))
             for model in models.values():
@@ -120,24 +114,19 @@ class Session:
             current.set(tracker)
             yield
 
-    def _taps(
-        self, tracker: Tracker, models: Mapping[str, Any]
-    ) -> Iterator[tuple[Any, str, Answer]]:
-        def answer(name: str, forward: Method, args: Any, kwargs: Any) -> Any:
-            if current.get() is tracker:
-                if name not in self._inputs:
-                    self._inputs[name] = tree_map(without_numbers, (args, kwargs))
-                tracker.call(name, (args, kwargs))
-            return forward(*args, **kwargs)
-
-        return ((model, called_by(model), partial(answer, name)) for name, model in models.items())
+    def _tap(self, tracker: Tracker, name: str, forward: Method, args: Any, kwargs: Any) -> Any:
+        """Answer a call of a transformer."""
+        if current.get() is tracker:
+            if name not in self._inputs:
+                self._inputs[name] = tree_map(without_numbers, (args, kwargs))
+            tracker.call(name, (args, kwargs))
+        return forward(*args, **kwargs)
 
     def _modules(self, pipe: Any) -> list[nn.Module]:
         if self._given is not None:
             return list(self._given.values())
         models, modules = transformers_of(pipe), []
-        for site in self.sites:
-            name, path = _place(site)
+        for name, path in map(_place, self.sites):
             try:
                 modules.append(models[name].get_submodule(path))
             except (AttributeError, KeyError):
@@ -147,7 +136,7 @@ class Session:
                 ) from None
         return modules
 
-    def _choose(self, scheduler: Any, times: tuple[float, ...]) -> tuple[Table, int] | None:
+    def _choose(self, scheduler: Any, times: tuple[float, ...]) -> tuple[Rows, int] | None:
         """Return the table for these timesteps, and the row of the first of them."""
         starts = [(start, t) for t in self._tables if (start := t.start(times)) is not None]
         if starts:
@@ -177,8 +166,8 @@ class Session:
         with self._lock:
             if tracker in self._live:
                 self._live.remove(tracker)
-            self._ended.add(tracker)
-        for reason, count in tracker.beyond.items():
+            self._ended += tracker.counts
+        for reason, count in tracker.counts.beyond.items():
             self._say_once(
                 f"a walk computed {count} sites although the table reuses them: {reason}", reason
             )
@@ -188,30 +177,30 @@ class Session:
             self._told.add(key or text)
             log.warning("%s (said once)", text)
 
-    def _all(self) -> list[Tracker]:
+    def _counts(self) -> Counts:
         with self._lock:
-            return [self._ended, *self._live]
+            return sum((tracker.counts for tracker in self._live), self._ended)
 
     @property
     def skipped(self) -> int:
         """How often a site was answered without computing."""
-        return sum(sum(tracker.skipped) for tracker in self._all())
+        return self._counts().skipped.total()
 
     def report(self) -> dict[str, Any]:
         """Return what has happened, in numbers, for a server's metrics.
 
         `asked` counts the answers of sites, and `skipped` those without computing. `beyond` counts
-        what was computed although the table reuses it, by reason.
+        for each reason the sites that were computed although the table reuses them.
         """
-        trackers = self._all()
-        asked, skipped = sum(sum(t.asked) for t in trackers), self.skipped
+        counts = self._counts()
+        asked, skipped = counts.asked, counts.skipped.total()
         return {
             "walks": self.walks,
-            "in_flight": len(trackers) - 1,
+            "in_flight": len(self._live),
             "asked": asked,
             "skipped": skipped,
             "reused_share": skipped / asked if asked else 0.0,
-            "beyond": dict(sum((t.beyond for t in trackers), Counter[str]())),
+            "beyond": dict(counts.beyond),
         }
 
     def __str__(self) -> str:
@@ -231,16 +220,14 @@ class Session:
 
         Counting them takes seconds, once. None before the first walk, or if torch cannot count.
         """
-        trackers, full, saved = self._all(), 0.0, 0.0
-        for name in TRANSFORMERS:
+        counts, full, saved = self._counts(), 0.0, 0.0
+        for name, calls in counts.calls.items():
             mine = [i for i, site in enumerate(self.sites) if _place(site)[0] == name]
-            calls = sum(tracker.calls[name] for tracker in trackers)
-            if calls:
-                if (cost := self._cost(name, mine)) is None:
-                    return None
-                full += calls * cost.total
-                for i, price in zip(mine, cost.sites.tolist(), strict=True):
-                    saved += price * sum(tracker.skipped[i] for tracker in trackers)
+            if (cost := self._cost(name, mine)) is None:
+                return None
+            full += calls * cost.total
+            prices = zip(mine, cost.sites.tolist(), strict=True)
+            saved += sum(price * counts.skipped[i] for i, price in prices)
         return full / (full - saved) if full > saved else None
 
     def _cost(self, name: str, columns: Sequence[int]) -> Macs | None:
@@ -250,8 +237,7 @@ class Session:
             try:
                 modules = self._modules(pipe)
                 mine = {self.sites[i]: modules[i] for i in columns}
-                model, inputs = transformers_of(pipe)[name], self._inputs[name]
-                self._costs[name] = cost_of_call(model, mine, inputs)
+                self._costs[name] = cost_of_call(getattr(pipe, name), mine, self._inputs[name])
             except Exception as error:  # a summary must not fail where the pipeline ran
                 self._say_once(f"the operations of {name} cannot be counted: {error}")
                 self._costs[name] = None
@@ -259,11 +245,8 @@ class Session:
 
 
 def _sites_of(pipe: Any) -> list[str]:
-    return [
-        site if name == "transformer" else f"{name}.{site}"
-        for name, model in transformers_of(pipe).items()
-        for site in sites(model)
-    ]
+    own, *others = transformers_of(pipe).items()
+    return [*sites(own[1]), *(f"{name}.{site}" for name, model in others for site in sites(model))]
 
 
 def _place(site: str) -> tuple[str, str]:

@@ -13,7 +13,7 @@ other shapes, a further call in a step, a feature that was changed in place, a s
 all of them compute, and are reused in their turn. What was computed although the table reuses it is
 counted with its reason.
 
-This file does not know how a pipeline is tapped (`caching.py`), nor which modules are sites.
+This file does not know how a pipeline is tapped (`taps.py`), nor which modules are sites.
 """
 
 from __future__ import annotations
@@ -21,21 +21,43 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import ref
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from harmonica.cache import Compute, Feature
 from harmonica.forecast import weighted_sum
 from harmonica.models.memo import Memo
-from harmonica.models.pipelines.kept import FIRST, Entry, Kept, Table, brought_back, keep
+from harmonica.models.pipelines.kept import FIRST, UNKNOWN, Output, Planned, Rows
 
 MOST_CALLS = 16
 """Calls of a transformer in one step whose features are kept; pipelines make one to three."""
+
+MISSING, IN_PARTS, SPOILT = (
+    "nothing of these shapes was kept", "called in parts", "changed in place",
+)  # fmt: skip
+"""Reasons why a site was computed although the table reuses it."""
+
+
+@dataclass
+class Counts:
+    """What has happened: how often any site was asked and each was answered without computing, how
+    often each transformer was called, and for each reason how many sites were computed although the
+    table reuses them.
+    """
+
+    asked: int = 0
+    skipped: Counter[int] = field(default_factory=Counter)
+    calls: Counter[str] = field(default_factory=Counter)
+    beyond: Counter[str] = field(default_factory=Counter)
+
+    def __add__(self, other: Counts) -> Counts:
+        skipped, calls = self.skipped + other.skipped, self.calls + other.calls
+        return Counts(self.asked + other.asked, skipped, calls, self.beyond + other.beyond)
 
 
 @dataclass
@@ -46,7 +68,7 @@ class Call:
         transformer: name of the one that is called.
         shapes: of its input tensors.
         inputs: these tensors at the last step, not kept alive.
-        kept: site -> its last outputs.
+        kept: site -> its last outputs, newest first.
         known: what is known ahead for this call (`Memo.known`).
         used: whether the step that runs has made this call.
     """
@@ -54,7 +76,7 @@ class Call:
     transformer: str
     shapes: list[torch.Size]
     inputs: list[ref[Tensor]] = field(default_factory=list)
-    kept: dict[int, Kept] = field(default_factory=dict)
+    kept: dict[int, tuple[Output, ...]] = field(default_factory=dict)
     known: dict[Any, Any] = field(default_factory=dict)
     used: bool = False
 
@@ -68,51 +90,33 @@ class Tracker:
 
     Args:
         choose: timesteps -> (table, row of the first of them), or None to compute everything.
-        sites: N.
         exact: see `Memo`.
         offload: keep features in host memory.
-
-    Attributes:
-        asked, skipped: (N,) how often each site was asked for its output, and answered without
-            computing.
-        calls: of each transformer, by name.
-        beyond: reason -> sites that were computed although the table reuses them.
     """
 
     def __init__(
         self,
-        choose: Callable[[tuple[float, ...]], tuple[Table, int] | None],
-        sites: int,
+        choose: Callable[[tuple[float, ...]], tuple[Rows, int] | None],
         *,
         exact: bool = True,
         offload: bool = False,
     ) -> None:
         self._choose, self._offload = choose, offload
-        self._tensor: Any
-        self._call: Call | None
-        self.memo = Memo(exact=exact, trusted=False)
-        self.asked, self.skipped, self.calls = [0] * sites, [0] * sites, Counter[str]()
-        self.beyond = Counter[str]()
-        self._first: tuple[Entry, ...] = (FIRST,) * sites
+        self.memo, self.counts = Memo(exact=exact, trusted=False), Counts()
         self.end()
 
     def end(self) -> None:
         """Follow nothing, and let every feature go."""
-        self._table: Table | None = None
-        self._times, self._tensor = list[float](), None  # numbers, and what the scheduler holds
+        self._rows: Sequence[Sequence[Planned]] = ()  # of the table; empty where nothing is reused
+        self._times: list[float] = []
+        self._tensor: Any = None  # the same timesteps, as the scheduler holds them
         self._k: int | None = None  # the row that runs; None in the first step
-        self._row: Sequence[Entry] = ()
-        self._open, self._call = list[Call](), None
+        self._row: Sequence[Planned] = ()
+        self._open: list[Call] = []
+        self._call: Call | None = None
         self._answered: dict[int, bool] = {}  # site -> was it reused, in this call
         self._called = False
         self.memo.known, self.memo.k = {}, None
-
-    def add(self, other: Tracker) -> None:
-        """Add the counts of another walk."""
-        self.asked = [a + b for a, b in zip(self.asked, other.asked, strict=True)]
-        self.skipped = [a + b for a, b in zip(self.skipped, other.skipped, strict=True)]
-        self.calls += other.calls
-        self.beyond += other.beyond
 
     def begin(self, times: Sequence[float], tensor: Any = None) -> None:
         """Begin, or begin again, at these timesteps, which the scheduler holds in `tensor`.
@@ -122,16 +126,16 @@ class Tracker:
         self.end()
         chosen = self._choose(tuple(times))
         if chosen is not None:
-            self._table, offset = chosen
-            self._times = [float("nan")] * offset + list(times)
-            self._tensor = tensor
-            self._row, self.memo.timesteps = self._first, self._times
+            table, offset = chosen
+            self._rows, self._row = table.rows, (FIRST,) * len(table.rows[0])
+            self._times, self._tensor = [float("nan")] * offset + list(times), tensor
+            self.memo.timesteps = self._times
 
     def call(self, transformer: str, inputs: Any) -> None:
         """Begin a call of the transformer of this name: find what is kept for it."""
-        self.calls[transformer] += 1
+        self.counts.calls[transformer] += 1
         self._answered = {}
-        if self._table is None:
+        if not self._rows:
             return
         tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
         shapes = [tensor.shape for tensor in tensors]
@@ -149,32 +153,29 @@ class Tracker:
 
     def step(self, timestep: Any) -> None:
         """End a step, when the scheduler, or a copy of it, steps."""
-        if self._table is None or not self._called:
-            return
+        if not self._rows or not self._called:
+            return None
         if self._k is None:
             self._k = self._row_at(timestep)
             if self._k is None:  # nobody knows where this walk is
-                self.end()
-                return
-            self._keep_what_is_read(self._table.rows[self._k])
+                return self.end()
+            self._keep_what_is_read(self._k)
         self._k += 1
         self._called = False
         self._open = [call for call in self._open if call.used]
         for call in self._open:
             call.used = False
-        if self._k >= len(self._table.rows):
-            self.end()
-        else:
-            self._row = self._table.rows[self._k]
+        if self._k >= len(self._rows):
+            return self.end()
+        self._row = self._rows[self._k]
+        return None
 
-    def _keep_what_is_read(self, row: Sequence[Entry]) -> None:
+    def _keep_what_is_read(self, k: int) -> None:
         """Of what the first step kept, keep what later rows read, and say which row it is from."""
         for call in self._open:
-            call.kept = {
-                site: replace(kept, steps=(self._k or 0,))
-                for site, kept in call.kept.items()
-                if row[site].keeps
-            }
+            call.kept = {i: each for i, each in call.kept.items() if self._rows[k][i].entry.keep}
+            for (output,) in call.kept.values():
+                output.step = k
 
     def _row_at(self, timestep: Any) -> int | None:
         """Return the row of a timestep; one of the scheduler's own is known by where it lies, so
@@ -192,50 +193,39 @@ class Tracker:
 
     def ask(self, site: int, compute: Compute) -> Feature:
         """Answer a site; the gate of a walk."""
-        call, table = self._call, self._table
         if current.get() is not self:
             return compute()  # another pipeline is called inside this one
-        self.asked[site] += 1
-        if call is None or table is None:
+        self.counts.asked += 1
+        call, before = self._call, self._answered.get(site)
+        if call is None or not self._rows:
             return compute()
-        entry, kept = self._row[site], call.kept.get(site)
-        if entry.computes or kept is None or site in self._answered or not kept.intact():
-            return self._compute(site, compute, entry, call, table.longest)
-        self._answered[site] = True
-        self.skipped[site] += 1
-        features = tree_map(brought_back, kept.features) if kept.apart else kept.features
-        if not entry.keeps:
-            del call.kept[site]
-        # Weights are made for the outputs of certain steps. Without those, the newest is repeated.
-        if kept.steps[: len(entry.steps)] == entry.steps:
-            return weighted_sum(entry.weights, features)
-        return features[0]
-
-    def _compute(
-        self, site: int, compute: Compute, entry: Entry, call: Call, longest: int
-    ) -> Feature:
-        kept, answered = call.kept.pop(site, None), self._answered.get(site)
-        self._answered[site] = False
-        if answered:
+        if before:
             raise RuntimeError(
                 f"site {site} was reused and is now called again in the same call of the "
                 "transformer: its feed-forward began to run in chunks? Call "
                 "set_chunk_feed_forward(None, 0) on the blocks, and run the pipeline again"
             )
-        spoilt = kept is not None and not kept.intact()
-        if not entry.computes:
-            reason = "nothing of these shapes was kept" if answered is None else "called in parts"
-            self.beyond["changed in place" if spoilt else reason] += 1
-        fresh = compute()
-        past = kept if kept is not None and not spoilt else Kept((), (), [], [], False)
-        k = -1 if self._k is None else self._k
-        steps, outputs = (k, *past.steps), (fresh, *past.features)
-        if entry.keeps and answered is None:  # a part of a feature is not worth keeping
-            call.kept[site] = keep(steps[:longest], outputs[:longest], self._offload)
-        if steps[: len(entry.steps)] != entry.steps or len(entry.weights) == 0:
-            return fresh
-        outputs = tree_map(brought_back, outputs) if past.apart else outputs
-        return weighted_sum(entry.weights, outputs)
+        (entry, steps), kept = self._row[site], call.kept.pop(site, ())
+        valid = kept if all(output.intact() for output in kept) else ()
+        reuses = not entry.computes and before is None and bool(valid)
+        self._answered[site] = reuses
+        if reuses:
+            self.counts.skipped[site] += 1
+            outputs, features = valid, [output.value() for output in valid]
+        else:
+            if not entry.computes:
+                spoilt = SPOILT if len(valid) < len(kept) else None
+                self.counts.beyond[spoilt or (MISSING if before is None else IN_PARTS)] += 1
+            fresh, k = compute(), UNKNOWN if self._k is None else self._k
+            features = [fresh, *(output.value() for output in valid)]
+            own = Output.of(k, fresh, self._offload) if entry.keep else Output(k, fresh)
+            outputs = (own, *valid)
+        # Weights are for the outputs of certain steps. Without those, the newest is repeated.
+        planned = tuple(output.step for output in outputs)[: len(steps)] == steps
+        keep = entry.keep if planned else range(len(entry.keep))
+        if keep and before is None:  # a part of a feature is not worth keeping
+            call.kept[site] = tuple(outputs[j] for j in keep if j < len(outputs))
+        return weighted_sum(entry.weights, tuple(features)) if planned else features[0]
 
 
 current: ContextVar[Tracker | None] = ContextVar("tracker", default=None)
