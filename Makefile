@@ -6,7 +6,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 OUT ?= out/demo
 
-.PHONY: help demo test check format docs notebooks bench weights golden clean
+.PHONY: help demo test tutorials check format docs notebooks bench weights golden clean
 
 help:            ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -21,6 +21,9 @@ demo: $(READY)       ## make a table, draw with and without it, save pictures (t
 
 test: $(READY)       ## the tests, on two cores
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+tutorials: $(READY)  ## run the tutorials at full length, and hold every printed number to what they say
+	TUTORIALS=full $(BIN)/python -m pytest tests/test_tutorials.py
 
 check: $(READY)      ## ruff, formatting, mypy --strict
 	$(BIN)/ruff check .

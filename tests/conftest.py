@@ -53,17 +53,20 @@ def make(
         num_heads=2,
         num_classes=3,
     ).to(dtype)
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     for parameter in model.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator, dtype=dtype) * 0.3
     sampler = TwoStep(steps) if remembers else DDIM(steps)
     return DiTDenoiser(model, sampler, guidance=guidance, guided_channels=1, name="small")
 
 
-def start(
-    denoiser: DiTDenoiser, batch: int = 2, seed: int = 1
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return denoiser.draw(batch, torch.Generator().manual_seed(seed))
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def start(denoiser, batch: int = 2, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw noise and conditions."""
+    return denoiser.draw(batch, seeded(seed))
 
 
 def said(module, options, capsys):

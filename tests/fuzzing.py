@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from conftest import make
+from conftest import make, seeded
 from PIL import Image
 from scores import read_images
 
@@ -56,7 +56,7 @@ class Target(NamedTuple):
 
 
 def _table() -> Schedule:
-    return Router(3, SITES, about=ABOUT, generator=torch.Generator().manual_seed(0)).schedule(0.5)
+    return Router(3, SITES, about=ABOUT, generator=seeded(0)).schedule(0.5)
 
 
 def _use(table: Schedule) -> None:

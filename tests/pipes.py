@@ -4,9 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from conftest import seeded
 from torch import nn
 
+from harmonica import Schedule
 from harmonica.models.pipelines.tune import steps_of_run
+from harmonica.models.sites import sites
 
 WORDS = [
     "a",
@@ -27,14 +30,13 @@ WORDS = [
     "river",
     "at",
     "night",
-    "morning",
-    "under",
 ]
+WORDS += ["morning", "under"]
 
 
 def randomised(module: nn.Module, seed: int = 0, std: float = 0.25) -> nn.Module:
     """Draw every weight anew, so that no gate is zero and every site matters."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     for parameter in module.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator).to(parameter) * std
     return module.eval().requires_grad_(False)
@@ -164,7 +166,7 @@ def wan_pipe() -> Any:
 
 def run_embedded(pipe: Any, steps: int = 4) -> torch.Tensor:
     """Return the latents that Flux or Wan makes of drawn prompt embeddings, guided by drawn negative ones."""
-    generator = torch.Generator().manual_seed(1)
+    generator = seeded(1)
     text, negative = torch.randn(2, 1, 5, 12, generator=generator)
     options = {"prompt_embeds": text, "negative_prompt_embeds": negative, "generator": generator}
     options |= {"num_inference_steps": steps, "output_type": "latent"}
@@ -181,7 +183,7 @@ def run_embedded(pipe: Any, steps: int = 4) -> torch.Tensor:
 
 def run(pipe: Any, steps: int = 4, *, seed: int = 1, batch: int = 1, **more: Any) -> torch.Tensor:
     """Return what the pipeline makes: DiT's images, PixArt's latents."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     if type(pipe).__name__ == "DiTPipeline":
         out = pipe(
             [1, 2, 3][:batch],
@@ -199,6 +201,16 @@ def run(pipe: Any, steps: int = 4, *, seed: int = 1, batch: int = 1, **more: Any
         **more,
     }
     return pipe(prompt, generator=generator, num_inference_steps=steps, **options).images
+
+
+def table(pipe: Any, steps: int = 4, every: int = 2) -> Schedule:
+    """Compute everything at every so many steps, and nothing at the others."""
+    names = tuple(sites(pipe.transformer))
+    return Schedule([[k % every == 0] * len(names) for k in range(steps)], sites=names)
+
+
+def everything(pipe: Any, steps: int = 4) -> Schedule:
+    return Schedule(torch.ones(steps, len(sites(pipe.transformer))))
 
 
 def save(pipe: Any, folder: Path) -> Path:
@@ -229,7 +241,7 @@ def count_calls(modules, run):
 
 
 def embeds(*shape: int, seed: int = 3) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(shape, generator=seeded(seed))
 
 
 def sd3_controlnet_pipe() -> Any:

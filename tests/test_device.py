@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import rivals
 import torch
+from conftest import seeded, start
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from sham import Sham, ShamDevice
 from test_blocks import table
@@ -80,11 +81,11 @@ WALKS = {
 def test_a_deterministic_walk_waits_for_nothing_and_gives_the_cpus_image(name, sampler):
     with sdpa_kernel(SDPBackend.MATH):
         d = loaded(name, sampler)
-        x, cond = d.draw(2, torch.Generator().manual_seed(0))
+        x, cond = start(d, 2, 0)
         expected = {way: make(d)(x, cond) for way, make in WALKS.items()}
     with ShamDevice() as device:
         d = loaded(name, sampler, device="cuda")
-        x, cond = d.draw(2, torch.Generator().manual_seed(0))
+        x, cond = start(d, 2, 0)
         for way, make in WALKS.items():
             walk = make(d)
             with device.watched(strict=True):
@@ -101,7 +102,7 @@ STOCK = {"dit": dit_pipe, "alpha": pixart_pipe, "sigma": partial(pixart_pipe, "s
 def test_under_a_schedule_a_pipelines_walk_waits_no_more_than_alone(name, exact, device):
     pipe = STOCK[name]().to("cuda")
     names = tuple(sites(pipe.transformer))
-    rows = torch.rand(4, len(names), generator=torch.Generator().manual_seed(0)) > 0.5
+    rows = torch.rand(4, len(names), generator=seeded(0)) > 0.5
     rows[0] = True
     with device.watched() as waits:
         run(pipe)
@@ -117,7 +118,7 @@ def test_a_stock_dits_walk_waits_for_nothing(device):
     transformer = dit_transformer().to("cuda")
     model = StockDiT(transformer)
     d = DiTDenoiser(model, DDIM(4), sites=sites(transformer))
-    x, cond = d.draw(2, torch.Generator().manual_seed(0))
+    x, cond = start(d, 2, 0)
     for make in WALKS.values():
         walk = make(d)
         walk(x, cond)  # looks for equal embeddings, once
@@ -145,12 +146,12 @@ def test_a_denoiser_of_a_pipeline_waits_no_more_than_a_run_of_it_at_every_step(n
 
     with sdpa_kernel(SDPBackend.MATH):
         _, d, schedule = prepared("cpu")
-        expected = sample(d, *d.draw(1, torch.Generator().manual_seed(0)), schedule)
+        expected = sample(d, *start(d, 1, 0), schedule)
     # The sham device is a dispatch mode itself; a real one stays when dispatch modes are left.
     monkeypatch.setattr(general, "without_modes", lambda: nullcontext(()))
     with ShamDevice() as device:
         pipe, d, schedule = prepared("cuda")
-        x, cond = d.draw(1, torch.Generator().manual_seed(0))
+        x, cond = start(d, 1, 0)
         with device.watched() as waits:
             walked(pipe, d.inputs.of([tuple(c) for c in cond.tolist()]))
             most = d.steps * waits.total()
@@ -174,8 +175,8 @@ def test_random_weights_are_drawn_on_the_device(name, device):
 @pytest.mark.parametrize("name", ["dit-xl", "pixart-alpha-256"])
 def test_an_update_waits_five_times_at_most_and_lambda_once_a_prediction(name, device):
     d = loaded(name, device="cuda")
-    router = Router(d.steps, d.sites, generator=torch.Generator().manual_seed(0)).to("cuda")
-    x, cond = d.draw(2, torch.Generator().manual_seed(0))
+    router = Router(d.steps, d.sites, generator=seeded(0)).to("cuda")
+    x, cond = start(d, 2, 0)
     with device.watched() as waits:
         image_error(d, router(), x, cond)
     assert waits.total() <= d.steps * (d.steps + 1) // 2, waits
@@ -226,9 +227,7 @@ BASELINES = {
     ),
     "path": lambda d, x, y: baselines.dynamic_programming(d, x, y, speedup=1.5),
     "greedy": lambda d, x, y: rivals.greedy(d, x, y, speedup=1.5, budget=400),
-    "chance": lambda d, x, y: rivals.random_table(
-        d, speedup=1.5, generator=torch.Generator().manual_seed(0)
-    ),
+    "chance": lambda d, x, y: rivals.random_table(d, speedup=1.5, generator=seeded(0)),
 }
 
 
@@ -236,7 +235,7 @@ BASELINES = {
 def test_a_baseline_makes_the_cpus_table(name):
     def made(place):
         d = loaded("dit-xl", steps=3, device=place)
-        x, y = d.draw(2, torch.Generator().manual_seed(0))
+        x, y = start(d, 2, 0)
         return BASELINES[name](d, x, y).compute
 
     same_on_both(made)
@@ -244,7 +243,7 @@ def test_a_baseline_makes_the_cpus_table(name):
 
 def flip_effects(place, order=0):
     d = loaded("dit-xl", steps=3, device=place)
-    x, y = d.draw(2, torch.Generator().manual_seed(0))
+    x, y = start(d, 2, 0)
     pool = Pool(x, y, sample(d, x, y))
     model = flip_effects_at(d, ordered(d, order), pool, torch.ones_like(x))
     return model.gradient, model.curvature
@@ -306,7 +305,7 @@ def test_latents_are_decoded_a_few_at_a_time_to_the_images_of_one_at_a_time(
         autoencoder, "ROOM", 5 * 3 * 2 * 64**2 * (2 if dtype == torch.bfloat16 else 4)
     )
     decode = autoencoder.decoder("dit-xl", vae=tmp_path, dtype=dtype)
-    x = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(5, 4, 8, 8, generator=seeded(0))
     sizes = []
     original = AutoencoderKL.decode
     monkeypatch.setattr(
@@ -360,8 +359,8 @@ def test_whatever_is_reduced_over_processes_lies_on_the_device(monkeypatch, devi
 
 def lambda_of(place):
     d = loaded("tiny", device=place)
-    router = Router(d.steps, d.sites, generator=torch.Generator().manual_seed(0)).to(place)
-    return image_error(d, router(), *d.draw(2, torch.Generator().manual_seed(0)))
+    router = Router(d.steps, d.sites, generator=seeded(0)).to(place)
+    return image_error(d, router(), *start(d, 2, 0))
 
 
 def written(place, out):

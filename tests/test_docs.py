@@ -29,12 +29,14 @@ def names_of_tests() -> set[str]:
 
 @each_page
 def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
+    monkeypatch.setattr("harmonica.search.refine_router.NOISES", 16)
     monkeypatch.chdir(tmp_path)
     scope: dict[str, object] = {}
     for block in blocks(page, "python"):
         quick = re.sub(r"iterations=[0-9_]+", "iterations=10", block)
+        quick = re.sub(r"(steps(?:=|\": ))20", r"\g<1>5", quick)
         quick = quick.replace("tune(pipe, ", "tune(pipe, budget=200, progress=False, ")
-        exec(compile(quick, page.name, "exec"), scope)  # fewer updates, the same lines
+        exec(compile(quick, page.name, "exec"), scope)  # fewer updates and steps, the same lines
 
 
 @each_page

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import seeded
 
 pytest.importorskip("fastapi")
 httpx = pytest.importorskip("httpx")
@@ -32,7 +33,7 @@ def expected(module, i):
 
     pipe, wanted = module.model(), request(i)
     with cached(pipe, module.tables(pipe)):
-        noise = torch.Generator().manual_seed(i)
+        noise = seeded(i)
         out = pipe([i % 10], generator=noise, num_inference_steps=wanted["steps"], output_type="np")
     return out.images
 

@@ -160,7 +160,7 @@ def started(*arguments, **how):
 
 def test_ctrl_c_ends_a_benchmark_with_workers_at_once_in_one_line(tmp_path):
     child = started(
-        "benchmarks/quality.py", "--noises", "64", "--out", str(tmp_path / "o"), "--results", str(tmp_path / "r"),
+        "benchmarks/quality.py", "--noises", "64", "--steps", "4", "--out", str(tmp_path / "o"), "--results", str(tmp_path / "r"),
         stdout=subprocess.DEVNULL, start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
     )  # fmt: skip
@@ -202,6 +202,13 @@ def test_a_pipe_that_nobody_reads_is_141_and_silence(what):
     assert (child.returncode, err) == (141, "")
 
 
+SMALL_DEMO = """
+import sys; from harmonica import demo
+demo.HELD_OUT, demo.TIMED = 20, 2
+sys.exit(demo.main())
+"""
+
+
 def test_a_read_only_home_another_language_and_a_plain_terminal_will_do(tmp_path):
     """No home to write to, no UTF-8, no colours, no network, spaces and accents in the path, output to a file."""
     out = tmp_path / "two words, één"
@@ -211,10 +218,10 @@ def test_a_read_only_home_another_language_and_a_plain_terminal_will_do(tmp_path
     }
     environment |= {
         "HOME": "/proc/no-such-home", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "TERM": "dumb",
-        "HF_HUB_OFFLINE": "1", "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9",
+        "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9",
     }  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-m", "harmonica.demo", "--schedule", schedule, "--steps", "2", "--images", "2",
+        [sys.executable, "-c", SMALL_DEMO, "--schedule", schedule, "--steps", "2", "--images", "2",
          "--out", out], env=environment, cwd=ROOT, capture_output=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr.decode(errors="replace")

@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import make, refused, seeds, start, tables
+from conftest import make, refused, seeded, seeds, start, tables
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -36,7 +36,7 @@ def walk(d, x, y, schedule, cache=None, **more):
 
 def drawn(steps=4, seed=3):
     """Return a router for a small denoiser, in its precision."""
-    return Router(steps, 4, generator=torch.Generator().manual_seed(seed)).double()
+    return Router(steps, 4, generator=seeded(seed)).double()
 
 
 def same(one, other):
@@ -417,7 +417,7 @@ def test_blend_is_right_under_activation_checkpointing():
 
 @given(st.integers(0, 30), seeds)
 def test_cur_falls_as_tau_falls(percent, seed):
-    router = Router(5, 6, generator=torch.Generator().manual_seed(seed))
+    router = Router(5, 6, generator=seeded(seed))
     assert router.schedule(percent / 100).cur <= router.schedule(percent / 100 + 0.01).cur
 
 

@@ -6,7 +6,7 @@ from dataclasses import FrozenInstanceError, replace
 
 import pytest
 import torch
-from conftest import make, refused, seeds, start, tables
+from conftest import make, refused, seeded, seeds, start, tables
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -26,9 +26,7 @@ def test_row_zero_is_the_constant_one_and_not_a_parameter():
 @given(st.integers(1, 6), st.integers(1, 6), seeds)
 def test_a_saved_router_is_the_same_table(tmp_path_factory, steps, sites, seed):
     path = tmp_path_factory.mktemp("router") / "a router.safetensors"
-    router = Router(
-        steps, sites, generator=torch.Generator().manual_seed(seed), about={"model": "small"}
-    )
+    router = Router(steps, sites, generator=seeded(seed), about={"model": "small"})
     router.save(path)
     again = Router.load(path)
     assert torch.equal(router(), again())

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import make, refused, start
+from conftest import make, refused, seeded, start
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -38,7 +38,7 @@ def under(name: str, steps: int, *, learn_sigma: bool = True, betas: str = "line
             num_classes=3,
             learn_sigma=False,
         )
-        generator = torch.Generator().manual_seed(0)
+        generator = seeded(0)
         for p in model.double().parameters():
             p.data = torch.randn(p.shape, generator=generator, dtype=p.dtype) * 0.3
     return DiTDenoiser(model, make_sampler(name, steps, betas), guidance=1.5, guided_channels=1)
@@ -122,7 +122,7 @@ def test_a_multistep_walk_is_the_one_diffusers_takes(name, betas):
     scheduler.set_timesteps(8)
     sampler = make_sampler(name, 8, betas)
     assert sampler.timesteps == tuple(scheduler.timesteps.tolist())
-    x = ours = torch.randn(1, 2, 4, 4, generator=torch.Generator().manual_seed(3))
+    x = ours = torch.randn(1, 2, 4, 4, generator=seeded(3))
     memory = {"seeds": (11,)}
     for k, t in enumerate(scheduler.timesteps):
         noise = {"generator": noise_generator(11, k)}
@@ -138,7 +138,7 @@ def test_iddpm_is_its_definition(learned):
     sampler = IDDPM(steps)
     assert sampler.timesteps == times
     a = alphas_cumprod()
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     x = torch.randn(2, 2, 4, 4, generator=generator, dtype=torch.float64)
     for k in range(steps):
         out = torch.randn(2, 4, 4, 4, generator=generator, dtype=torch.float64)

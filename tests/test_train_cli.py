@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from conftest import press_ctrl_c, refused, said
+from conftest import press_ctrl_c, refused, said, seeded
 from test_processes import environment, torchrun
 
 from harmonica import Router, Schedule, models, train, train_sdt
@@ -40,7 +40,7 @@ def test_the_command_is_the_library(tmp_path, capsys):
     options = "--proxy telescoping --beta 1e-5 --lr 0.2 --tau 0.3 --seed 3"
     router = train_sdt(
         models.load("tiny", steps=4), iterations=6, batch_size=2, refresh_every=2, proxy="telescoping",
-        beta=1e-5, lr=0.2, tau=0.3, generator=torch.Generator().manual_seed(3), progress=False,
+        beta=1e-5, lr=0.2, tau=0.3, generator=seeded(3), progress=False,
     )  # fmt: skip
     assert torch.equal(trained(tmp_path, capsys, options), router.logits)
 
@@ -52,7 +52,7 @@ def test_iterations_do_stop_the_command_in_the_middle_of_a_trajectory(tmp_path, 
     stopped = train_sdt(models.load("tiny", steps=4), iterations=5, proxy=None, **QUICK)
     again = trained(tmp_path / "b", capsys, "--iterations 5 --proxy none")
     assert torch.equal(again, stopped.logits)
-    assert not torch.equal(again, Router(4, 16, generator=torch.Generator().manual_seed(0)).logits)
+    assert not torch.equal(again, Router(4, 16, generator=seeded(0)).logits)
 
 
 def test_there_is_a_final_checkpoint_however_rarely_they_are_written(tmp_path, capsys):

@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
+from conftest import seeded
 from torch import Tensor, nn, ones, tensor
 
 LEFT_OUT = {
@@ -30,7 +31,7 @@ def submodule(name: str) -> Any:
 def make(name: str) -> tuple[nn.Module, dict[str, Any]]:
     """Return a model with all weights drawn anew, since many start with gates of zero, and its inputs."""
     module, config, inputs = TABLE[name]
-    generator = torch.Generator().manual_seed(1)
+    generator = seeded(1)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         model = getattr(submodule(module), name)(**config).eval().requires_grad_(False)

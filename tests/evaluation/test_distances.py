@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 from bootstrap import Interval, bootstrap
-from conftest import refused, seeds
+from conftest import refused, seeded, seeds
 from hypothesis import given
 from hypothesis import strategies as st
 from scores import precision_recall, psnr
@@ -15,7 +15,7 @@ from harmonica.evaluation.distances import frechet_distance, image_mse, moments
 
 
 def images(count, seed=0, *, shift=0.0, size=4):
-    return torch.randn(count, 1, size, size, generator=torch.Generator().manual_seed(seed)) + shift
+    return torch.randn(count, 1, size, size, generator=seeded(seed)) + shift
 
 
 def vectors(*args, **options):
@@ -23,7 +23,7 @@ def vectors(*args, **options):
 
 
 def draws(seed=0):
-    return torch.Generator().manual_seed(seed)
+    return seeded(seed)
 
 
 def frechet(a, b):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import refused
+from conftest import refused, start
 
 from harmonica import check_denoiser, sample
 from harmonica.evaluation.judge import GARMENTS, digits, judge_of
@@ -13,7 +13,7 @@ from harmonica.models import BUNDLED, load
 def test_what_a_bundled_model_draws_is_recognised(model, goal):
     denoiser, judge = load(model, steps=10), judge_of(model)
     labels = torch.arange(100) % 10
-    x, _ = denoiser.draw(100, torch.Generator().manual_seed(11))
+    x, _ = start(denoiser, 100, 11)
     images = sample(denoiser, x, labels)
     assert judge.agreement(images, labels) >= goal
     assert judge.agreement(images, (labels + 1) % 10) < 0.2

@@ -98,7 +98,7 @@ def test_a_sampler_that_draws_noise_is_not_captured():
         d = loaded("pixart-alpha-256", sampler)
         tape = Tape()
         draw = GraphWalk(Walk(d, table(d)), capture=tape)
-        draw(*d.draw(1, torch.Generator().manual_seed(0)))
+        draw(*start(d, 1, 0))
         assert tape.captured == (not draws)
         assert ("the sampler draws noise at every step" in (draw.reason or "")) == draws
 
@@ -129,7 +129,7 @@ def test_a_capture_is_refused_or_fails_with_its_first_cause_and_the_stream_is_pu
     monkeypatch.setattr(threading, "active_count", lambda: 1)
     with ShamDevice() as device:
         d = loaded("dit-xl", device="cuda")
-        walk, batch = Walk(d, table(d)), d.draw(2, torch.Generator().manual_seed(0))
+        walk, batch = Walk(d, table(d)), start(d, 2, 0)
         step, capture = d.step, torch.cuda.graph.return_value
         if how == "fails":
             capture.__enter__.side_effect = RuntimeError("the first cause")
@@ -178,6 +178,6 @@ def test_a_replayed_graph_is_the_eager_walk_bit_for_bit(name, sampler):
     walk = Walk(d, table(d))
     draw = GraphWalk(walk)
     for seed in range(3):
-        x, cond = d.draw(2, torch.Generator().manual_seed(seed))
+        x, cond = start(d, 2, seed)
         assert torch.equal(draw(x, cond), walk(x, cond))
         assert draw.reason is None

@@ -48,7 +48,7 @@ def test_a_walk_is_sample_to_rounding(schedule, seed):
 @pytest.mark.usefixtures("small")
 def test_every_model_under_every_sampler(name, sampler):
     d = in_double(loaded(name, sampler))
-    x, cond = d.draw(2, torch.Generator().manual_seed(0))
+    x, cond = start(d, 2, 0)
     schedule = table(d)
     plain = sample(d, x, cond, schedule)
     assert torch.equal(Walk(d, schedule, exact=True)(x, cond), plain)
@@ -58,7 +58,7 @@ def test_every_model_under_every_sampler(name, sampler):
 
 def test_the_bundled_model_agrees_to_1e_5_in_float32():
     d = load("tiny")
-    x, y = d.draw(64, torch.Generator().manual_seed(0))
+    x, y = start(d, 64, 0)
     for seed in range(3):
         assert (
             relative(Walk(d, table(d, seed=seed))(x, y), sample(d, x, y, table(d, seed=seed)))
@@ -68,7 +68,7 @@ def test_the_bundled_model_agrees_to_1e_5_in_float32():
 
 def test_half_precision_agrees_to_its_rounding():
     d = load("tiny", dtype=torch.bfloat16)
-    x, y = d.draw(16, torch.Generator().manual_seed(0))
+    x, y = start(d, 16, 0)
     assert relative(Walk(d, table(d))(x, y), sample(d, x, y, table(d))) < 0.05
     assert torch.equal(Walk(d, table(d), exact=True)(x, y), sample(d, x, y, table(d)))
 
@@ -76,7 +76,7 @@ def test_half_precision_agrees_to_its_rounding():
 @pytest.mark.parametrize("name", MADE)
 def test_nothing_is_left_on_the_model_exception_or_not(name):
     d = MADE[name]()
-    x, cond = d.draw(1, torch.Generator().manual_seed(0))
+    x, cond = start(d, 1, 0)
     before = {name: dict(vars(module)) for name, module in d.model.named_modules()}
     Walk(d, table(d))(x, cond)
     assert {name: dict(vars(module)) for name, module in d.model.named_modules()} == before
@@ -97,7 +97,7 @@ def test_nothing_is_left_on_the_model_exception_or_not(name):
 def test_a_walk_remembers_nothing_of_the_one_before(name):
     d = in_double(MADE[name]())
     walk = Walk(d, table(d))
-    first, second = (d.draw(b, torch.Generator().manual_seed(b)) for b in (3, 2))
+    first, second = (start(d, b, b) for b in (3, 2))
     walk(*first)
     assert torch.equal(walk(*second), Walk(d, table(d))(*second))
 
@@ -154,7 +154,7 @@ def _stock(*, equal):
     if equal:
         second.load_state_dict(first.state_dict())
     d = DiTDenoiser(StockDiT(transformer), DDIM(4), sites=sites(transformer))
-    return d, *d.draw(2, torch.Generator().manual_seed(0))
+    return d, *start(d, 2, 0)
 
 
 def test_embeddings_of_other_settings_are_not_the_same():
@@ -167,7 +167,7 @@ def test_embeddings_of_other_settings_are_not_the_same():
 
 def test_the_text_is_projected_once_a_walk():
     d = MADE["pixart"]()
-    x, cond = d.draw(2, torch.Generator().manual_seed(0))
+    x, cond = start(d, 2, 0)
     blocks = d.model.transformer_blocks
     text = [
         d.model.caption_projection,
@@ -225,7 +225,7 @@ def test_weights_changed_between_two_walks_are_seen():
 @pytest.mark.usefixtures("small")
 def test_a_walk_waits_for_nothing(name, sampler):
     d = loaded(name, sampler, device="cuda")
-    x, cond = d.draw(2, torch.Generator().manual_seed(0))
+    x, cond = start(d, 2, 0)
     walk = Walk(d, table(d))
     walk(x, cond)  # libraries start
     torch.cuda.synchronize()

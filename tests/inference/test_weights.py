@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import make, refused, seeds, start, tables
+from conftest import make, refused, seeded, seeds, start, tables
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,7 +21,7 @@ from harmonica.storage.foreign import write_smoothcache
 
 def weigh(table, past, seed=0):
     """Return a schedule with random weights wherever its table allows them."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     weights = torch.randn(*table.compute.shape, 1 + past, generator=generator)
     computed = table.compute.cumsum(0) - table.compute.long()
     weights *= torch.arange(1 + past) <= computed[:, :, None]

@@ -5,7 +5,7 @@ from pipes import StockDiT, dit_transformer, pixart_transformer, randomised
 
 import pytest
 import torch
-from conftest import make, seeds, start, tables
+from conftest import make, seeded, seeds, start, tables
 from hypothesis import given
 from test_uvit import make as make_uvit
 from torch import nn
@@ -58,7 +58,7 @@ def walk(d, schedule, x, cond, **options):
 
 
 def table(d, share=0.5, seed=0):
-    rows = torch.rand(d.steps, len(d.sites), generator=torch.Generator().manual_seed(seed)) > share
+    rows = torch.rand(d.steps, len(d.sites), generator=seeded(seed)) > share
     rows[0] = True
     return Schedule(rows, sites=tuple(d.sites))
 
@@ -66,7 +66,7 @@ def table(d, share=0.5, seed=0):
 @pytest.mark.parametrize("name", MADE)
 def test_overridden_blocks_give_the_images_of_overridden_sites_bit_for_bit(name):
     d = MADE[name]()
-    x, cond = d.draw(2, torch.Generator().manual_seed(3))
+    x, cond = start(d, 2, 3)
     for seed in range(5):
         schedule = table(d, seed=seed)
         assert torch.equal(walk(d, schedule, x, cond), sample(d, x, cond, schedule))
@@ -75,7 +75,7 @@ def test_overridden_blocks_give_the_images_of_overridden_sites_bit_for_bit(name)
 @pytest.mark.parametrize("name", MADE)
 def test_fused_arithmetic_differs_by_rounding_alone(name):
     d = in_double(MADE[name]())
-    x, cond = d.draw(2, torch.Generator().manual_seed(3))
+    x, cond = start(d, 2, 3)
     schedule = table(d)
     fused, exact = walk(d, schedule, x, cond, math=FUSED), sample(d, x, cond, schedule)
     assert float((fused - exact).norm() / exact.norm()) < 1e-11
@@ -111,7 +111,7 @@ def calls_of(d, run):
 @pytest.mark.parametrize("name", MADE)
 def test_a_skipped_site_runs_neither_its_norm_nor_anything_else_of_its_branch(name):
     d = MADE[name](2)
-    x, cond = d.draw(1, torch.Generator().manual_seed(0))
+    x, cond = start(d, 1, 0)
     nothing = Schedule([[True] * len(d.sites), [False] * len(d.sites)], sites=tuple(d.sites))
     with torch.no_grad():
         whole = calls_of(d, lambda: d.predict(x, 0, cond))
@@ -164,7 +164,7 @@ def test_an_unusual_block_is_run_as_it_stands_with_the_same_numbers(name, change
     assert form_of(transformer.transformer_blocks[0])
     assert form_of(transformer.transformer_blocks[1]) is None
     if change is not training:
-        x, cond = d.draw(1, torch.Generator().manual_seed(3))
+        x, cond = start(d, 1, 3)
         assert torch.equal(walk(d, table(d), x, cond), sample(d, x, cond, table(d)))
 
 

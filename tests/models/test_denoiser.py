@@ -6,6 +6,7 @@ import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import seeded, start
 from torch.utils._pytree import tree_map
 
 from harmonica import Schedule, blend, check_denoiser, gated, image_error, macs, train_sdt
@@ -61,7 +62,7 @@ def test_it_keeps_the_laws_of_denoisers(name):
 @pytest.mark.parametrize("name", WALKS)
 def test_cached_runs_what_sample_runs(name):
     pipe, d = denoiser_of(name)
-    generator, cond = torch.Generator().manual_seed(1), cond_of(1)
+    generator, cond = seeded(1), cond_of(1)
     x = d.noise(cond)
     for order in (0, 1, 2):
         compute = torch.rand(d.steps, len(d.sites), generator=generator) < 0.5
@@ -78,7 +79,7 @@ def test_lambda_is_brute_force_and_costs_so_many_predictions(name):
     pipe, d = denoiser_of(name, steps=3)
     cond = cond_of(1)
     x = d.noise(cond)
-    r = torch.rand(d.steps, len(d.sites), generator=torch.Generator().manual_seed(2))
+    r = torch.rand(d.steps, len(d.sites), generator=seeded(2))
     r[0] = 1.0
     calls = []
     hook = pipe.transformer.register_forward_hook(lambda *_: calls.append(1))
@@ -101,7 +102,7 @@ def _blending(table):
 def test_it_trains_and_finds_whole_steps_and_refines(name, monkeypatch):
     monkeypatch.setattr("harmonica.search.refine_router.NOISES", 8)
     _, d = denoiser_of(name, steps=3)
-    x, cond = d.draw(1, torch.Generator().manual_seed(0))
+    x, cond = start(d, 1, 0)
     assert dynamic_programming(d, x, cond, speedup=1.2).speedup(macs(d)) >= 1.2
     router = train_sdt(
         d, iterations=3, batch_size=1, target_speedup=1.2, refine=200, progress=False
@@ -133,7 +134,7 @@ def assert_slope(value, at, seed=0):
 
     Schedulers step in float32, whatever they are given, so a smaller difference drowns in rounding.
     """
-    along = torch.randn(at.shape, dtype=at.dtype, generator=torch.Generator().manual_seed(seed))
+    along = torch.randn(at.shape, dtype=at.dtype, generator=seeded(seed))
     slope = (value(at.requires_grad_())[1] * along).sum()
     ahead, behind = (value(at.detach() + step * along)[0] for step in (1e-3, -1e-3))
     assert float(slope) == pytest.approx(float(ahead - behind) / 2e-3, rel=1e-3)
@@ -142,7 +143,7 @@ def assert_slope(value, at, seed=0):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", ["pixart", "wan", "flux-two-calls"])
 def test_the_gradient_through_a_whole_walk_is_finite_differences(name, checkpointing):
-    d, generator = double_denoiser(name, checkpointing), torch.Generator().manual_seed(0)
+    d, generator = double_denoiser(name, checkpointing), seeded(0)
     cond = cond_of(1)
     x = d.noise(cond)
     table = torch.rand(d.steps, len(d.sites), generator=generator) < 0.6
@@ -159,7 +160,7 @@ def test_the_gradient_through_a_whole_walk_is_finite_differences(name, checkpoin
 
 def test_a_block_that_backward_runs_again_knows_the_call_that_it_belongs_to():
     d, cond, cache, memory = double_denoiser("flux-two-calls", True), cond_of(1), {}, {}
-    r = torch.rand(len(d.sites), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    r = torch.rand(len(d.sites), dtype=torch.float64, generator=seeded(0))
     x = d.noise(cond)
     with torch.no_grad(), gated(d.sites, blend(torch.ones_like(r), cache, 0.1)):
         x = d.step(x, d.predict(x, 0, cond), 0, memory)

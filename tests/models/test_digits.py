@@ -1,6 +1,7 @@
 """The pipeline that draws digits is the bundled model in diffusers' classes."""
 
 import torch
+from conftest import seeded, start
 
 from harmonica.models import digits, load
 from harmonica.models.pipelines import from_pipeline
@@ -18,7 +19,7 @@ def test_renaming_to_diffusers_and_back_gives_the_same_parameters():
 def test_the_pipeline_of_digits_predicts_what_the_bundled_model_predicts():
     ours = load("tiny", steps=5, sampler="dpm-solver++", guidance=1.5)
     theirs = from_pipeline(digits.pipeline(load("tiny")), steps=5, guidance=1.5)
-    x, labels = ours.draw(4, torch.Generator().manual_seed(0))
+    x, labels = start(ours, 4, 0)
     cond = torch.stack([labels, torch.arange(4)], 1)
     for k in range(5):
         found, expected = theirs.predict(x, k, cond), ours.predict(x, k, labels)[: len(x)]
@@ -28,12 +29,7 @@ def test_the_pipeline_of_digits_predicts_what_the_bundled_model_predicts():
 def test_all_classes_of_the_pipeline_are_digits():
     pipe = digits.pipeline(load("tiny"))
     images = [
-        pipe(
-            [label],
-            num_inference_steps=4,
-            generator=torch.Generator().manual_seed(1),
-            output_type="pt",
-        ).images
+        pipe([label], num_inference_steps=4, generator=seeded(1), output_type="pt").images
         for label in (3, 993)
     ]
     assert torch.equal(torch.as_tensor(images[0]), torch.as_tensor(images[1]))

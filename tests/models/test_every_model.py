@@ -7,7 +7,7 @@ from pipes import dit_transformer, pixart_pipe, pixart_transformer, randomised, 
 
 import pytest
 import torch
-from conftest import refused
+from conftest import refused, seeded, start
 
 from harmonica import Router, check_denoiser, image_error, sample, sdt, train_sdt
 from harmonica.inference.walk import Walk
@@ -66,7 +66,7 @@ def test_it_walks_is_exact_trains_and_has_a_lambda(name, sampler):
     check_denoiser(
         d
     )  # computing everything is the plain model bit for bit, forks, frozen, neighbours …
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     x, cond = d.draw(2, generator)
     router = Router(d.steps, d.sites, generator=generator, about=d.about)
     lam = image_error(d, router(), x, cond)
@@ -125,7 +125,7 @@ def test_activation_checkpointing_gives_the_same_gradients_bit_for_bit(name):
 @pytest.mark.parametrize("name", ["tiny", "dit-xl", "pixart-alpha-1024", "uvit-h"])
 def test_half_precision_weights_train_a_router_in_full_precision(name):
     d = loaded(name, dtype=torch.bfloat16)
-    x, cond = d.draw(2, torch.Generator().manual_seed(0))
+    x, cond = start(d, 2, 0)
     assert x.dtype == torch.float32
     assert next(d.model.parameters()).dtype == torch.bfloat16
     assert d.predict(x, 1, cond).dtype == torch.float32
@@ -137,7 +137,7 @@ def test_half_precision_weights_train_a_router_in_full_precision(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_guidance_of_one_runs_one_half_and_is_not_guided(name):
     d = loaded(name, guidance=1.0, steps=2)
-    x, cond = d.draw(2, torch.Generator().manual_seed(0))
+    x, cond = start(d, 2, 0)
     assert len(d.predict(x, 0, cond)) == 2
     guided = loaded(name, guidance=1.0 + 1e-6, steps=2)
     torch.testing.assert_close(
@@ -148,7 +148,7 @@ def test_guidance_of_one_runs_one_half_and_is_not_guided(name):
 @pytest.mark.parametrize("name", ["tiny", "dit-xl", "pixart-alpha-256", "uvit-h"])
 def test_inputs_that_do_not_fit_the_model_are_named_and_leave_no_trace(name):
     d = loaded(name, steps=2)
-    x, cond = d.draw(2, torch.Generator().manual_seed(0))
+    x, cond = start(d, 2, 0)
     plain = sample(d, x, cond)
     wrong = [
         (x, cond[:1]),
@@ -257,7 +257,7 @@ def test_a_diffusers_folder_of_pixart_is_the_stock_pipeline(tmp_path):
     prompts = ["a blue boat at night", "the cat in the house"]
     d = load("pixart-alpha-256", weights=tmp_path, prompts=prompts, steps=4)
     assert d.prompts.texts == tuple(prompts)
-    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(2, 4, 8, 8, generator=seeded(1))
     theirs = pipe(
         prompts, latents=x, num_inference_steps=4, output_type="latent", use_resolution_binning=False,
         clean_caption=False, max_sequence_length=6,

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import make, refused, start
+from conftest import make, refused, seeded, start
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -28,7 +28,7 @@ def test_dit_is_diffusers_dit_once_its_two_deviations_are_patched():
     ours = DiT(
         input_size=8, in_channels=4, hidden_size=16, depth=2, num_heads=2, num_classes=5
     ).eval()
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     for name, parameter in ours.named_parameters():
         if name != "pos_embed":
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
@@ -81,7 +81,7 @@ def test_a_model_of_any_number_of_classes_has_its_own_null_class(classes):
     asked = []
     model.y_embedder.register_forward_hook(lambda _, inputs, __: asked.append(inputs[0].tolist()))
     d = DiTDenoiser(model, DDIM(2), guidance=2.0)
-    x, y = d.draw(3, torch.Generator().manual_seed(0))
+    x, y = start(d, 3, 0)
     d.predict(x, 0, y)
     assert asked == [[*y.tolist(), *[classes] * 3]]
     assert max(y.tolist()) < classes
@@ -188,9 +188,7 @@ def test_what_others_write_in_the_metadata_of_safetensors_is_theirs(tmp_path, sm
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_cached_walk_on_cuda_is_the_cpus():
     x, y = start(load("tiny", steps=5))
-    schedule = Router(5, load("tiny").sites, generator=torch.Generator().manual_seed(0)).schedule(
-        0.5
-    )
+    schedule = Router(5, load("tiny").sites, generator=seeded(0)).schedule(0.5)
     one = sample(load("tiny", steps=5), x, y, schedule)
     other = sample(load("tiny", steps=5, device="cuda"), x.cuda(), y.cuda(), schedule)
     torch.testing.assert_close(one, other.cpu(), rtol=1e-3, atol=1e-3)
@@ -228,7 +226,7 @@ def test_alphas_are_those_of_diffusers():
 @given(st.integers(2, 50), st.integers(0, 100))
 def test_ddim_recovers_an_image_from_its_true_noise(steps, seed):
     """If the model's noise is the true one, every step lands on the true trajectory and the last one on the image."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     image, noise = torch.randn(2, 1, 2, 2, 2, generator=generator, dtype=torch.float64)
     ddim, alphas = DDIM(steps), alphas_cumprod()
     at = lambda a: a**0.5 * image + (1 - a) ** 0.5 * noise  # noqa: E731

@@ -16,7 +16,7 @@ from pipes import (
 
 import pytest
 import torch
-from conftest import refused
+from conftest import refused, seeded
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -154,7 +154,7 @@ def test_pipelines_that_nobody_here_wrote_an_adapter_for_are_exact_too(make):
 def test_guidance_as_two_calls_has_one_cache_for_each():
     """Some pipelines call the transformer once for each half: the halves must not meet."""
     pipe = dit_pipe()
-    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(1, 4, 8, 8, generator=seeded(0))
 
     def walk():
         latent = x

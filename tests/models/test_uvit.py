@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import refused, seeds, start, tables
+from conftest import refused, seeded, seeds, start, tables
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -38,7 +38,7 @@ SITES = 6  # of the small one: attn and mlp of three blocks
 def small_model(*, dtype=torch.float64, depth=2, seed=0, **options):
     """Return a model whose every weight is random, so that every site and every skip matters."""
     model = UViT(**SMALL, depth=depth, **options).to(dtype)
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     for parameter in model.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator).to(dtype) * 0.3
     return model
@@ -56,7 +56,7 @@ def small():
 
 
 def random_scores(sites, seed=0):
-    return Router(4, sites, generator=torch.Generator().manual_seed(seed))().detach().double()
+    return Router(4, sites, generator=seeded(seed))().detach().double()
 
 
 def block_shapes(name, d, *, skip=False):
@@ -213,7 +213,7 @@ def written_again(w, x, t, y, *, heads=2, patch=2):
 @pytest.mark.parametrize("options", [{}, {"depth": 4}], ids=str)
 def test_the_model_is_the_one_written_again(options):
     model = small_model(**options)
-    generator = torch.Generator().manual_seed(1)
+    generator = seeded(1)
     x = torch.randn(3, 2, 4, 4, generator=generator, dtype=torch.float64)
     t, y = (
         torch.tensor([0.0, 1.0, 0.5]),
@@ -248,7 +248,7 @@ def test_sizes_that_do_not_divide_are_refused(changes, message):
 @given(st.integers(1, 3), st.sampled_from([torch.float64, torch.float32, torch.bfloat16]), seeds)
 def test_two_streams_are_two_calls_bit_for_bit(batch, dtype, seed):
     model = small_model(dtype=dtype, depth=4)
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     x = torch.randn(batch, 2, 4, 4, generator=generator).to(dtype)
     t, y = (
         torch.rand(batch, generator=generator) * 1000,
@@ -334,7 +334,7 @@ def test_x_stays_float32_although_the_weights_are_half(dtype):
     )  # guidance amplifies, so it is not rounded to half
     assert torch.equal(d.predict(x, 0, y), null + 1.4 * (conditional - null))
     assert start(make(dtype=torch.float64))[0].dtype == torch.float64
-    router = Router(4, d.sites, generator=torch.Generator().manual_seed(0))
+    router = Router(4, d.sites, generator=seeded(0))
     assert len(list(sdt(d, router, [(x, y)]))) == 3
 
 

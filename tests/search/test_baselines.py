@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import make, refused, seeds, start
+from conftest import make, refused, seeded, seeds, start
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rivals import (
@@ -56,7 +56,7 @@ METHODS = {
     "dynamic programming": lambda d, s: dynamic_programming(d, *start(d), speedup=s),
     "greedy": lambda d, s: greedy(d, *start(d), speedup=s, budget=400),
     "InvarDiff": lambda d, s: invardiff(d, *start(d), speedup=s),
-    "random": lambda d, s: random_table(d, torch.Generator().manual_seed(0), speedup=s),
+    "random": lambda d, s: random_table(d, seeded(0), speedup=s),
 }
 GRAINS = {"FORA": 4, "dynamic programming": 4, "SmoothCache": 4, "Δ-DiT": 8, "InvarDiff": 4}
 """Entries that a method switches at once, if more than one: a step; a kind in two; a block in every other step."""
@@ -257,7 +257,7 @@ def summed(costs, path):
 @given(st.integers(1, 7), seeds, st.data())
 def test_no_other_path_is_cheaper(steps, seed, data):
     count = data.draw(st.integers(1, steps))
-    costs = torch.rand(steps, steps, generator=torch.Generator().manual_seed(seed)).double().triu(1)
+    costs = torch.rand(steps, steps, generator=seeded(seed)).double().triu(1)
     path = cheapest_path(costs, count)
     others = [[0, *rest] for rest in itertools.combinations(range(1, steps), count - 1)]
     assert path in others
@@ -340,9 +340,7 @@ def test_a_budget_that_cannot_score_every_entry_is_refused(walker):
 
 
 def test_random_tables_differ_by_their_generator_only(walker):
-    one, same, other = (
-        random_table(walker, torch.Generator().manual_seed(s), speedup=1.2) for s in (0, 0, 1)
-    )
+    one, same, other = (random_table(walker, seeded(s), speedup=1.2) for s in (0, 0, 1))
     assert one == same
     assert one != other
 

@@ -5,7 +5,7 @@ from itertools import combinations, repeat
 
 import pytest
 import torch
-from conftest import make, refused, seeds, start, tables
+from conftest import make, refused, seeded, seeds, start, tables
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -80,7 +80,7 @@ def test_without_a_target_beta_stays_as_it_is_given():
 @given(table=tables(), seed=seeds, speedup=st.floats(1.0, 2.4))
 def test_landing_turns_as_few_as_it_must_in_the_order_of_scores(table, seed, speedup):
     target = Target(speedup, COST, 4)
-    r = torch.rand(4, 4, generator=torch.Generator().manual_seed(seed))
+    r = torch.rand(4, 4, generator=seeded(seed))
     landed = target.fit_budget(r, table.compute)
     assert bool(landed[0].all())
     assert target.speed(landed) >= speedup * (1 - 1e-9)
@@ -111,9 +111,7 @@ def test_another_target_is_not_resumed(tmp_path):
 def test_refining_never_ends_worse_than_the_best_start_and_never_off_target(seed, speedup):
     d = make(seed=seed % 7)
     target, pool = Target(speedup, macs(d), d.steps), with_images(d, *start(d, 2, seed))
-    landed = target.fit_budget(
-        torch.rand(4, 4, generator=torch.Generator().manual_seed(seed)), torch.ones(4, 4).bool()
-    )
+    landed = target.fit_budget(torch.rand(4, 4, generator=seeded(seed)), torch.ones(4, 4).bool())
     found = list(refine(d, [landed], pool, repeat(pool), target, budget=2000))
     errors = [each.error for each in found]
 
@@ -199,7 +197,7 @@ def test_a_larger_budget_judges_on_more_noises(monkeypatch):
     monkeypatch.setattr("harmonica.search.refine_router.refine", watched)
     one = ROUNDS * ROUND * 4
     for budget in (None, 10, NOISES * one / 16, 2 * NOISES * one / 16):
-        router = Router(4, d.sites, generator=torch.Generator().manual_seed(0))
+        router = Router(4, d.sites, generator=seeded(0))
         refine_router(d, router, Target(1.6, macs(d), 4), batch_size=16, budget=budget)
     assert seen == [(128, 32), (128, 32), (128, 32), (256, 64)]
 
@@ -207,7 +205,7 @@ def test_a_larger_budget_judges_on_more_noises(monkeypatch):
 @pytest.mark.parametrize("budget", [0, 50, 4000])
 def test_refining_stays_within_its_budget_and_says_what_it_spent(budget):
     d = make()
-    router = Router(4, d.sites, generator=torch.Generator().manual_seed(0))
+    router = Router(4, d.sites, generator=seeded(0))
     refine_router(d, router, Target(1.6, macs(d), 4), batch_size=16, budget=budget)
     judging = 8 * (4 + 8 + 6 + 5 * 4)  # targets, step costs and five starts, of 128 noises
     assert router.about["provenance"]["refined_for"] <= max(budget, judging if budget else 0)

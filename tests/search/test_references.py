@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import make, refused, start, tables
+from conftest import make, refused, seeded, start, tables
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -30,8 +30,8 @@ def drawn(noises=12, factor=2):
 @pytest.mark.parametrize("factor", [1, 3])
 def test_a_reference_is_the_image_of_the_same_sampler_with_more_steps(factor):
     d = make()
-    pool = references(d, noises=3, factor=factor, generator=torch.Generator().manual_seed(5))
-    x, cond = d.draw(3, torch.Generator().manual_seed(5))
+    pool = references(d, noises=3, factor=factor, generator=seeded(5))
+    x, cond = start(d, 3, 5)
     assert torch.equal(pool.x, x)
     assert torch.equal(pool.images, sample(make(4 * factor), x, cond))
     part = pool[torch.tensor([2, 0])]
@@ -62,7 +62,7 @@ def test_a_file_of_other_references_is_refused(tmp_path):
     references(d, noises=4, factor=2, path=path)
     with refused(r"no references of 12 steps \(found 8 steps\)"):
         references(d, noises=4, factor=3, path=path)
-    for other in ({"noises": 3}, {"generator": torch.Generator().manual_seed(1), "noises": 4}):
+    for other in ({"noises": 3}, {"generator": seeded(1), "noises": 4}):
         with refused("of other noises; name another file"):
             references(d, factor=2, path=path, **other)
     write_tensors(path, {"logits": torch.zeros(1)}, {})
@@ -138,7 +138,7 @@ def test_the_gradient_is_that_of_finite_differences(again):
     d = make(remembers=True)
     x, cond = start(d, 2)
     weights = replace(TABLE, order=1).gate_weights.requires_grad_()
-    direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+    direction = torch.randn(x.shape, generator=seeded(0)).to(x)
     image = weighted_walk(d, TABLE.compute.tolist(), weights, x, cond, again=again)
     gradient = torch.autograd.grad(image, weights, direction)[0]
     for entry in ((1, 0, 1), (3, 1, 2), (3, 3, 1), (1, 1, 0)):

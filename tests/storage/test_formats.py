@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import refused, seeds, tables
+from conftest import refused, seeded, seeds, tables
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -38,7 +38,7 @@ ROW = torch.ones(2)
 
 def logits(steps, sites, seed=0, trained=slice(None)):
     """Draw (T, N) logits in a file's order: N(0, 1) before training, ±5 where it has been."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     drawn = torch.randn(steps, sites, generator=generator).clamp(-4, 4)
     drawn[trained] = 10.0 * (torch.rand(drawn[trained].shape, generator=generator) > 0.5) - 5.0
     return drawn

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import make, refused
+from conftest import make, refused, start
 
 from harmonica import Router, Schedule, macs, sdt, train, train_sdt
 from harmonica.memory import metered
@@ -27,7 +27,7 @@ def on_meta(d):
 def test_the_meta_device_counts_the_memory_that_the_cpu_takes(checkpointed):
     d = make(3, dtype=torch.float32)
     d.model.activation_checkpointing = checkpointed
-    x, cond = d.draw(16, torch.Generator().manual_seed(0))
+    x, cond = start(d, 16, 0)
     router = Router(d.steps, d.sites, logits=torch.full((2, len(d.sites)), 4.0))
     with metered() as real:
         for _ in sdt(d, router, [(x, cond)], proxy=None):
@@ -38,7 +38,7 @@ def test_the_meta_device_counts_the_memory_that_the_cpu_takes(checkpointed):
 def test_the_search_of_a_long_walk_is_told_from_short_ones():
     model = DiT(input_size=16, hidden_size=256, depth=2, num_heads=2, num_classes=3)
     d = on_meta(DiTDenoiser(model, DDIM(12)))  # so wide that features are most of it
-    x, cond = d.draw(1, torch.Generator().manual_seed(0))
+    x, cond = start(d, 1, 0)
     with metered() as whole:
         table = Schedule(torch.ones(d.steps, len(d.sites)), tuple(d.sites))
         flip_effects_at(d, table, with_images(d, x, cond), torch.ones_like(x))

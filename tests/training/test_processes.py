@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make, refused
+from conftest import make, refused, seeded
 
 from harmonica import Router, train_sdt
 from harmonica.processes import (
@@ -64,7 +64,7 @@ for name, proxy in PROXIES.items():
     router = train_sdt(small(), iterations=UPDATES, checkpoint=folder / name, **{**QUICK, "proxy": proxy})
     tensors[name] = router.logits
 # generators seeded by rank are a common mistake: rank 0's is taken by all
-seeded = torch.Generator().manual_seed(rank())
+seeded = seeded(rank())
 tensors["seeded"] = train_sdt(small(), iterations=6, generator=seeded, **QUICK).logits
 """
 
@@ -174,7 +174,7 @@ def test_two_processes_train_the_router_of_one_with_the_joint_batch(both, name):
         torch.testing.assert_close(
             tensors[name].sigmoid(), alone.logits.sigmoid(), rtol=1e-4, atol=0
         )
-    untrained = Router(4, 4, generator=torch.Generator().manual_seed(0)).logits
+    untrained = Router(4, 4, generator=seeded(0)).logits
     assert (
         alone.logits - untrained
     ).abs().min() > 0.1  # every score went somewhere, so the comparison says something
