@@ -64,10 +64,14 @@ def assert_alike(printed: str, said: str, *, numbers: bool) -> None:
 SHORTER = {
     "03": [("in range(25)", "in range(2)"), ("in range(3)", "in range(1)")],
     "04": [("in range(20)", "in range(2)")],
-    "06": [("range(1500)", "range(500)"), ("iterations=570", "iterations=38")]
-    + [('"iterations": 570', '"iterations": 38')],
-    "07": [("noises=64", "noises=16"), ("draw(32,", "draw(8,"), ("noises=96", "noises=24")]
-    + [("iterations=60", "iterations=8"), ("noises=48", "noises=24")],
+    "06": [
+        *(("range(1500)", "range(500)"), ("iterations=570", "iterations=38")),
+        ('"iterations": 570', '"iterations": 38'),
+    ],
+    "07": [
+        *(("noises=64", "noises=16"), ("draw(32,", "draw(8,"), ("noises=96", "noises=24")),
+        *(("iterations=60", "iterations=8"), ("noises=48", "noises=24")),
+    ],
 }
 """What is trained less, unless TUTORIALS=full (`make tutorials`); the numbers printed are then other ones."""
 
