@@ -3,14 +3,15 @@
     pip install "harmonica-dit[server]"
     uvicorn --app-dir examples --factory server:app
 
-    curl -X POST "localhost:8000/images/mine?label=3&steps=10" -o image.npy   draws; `mine` names the request
+    curl -X POST "localhost:8000/images/mine?label=3&steps=10" -o image.npy   draws request `mine`
     curl -X DELETE localhost:8000/images/mine                                 cancels it
-    curl localhost:8000/metrics                                               what was reused, in numbers
+    curl localhost:8000/metrics                                               counts what was reused
 
 diffusers' schedulers remember where a walk is, so pipelines that run at once need one each. They
 share everything else: the server holds one transformer and a few light pipelines around it, and a
 request waits for a free one. Each is cached once, when the server starts. A cancelled walk leaves
-nothing behind, so its pipeline serves the next request. For your own, change `model()`, `tables()`, the scheduler's class and both calls of the pipeline.
+nothing behind, so its pipeline serves the next request. For your own, change `model()`,
+`tables()`, the scheduler's class and both calls of the pipeline.
 """
 
 from __future__ import annotations
@@ -64,19 +65,25 @@ def tables(pipe: Any) -> list[Schedule]:
     ]
 
 
+def pipelines() -> tuple[list[Any], list[Schedule]]:
+    """Return light pipelines around one transformer, one scheduler each, and the tables."""
+    first = model()
+    config, pipes = first.scheduler.config, []
+    for _ in range(PIPELINES):
+        scheduler = StoppableScheduler.from_config(config)
+        pipes.append(type(first)(first.transformer, first.vae, scheduler))
+        pipes[-1].set_progress_bar_config(disable=True)
+    return pipes, tables(first)
+
+
 def app() -> FastAPI:
     """Return the server."""
-    first = model()
-    schedules = tables(first)
+    pipes, schedules = pipelines()
     offered = [schedule.steps for schedule in schedules]
+    sessions = [enable_cache(pipe, schedules) for pipe in pipes]
+    stops, counts = dict[str, threading.Event](), {"images": 0, "cancelled": 0}
     free: Queue[Any] = Queue()
-    sessions, stops = [], dict[str, threading.Event]()
-    counts = {"images": 0, "cancelled": 0}
-    for _ in range(PIPELINES):
-        scheduler = StoppableScheduler.from_config(first.scheduler.config)
-        pipe = type(first)(first.transformer, first.vae, scheduler)
-        pipe.set_progress_bar_config(disable=True)
-        sessions.append(enable_cache(pipe, schedules))
+    for pipe in pipes:
         free.put(pipe)
     server = FastAPI(title="HarmoniCa")
 

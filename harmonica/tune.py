@@ -40,34 +40,22 @@ sys.modules[__name__].__class__ = _Command
 def parser() -> Parser:
     """Return the command line of tuning."""
     p = Parser("tune", __doc__)
-    p.add_argument(
-        "--pipeline", required=True, help="a folder of a diffusers pipeline, or its name on the Hub"
-    )
-    p.add_argument("--speedup", type=float, required=True, help="theoretical, of the transformer")
-    p.add_argument("--steps", type=whole, help="num_inference_steps (the pipeline's own)")
-    p.add_argument("--guidance", type=float, help="guidance_scale (the pipeline's own)")
-    p.add_argument(
-        "--call",
-        nargs="+",
-        type=_argument,
-        default=[],
-        metavar="NAME=VALUE",
-        help="other arguments of the pipeline: height=1024 width=1024 true_cfg_scale=4",
-    )
-    p.add_argument("--prompts", type=Path, metavar="FILE", help="one to a line (64 of our own)")
-    p.add_argument(
-        "--order", type=whole, default=0, help="differences that continue skipped outputs (0)"
-    )
-    p.add_argument(
-        "--method", choices=("auto", "sdt"), default="auto", help="sdt is the paper's training"
-    )
-    p.add_argument("--budget", type=whole, help="predictions that may be spent (1000 walks')")
-    p.add_argument("--cost", choices=("milliseconds",), help="aim at the clock, not at MACs")
-    p.add_argument("--seed", type=seed, default=0, help="of the image that is shown (0)")
-    p.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (cpu)")
-    p.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (float32)")
-    p.add_argument("--out", type=Path, default=Path("out/tune"), help="folder (out/tune)")
-    return p  # fmt: skip
+    add, call = p.add_argument, "other arguments of the pipeline: height=1024 width=1024"
+    add("--pipeline", required=True, help="a folder of a diffusers pipeline, or its Hub name")
+    add("--speedup", type=float, required=True, help="theoretical, of the transformer")
+    add("--steps", type=whole, help="num_inference_steps (the pipeline's own)")
+    add("--guidance", type=float, help="guidance_scale (the pipeline's own)")
+    add("--call", nargs="+", type=_argument, default=[], metavar="NAME=VALUE", help=call)
+    add("--prompts", type=Path, metavar="FILE", help="one to a line (64 of our own)")
+    add("--order", type=whole, default=0, help="differences that continue skipped outputs (0)")
+    add("--method", choices=("auto", "sdt"), default="auto", help="sdt is the paper's training")
+    add("--budget", type=whole, help="predictions that may be spent (1000 walks')")
+    add("--cost", choices=("milliseconds",), help="aim at the clock, not at MACs")
+    add("--seed", type=seed, default=0, help="of the image that is shown (0)")
+    add("--device", default="cpu", help="cpu, cuda or cuda:N (cpu)")
+    add("--dtype", choices=DTYPES, default="float32", help="of the weights (float32)")
+    add("--out", type=Path, default=Path("out/tune"), help="folder (out/tune)")
+    return p
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,16 +1,16 @@
 """Models: load(name) gives a `Denoiser`, a frozen model with its sampler and guidance.
 
-    name                  model              on what                            default sampler
-    tiny                  DiT, bundled       8×8 digits, no autoencoder         ddim, T = 20, guidance 1.5
-    garments              DiT, bundled       28×28 photographs of clothes       ddim, T = 20, guidance 1.5
-    dit-xl, dit-xl-256    DiT-XL/2           32×32 latent of 256×256 images     ddim, T = 20, guidance 1.5
-    dit-xl-512            DiT-XL/2           64×64 latent                       ddim, T = 20, guidance 1.5
-    pixart-alpha-256      PixArt-α           32×32 latent and a prompt          dpm-solver++, T = 20, guidance 4.5
-    pixart-alpha-512      PixArt-α           64×64 latent                       dpm-solver++, T = 20, guidance 4.5
-    pixart-alpha-1024     PixArt-α           128×128 latent, micro-conditions   dpm-solver++, T = 20, guidance 4.5
-    pixart-sigma-1024     PixArt-Σ           128×128 latent, 300 tokens         dpm-solver++, T = 20, guidance 4.5
-    pixart-sigma-2k       PixArt-Σ           256×256 latent, 300 tokens         dpm-solver++, T = 20, guidance 4.5
-    uvit-h                U-ViT-H/2          32×32 latent of 256×256 images     dpm-solver++, T = 20, guidance 1.4
+    name                  model              on what                            sampler, guidance
+    tiny                  DiT, bundled       8×8 digits, no autoencoder         ddim, 1.5
+    garments              DiT, bundled       28×28 photographs of clothes       ddim, 1.5
+    dit-xl, dit-xl-256    DiT-XL/2           32×32 latent of 256×256 images     ddim, 1.5
+    dit-xl-512            DiT-XL/2           64×64 latent                       ddim, 1.5
+    pixart-alpha-256      PixArt-α           32×32 latent and a prompt          dpm-solver++, 4.5
+    pixart-alpha-512      PixArt-α           64×64 latent                       dpm-solver++, 4.5
+    pixart-alpha-1024     PixArt-α           128×128 latent, micro-conditions   dpm-solver++, 4.5
+    pixart-sigma-1024     PixArt-Σ           128×128 latent, 300 tokens         dpm-solver++, 4.5
+    pixart-sigma-2k       PixArt-Σ           256×256 latent, 300 tokens         dpm-solver++, 4.5
+    uvit-h                U-ViT-H/2          32×32 latent of 256×256 images     dpm-solver++, 1.4
 
 Each takes each of the four samplers. Weights come from the hub, a folder, a file of the original,
 or are "random". A stock diffusers pipeline that is already in memory becomes a denoiser with
@@ -20,7 +20,7 @@ or are "random". A stock diffusers pipeline that is already in memory becomes a 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from harmonica.run_again import run_again
 from harmonica.samplers import Betas, Sampler, make_sampler
 from harmonica.storage.files import StrPath
 from harmonica.storage.hub import download
+from harmonica.table import require
 
 _BUNDLED = {"in_channels": 1, "num_classes": 10, "num_heads": 4, "depth": 8, "learn_sigma": False}
 _XL = {"depth": 28, "hidden_size": 1152, "num_heads": 16, "patch_size": 2}
@@ -77,11 +78,10 @@ def load(
 
     Args:
         name: one of MODELS.
-        sampler: "ddim", "dpm-solver++", "iddpm" or "sa-solver"; None for the model's own (table
-            above).
+        sampler: "ddim", "dpm-solver++", "iddpm" or "sa-solver"; None for the model's own (table).
         steps: T, predictions in one walk.
         guidance: classifier-free guidance scale; 1 switches it off; None for the model's own.
-        weights: None for the model's repository on the hub (bundled models have theirs in the package);
+        weights: None for the model's repository on the hub, or the package's own if it is bundled;
             a folder saved by diffusers; a .pt, .pth or .safetensors file in the original parameter
             names; "random" for timing, drawn on the device from torch's generator.
         prompts: for PixArt, what images to train on: a file with one prompt a line, or the prompts;
@@ -97,70 +97,77 @@ def load(
     >>> load("tiny", steps=10).steps
     10
     """
-    if name not in MODELS:
-        raise ValueError(f"model is {name!r}; this version has {', '.join(MODELS)}")
+    require(name in MODELS, f"model is {name!r}; this version has {', '.join(MODELS)}")
     own_sampler, own_guidance, build = _FAMILIES[name.split("-")[0]]
     betas: Betas = "scaled-linear" if name == "uvit-h" else "linear"
     walk = make_sampler(sampler or own_sampler, steps, betas)
-    if prompts is not None and name not in PIXART:
-        raise ValueError(f"{name} takes no prompts; it draws classes")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype}; weights can be {', '.join(map(str, DTYPES))}")
+    takes = prompts is None or name in PIXART
+    require(takes, f"{name} takes no prompts; it draws classes")
+    choices = ", ".join(map(str, DTYPES))
+    require(dtype in DTYPES, f"dtype is {dtype}; weights can be {choices}")
     scale = own_guidance if guidance is None else guidance
     check_guidance(scale)
-    place = _Place(dtype, device, activation_checkpointing, prompts)
-    return build(name, walk, scale, weights, place)
+    how = _How(name, walk, scale, weights, prompts, dtype, device, activation_checkpointing)
+    return build(how)
 
 
 @dataclass(frozen=True)
-class _Place:
-    """How and where a model lives, and what it is asked to draw."""
+class _How:
+    """What `load` was given, and what it chose where nothing was given."""
 
+    name: str
+    sampler: Sampler
+    guidance: float
+    weights: StrPath | None
+    prompts: StrPath | Sequence[str] | None
     dtype: torch.dtype
     device: str | torch.device
     activation_checkpointing: bool
-    prompts: StrPath | Sequence[str] | None
 
-
-def _birthplace(weights: StrPath | None, place: _Place) -> torch.device:
-    """Return where a model is made: where random weights are drawn, or nowhere if a file replaces
-    them. Positions are made in float64, which mps does not have.
-    """
-    device = torch.device(place.device if weights == "random" else "meta")
-    return torch.device("cpu") if device.type == "mps" else device
+    @property
+    def birthplace(self) -> torch.device:
+        """Where a model is made: where random weights are drawn, or nowhere if a file replaces
+        them. Positions are made in float64, which mps does not have.
+        """
+        device = torch.device(self.device if self.weights == "random" else "meta")
+        return torch.device("cpu") if device.type == "mps" else device
 
 
 def _open(model: torch.nn.Module) -> None:
-    """Draw the parameters that are zero in a new model, such as DiT's gates: no site would matter."""
+    """Draw the parameters that are zero in a new model, like DiT's gates: no site would matter."""
     for parameter in model.parameters():
         if not parameter.is_meta and not bool(parameter.any()):
             torch.nn.init.normal_(parameter, std=0.03)
 
 
-def _dit(
-    name: str, sampler: Sampler, guidance: float, weights: StrPath | None, place: _Place
-) -> DiTDenoiser:
+def _filled(model: Any, how: _How, read: Callable[[], dict[str, torch.Tensor]]) -> Any:
+    """Return a new model with its weights, drawn or `read`, where they shall live."""
+    if how.weights == "random":
+        _open(model)
+    else:
+        fill(model, read(), str(how.weights))
+    model.activation_checkpointing = how.activation_checkpointing
+    return model.to(device=how.device, dtype=how.dtype)
+
+
+def _dit(how: _How) -> DiTDenoiser:
+    name, weights = how.name, how.weights
     if weights is None:
         weights = BUNDLED[name] if name in BUNDLED else _dit_from_hub(name)
-    with _birthplace(weights, place):
+    how = replace(how, weights=weights)
+    with how.birthplace:
         model = DiT(**DITS[name])
-    if weights != "random":
-        state = _diffusers_dit(weights, model) if Path(weights).is_dir() else read_state(weights)
-        fill(model, state, weights)
-    else:
-        _open(model)
-    model.activation_checkpointing = place.activation_checkpointing
+    folder = Path(weights).is_dir()
+    _filled(model, how, lambda: _diffusers_dit(weights, model) if folder else read_state(weights))
     guided = None if name in BUNDLED else 3  # the original guides 3 of its 4 latent channels
-    model.to(device=place.device, dtype=place.dtype)
-    return DiTDenoiser(
-        model, sampler, guidance=guidance, guided_channels=guided, name=name.removesuffix("-256")
-    )
+    name, guidance = name.removesuffix("-256"), how.guidance
+    return DiTDenoiser(model, how.sampler, guidance=guidance, guided_channels=guided, name=name)
 
 
 def _dit_from_hub(name: str) -> Path:
     pixels = name.removeprefix("dit-xl").removeprefix("-") or "256"
     file = f"DiT-XL-2-{pixels}x{pixels}.pt"
-    ways = f'pass weights=PATH of the original {file} or of a diffusers folder, or weights="random" to time it'
+    ways = f"pass weights=PATH of the original {file} or of a diffusers folder, {OR_RANDOM}"
     return download(f"facebook/DiT-XL-2-{pixels}", ["transformer/*"], otherwise=ways)
 
 
@@ -169,71 +176,60 @@ def _diffusers_dit(folder: StrPath, model: DiT) -> dict[str, torch.Tensor]:
 
     place = component(folder, "transformer", "DiTTransformer2DModel", "Transformer2DModel")
     theirs = from_diffusers(DiTTransformer2DModel, place)
-    size = theirs.config.sample_size
-    if size != model.input_size:  # positions are made anew, so the shapes alone would fit
-        found = f"{folder} is for a latent of {size} × {size}"
-        raise ValueError(f"{found}; this model has {model.input_size}")
-    positions = sincos_positions(model.pos_embed.shape[2], model.input_size // model.patch_size)
+    size, own = theirs.config.sample_size, model.input_size
+    # Positions are made anew, so the shapes alone would fit.
+    require(size == own, f"{folder} is for a latent of {size} × {size}; this model has {own}")
+    positions = sincos_positions(model.pos_embed.shape[2], own // model.patch_size)
     return dit_from_diffusers(theirs.state_dict(), positions)
 
 
-def _pixart(
-    name: str, sampler: Sampler, guidance: float, weights: StrPath | None, place: _Place
-) -> PixArtDenoiser:
-    variant, texts = PIXART[name], prompts_from(place.prompts)
-    if weights == "random":
+def _pixart(how: _How) -> PixArtDenoiser:
+    variant, texts = PIXART[how.name], prompts_from(how.prompts)
+    if how.weights == "random":
         encoded = pixart.random_prompts(texts, variant.text_tokens, pixart.XL["caption_channels"])
-        with _birthplace(weights, place):
+        with how.birthplace:
             transformer = pixart.transformer_of(variant)
         _open(transformer)
         # diffusers' own `to` warns of modules that it does not have
-        torch.nn.Module.to(transformer, place.dtype)
+        torch.nn.Module.to(transformer, how.dtype)
     else:
-        text_folder = _pixart_folder(variant.rest, ["tokenizer/*", "text_encoder/*"], weights)
-        folder = _pixart_folder(variant.transformer, ["transformer/*"], weights)
+        text_folder = _pixart_folder(variant.rest, ["tokenizer/*", "text_encoder/*"], how)
+        folder = _pixart_folder(variant.transformer, ["transformer/*"], how)
         folder = component(folder, "transformer", "PixArtTransformer2DModel", "Transformer2DModel")
-        encoded = pixart.encode(
-            text_folder, texts, variant.text_tokens, dtype=place.dtype, device=place.device
-        )
-        transformer = pixart.read_transformer(folder, variant, name, place.dtype)
-    transformer.to(place.device)
-    if place.activation_checkpointing:
+        encoded = pixart.encode(text_folder, texts, variant.text_tokens, how.dtype, how.device)
+        transformer = pixart.read_transformer(folder, variant, how.name, how.dtype)
+    transformer.to(how.device)
+    if how.activation_checkpointing:
         transformer.enable_gradient_checkpointing(run_again)
-    return PixArtDenoiser(transformer, sampler, encoded, guidance=guidance, name=name)
+    guidance, name = how.guidance, how.name
+    return PixArtDenoiser(transformer, how.sampler, encoded, guidance=guidance, name=name)
 
 
-def _pixart_folder(repository: str, patterns: list[str], weights: StrPath | None) -> Path:
-    if weights is not None:
-        return Path(weights)
-    ways = 'pass weights=FOLDER of a diffusers pipeline, or weights="random" to time it'
+def _pixart_folder(repository: str, patterns: list[str], how: _How) -> Path:
+    if how.weights is not None:
+        return Path(how.weights)
+    ways = f"pass weights=FOLDER of a diffusers pipeline, {OR_RANDOM}"
     return download(repository, patterns, otherwise=ways)
 
 
-def _uvit(
-    name: str, sampler: Sampler, guidance: float, weights: StrPath | None, place: _Place
-) -> UViTDenoiser:
+def _uvit(how: _How) -> UViTDenoiser:
+    name, weights, file = how.name, how.weights, "imagenet256_uvit_huge.pth"
     if weights is None:
         raise ValueError(
             f"the weights of {name} are on no hub that we know; pass weights=PATH of the original "
-            'imagenet256_uvit_huge.pth (or the same in .safetensors), or weights="random" to time it'
+            f"{file} (or the same in .safetensors), {OR_RANDOM}"
         )
-    if Path(weights).is_dir():
-        raise ValueError(
-            f"{weights} is a folder; {name} takes the original file, imagenet256_uvit_huge.pth"
-        )
-    with _birthplace(weights, place):
+    takes = f"{weights} is a folder; {name} takes the original file, {file}"
+    require(not Path(weights).is_dir(), takes)
+    with how.birthplace:
         model = UViT(**UVIT_H)
-    if weights != "random":
-        fill(model, read_state(weights), weights)
-    else:
-        _open(model)
-    model.activation_checkpointing = place.activation_checkpointing
-    model.to(device=place.device, dtype=place.dtype)
-    return UViTDenoiser(model, sampler, guidance=guidance)
+    _filled(model, how, lambda: read_state(weights))
+    return UViTDenoiser(model, how.sampler, guidance=how.guidance)
 
 
-_Build = Callable[[str, Sampler, float, "StrPath | None", _Place], Guided]
-_FAMILIES: dict[str, tuple[str, float, _Build]] = {
+OR_RANDOM = 'or weights="random" to time it'
+
+_FAMILIES: dict[str, tuple[str, float, Callable[[_How], Guided]]] = {
     "tiny": ("ddim", 1.5, _dit),
     "garments": ("ddim", 1.5, _dit),
     "dit": ("ddim", 1.5, _dit),

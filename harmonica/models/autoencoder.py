@@ -26,7 +26,7 @@ from harmonica.storage.hub import download
 Decoder = Callable[[Tensor], Tensor]
 
 ROOM = 2 * 2**30
-"""Bytes that the largest layers may take while images are decoded; as many at a time as fit, or one."""
+"""Bytes that the largest layers may take while images are decoded, as many at a time as fit."""
 
 
 def decoder(
@@ -60,18 +60,18 @@ def decoder(
 
     def decode(x: Tensor) -> Tensor:
         latents = (x.float() / model.config.scaling_factor).to(dtype)  # (B, C, H, W)
-        chunks = latents.split(images_at_once(model.config.block_out_channels, latents))
+        chunks = latents.split(_images_at_once(model.config.block_out_channels, latents))
         with torch.no_grad():
             return torch.cat([model.decode(some).sample.float().clamp(-1, 1) for some in chunks])
 
     return decode
 
 
-def images_at_once(widths: Sequence[int], latents: Tensor) -> int:
+def _images_at_once(widths: Sequence[int], latents: Tensor) -> int:
     """Return how many latents (B, C, H, W) are decoded at once: at full size a decoder holds three
     features of the second of its widths.
 
-    >>> images_at_once((128, 256, 512, 512), torch.zeros(8, 4, 64, 64))
+    >>> _images_at_once((128, 256, 512, 512), torch.zeros(8, 4, 64, 64))
     2
     """
     pixels = 64 * latents.shape[2] * latents.shape[3]
@@ -81,16 +81,14 @@ def images_at_once(widths: Sequence[int], latents: Tensor) -> int:
 def _read(name: str, weights: StrPath | None, vae: StrPath | None) -> Any:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
+    ways = "pass the folder of an autoencoder saved by diffusers (--vae)"
     if vae is not None:
         folder = component(vae, "vae")
     elif weights is not None and (Path(weights) / "vae").is_dir():
         folder = Path(weights) / "vae"
+    elif name in PIXART:
+        folder = download(PIXART[name].rest, ["vae/*"], otherwise=ways) / "vae"
     else:
-        ways = "pass the folder of an autoencoder saved by diffusers (--vae)"
-        if name in PIXART:
-            folder = download(PIXART[name].rest, ["vae/*"], otherwise=ways) / "vae"
-        else:
-            folder = download(
-                "stabilityai/sd-vae-ft-ema", ["*.json", "*.safetensors"], otherwise=ways
-            )
+        files = ["*.json", "*.safetensors"]
+        folder = download("stabilityai/sd-vae-ft-ema", files, otherwise=ways)
     return from_diffusers(AutoencoderKL, folder)

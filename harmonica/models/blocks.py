@@ -4,8 +4,8 @@
 `gated_blocks` overrides the blocks that it knows, and asks the same gate with all of the branch
 inside:
 
-    gated          n = norm(h)·(1 + scale) + shift;   h + gate · ask(i, lambda: site(n))
-    gated_blocks                                      h + gate · ask(i, lambda: site(norm(h)·(1 + scale) + shift))
+    gated          n = norm(h)·(1 + scale) + shift;  h + gate · ask(i, lambda: site(n))
+    gated_blocks   h + gate · ask(i, lambda: site(norm(h)·(1 + scale) + shift))
 
 The same operations in the same order, so the same numbers bit for bit. Known are our DiT's block,
 U-ViT's, and diffusers' BasicTransformerBlock with adaLN-zero (DiTPipeline) and adaLN-single
@@ -128,34 +128,30 @@ class Form:
         """Return the arguments of a call by name, or None if this form does not do such a call."""
         named = dict(zip(self.arguments, args, strict=False)) | dict(kwargs)
         h = named.get(self.arguments[0])
-        if len(args) > len(self.arguments) or not named.keys() <= set(self.arguments):
-            return None
-        if (isinstance(h, Tensor) and h.dim() != 3) or not all(
-            _empty(named.pop(name, None)) for name in self.unused
-        ):
-            return None
-        return named
+        fits = len(args) <= len(self.arguments) and named.keys() <= set(self.arguments)
+        fits = fits and not (isinstance(h, Tensor) and h.dim() != 3)
+        unused = [named.pop(name, None) for name in self.unused]
+        empty = all(value is None or (isinstance(value, dict) and not value) for value in unused)
+        return named if fits and empty else None
 
 
-def _empty(value: Any) -> bool:
-    return value is None or (isinstance(value, dict) and not value)
+def _plain(block: Any, norm_type: str) -> bool:
+    plain = block.pos_embed is None and not block.only_cross_attention
+    return bool(plain and block.norm_type == norm_type)
 
 
 def _ada_zero(block: Any) -> bool:
-    plain = block.attn2 is None and block.pos_embed is None and not block.only_cross_attention
-    return bool(block.norm_type == "ada_norm_zero" and plain and block.norm1.emb is not None)
+    return _plain(block, "ada_norm_zero") and block.attn2 is None and block.norm1.emb is not None
 
 
 def _ada_single(block: Any) -> bool:
-    plain = block.attn2 is not None and block.pos_embed is None and not block.only_cross_attention
-    return bool(block.norm_type == "ada_norm_single" and plain)
+    return _plain(block, "ada_norm_single") and block.attn2 is not None
 
 
 _BASIC = "diffusers.models.attention.BasicTransformerBlock"
-_BASIC_ARGUMENTS = (
-    "hidden_states", "attention_mask", "encoder_hidden_states", "encoder_attention_mask", "timestep",
-    "cross_attention_kwargs", "class_labels", "added_cond_kwargs",
-)  # fmt: skip
+_TEXT = ("encoder_hidden_states", "encoder_attention_mask")
+_OTHERS = ("cross_attention_kwargs", "class_labels", "added_cond_kwargs")
+_BASIC_ARGUMENTS = ("hidden_states", "attention_mask", *_TEXT, "timestep", *_OTHERS)
 FORMS: dict[str, tuple[Form, ...]] = {
     "harmonica.models.dit.Block": (
         Form(dit_block, ("h", "c"), ("attn", "mlp"), ("norm1", "norm2")),
@@ -169,12 +165,7 @@ FORMS: dict[str, tuple[Form, ...]] = {
             _BASIC_ARGUMENTS,
             sites=("attn1", "ff"),
             norms=("norm1", "norm1.norm", "norm3"),
-            unused=(
-                "attention_mask",
-                "encoder_hidden_states",
-                "encoder_attention_mask",
-                "cross_attention_kwargs",
-            ),
+            unused=("attention_mask", *_TEXT, "cross_attention_kwargs"),
             fits=_ada_zero,
         ),
         Form(
@@ -182,7 +173,7 @@ FORMS: dict[str, tuple[Form, ...]] = {
             _BASIC_ARGUMENTS,
             sites=("attn1", "attn2", "ff"),
             norms=("norm1", "norm2"),
-            unused=("cross_attention_kwargs", "class_labels", "added_cond_kwargs"),
+            unused=_OTHERS,
             fits=_ada_single,
         ),
     ),

@@ -52,18 +52,16 @@ def pipeline(denoiser: DiTDenoiser) -> Any:
     from diffusers.pipelines.dit.pipeline_dit import DiTPipeline
     from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 
-    tiny = DITS["tiny"]
+    tiny, heads = DITS["tiny"], DITS["tiny"]["num_heads"]
     transformer = DiTTransformer2DModel(
-        num_attention_heads=tiny["num_heads"], attention_head_dim=tiny["hidden_size"] // tiny["num_heads"],
-        in_channels=1, out_channels=1, num_layers=tiny["depth"], sample_size=tiny["input_size"],
+        num_attention_heads=heads, attention_head_dim=tiny["hidden_size"] // heads, in_channels=1,
+        out_channels=1, num_layers=tiny["depth"], sample_size=tiny["input_size"],
         patch_size=tiny["patch_size"], num_embeds_ada_norm=CLASSES, norm_type="ada_norm_zero",
         activation_fn="gelu-approximate",
     )  # fmt: skip
     state = dict(denoiser.model.state_dict())
-    table = state["y_embedder.embedding_table.weight"]  # (11, D)
-    state["y_embedder.embedding_table.weight"] = table[
-        [*(i % 10 for i in range(CLASSES)), 10]
-    ]  # (1001, D)
+    name, rows = "y_embedder.embedding_table.weight", [*(i % 10 for i in range(CLASSES)), 10]
+    state[name] = state[name][rows]  # (11, D) -> (1001, D)
     transformer.load_state_dict(dit_to_diffusers(state))
     for block in transformer.transformer_blocks:
         block.norm1.emb.time_proj.downscale_freq_shift, block.norm3.eps = 0, 1e-6

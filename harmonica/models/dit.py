@@ -12,7 +12,8 @@ adaLN-zero:
 `attn` and `mlp` of each block are the cacheable sites: what a router reuses is their output
 *before* the gate, so a reused feature is still scaled by the gate of the step that uses it.
 
-    B batch   C latent channels   H, W latent size   P patch size   N = (H/P)(W/P) tokens   D hidden size
+    B batch   C latent channels   H, W latent size   P patch size   N = (H/P)(W/P) tokens
+    D hidden size
 
 This file does not know caches or routers. A checkpoint of the original (`DiT-XL-2-256x256.pt`)
 loads strictly.
@@ -21,6 +22,7 @@ loads strictly.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,18 +33,23 @@ from harmonica.models.layers import (
     Mlp,
     PatchEmbedder,
     check_divisible,
-    run_block,
     sinusoids,
     unpatchify,
 )
+from harmonica.run_again import run_again
 from harmonica.samplers import Sampler
 
-_WIDTHS = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+_WIDTHS = {
+    "S": {"depth": 12, "hidden_size": 384, "num_heads": 6},
+    "B": {"depth": 12, "hidden_size": 768, "num_heads": 12},
+    "L": {"depth": 24, "hidden_size": 1024, "num_heads": 16},
+    "XL": {"depth": 28, "hidden_size": 1152, "num_heads": 16},
+}
 SIZES: dict[str, dict[str, int]] = {
-    f"DiT-{name}/{patch}": {"depth": depth, "hidden_size": width, "num_heads": heads, "patch_size": patch}
-    for name, (depth, width, heads) in _WIDTHS.items()
+    f"DiT-{name}/{patch}": {**sizes, "patch_size": patch}
+    for name, sizes in _WIDTHS.items()
     for patch in (2, 4, 8)
-}  # fmt: skip
+}
 """Arguments of `DiT` for the original twelve sizes, `DiT-S/8` to `DiT-XL/2`."""
 
 
@@ -57,12 +64,12 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
-    def forward(self, h: Tensor, c: Tensor) -> Tensor:
+    def forward(self, h: Tensor, c: Tensor) -> Any:
         """Update tokens h (B, N, D) under condition c (B, D)."""
         parts = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)  # 6 × (B, 1, D)
         shift1, scale1, gate1, shift2, scale2, gate2 = parts
         h = h + gate1 * self.attn(self.norm1(h) * (1 + scale1) + shift1)
-        return h + gate2 * self.mlp(self.norm2(h) * (1 + scale2) + shift2)  # type: ignore[no-any-return]
+        return h + gate2 * self.mlp(self.norm2(h) * (1 + scale2) + shift2)
 
 
 class TimestepEmbedder(nn.Module):
@@ -136,7 +143,7 @@ class DiT(nn.Module):
 
     Attributes:
         activation_checkpointing: in training, run blocks again instead of keeping what they
-            computed (see `run_block`).
+            computed (`harmonica.run_again`).
 
     Raises ValueError if a size does not divide another.
     """
@@ -189,7 +196,7 @@ class DiT(nn.Module):
         h = self.x_embedder(x) + self.pos_embed  # (B, N, D)
         c = self.t_embedder(t) + self.y_embedder(y)  # (B, D)
         for block in self.blocks:
-            h = run_block(block, h, c, again=self.activation_checkpointing)
+            h = run_again(block, h, c) if self.activation_checkpointing else block(h, c)
         return unpatchify(self.final_layer(h, c), self.patch_size, self.out_channels)
 
 
@@ -202,7 +209,7 @@ class DiTDenoiser(Guided):
 
     Args (the others are described at `Guided`):
         guided_channels: how many channels are mixed; all of them by default.
-        sites: by default `attn` and `mlp` of every block.
+        sites: by default `attn` and `mlp` of every block, in the order in which they run.
     """
 
     def __init__(
@@ -215,15 +222,13 @@ class DiTDenoiser(Guided):
         name: str = "dit",
         sites: Mapping[str, nn.Module] | None = None,
     ) -> None:
-        super().__init__(
-            model,
-            sampler,
-            guidance,
-            name,
-            sites=sites or sites_of(model),
-            shape=(model.in_channels, model.input_size, model.input_size),
-            conditions=model.num_classes,
-        )
+        sites = sites or {
+            f"blocks.{i}.{kind}": block.get_submodule(kind)
+            for i, block in enumerate(model.blocks)
+            for kind in ("attn", "mlp")
+        }
+        shape = (model.in_channels, model.input_size, model.input_size)
+        super().__init__(model, sampler, guidance, name, sites, shape, model.num_classes)
         self.guided_channels = model.in_channels if guided_channels is None else guided_channels
 
     def predict(self, x: Tensor, k: int, cond: Tensor) -> Tensor:
@@ -240,12 +245,3 @@ class DiTDenoiser(Guided):
         out = self.model(torch.cat([narrow, narrow]), torch.cat([t, t]), labels).to(x.dtype)
         guided = self.mix(*out[:, : self.guided_channels].chunk(2))  # (B, guided, H, W)
         return torch.cat([torch.cat([guided, guided]), out[:, self.guided_channels :]], dim=1)
-
-
-def sites_of(model: DiT) -> dict[str, nn.Module]:
-    """Return `attn` and `mlp` of every block by name, in the order in which they run."""
-    return {
-        f"blocks.{i}.{kind}": block.get_submodule(kind)
-        for i, block in enumerate(model.blocks)
-        for kind in ("attn", "mlp")
-    }

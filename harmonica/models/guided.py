@@ -25,6 +25,7 @@ from harmonica.models.blocks import gated_blocks
 from harmonica.models.memo import Memo
 from harmonica.models.precompute import precomputed
 from harmonica.samplers import Memory, Sampler
+from harmonica.table import require
 
 Self = TypeVar("Self", bound="Guided")
 
@@ -50,9 +51,8 @@ class Guided(ABC):
         sampler: Sampler,
         guidance: float,
         name: str,
-        *,
         sites: Mapping[str, nn.Module],
-        shape: tuple[int, int, int],
+        shape: tuple[int, ...],
         conditions: int,
     ) -> None:
         check_guidance(guidance)
@@ -119,8 +119,7 @@ class Guided(ABC):
 
 def check_guidance(guidance: float) -> None:
     """Raise ValueError unless guidance is a number of at least 1."""
-    if not 1.0 <= guidance < math.inf:
-        raise ValueError(f"guidance is {guidance}; it must be 1 (off) or more")
+    require(1.0 <= guidance < math.inf, f"guidance is {guidance}; it must be 1 (off) or more")
 
 
 def check_inputs(x: Tensor, cond: Tensor, shape: tuple[int, ...]) -> None:
@@ -128,9 +127,9 @@ def check_inputs(x: Tensor, cond: Tensor, shape: tuple[int, ...]) -> None:
     beside it. Values are not looked at, since a GPU would have to be waited for.
     """
     fits = x.ndim == 4 and tuple(x.shape[1:]) == shape and tuple(cond.shape) == (len(x),) != (0,)
-    if not fits or x.device != cond.device or cond.is_floating_point():
-        raise ValueError(
-            f"found noise {tuple(x.shape)} on {x.device}, conditions {tuple(cond.shape)} {cond.dtype} "
-            f"on {cond.device}; expected (B, {', '.join(map(str, shape))}) and (B,) whole numbers on "
-            "one device, B at least 1, as `draw` returns"
-        )
+    require(
+        fits and x.device == cond.device and not cond.is_floating_point(),
+        f"found noise {tuple(x.shape)} on {x.device}, conditions {tuple(cond.shape)} {cond.dtype} "
+        f"on {cond.device}; expected (B, {', '.join(map(str, shape))}) and (B,) whole numbers on "
+        "one device, B at least 1, as `draw` returns",
+    )

@@ -6,13 +6,12 @@ B batch   N tokens   D hidden size   C channels   P patch size
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from harmonica.run_again import run_again
+from harmonica.table import require
 
 
 class Attention(nn.Module):
@@ -43,7 +42,8 @@ class Mlp(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """Transform each token by itself."""
-        return self.fc2(F.gelu(self.fc1(h), approximate=self.approximate))  # type: ignore[no-any-return]
+        out: Tensor = self.fc2(F.gelu(self.fc1(h), approximate=self.approximate))
+        return out
 
 
 class PatchEmbedder(nn.Module):
@@ -78,13 +78,8 @@ def sinusoids(t: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def run_block(block: nn.Module, *inputs: Any, again: bool) -> Any:
-    """Run a block, with `again` once more in backward (`harmonica.run_again`)."""
-    return run_again(block, *inputs) if again else block(*inputs)
-
-
 def check_divisible(*sizes: tuple[str, int, str, int]) -> None:
-    """Raise ValueError for the first (name, value, divisor's name, divisor) that does not divide."""
+    """Raise ValueError for the first (name, value, divisor's name, divisor) that does not fit."""
     for name, value, by, divisor in sizes:
-        if value % divisor:
-            raise ValueError(f"{name} is {value}; it must be divisible by {by} {divisor}")
+        message = f"{name} is {value}; it must be divisible by {by} {divisor}"
+        require(value % divisor == 0, message)

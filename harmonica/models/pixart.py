@@ -30,6 +30,7 @@ from harmonica.models.sites import sites
 from harmonica.models.weights import from_diffusers
 from harmonica.samplers import Sampler
 from harmonica.storage.files import decoding
+from harmonica.table import require
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,8 @@ def read_transformer(folder: Path, variant: Variant, name: str, dtype: torch.dty
     from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
 
     transformer = from_diffusers(PixArtTransformer2DModel, folder, torch_dtype=dtype)
-    size = transformer.config.sample_size
-    if size != variant.latent_size:
-        raise ValueError(
-            f"{folder} is for a latent of {size} × {size}; {name} has {variant.latent_size}"
-        )
+    size, own = transformer.config.sample_size, variant.latent_size
+    require(size == own, f"{folder} is for a latent of {size} × {size}; {name} has {own}")
     return transformer
 
 
@@ -99,12 +97,15 @@ class Prompts:
         return Prompts(self.texts, self.embeds.to(like), mask, self.null_embeds.to(like), null_mask)
 
 
+NO_PROMPTS = "there are no prompts; give at least one"
+
+
 def random_prompts(texts: Sequence[str], tokens: int, width: int = 4096) -> Prompts:
     """Return drawn embeddings (P, L, width) for timing: no text encoder has read the texts.
 
     Raises ValueError if there are no texts.
     """
-    _some(texts)
+    require(len(texts) > 0, NO_PROMPTS)
     generator = torch.Generator().manual_seed(0)
     embeds = torch.randn(len(texts) + 1, tokens, width, generator=generator)
     words = torch.randint(1, tokens + 1, (len(texts) + 1, 1), generator=generator)
@@ -112,23 +113,14 @@ def random_prompts(texts: Sequence[str], tokens: int, width: int = 4096) -> Prom
     return Prompts(tuple(texts), embeds[1:], mask[1:], embeds[:1], mask[:1])
 
 
-def encode(  # noqa: D417
-    folder: Path,
-    texts: Sequence[str],
-    tokens: int,
-    *,
-    dtype: torch.dtype,
-    device: str | torch.device,
+def encode(
+    folder: Path, texts: Sequence[str], tokens: int, dtype: torch.dtype, device: str | torch.device
 ) -> Prompts:
-    """Encode prompts with the T5 of a diffusers folder, eight at a time, and let it go.
+    """Encode P prompts of at most L tokens with the T5 of a diffusers folder, and let it go.
 
-    Args:
-        folder: holds `tokenizer` and `text_encoder`; FileNotFoundError if it does not.
-        texts: P prompts.
-        tokens: L; longer prompts are cut.
-        dtype, device: of the text encoder; the embeddings come back to the CPU.
-
-    Raises ValueError if a package that reads T5 is missing, or there are no prompts.
+    T5 runs in `dtype` on `device`; the embeddings come back to the CPU. Raises FileNotFoundError if
+    the folder lacks `tokenizer` or `text_encoder`, ValueError if a package that reads T5 is
+    missing, or there are no prompts.
     """
     for part, file in (("text_encoder", "config.json"), ("tokenizer", "tokenizer_config.json")):
         if not (folder / part / file).is_file():
@@ -136,11 +128,9 @@ def encode(  # noqa: D417
                 f"{folder} has no {part}/{file}; expected the folder of a whole diffusers pipeline"
             )
     packages = ("transformers", "sentencepiece", "google.protobuf")
-    missing = [name for name in packages if not _installed(name)]
-    if missing:
-        raise ValueError(
-            f"reading T5 takes {', '.join(missing)}; pip install 'harmonica-dit[pixart]' brings them"
-        )
+    lacks = ", ".join(name for name in packages if not _installed(name))
+    extra = "pip install 'harmonica-dit[pixart]' brings them"
+    require(not lacks, f"reading T5 takes {lacks}; {extra}")
     from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import PixArtAlphaPipeline
     from transformers import AutoTokenizer, T5EncoderModel
 
@@ -149,9 +139,9 @@ def encode(  # noqa: D417
         tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     encoder = encoder.to(device)
     pipe = PixArtAlphaPipeline(tokenizer, encoder, vae=None, transformer=None, scheduler=None)
-    prompts = encoded_by(pipe, texts, tokens)
+    prompts = _encoded_by(pipe, texts, tokens)
     del pipe, encoder
-    gc.collect()  # T5 takes more memory than everything that follows; it leaves before that is loaded
+    gc.collect()  # T5 takes more memory than what follows; it leaves before that is loaded
     return prompts
 
 
@@ -163,27 +153,15 @@ def _installed(name: str) -> bool:
 
 
 @torch.no_grad()
-def encoded_by(pipe: Any, texts: Sequence[str], tokens: int) -> Prompts:
-    """Encode prompts with a pipeline's own text encoder, eight at a time; results come to the CPU."""
-    _some(texts)
-    if pipe.text_encoder is None or pipe.tokenizer is None:
-        raise ValueError(
-            "the pipeline has no text encoder or no tokenizer, which the prompts are read with; load both"
-        )
-    parts = []
+def _encoded_by(pipe: Any, texts: Sequence[str], tokens: int) -> Prompts:
+    """Encode prompts with a pipeline's text encoder, eight at a time; results come to the CPU."""
+    require(len(texts) > 0, NO_PROMPTS)
+    how, parts = {"device": pipe.text_encoder.device, "max_sequence_length": tokens}, []
     for start in range(0, len(texts), 8):
-        group = list(texts[start : start + 8])
-        encoded = pipe.encode_prompt(
-            group, device=pipe.text_encoder.device, max_sequence_length=tokens
-        )
+        encoded = pipe.encode_prompt(list(texts[start : start + 8]), **how)
         parts.append([tensor.cpu() for tensor in encoded])  # embeds, mask, null embeds, null mask
     embeds, mask, null_embeds, null_mask = (torch.cat(group) for group in zip(*parts, strict=True))
     return Prompts(tuple(texts), embeds, mask, null_embeds[:1], null_mask[:1])
-
-
-def _some(texts: Sequence[str]) -> None:
-    if not texts:
-        raise ValueError("there are no prompts; give at least one")
 
 
 class PixArtDenoiser(Guided):
@@ -207,15 +185,8 @@ class PixArtDenoiser(Guided):
         name: str = "pixart",
     ) -> None:
         config = transformer.config
-        super().__init__(
-            transformer,
-            sampler,
-            guidance,
-            name,
-            sites=sites(transformer),
-            shape=(config.in_channels, config.sample_size, config.sample_size),
-            conditions=len(prompts.texts),
-        )
+        shape, count = (config.in_channels, *2 * [config.sample_size]), len(prompts.texts)
+        super().__init__(transformer, sampler, guidance, name, sites(transformer), shape, count)
         self.prompts = prompts.to(next(transformer.parameters()))
 
     def predict(self, x: Tensor, k: int, cond: Tensor) -> Tensor:

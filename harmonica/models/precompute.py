@@ -1,13 +1,12 @@
 """Precompute: what a model computes again and again although it is known before the walk.
 
-    part of the model                         plain model               here
-    label and caption embedding               every step                once a walk           same bits
-    keys and values of the text               every step and block      once a walk and block same bits
-    equal copies of an embedding (27 of       every step and block      every step            same bits
-        the 28 blocks of diffusers' DiT)
-    timestep embedding                        every step                once, all T steps     to rounding
-    modulation (adaLN)                        every step and block      W steps in one        to rounding
-                                                                        product, every block
+    part of the model                      plain model            here
+    label and caption embedding            every step             once a walk            same bits
+    keys and values of the text            every step and block   once a walk and block  same bits
+    equal copies of an embedding, in all   every step and block   every step             same bits
+        blocks of diffusers' DiT
+    timestep embedding                     every step             once, all T steps      rounding
+    modulation (adaLN)                     every step and block   W steps in a product   rounding
 
 One `Memo` holds what a walk knows. There are two strategies. `once` keeps an output as long as its
 inputs and weights are the same tensors, unchanged. `Condition` computes several steps in one
@@ -95,7 +94,8 @@ class Condition:
     def _recall(self, part: str, make: Callable[[], Tensor], *of: Any) -> Tensor:
         self.memo.known[self, part, "at"] = self.memo.k
         # A state of None would run `make` for all steps each time, which is right, and rare.
-        return self.memo.recall((self, part), make, *of, state=self._watch.state())  # type: ignore[no-any-return]
+        value: Tensor = self.memo.recall((self, part), make, *of, state=self._watch.state())
+        return value
 
     def modulation(
         self, product: nn.Module, room: int, before: Callable[[Tensor], Tensor] | None = None
@@ -152,9 +152,9 @@ def adaln_single(memo: Memo, module: nn.Module) -> Answer:
         batch, dtype = kwargs["batch_size"], kwargs["hidden_dtype"]
 
         def make() -> Any:
-            sizes = {
-                name: None if size is None else size[:1].expand(steps, -1)
-                for name, size in (added or {}).items()
+            sizes = dict(added or {})
+            sizes |= {
+                n: size[:1].expand(steps, -1) for n, size in sizes.items() if size is not None
             }
             times = all_timesteps(memo.timesteps, timestep)
             return forward(times, sizes, batch_size=steps, hidden_dtype=dtype)
@@ -174,8 +174,7 @@ def _dit(model: Any, memo: Memo) -> Answers:
     time, label = model.t_embedder, model.y_embedder
     if memo.exact:
         return [(label, once(memo, label))]
-    products = [*(block.adaLN_modulation for block in model.blocks)]
-    products.append(model.final_layer.adaLN_modulation)
+    products = [part.adaLN_modulation for part in (*model.blocks, model.final_layer)]
     room = rows_that_fit(model, [product[1] for product in products])
     c = Condition(memo, time.forward, label.forward, time, label)
     return [
@@ -193,18 +192,14 @@ def _stock_dit(model: Any, memo: Memo) -> Answers:
         pairs = zip(embeddings, same, strict=True)
         return [(e, once(memo, e, equals="embedding")) for e, equal in pairs if equal]
     first = _stock_condition(memo, embeddings[0])
-    conditions = [
-        first if equal else _stock_condition(memo, e)
-        for e, equal in zip(embeddings, same, strict=True)
-    ]
+    pairs = zip(embeddings, same, strict=True)
+    conditions = [first if equal else _stock_condition(memo, e) for e, equal in pairs]
     linears = [*(block.norm1.linear for block in blocks), model.proj_out_1]
     room = rows_that_fit(model, linears)
+    asked = zip(linears, [*conditions, first], strict=True)  # the last layer asks the first's
     return [
         *((e, _both(c)) for e, c in zip(embeddings, conditions, strict=True)),
-        *(
-            (linear, c.modulation(linear, room, F.silu))
-            for linear, c in zip(linears, [*conditions, first], strict=True)
-        ),  # the last layer asks the first block's embedding
+        *((linear, c.modulation(linear, room, F.silu)) for linear, c in asked),
     ]
 
 
@@ -239,7 +234,7 @@ MODELS: dict[str, Callable[[Any, Memo], Answers]] = {
 
 @contextmanager
 def precomputed(model: nn.Module | None, memo: Memo) -> Iterator[None]:
-    """Answer for what is known ahead in a model of a known class, or one that wraps such a model."""
+    """Answer for what is known ahead in a model of a known class, or in one that wraps it."""
     answers: Answers = []
     for module in () if model is None else model.modules():
         kind = type(module)

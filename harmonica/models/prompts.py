@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from harmonica.storage.files import StrPath, read_text
+from harmonica.table import require
 
 BUNDLED = Path(__file__).with_name("prompts.txt")
 """64 prompts of our own."""
@@ -28,10 +29,8 @@ def read_prompts(path: StrPath | None = None) -> tuple[str, ...]:
     file = BUNDLED if path is None else path
     lines = [line.strip() for line in read_text(file).splitlines()]
     prompts = tuple(line for line in lines if line and not line.startswith("#"))
-    if not prompts:
-        raise ValueError(
-            f"{file} has no prompt; write one to a line (lines starting with # do not count)"
-        )
+    todo = "write one to a line (lines starting with # do not count)"
+    require(bool(prompts), f"{file} has no prompt; {todo}")
     return prompts
 
 

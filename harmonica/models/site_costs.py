@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from harmonica.cost import Count, Macs, count
+from harmonica.table import require
 
 Uncovered = tuple[tuple[str, float], ...]
 """(name, MACs) of modules."""
@@ -47,19 +48,14 @@ def counted(
         )
     calls = dict(zip(modules, result.calls, strict=True))
     for site, times in calls.items():
-        if times > 1:
-            raise ValueError(
-                f"{name}: {site} is called {times} times in a forward and has one feature; {ADVICE}"
-            )
+        several = f"{site} is called {times} times in a forward and has one feature"
+        require(times < 2, f"{name}: {several}; {ADVICE}")
     called = {site: module for site, module in modules.items() if calls[site]}
-    if not called:
-        raise ValueError(
-            f"{name}: none of the {len(modules)} modules that look like sites is called; {ADVICE}"
-        )
+    none = f"none of the {len(modules)} modules that look like sites is called"
+    require(bool(called), f"{name}: {none}; {ADVICE}")
     each = result.macs.sites[[times == 1 for times in result.calls]]
-    by_name = {
-        path.removeprefix(f"{name}."): size for path, size in result.modules.items() if "." in path
-    }
+    sizes = result.modules.items()
+    by_name = {path.removeprefix(f"{name}."): size for path, size in sizes if "." in path}
     return called, Macs(each, result.macs.rest), _largest(by_name, called)
 
 

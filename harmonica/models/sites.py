@@ -1,14 +1,14 @@
 """sites: where a diffusion transformer can be cached, found by the names of its modules.
 
-    block    an element of an nn.ModuleList of the transformer: transformer_blocks, layers, single_transformer_blocks …
-    site     inside a block, an outermost module whose name says attention or feed-forward: attn1, self_attn, ff,
-             img_mlp, feed_forward, ff_context …; what a site holds inside itself is part of it
+    block    an element of an nn.ModuleList of the transformer: transformer_blocks, layers …
+    site     inside a block, an outermost module whose name says attention or feed-forward: attn1,
+             self_attn, ff, img_mlp, ff_context …; what a site holds inside itself is part of it
 
 Two kinds of block have no such module for part of their work, so their linear layers are sites one
 by one:
 
-    single-stream   proj_mlp ─┐                         Flux and its kin: attn is a module, the feed-forward is not,
-                    attn ─────┴→ proj_out               and one projection ends both
+    single-stream   proj_mlp ─┐             Flux and its kin: attn is a module, the feed-forward is
+                    attn ─────┴→ proj_out   not, and one projection ends both
     inlined         gate_proj, up_proj → down_proj      PRX: the block multiplies them itself
 
 Reusing proj_out alone would skip one product and still compute all that it reads, so all three are
@@ -40,6 +40,7 @@ from torch import nn
 
 from harmonica.cost import Macs
 from harmonica.models.site_costs import ADVICE, NOT_A_SITE, Uncovered, counted, estimated
+from harmonica.table import require
 
 ATTENTION, CROSS, FEED_FORWARD, BOTH = "attention", "cross-attention", "feed-forward", "both"
 
@@ -48,7 +49,8 @@ _FEED_FORWARD = re.compile(r"ffn?\d*|mlp\d*|feedforward|densereludense|transitio
 _CROSS = re.compile(r"\w*cross\w*|attn2|to")
 _INLINED = ("gate_proj", "up_proj", "down_proj")
 _NOT_THE_DENOISER = re.compile(
-    r"refine|embed|encoder|extractor|projection|projector|fus(ion|er)|perceiver$|^(text|txt|context|caption)_"
+    r"refine|embed|encoder|extractor|projection|projector|fus(ion|er)|perceiver$"
+    r"|^(text|txt|context|caption)_"
 )
 _TWICE = {
     "CogView4TransformerBlock": ("ff", ""),
@@ -88,7 +90,8 @@ class Sites(Mapping[str, nn.Module]):
         return len(self.modules)
 
     def __repr__(self) -> str:
-        return f"Sites({len(self)} of {next(iter(self))} … {list(self)[-1]}, {100 * self.macs.covered:.1f} % covered)"
+        first, *_, last = (*self, *self)
+        return f"Sites({len(self)} of {first} … {last}, {100 * self.macs.covered:.1f} % covered)"
 
     def __str__(self) -> str:
         sizes = self.macs.sites.tolist()
@@ -129,29 +132,24 @@ def sites(transformer: nn.Module, inputs: Mapping[str, Any] | None = None) -> Si
     blocks.0.ff    feed-forward          32  66.7 %
     2 sites cover 100.0 % of the MACs, estimated per token from the weights of the blocks
     """
-    if not isinstance(transformer, nn.Module):
-        raise ValueError(
-            f"sites() takes the transformer of a pipeline, a torch module; found {type(transformer)}"
-        )
+    kind = type(transformer)
+    takes = f"sites() takes the transformer of a pipeline, a torch module; found {kind}"
+    require(isinstance(transformer, nn.Module), takes)
     blocks = dict(_blocks(transformer, ""))
-    found = {
-        name: (site, kind)
-        for path, block in blocks.items()
-        for name, site, kind in _inside(block, path)
-    }
-    _refuse_what_cannot_be_cached(transformer, blocks, found)
-    modules = {name: site for name, (site, _) in found.items()}
+    kinds = dict(part for path, block in blocks.items() for part in _inside(block, path))
+    modules = {name: transformer.get_submodule(name) for name in kinds}
+    _check_cacheable(kind.__name__, blocks, modules)
     if inputs is None:
         macs, uncovered = estimated(blocks, modules)
     else:
         modules, macs, uncovered = counted(transformer, modules, inputs)
-    kinds = tuple(found[name][1] for name in modules)
-    result = Sites(MappingProxyType(modules), kinds, macs, inputs is not None, uncovered)
+    of_these, known = tuple(kinds[name] for name in modules), inputs is not None
+    result = Sites(MappingProxyType(modules), of_these, macs, known, uncovered)
     if macs.covered < 0.5:
         largest = ", ".join(f"{name} ({100 * size / macs.total:.1f} %)" for name, size in uncovered)
-        share = f"the {len(result)} sites of {type(transformer).__name__} cover {100 * macs.covered:.1f} % of its MACs"
         warnings.warn(
-            f"{share}; the largest modules left out are {largest}; to add some, {ADVICE}",
+            f"the {len(result)} sites of {kind.__name__} cover {100 * macs.covered:.1f} % of its "
+            f"MACs; the largest modules left out are {largest}; to add some, {ADVICE}",
             stacklevel=2,
         )
     return result
@@ -182,11 +180,11 @@ def _blocks(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
             yield from _blocks(child, f"{path}{name}.")
 
 
-def _inside(block: nn.Module, path: str) -> Iterator[tuple[str, nn.Module, str]]:
-    """Yield (name, module, kind) of the sites of a block: outermost matches, in their order."""
+def _inside(block: nn.Module, path: str) -> Iterator[tuple[str, str]]:
+    """Yield (name, kind) of the sites of a block: outermost matches, in their order."""
     of_list = kind_of(path.split(".")[-2])
     if of_list:  # a list of attentions, each of them a site
-        yield path, block, of_list
+        yield path, of_list
         return
     children = dict(block.named_children())
     twice, unless = _TWICE.get(type(block).__name__, ("", ""))
@@ -198,37 +196,31 @@ def _inside(block: nn.Module, path: str) -> Iterator[tuple[str, nn.Module, str]]
     for name, child in children.items():
         kind = linear.get(name) or kind_of(name)
         if kind:
-            yield f"{path}.{name}", child, kind
+            yield f"{path}.{name}", kind
         elif not _NOT_THE_DENOISER.search(name):
             yield from _inside(child, f"{path}.{name}")
 
 
-def _refuse_what_cannot_be_cached(
-    transformer: nn.Module,
-    blocks: Mapping[str, nn.Module],
-    found: Mapping[str, tuple[nn.Module, str]],
+def _check_cacheable(
+    name: str, blocks: Mapping[str, nn.Module], modules: Mapping[str, nn.Module]
 ) -> None:
-    name = type(transformer).__name__
-    if not found:
-        lists = (
-            ", ".join(dict.fromkeys(path.rpartition(".")[0] for path in blocks))
-            or "no list of blocks"
-        )
-        looked = f"attention and feed-forward modules (attn…, ff…, mlp …) inside the blocks of its lists ({lists})"
-        raise ValueError(f"{name} has no sites that the rule knows; looked for {looked}; {ADVICE}")
+    lists = ", ".join(dict.fromkeys(path.rpartition(".")[0] for path in blocks))
+    require(
+        bool(modules),
+        f"{name} has no sites that the rule knows; looked for attention and feed-forward modules "
+        f"(attn…, ff…, mlp …) inside the blocks of its lists ({lists or 'no list of blocks'}); "
+        f"{ADVICE}",
+    )
     first: dict[int, str] = {}
-    for here, (site, _) in found.items():
-        other = first.setdefault(id(site), here)
-        if other != here:
-            raise ValueError(
-                f"{name}: {other} and {here} are one module, which would need two features; {ADVICE}"
-            )
+    for here, site in modules.items():
+        other, need = first.setdefault(id(site), here), "which would need two features"
+        require(other == here, f"{name}: {other} and {here} are one module, {need}; {ADVICE}")
     for path, block in blocks.items():
-        if getattr(block, "_chunk_size", None) is not None:
-            raise ValueError(
-                f"{name}: the feed-forward of {path} runs in chunks, so it is called several times in a forward; "
-                "call set_chunk_feed_forward(None, 0) on the blocks"
-            )
+        require(
+            getattr(block, "_chunk_size", None) is None,
+            f"{name}: the feed-forward of {path} runs in chunks, so it is called several times in "
+            "a forward; call set_chunk_feed_forward(None, 0) on the blocks",
+        )
 
 
 def _short(macs: float) -> str:

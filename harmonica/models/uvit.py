@@ -16,7 +16,8 @@ both calls run side by side, block by block, as *streams*. A site is asked once 
 streams, so its feature is a tuple and one cache holds what two would; each stream is computed as in
 a call of its own, bit for bit.
 
-    B batch   C latent channels   H, W latent size   P patch size   N = (H/P)(W/P) patches   D hidden size
+    B batch   C latent channels   H, W latent size   P patch size   N = (H/P)(W/P) patches
+    D hidden size
     S streams, one for each label that the model is asked about: 2 with guidance, 1 without
 
 This file does not know caches or routers. A checkpoint of the original
@@ -26,12 +27,14 @@ This file does not know caches or routers. A checkpoint of the original
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from harmonica.models import layers
 from harmonica.models.guided import Guided, check_inputs
+from harmonica.run_again import run_again
 from harmonica.samplers import Sampler
 
 UVIT_H = {
@@ -180,19 +183,23 @@ class UViT(nn.Module):
             torch.cat([label, time, patches], dim=1) + self.pos_embed for label in named
         )
         skips: list[Streams] = []
-        again = self.activation_checkpointing
+        run = run_again if self.activation_checkpointing else _run
         for block in self.in_blocks:
-            h = layers.run_block(block, h, again=again)
+            h = run(block, h)
             skips.append(h)
-        h = layers.run_block(self.mid_block, h, again=again)
+        h = run(self.mid_block, h)
         for block in self.out_blocks:
-            h = layers.run_block(block, h, skips.pop(), again=again)
+            h = run(block, h, skips.pop())
         return each(self._decode, h)
 
     def _decode(self, h: Tensor) -> Tensor:
         """Project each patch token to its patch, (B, 2 + N, D) -> (B, C, H, W)."""
         flat = self.decoder_pred(self.norm(h))[:, EXTRAS:]  # (B, N, P·P·C)
         return layers.unpatchify(flat, self.patch_size, self.in_channels)
+
+
+def _run(block: nn.Module, *inputs: Streams) -> Any:
+    return block(*inputs)
 
 
 class UViTDenoiser(Guided):
@@ -209,15 +216,9 @@ class UViTDenoiser(Guided):
         self, model: UViT, sampler: Sampler, *, guidance: float = 1.4, name: str = "uvit-h"
     ) -> None:
         kinds = (Attention, Mlp)
-        super().__init__(
-            model,
-            sampler,
-            guidance,
-            name,
-            sites={name: part for name, part in model.named_modules() if isinstance(part, kinds)},
-            shape=(model.in_channels, model.input_size, model.input_size),
-            conditions=model.num_classes,
-        )
+        sites = {name: part for name, part in model.named_modules() if isinstance(part, kinds)}
+        shape = (model.in_channels, model.input_size, model.input_size)
+        super().__init__(model, sampler, guidance, name, sites, shape, model.num_classes)
 
     def predict(self, x: Tensor, k: int, cond: Tensor) -> Tensor:
         """Return the guided noise (B, C, H, W) at step k for class labels (B,).

@@ -1,7 +1,7 @@
 """Weights: from the hub, a folder of diffusers or a file of the original, into a model.
 
-    original file     DiT-XL-2-256x256.pt, imagenet256_uvit_huge.pth    the original's parameter names
-    diffusers folder  a pipeline (model_index.json) or its transformer  diffusers' parameter names
+    original file     DiT-XL-2-256x256.pt, imagenet256_uvit_huge.pth    the original's names
+    diffusers folder  a pipeline (model_index.json) or its transformer  diffusers' names
     "random"          no weights at all, for timing
 
 Reading a file executes nothing that is in it. This file does not know samplers, caches or routers.
@@ -15,15 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harmonica.storage.files import (
-    StrPath,
-    decoding,
-    existing,
-    is_plain,
-    read_json,
-    read_pickle,
-    refused,
-)
+from harmonica.storage import files
+from harmonica.storage.files import StrPath, refused
+from harmonica.table import require
 
 
 def component(folder: StrPath, name: str, *classes: str) -> Path:
@@ -38,9 +32,9 @@ def component(folder: StrPath, name: str, *classes: str) -> Path:
     """
     for place in (Path(folder) / name, Path(folder)):
         if (place / "config.json").is_file():
-            found = read_json(place / "config.json").get("_class_name")
-            if classes and found not in classes:
-                raise ValueError(f"{place} holds a {found!s:.80}; a {classes[0]} was expected")
+            kind = files.read_json(place / "config.json").get("_class_name")
+            if classes and kind not in classes:
+                raise ValueError(f"{place} holds a {kind!s:.80}; a {classes[0]} was expected")
             return place
     raise FileNotFoundError(
         f"{folder} has no {name}/config.json; expected a folder saved by diffusers"
@@ -53,11 +47,11 @@ def from_diffusers(kind: Any, folder: StrPath, **options: Any) -> Any:
     Raises ValueError, naming the folder, if it is damaged, or lacks a parameter (diffusers would
     draw it and go on), or has one that is not finite. Options are those of its `from_pretrained`.
     """
-    with decoding(folder, f"cannot be read as a {kind.__name__} saved by diffusers"):
+    with files.decoding(folder, f"cannot be read as a {kind.__name__} saved by diffusers"):
         model, told = kind.from_pretrained(folder, output_loading_info=True, **options)
-    if told["missing_keys"]:
-        lacks = f"{len(told['missing_keys'])} parameters, the first of them {sorted(told['missing_keys'])[0]}"
-        raise ValueError(f"{folder} lacks {lacks}; the file is damaged, or of another model")
+    lacks = sorted(told["missing_keys"])
+    first = f"{len(lacks)} parameters, the first of them {lacks[:1]}"
+    require(not lacks, f"{folder} lacks {first}; the file is damaged, or of another model")
     _must_be_finite(model, folder)
     return model
 
@@ -69,27 +63,22 @@ def read_state(path: StrPath) -> dict[str, Tensor]:
     Raises FileNotFoundError if there is no such file, ValueError if it does not hold tensors by
     parameter name.
     """
-    if existing(path).suffix == ".safetensors":
-        return _safetensors(path)
-    data = read_pickle(path)
+    if files.existing(path).suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except (SafetensorError, ValueError) as error:
+            raise refused(path, "is not a safetensors file", error) from None
+    data = files.read_pickle(path)
     if isinstance(data, dict):
         data = data.get("ema", data)  # a training checkpoint keeps an averaged copy
-    if not isinstance(data, dict) or not all(
-        isinstance(k, str) and is_plain(data[k]) for k in data
-    ):
-        raise ValueError(f"{path} does not hold tensors by parameter name")
-    return data
-
-
-def _safetensors(path: StrPath) -> dict[str, Tensor]:
-    """Read tensors; what others wrote in the metadata is theirs."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (SafetensorError, ValueError) as error:
-        raise refused(path, "is not a safetensors file", error) from None
+    plain = isinstance(data, dict) and all(
+        isinstance(name, str) and files.is_plain(value) for name, value in data.items()
+    )
+    require(plain, f"{path} does not hold tensors by parameter name")
+    return data  # type: ignore[no-any-return]
 
 
 def fill(model: nn.Module, state: dict[str, Tensor], path: StrPath) -> None:
@@ -106,10 +95,8 @@ def fill(model: nn.Module, state: dict[str, Tensor], path: StrPath) -> None:
 
 def _must_be_finite(model: nn.Module, path: StrPath) -> None:
     for name, value in model.state_dict().items():
-        if not bool(value.isfinite().all()):
-            raise ValueError(
-                f"{path} has a value in {name} that is not finite; the file is damaged"
-            )
+        message = f"{path} has a value in {name} that is not finite; the file is damaged"
+        require(bool(value.isfinite().all()), message)
 
 
 _OUTSIDE = {
@@ -171,10 +158,9 @@ def dit_from_diffusers(state: dict[str, Tensor], positions: Tensor) -> dict[str,
                 renamed[f"{ours}.{kind}"] = torch.cat(list(parts.values()))
                 continue
             for key in others:
-                if not torch.equal(parts[first], parts[key]):
-                    raise ValueError(
-                        f"{key} differs from block 0's; use the pipeline itself, from_pipeline(pipe, …)"
-                    )
+                use = "use the pipeline itself, from_pipeline(pipe, …)"
+                same = torch.equal(parts[first], parts[key])
+                require(same, f"{key} differs from block 0's; {use}")
             renamed[f"{ours}.{kind}"] = parts[first]
     return renamed
 

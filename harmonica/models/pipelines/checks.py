@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from harmonica.models.sites import sites
+from harmonica.table import require
 
 TRANSFORMERS = ("transformer", "transformer_2")
 """Denoisers of a pipeline. The names of the second one's sites begin with its own."""
@@ -33,16 +34,10 @@ def check_pipeline(pipe: Any) -> None:
             raise TypeError(f"{kind} has no {part}; expected a diffusers pipeline that has one")
     for name, model in transformers_of(pipe).items():
         _check_not_compiled(name, model)
-        if model.training:
-            raise ValueError(
-                f"pipe.{name} is in training mode, where features are noisy; call its eval() first"
-            )
-        other = _other_cache(pipe, model)
-        if other:
-            raise ValueError(
-                f"pipe.{name} has another cache enabled, {other}, and only one can decide what "
-                "runs; disable that one first"
-            )
+        noisy = "is in training mode, where features are noisy; call its eval() first"
+        require(not model.training, f"pipe.{name} {noisy}")
+        other, todo = _other_cache(pipe, model), "only one can decide what runs; disable that first"
+        require(not other, f"pipe.{name} has another cache enabled, {other}, and {todo}")
 
 
 def _check_not_compiled(name: str, model: Any) -> None:
@@ -56,14 +51,13 @@ def _check_not_compiled(name: str, model: Any) -> None:
             f"the module that was compiled, and {instead}"
         )
     compiled = [path for path, part in model.named_modules() if part._compiled_call_impl]
-    if compiled:
-        inside = tuple(f"{site}." for site in sites(model))
-        for path in compiled:
-            if not f"{path}.".startswith(inside):
-                raise ValueError(
-                    f"{f'pipe.{name}.{path}'.rstrip('.')} is compiled in place, and compiled code "
-                    f"cannot skip a site. Load the {name} again, and {instead}"
-                )
+    inside = tuple(f"{site}." for site in sites(model)) if compiled else ()
+    for path in compiled:
+        require(
+            f"{path}.".startswith(inside),
+            f"{f'pipe.{name}.{path}'.rstrip('.')} is compiled in place, and compiled code cannot "
+            f"skip a site. Load the {name} again, and {instead}",
+        )
 
 
 def _other_cache(pipe: Any, model: nn.Module) -> str:

@@ -65,15 +65,7 @@ def from_pipeline(
         call["guidance_scale"] = guidance
     inputs, transformer = inputs_of(pipe, steps, prompts, each, call), pipe.transformer
     transformer.eval().requires_grad_(False)
-    size = "x".join(str(call[side]) for side in ("height", "width") if side in call)
-    default = inspect.signature(type(pipe).__call__).parameters.get("guidance_scale")
-    scale = call.get("guidance_scale", getattr(default, "default", None))
-    about = {
-        "model": "-".join([type(pipe).__name__, *([size] if size else [])]),
-        "sampler": type(pipe.scheduler).__name__,
-        "guidance": float(scale) if isinstance(scale, int | float) else None,
-    }
-    denoiser = PipelineDenoiser(StandIns(pipe), inputs, sites(transformer), about)
+    denoiser = PipelineDenoiser(StandIns(pipe), inputs, sites(transformer), _about(pipe, call))
     try:
         _verify_one(denoiser)
     except NotFollowedError as mismatch:
@@ -87,6 +79,18 @@ def from_pipeline(
         with suppress(Exception):  # whatever a pipeline raises that does not take two at once
             denoiser.batched = _takes_two(denoiser)
     return denoiser
+
+
+def _about(pipe: Any, call: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a table of this pipeline belongs to, in the words of `Schedule`'s fields."""
+    size = "x".join(str(call[side]) for side in ("height", "width") if side in call)
+    default = inspect.signature(type(pipe).__call__).parameters.get("guidance_scale")
+    scale = call.get("guidance_scale", getattr(default, "default", None))
+    return {
+        "model": "-".join([type(pipe).__name__, *([size] if size else [])]),
+        "sampler": type(pipe.scheduler).__name__,
+        "guidance": float(scale) if isinstance(scale, int | float) else None,
+    }
 
 
 def _verify_one(denoiser: PipelineDenoiser) -> None:

@@ -35,6 +35,7 @@ from harmonica.search.paths import cheapest_path
 from harmonica.search.references import finer_walk, references, with_images
 from harmonica.search.refine import refine
 from harmonica.storage.files import StrPath
+from harmonica.table import require
 from harmonica.training.train import train_sdt
 
 WALKS, NOISES, FACTOR = 1000, 4, 10
@@ -77,8 +78,8 @@ def tune(  # noqa: D417 (some arguments are described together)
 
     Raises as `from_pipeline` does, and ValueError for a speedup that no table has.
     """
-    if method not in ("auto", "sdt"):
-        raise ValueError(f"method is {method!r}; expected 'auto' or 'sdt', the paper's training")
+    choices = f"method is {method!r}; expected 'auto' or 'sdt', the paper's training"
+    require(method in ("auto", "sdt"), choices)
     steps = call.pop("num_inference_steps", None)
     try:
         denoiser = from_pipeline(pipe, steps=steps, prompts=prompts, each=each, **call)
@@ -143,8 +144,7 @@ def _from_runs(pipe: Any, inputs: Inputs, speedup: float, progress: bool) -> Sch
     columns = sites(pipe.transformer)
     plain = steps_of_run(pipe, inputs.of([(0, SEED)]))
     steps, width, cost = len(plain), len(columns), columns.macs
-    if not steps:
-        raise ValueError(f"{type(pipe).__name__} never steps its scheduler, so no table fits it")
+    require(steps > 0, f"{type(pipe).__name__} never steps its scheduler, so no table fits it")
     count = min(int(Target(speedup, cost, steps).allowed / float(cost.sites.sum())), steps)
     costs = torch.zeros(steps, steps, dtype=torch.float64)
     for j in tqdm(range(steps - 1), unit="run", desc="tune", disable=not progress):
