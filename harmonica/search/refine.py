@@ -139,10 +139,7 @@ class _Judge:
         self.spent = float(self.walk)
         self.portion = noises_that_fit(denoiser, judged.x, judged.cond)
         self._kinds = [_Judge._rows, _Judge._flips]
-        self._of_few: tuple[Tensor, float] = (
-            torch.empty(0),
-            0.0,
-        )  # a table, its error on few noises
+        self._of_few = torch.empty(0), 0.0  # a table, and its error on few noises
         self._judged: dict[bytes, Round] = {}
         self._signs = torch.Generator().manual_seed(SEED)
 
