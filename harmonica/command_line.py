@@ -18,15 +18,13 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 import torch
 
+from harmonica.denoise import Denoiser
 from harmonica.memory import is_out_of_memory
 from harmonica.processes import started_as
-
-if TYPE_CHECKING:
-    from harmonica.denoise import Denoiser
 
 DTYPES = ("float32", "bfloat16", "float16")
 """Of the weights; what a router learns is always float32."""
@@ -48,26 +46,16 @@ class Parser(argparse.ArgumentParser):
 def add_model_options(p: argparse.ArgumentParser) -> None:
     """Add the options that `load_model` reads: which model, how it samples, where it runs."""
     add, kinds = p.add_argument, "float32; on cuda bfloat16, and float32 there is without TF32"
-    add(
-        "--model",
-        default="tiny",
-        help="what harmonica.models.load knows (tiny; garments is bundled too)",
-    )
+    known = "what harmonica.models.load knows (tiny; garments is bundled too)"
+    add("--model", default="tiny", help=known)
     add("--weights", metavar="PATH", help='of the model, or "random" (what the model comes with)')
     add("--sampler", help="ddim, dpm-solver++, iddpm or sa-solver (the model's own)")
     add("--steps", type=whole, default=20, help="T, sampler steps (20)")
     add("--guidance", type=float, help="classifier-free guidance scale (the model's own)")
-    add(
-        "--prompts",
-        type=Path,
-        metavar="FILE",
-        help="one to a line, for text-to-image (64 of our own)",
-    )
-    add(
-        "--device",
-        default="cpu",
-        help="cpu, cuda or cuda:N (cpu); under torchrun cuda is a GPU each",
-    )
+    lines = "one to a line, for text-to-image (64 of our own)"
+    add("--prompts", type=Path, metavar="FILE", help=lines)
+    places = "cpu, cuda or cuda:N (cpu); under torchrun cuda is a GPU each"
+    add("--device", default="cpu", help=places)
     add("--dtype", choices=DTYPES, help=f"of the weights ({kinds})")
 
 
@@ -82,13 +70,9 @@ def load_model(
 
     place = args.device if device is None else device
     names = ("sampler", "steps", "guidance", "weights", "prompts")
-    return load(
-        args.model,
-        **{name: getattr(args, name) for name in names},
-        dtype=dtype_of(args, place),
-        device=place,
-        activation_checkpointing=activation_checkpointing,
-    )
+    options = {name: getattr(args, name) for name in names}
+    again, dtype = activation_checkpointing, dtype_of(args, place)
+    return load(args.model, **options, dtype=dtype, device=place, activation_checkpointing=again)
 
 
 def dtype_of(args: argparse.Namespace, device: str | torch.device) -> torch.dtype:
@@ -100,13 +84,11 @@ def dtype_of(args: argparse.Namespace, device: str | torch.device) -> torch.dtyp
 
 def whole(text: str) -> int:
     """Return the whole number that an option says, of a size that can be counted to."""
-    try:
-        number = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"invalid int value: {text[:40]!r}") from None
-    if abs(number) >= 2**31:
+    with suppress(ValueError):
+        if abs(int(text)) < 2**31:
+            return int(text)
         raise argparse.ArgumentTypeError(f"{text[:40]} is too large; at most {2**31 - 1}")
-    return number
+    raise argparse.ArgumentTypeError(f"invalid int value: {text[:40]!r}")
 
 
 def seed(text: str) -> int:
@@ -114,15 +96,14 @@ def seed(text: str) -> int:
     with suppress(ValueError):
         if 0 <= int(text) < 2**63:
             return int(text)
-    raise argparse.ArgumentTypeError(
-        f"invalid seed {text[:40]!r}; expected a whole number, 0 or more, of 63 bits"
-    )
+    rule = "expected a whole number, 0 or more, of 63 bits"
+    raise argparse.ArgumentTypeError(f"invalid seed {text[:40]!r}; {rule}")
 
 
 def command(
     p: Parser, run: Callable[[argparse.Namespace], None], arguments: Sequence[str] | None
 ) -> int:
-    """Parse and run a command, which says its number if it is one of several; return `exit_code`."""
+    """Parse and run a command, which says its rank if it is one of several; return `exit_code`."""
     number, world = started_as()
     if world > 1:
         p.prog = f"{p.prog} (rank {number} of {world})"
@@ -145,16 +126,16 @@ def exit_code(prog: str, work: Callable[[], None]) -> int:
     except KeyboardInterrupt as stop:
         return _say(f"{prog}: {str(stop) or 'stopped'}", 130)
     except BrokenPipeError:
-        return _nobody_reads()
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        return _say(f"{prog}: {_first_line(error)} Take a smaller batch.", 2)
-    except (ValueError, OSError, ArithmeticError) as error:
-        return _say(f"{prog}: {error}", 2)
-    except RuntimeError as error:
+        with suppress(OSError, ValueError):  # a stream of a test or a notebook has no number
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the rest goes nowhere
+        return 141
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        said = str(error).rpartition("] ")[2]
+        said = _first_line(error).rpartition("] ")[2]
         return _say(f"{prog}: out of memory, {said} Take a smaller batch.", 2)
+    except (ValueError, OSError, ArithmeticError) as error:
+        return _say(f"{prog}: {error}", 2)
     return 0
 
 
@@ -178,13 +159,6 @@ def make_writable(folder: Path) -> None:
 def _say(line: str, code: int) -> int:
     sys.stderr.write(" ".join(line.split("\n")) + "\n")
     return code
-
-
-def _nobody_reads() -> int:
-    """Return the code of a program that SIGPIPE ended; what is still to be printed goes nowhere."""
-    with suppress(OSError, ValueError):  # a stream of a test or a notebook has no number
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 141
 
 
 def _first_line(error: BaseException) -> str:

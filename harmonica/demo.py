@@ -24,18 +24,8 @@ import torch
 from torch import Tensor
 
 from harmonica import Denoiser, Schedule, denoise, macs, sample, train_sdt
+from harmonica import command_line as cli
 from harmonica.columns import fit
-from harmonica.command_line import (
-    Parser,
-    add_model_options,
-    check_device,
-    command,
-    dtype_of,
-    load_model,
-    make_writable,
-    seed,
-    whole,
-)
 from harmonica.denoise import check_fit, gates_of
 from harmonica.inference.timing import measure
 from harmonica.inference.walk import Refinable, Walk
@@ -45,6 +35,7 @@ from harmonica.search.learn import learn_weights
 from harmonica.search.paths import whole_steps
 from harmonica.search.references import finer_walk, references
 from harmonica.storage.files import exclusive_lock
+from harmonica.table import require
 from harmonica.train import AUTHORS, QUICK, TARGET
 
 if TYPE_CHECKING:
@@ -58,21 +49,21 @@ TIMED, SHOWN = 64, 10
 """Images in a timed batch, and in the picture."""
 
 
-def parser() -> Parser:
+def parser() -> cli.Parser:
     """Return the command line of the demo."""
-    p = Parser("demo", __doc__)
-    add_model_options(p)
+    p = cli.Parser("demo", __doc__)
+    cli.add_model_options(p)
     p.add_argument("--vae", type=Path, metavar="DIR", help="autoencoder saved by diffusers")
-    p.add_argument("--images", type=whole, help=f"held-out noises ({HELD_OUT} for tiny, else 4)")
+    images = f"held-out noises ({HELD_OUT} for tiny, else 4)"
+    p.add_argument("--images", type=cli.whole, help=images)
     p.add_argument("--schedule", type=Path, metavar="FILE", help="use this table, make none")
     p.add_argument("--method", choices=("weights", "sdt"), default="weights", help="see above")
     p.add_argument("--target", type=float, metavar="SPEEDUP", help=f"{TARGET} (2 for weights)")
-    p.add_argument(
-        "--iterations", type=whole, help=f"updates (of weights {UPDATES}; of sdt as in train)"
-    )
+    updates = f"updates (of weights {UPDATES}; of sdt as in train)"
+    p.add_argument("--iterations", type=cli.whole, help=updates)
     p.add_argument("--beta", type=float, help="of sdt: price of computing a site, for --target")
     p.add_argument("--tau", type=float, default=0.1, help="a score above it computes (0.1)")
-    p.add_argument("--seed", type=seed, default=0, help="of what is drawn to tune on (0)")
+    p.add_argument("--seed", type=cli.seed, default=0, help="of what is drawn to tune on (0)")
     out = Path("out/demo")
     p.add_argument("--out", type=Path, default=out, metavar="DIR", help=f"for results ({out})")
     return p
@@ -80,7 +71,7 @@ def parser() -> Parser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo; return 0, 2 for bad input or 130 after Ctrl-C, with one line on stderr."""
-    return command(parser(), run, arguments)
+    return cli.command(parser(), run, arguments)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -90,13 +81,13 @@ def run(args: argparse.Namespace) -> None:
 
     _check(args)
     schedule = Schedule.load(args.schedule, args.tau) if args.schedule else None
-    denoiser = load_model(args)
+    denoiser = cli.load_model(args)
     if schedule is not None:
         schedule = fit(schedule, tuple(denoiser.sites))
         check_fit(schedule, denoiser)
-    dtype = dtype_of(args, args.device)
+    dtype = cli.dtype_of(args, args.device)
     decode = decoder(args.model, args.weights, vae=args.vae, device=args.device, dtype=dtype)
-    make_writable(args.out)
+    cli.make_writable(args.out)
     with exclusive_lock(args.out):
         schedule = _schedule(denoiser, args) if schedule is None else schedule
         schedule.save(args.out / "schedule.json")  # first of all: it may have taken hours
@@ -119,14 +110,12 @@ def _check(args: argparse.Namespace) -> None:
     """Raise ValueError for numbers out of range, before anything is loaded."""
     for name in ("iterations", "images"):
         value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} {value}: expected 1 or more")
-    if not 0.0 <= args.tau < 1.0:
-        raise ValueError(f"--tau {args.tau}: expected at least 0 and below 1")
-    if args.beta is not None and (args.method != "sdt" or not 0.0 <= args.beta < float("inf")):
-        raise ValueError(f"--beta {args.beta}: expected 0 or more, with --method sdt")
+        require(value is None or value >= 1, f"--{name} {value}: expected 1 or more")
+    require(0.0 <= args.tau < 1.0, f"--tau {args.tau}: expected at least 0 and below 1")
+    priced = args.beta is None or (args.method == "sdt" and 0.0 <= args.beta < float("inf"))
+    require(priced, f"--beta {args.beta}: expected 0 or more, with --method sdt")
     check_target(args.target, args.beta, 0)
-    check_device(args.device)
+    cli.check_device(args.device)
 
 
 def _schedule(denoiser: Denoiser, args: argparse.Namespace) -> Schedule:

@@ -30,16 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from harmonica import command_line as cli
 from harmonica.columns import fit
-from harmonica.command_line import (
-    Parser,
-    add_model_options,
-    check_device,
-    command,
-    dtype_of,
-    load_model,
-    whole,
-)
 from harmonica.denoise import Denoiser, check_fit
 from harmonica.evaluation import image_files
 from harmonica.inference.walk import Walk
@@ -49,7 +41,7 @@ from harmonica.storage.files import StrPath, exclusive_lock, read_json, write_js
 from harmonica.table import require
 
 
-def write_images(
+def write_images(  # noqa: D417 (some arguments share a line)
     denoiser: Denoiser,
     schedule: Schedule | None,
     decode: Callable[[Tensor], Tensor],
@@ -68,16 +60,13 @@ def write_images(
         denoiser: its conditions must be whole numbers (B,): classes, or numbers of prompts.
         schedule: what the cache follows; None is the plain model.
         decode: x₀ (B, C, H, W) -> images (B, 1 or 3, H', W') in [−1, 1] (`autoencoder.decoder`).
-        count: N, images in all.
-        batch_size: images in a walk.
-        seed: of all images.
+        count, batch_size, seed: N, images in all; in a walk; and what all of them are drawn from.
         out: a name ending in .npz, or a folder to be made.
         progress: show a bar of this process's batches on rank 0.
 
-    Raises:
-        ValueError: if a number is out of range or `out` was begun with other settings.
-        FileExistsError: if `out` is there already; BlockingIOError if another run writes to it.
-        FileNotFoundError: if images of other processes cannot be seen here.
+    Raises ValueError if a number is out of range or `out` was begun with other settings,
+    FileExistsError if `out` is there already, BlockingIOError if another run writes to it, and
+    FileNotFoundError if images of other processes cannot be seen here.
     """
     out = Path(out)
     for name, value in (("count", count), ("batch_size", batch_size)):
@@ -130,10 +119,9 @@ def draw_images(denoiser: Denoiser, numbers: Sequence[int], seed: int) -> tuple[
     """
     drawn = [denoiser.draw(1, generator_of(seed, i)) for i in numbers]
     for _, cond in drawn:
-        require(
-            isinstance(cond, Tensor) and cond.shape == (1,) and not cond.is_floating_point(),
-            f"the denoiser draws the condition {cond!r:.60}; expected one whole number, (1,) int64",
-        )
+        whole = isinstance(cond, Tensor) and cond.shape == (1,) and not cond.is_floating_point()
+        rule = "expected one whole number, (1,) int64"
+        require(whole, f"the denoiser draws the condition {cond!r:.60}; {rule}")
     return torch.cat([x for x, _ in drawn]), torch.cat([cond for _, cond in drawn])
 
 
@@ -158,16 +146,12 @@ def _begin(parts: Path, settings: dict[str, Any], held: ExitStack) -> None:
     if not note.is_file():
         write_json(note, settings)
     before = read_json(note)
+    pairs = {n: (before.get(n), settings.get(n)) for n in sorted(settings.keys() | before.keys())}
     changes = [
-        f"{name} {before.get(name)!s:.12} -> {settings.get(name)!s:.12}"
-        for name in sorted(settings.keys() | before.keys())
-        if before.get(name) != settings.get(name)
+        f"{n} {then!s:.12} -> {now!s:.12}" for n, (then, now) in pairs.items() if then != now
     ]
-    require(
-        not changes,
-        f"{parts} was begun with other settings: {', '.join(changes)}; go on with those, or remove "
-        "the folder",
-    )
+    other, todo = f"other settings: {', '.join(changes)}", "go on with those, or remove the folder"
+    require(not changes, f"{parts} was begun with {other}; {todo}")
 
 
 def _unfinished(batches: list[range], parts: Path, progress: bool) -> Iterator[range]:
@@ -187,14 +171,14 @@ def _wait_for_all(denoiser: Denoiser) -> None:
     mean_over_ranks(torch.zeros((), device=device))  # nccl speaks on GPUs only
 
 
-def parser() -> Parser:
+def parser() -> cli.Parser:
     """Return the command line."""
-    p = Parser("image_sets", __doc__)
-    add_model_options(p)
+    p = cli.Parser("image_sets", __doc__)
+    cli.add_model_options(p)
     p.add_argument("--vae", type=Path, metavar="DIR", help="autoencoder saved by diffusers")
     p.add_argument("--schedule", type=Path, metavar="FILE", help="table to follow (none: no cache)")
-    p.add_argument("--count", type=whole, default=1000, help="images in all (1000)")
-    p.add_argument("--batch-size", type=whole, default=32, help="images in a walk (32)")
+    p.add_argument("--count", type=cli.whole, default=1000, help="images in all (1000)")
+    p.add_argument("--batch-size", type=cli.whole, default=32, help="images in a walk (32)")
     p.add_argument("--seed", type=int, default=0, help="of noise and conditions (0)")
     out = Path("out/images.npz")
     p.add_argument("--out", type=Path, default=out, help=f"NAME.npz or a folder ({out})")
@@ -203,7 +187,7 @@ def parser() -> Parser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write images; return 0, 2 for bad input or 130 after Ctrl-C, with one line on stderr."""
-    return command(parser(), run, arguments)
+    return cli.command(parser(), run, arguments)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -214,11 +198,11 @@ def run(args: argparse.Namespace) -> None:
     if number == 0:  # others may come when the first has begun to write
         image_files.check_out(args.out)
     if of_all == 1:
-        check_device(args.device)
+        cli.check_device(args.device)
     schedule = None if args.schedule is None else Schedule.load(args.schedule)
     with processes(args.device) as device:
-        denoiser = load_model(args, device)
-        dtype = dtype_of(args, device)
+        denoiser = cli.load_model(args, device)
+        dtype = cli.dtype_of(args, device)
         decode = decoder(args.model, args.weights, vae=args.vae, device=device, dtype=dtype)
         if schedule is not None:
             schedule = fit(schedule, tuple(denoiser.sites))

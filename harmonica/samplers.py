@@ -4,11 +4,11 @@ A sampler knows its T timesteps in the order they are executed and one update ru
 between steps: what a multistep or stochastic rule must remember lives in `memory`, a dict that
 belongs to the walk, so a walk is forked at any k by copying two dicts (its cache and its memory).
 
-    name           rule                                                       the paper runs it at
-    ddim           deterministic, to the true next timestep                   T = 10, 20, 50   DiT
-    dpm-solver++   multistep of order 2, data prediction                      T = 20           PixArt, U-ViT
-    iddpm          ancestral, learned variance where the model has one        T = 100          PixArt
-    sa-solver      stochastic Adams, predictor and corrector of order 2       T = 25           PixArt
+    name           rule                                                   the paper runs it at
+    ddim           deterministic, to the true next timestep               T = 10, 20, 50   DiT
+    dpm-solver++   multistep of order 2, data prediction                  T = 20   PixArt, U-ViT
+    iddpm          ancestral, learned variance where the model has one    T = 100  PixArt
+    sa-solver      stochastic Adams, predictor and corrector of order 2   T = 25   PixArt
 
     timesteps[k]          the model's own clock, 999 … 0       (T,)
     ᾱ (alphas_cumprod)    signal left at a timestep            (1000,)
@@ -27,6 +27,8 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
+
+from harmonica.table import require
 
 Memory = dict[str, Any]
 """What a sampler remembers along one walk; created by whoever owns the walk, empty at k = 0."""
@@ -64,7 +66,7 @@ class Sampler(Protocol):
         ...
 
 
-def alphas_cumprod(betas: Betas = "linear", train_timesteps: int = TRAIN_TIMESTEPS) -> Tensor:
+def alphas_cumprod(betas: Betas = "linear") -> Tensor:
     """Return ᾱ_t = ∏_{s≤t} (1 − β_s): (1000,) float64.
 
     linear          β from 1e-4 to 0.02 (Ho et al. 2020)
@@ -75,27 +77,25 @@ def alphas_cumprod(betas: Betas = "linear", train_timesteps: int = TRAIN_TIMESTE
     """
     power = 1.0 if betas == "linear" else 2.0
     low, high = (end ** (1 / power) for end in _ENDS[betas])
-    beta = torch.linspace(low, high, train_timesteps, dtype=torch.float64) ** power
+    beta = torch.linspace(low, high, TRAIN_TIMESTEPS, dtype=torch.float64) ** power
     return torch.cumprod(1.0 - beta, dim=0)
 
 
-def spaced_timesteps(steps: int, train_timesteps: int = TRAIN_TIMESTEPS) -> tuple[int, ...]:
+def spaced_timesteps(steps: int) -> tuple[int, ...]:
     """Return T timesteps evenly spaced from 999 down to 0, as the original DiT does; one is (999,).
 
     >>> spaced_timesteps(6)
     (999, 799, 599, 400, 200, 0)
     """
-    if not 1 <= steps <= train_timesteps:
-        raise ValueError(
-            f"steps is {steps}; it must be between 1 and {train_timesteps}, the number of timesteps "
-            "that the model was trained on"
-        )
+    last, most = TRAIN_TIMESTEPS - 1, f"{TRAIN_TIMESTEPS}, the number of timesteps"
+    found = f"steps is {steps}; it must be between 1 and {most} that the model was trained on"
+    require(1 <= steps <= TRAIN_TIMESTEPS, found)
     if steps == 1:
-        return (train_timesteps - 1,)
-    stride = (train_timesteps - 1) / (steps - 1)
+        return (last,)
     # Added up, not multiplied: where a timestep falls on a half, as at T = 21, rounding follows the
     # original's sum.
-    return tuple(round(t) for t in accumulate(repeat(stride, steps - 1), initial=0.0))[::-1]
+    sums = accumulate(repeat(last / (steps - 1), steps - 1), initial=0.0)
+    return tuple(round(t) for t in sums)[::-1]
 
 
 class DDIM:
@@ -115,9 +115,8 @@ class DDIM:
     draws_noise = False
 
     def __init__(self, steps: int, betas: Betas = "linear") -> None:
-        spaced = spaced_timesteps(steps)
+        spaced, self.betas = spaced_timesteps(steps), betas
         self.timesteps: tuple[float, ...] = spaced
-        self.betas = betas
         # Python floats: a step moves nothing to the device and waits for nothing.
         self._alphas: list[float] = [*alphas_cumprod(betas)[list(spaced)].tolist(), 1.0]  # (T + 1,)
 
@@ -144,9 +143,10 @@ class Scheduled:
     """
 
     def __init__(self, scheduler: Any, name: str) -> None:
-        custom, kind = getattr(scheduler, "custom_timesteps", False), type(scheduler).__name__
-        if scheduler.num_inference_steps is None and not custom:
-            raise ValueError(f"{kind} has no timesteps yet; call its set_timesteps(steps) first")
+        timed = scheduler.num_inference_steps is not None
+        timed = timed or getattr(scheduler, "custom_timesteps", False)
+        kind = type(scheduler).__name__
+        require(timed, f"{kind} has no timesteps yet; call its set_timesteps(steps) first")
         self.name = name
         self._scheduler = copy.copy(scheduler)
         self._times = scheduler.timesteps.cpu()  # (T,); on a GPU, every step would wait for it
@@ -161,14 +161,14 @@ class Scheduled:
     def step(self, x: Tensor, out: Tensor, k: int, memory: Memory) -> Tensor:
         """Take x (B, C, H, W) to step k + 1; variance channels of `out` are used if learned."""
         if k > 0 and "scheduler" not in memory:
-            raise RuntimeError(
-                f"step {k} of {self.name} needs what the steps before it left in `memory`; pass a copy"
-            )
+            need = f"step {k} of {self.name} needs what the steps before it left in `memory`"
+            raise RuntimeError(f"{need}; pass a copy")
         scheduler, noise = copy.copy(self._scheduler), {}
         vars(scheduler).update(_state(memory.get("scheduler", self._start)))
         if self.draws_noise:
             if "seeds" not in memory:
-                memory["seeds"] = tuple(map(_seed, x))
+                bits = [sample.detach().float().cpu().numpy().tobytes() for sample in x]
+                memory["seeds"] = tuple(map(zlib.crc32, bits))
             noise = {"generator": [noise_generator(seed, k) for seed in memory["seeds"]]}
         out = out if self.learns_variance else out[:, : x.shape[1]]  # (B, C or 2C, H, W)
         moved: Tensor = scheduler.step(out, self._times[k], x, return_dict=False, **noise)[0]
@@ -205,18 +205,19 @@ class IDDPM:
     draws_noise = True
 
     def __init__(self, steps: int, betas: Betas = "linear") -> None:
-        self.timesteps: tuple[float, ...] = spaced_timesteps(steps)
-        self.betas = betas
-        self._learned, self._fixed = self._ddpm("learned_range"), self._ddpm("fixed_small")
-
-    def _ddpm(self, variance: str) -> Scheduled:
         from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
-        # clip_sample defaults to true in diffusers, for images in [−1, 1]; these are latents
-        settings = {**_trained_with(self.betas), "variance_type": variance, "clip_sample": False}
-        scheduler = DDPMScheduler(**settings)
-        scheduler.set_timesteps(timesteps=list(self.timesteps))
-        return Scheduled(scheduler, self.name)
+        self.timesteps: tuple[float, ...] = spaced_timesteps(steps)
+        self.betas = betas
+
+        def rule(variance: str) -> Scheduled:
+            # clip_sample defaults to true in diffusers, for images in [−1, 1]; these are latents
+            more = {"variance_type": variance, "clip_sample": False}
+            scheduler = DDPMScheduler(**_trained_with(betas), **more)
+            scheduler.set_timesteps(timesteps=list(self.timesteps))
+            return Scheduled(scheduler, self.name)
+
+        self._learned, self._fixed = rule("learned_range"), rule("fixed_small")
 
     def step(self, x: Tensor, out: Tensor, k: int, memory: Memory) -> Tensor:
         """Take x (B, C, H, W) to step k + 1 with out (B, 2C, H, W), or (B, C, H, W)."""
@@ -261,10 +262,6 @@ def _copy(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
-def _seed(sample: Tensor) -> int:
-    return zlib.crc32(sample.detach().float().cpu().numpy().tobytes())
-
-
 def noise_generator(seed: int, k: int) -> torch.Generator:
     """Return the generator of a sample's noise at step k; torch reads 32 bits of a seed only."""
     return torch.Generator().manual_seed(zlib.crc32(f"{seed} {k}".encode()))
@@ -281,6 +278,5 @@ SAMPLERS: dict[str, Callable[[int, Betas], Sampler]] = {
 
 def make_sampler(name: str, steps: int, betas: Betas = "linear") -> Sampler:
     """Return the sampler called `name` with T = `steps`, for a model trained with `betas`."""
-    if name not in SAMPLERS:
-        raise ValueError(f"sampler is {name!r}; this version has {', '.join(SAMPLERS)}")
+    require(name in SAMPLERS, f"sampler is {name!r}; this version has {', '.join(SAMPLERS)}")
     return SAMPLERS[name](steps, betas)

@@ -65,7 +65,7 @@ def checked_weights(numbers: Any, compute: Tensor) -> Tensor:
     weights: Tensor = torch.as_tensor(numbers).detach().to("cpu", torch.float32, copy=True)
     T, N = compute.shape
     shape = tuple(weights.shape)
-    fit = len(shape) == 3 and shape[:2] == (T, N) and shape[2] >= 2
+    fit = shape[:2] == (T, N) and len(shape) == 3 and shape[2] >= 2
     todo = f"the table is {T} × {N}, so they must be ({T}, {N}, 1 + m) for m ≥ 1 past outputs"
     require(fit, f"weights has shape {shape}; {todo}")
     past = compute.cumsum(0) - compute.long()  # outputs computed before each entry, (T, N)

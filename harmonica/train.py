@@ -20,17 +20,7 @@ from typing import Any, get_args
 import torch
 
 from harmonica import Denoiser, Router, macs, train_sdt
-from harmonica.command_line import (
-    Parser,
-    add_model_options,
-    check_device,
-    command,
-    dtype_of,
-    load_model,
-    make_writable,
-    seed,
-    whole,
-)
+from harmonica import command_line as cli
 from harmonica.iepo import Proxy
 from harmonica.models import BUNDLED
 from harmonica.models.prompts import read_prompts
@@ -38,6 +28,7 @@ from harmonica.processes import batch_per_rank, processes, rank, started_as
 from harmonica.search.budget import check_target
 from harmonica.search.references import Toward
 from harmonica.storage.files import exclusive_lock
+from harmonica.table import require
 from harmonica.training.dry_run import DryRun, dry_run
 
 AUTHORS = {"iterations": 20_000, "batch_size": 32, "beta": 7e-8, "lr": 0.01, "refresh_every": 25}
@@ -53,7 +44,7 @@ CHECKPOINTED = ("pixart-alpha-512", *SMALLER)
 """Models that run blocks again in backward by default, to fit into 80 GiB."""
 
 UNSEARCHED = ("pixart-sigma-2k",)
-"""Models of which the search does not fit into 80 GiB even for one noise: by default there is none."""
+"""Models of which the search does not fit into 80 GiB even for one noise: the default is none."""
 
 TARGET = "theoretical speedup to end on, or just above"
 ORDER = "with --target: 1 … 9 continue skipped outputs by so many differences; 0 repeats them (0)"
@@ -68,24 +59,24 @@ def defaults(model: str) -> dict[str, Any]:
     return {**AUTHORS, "batch_size": SMALLER.get(model, AUTHORS["batch_size"]), **special}
 
 
-def parser() -> Parser:
+def parser() -> cli.Parser:
     """Return the command line of training."""
-    p = Parser("train", __doc__)
-    add_model_options(p)
+    p = cli.Parser("train", __doc__)
+    cli.add_model_options(p)
     _add_settings(p)
     add = p.add_argument
-    add("--out", type=Path, default=Path("out/train"), metavar="DIR",
-        help="folder for results (out/train)")  # fmt: skip
+    out = Path("out/train")
+    add("--out", type=Path, default=out, metavar="DIR", help=f"folder for results ({out})")
     add("--resume", action="store_true", help="continue the router.safetensors in --out")
-    add("--checkpoint-every", type=whole, default=500, help="updates between two writes (500)")
-    add("--seed", type=seed, default=0, help="draws the first router and the noise (0)")
-    add("--activation-checkpointing", action=argparse.BooleanOptionalAction,
-        help="run blocks again in backward: less memory, more time (where 80 GiB need it)")  # fmt: skip
+    add("--checkpoint-every", type=cli.whole, default=500, help="updates between two writes (500)")
+    add("--seed", type=cli.seed, default=0, help="draws the first router and the noise (0)")
+    again = "run blocks again in backward: less memory, more time (where 80 GiB need it)"
+    add("--activation-checkpointing", action=argparse.BooleanOptionalAction, help=again)
     add("--dry-run", action="store_true", help="say what training will take, and stop")
     return p
 
 
-def _add_settings(p: Parser) -> None:
+def _add_settings(p: cli.Parser) -> None:
     """Add what train_sdt takes, without the defaults that depend on the model."""
 
     def add(name: str, kind: Any, text: str, **more: Any) -> None:
@@ -94,15 +85,16 @@ def _add_settings(p: Parser) -> None:
             text += f" ({AUTHORS[key]:g}; bundled models: {QUICK[key]:g})"
         p.add_argument(f"--{name}", type=kind, help=text, **more)
 
-    add("iterations", whole, "updates of the router, in all")
-    add("batch-size", whole, "noises in a walk, of all GPUs together")
+    add("iterations", cli.whole, "updates of the router, in all")
+    add("batch-size", cli.whole, "noises in a walk, of all GPUs together")
     add("beta", float, "price of computing a site; a higher price gives a faster table")
     add("lr", float, "learning rate of the router")
-    add("refresh-every", whole, "walks between two measurements of lambda")
+    add("refresh-every", cli.whole, "walks between two measurements of lambda")
     add("tau", float, "a score above it computes (0.1)", default=0.1)
     add("target", float, f"{TARGET}, instead of --beta", metavar="SPEEDUP")
-    add("refine", whole, "to spend on the search after training (12 rounds)", metavar="PREDICTIONS")
-    add("order", whole, ORDER, default=0)
+    budget = "to spend on the search after training (12 rounds)"
+    add("refine", cli.whole, budget, metavar="PREDICTIONS")
+    add("order", cli.whole, ORDER, default=0)
     images = get_args(Toward)
     add(
         "toward",
@@ -111,15 +103,13 @@ def _add_settings(p: Parser) -> None:
         choices=images,
         default="uncached",
     )
-    proxies = (*get_args(Proxy), "none")
-    add(
-        "proxy", str, f"which lambda; none is 1 ({proxies[0]})", choices=proxies, default=proxies[0]
-    )
+    first, *_ = proxies = (*get_args(Proxy), "none")
+    add("proxy", str, f"which lambda; none is 1 ({first})", choices=proxies, default=first)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train; return 0, 2 for bad input or 130 after Ctrl-C, with one line on stderr."""
-    return command(parser(), run, arguments)
+    return cli.command(parser(), run, arguments)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -140,7 +130,8 @@ def run(args: argparse.Namespace) -> None:
         if device.type == "cuda":
             available, _ = torch.cuda.mem_get_info(device)
             count(args).check(available, checkpointing=args.activation_checkpointing)
-        denoiser = load_model(args, device, activation_checkpointing=args.activation_checkpointing)
+        again = args.activation_checkpointing
+        denoiser = cli.load_model(args, device, activation_checkpointing=again)
         router = _train(denoiser, args)
         if rank() == 0:
             _freeze(denoiser, router, args)
@@ -148,52 +139,45 @@ def run(args: argparse.Namespace) -> None:
 
 def count(args: argparse.Namespace) -> DryRun:
     """Count what training will take, for this process."""
-    dtype = str(dtype_of(args, args.device)).removeprefix("torch.")
+    dtype = str(cli.dtype_of(args, args.device)).removeprefix("torch.")
     args = argparse.Namespace(**{**vars(args), "weights": "random", "dtype": dtype})
-    denoiser = load_model(args, "meta", activation_checkpointing=args.activation_checkpointing)
-    return dry_run(
-        denoiser,
-        iterations=args.iterations,
-        batch_size=-(-args.batch_size // started_as()[1]),
-        refresh_every=args.refresh_every,
-        proxy=args.proxy != "none",
-        target=args.target is not None and args.dry_run,
-        refine=args.refine,
-    )
+    denoiser = cli.load_model(args, "meta", activation_checkpointing=args.activation_checkpointing)
+    settings = {name: getattr(args, name) for name in ("iterations", "refresh_every", "refine")}
+    batch, target = -(-args.batch_size // started_as()[1]), args.target is not None and args.dry_run
+    proxy = args.proxy != "none"
+    return dry_run(denoiser, **settings, batch_size=batch, proxy=proxy, target=target)
 
 
 def complete(args: argparse.Namespace) -> None:
     """Fill in the settings that were not given, and refuse what no model could be trained with."""
     check_target(args.target, args.beta, args.order)
-    if args.refine is not None and (args.target is None or args.refine < 0):
-        found = f"--refine is {args.refine} and --target {args.target}"
-        raise ValueError(f"{found}; expected 0 or more, and a target")
+    refined = args.refine is None or (args.target is not None and args.refine >= 0)
+    given = f"--refine is {args.refine} and --target {args.target}"
+    require(refined, f"{given}; expected 0 or more, and a target")
     for name, value in defaults(args.model).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.activation_checkpointing is None:
         args.activation_checkpointing = args.model in CHECKPOINTED
-    if not (0.0 <= args.tau < 1.0 and 0.0 <= args.beta < math.inf and 0.0 < args.lr <= 1000.0):
-        found = f"--tau {args.tau} --beta {args.beta} --lr {args.lr}"
-        raise ValueError(f"found {found}; expected 0 <= tau < 1, beta >= 0, 0 < lr <= 1000")
+    holds = 0.0 <= args.tau < 1.0 and 0.0 <= args.beta < math.inf and 0.0 < args.lr <= 1000.0
+    given = f"--tau {args.tau} --beta {args.beta} --lr {args.lr}"
+    require(holds, f"found {given}; expected 0 <= tau < 1, beta >= 0, 0 < lr <= 1000")
     for name in ("iterations", "batch_size", "refresh_every", "checkpoint_every"):
-        if getattr(args, name) < 1:
-            option = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{option} is {getattr(args, name)}; it must be 1 or more")
+        value, option = getattr(args, name), f"--{name.replace('_', '-')}"
+        require(value >= 1, f"{option} is {value}; it must be 1 or more")
     if started_as()[1] == 1 and not args.dry_run:
-        check_device(args.device)
+        cli.check_device(args.device)
     args.prompts = None if args.prompts is None else read_prompts(args.prompts)
 
 
 def _check_out(args: argparse.Namespace) -> None:
     file = args.out / "router.safetensors"
     if args.resume and not file.is_file():
-        raise FileNotFoundError(
-            f"--resume: there is no {file} to continue; check --out, or train without it"
-        )
+        todo = "check --out, or train without it"
+        raise FileNotFoundError(f"--resume: there is no {file} to continue; {todo}")
     if not args.resume and file.exists():
         raise FileExistsError(f"{file} exists; continue it with --resume, or choose another --out")
-    make_writable(args.out)
+    cli.make_writable(args.out)
 
 
 def _train(denoiser: Denoiser, args: argparse.Namespace) -> Router:

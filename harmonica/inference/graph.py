@@ -8,7 +8,7 @@ and condition are copied in.
     images = draw(x, cond)         the first batch of its shape captures, the following ones replay
     draw.reason                    why the last batch ran without a graph, or None
 
-    key       structure, shapes, types and devices of noise and condition; `most` graphs are kept, the last used
+    key       structure, shapes, types and devices of noise and condition; the last used are kept
     inputs    the tensors that the graph reads; a batch is copied into them
     output    the tensor that it writes; every caller gets a copy
 
@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from harmonica.inference.walk import Walk
+from harmonica.table import require
 
 Capture = Callable[[Callable[[], Tensor], torch.device], tuple[Callable[[], None], Tensor]]
 """(run, which takes nothing, and its device) -> (replay, the tensor that each replay writes)."""
@@ -68,7 +69,8 @@ class CudaCapture:
         only looked for where no other Python thread runs, since in it too a wait would raise.
         """
         with torch.cuda.device(device):
-            current, side = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            current = torch.cuda.current_stream()
+            side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             side.wait_stream(current)
             try:
                 torch.cuda.set_stream(side)
@@ -111,8 +113,7 @@ class GraphWalk:
     """
 
     def __init__(self, walk: Walk, *, most: int = 4, capture: Capture | None = None) -> None:
-        if most < 1:
-            raise ValueError(f"most is {most}; it must be 1 graph or more")
+        require(most >= 1, f"most is {most}; it must be 1 graph or more")
         self.walk, self.most = walk, most
         self.reason: str | None = None
         self._capture = capture or CudaCapture()
@@ -125,9 +126,7 @@ class GraphWalk:
         return len(self._graphs)
 
     def __call__(self, x: Tensor, cond: Any) -> Tensor:
-        """Return the images (B, C, H, W) that noise x (B, C, H, W) becomes under conditions for
-        it.
-        """
+        """Return the images that noise x becomes, both (B, C, H, W), under conditions for it."""
         leaves, shape = tree_flatten((x, cond))
         key = key_of(x, cond)
         self.reason = self.why_not(x) or self._refused.get(key)
@@ -143,7 +142,7 @@ class GraphWalk:
         if isinstance(self._capture, CudaCapture) and not x.is_cuda:
             return f"x is on {x.device}; graphs are for CUDA devices"
         if self.walk.draws_noise:
-            return "the sampler draws noise at every step, on the CPU; a graph would repeat that of its first batch"
+            return "the sampler draws noise at every step; a graph would repeat its first batch's"
         return None
 
     def _add(self, key: Any, leaves: list[Any], shape: Any) -> str | None:
@@ -168,7 +167,7 @@ class GraphWalk:
 
 
 def _first_cause(error: BaseException, outer: BaseException | None) -> BaseException:
-    """Return the error that the others followed from: ending a capture that failed fails as well."""
+    """Return the error that the others followed from: to end a failed capture fails as well."""
     while error.__context__ not in (None, outer):
         error = error.__context__
     return error

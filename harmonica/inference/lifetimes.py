@@ -1,4 +1,4 @@
-"""Lifetimes: what a frozen schedule knows before the walk begins, and the gates that follow from it.
+"""Lifetimes: what a frozen schedule knows before the walk, and the gates that follow from it.
 
 A schedule is static. For each step and site it is known in advance which outputs its gate reads
 (`Schedule.gate_weights`), and so when each output is read for the last time:
@@ -22,6 +22,9 @@ from torch import Tensor
 from harmonica.cache import Cache, Compute, Feature, Gate, never_computed
 from harmonica.forecast import History, weighted_sum
 from harmonica.router import Schedule
+
+Add = Callable[[Sequence[float], History], Feature]
+"""Σⱼ wⱼ·fⱼ."""
 
 
 class Entry(NamedTuple):
@@ -57,19 +60,12 @@ class Plan:
     def of(cls, schedule: Schedule) -> Plan:
         """Plan a schedule; the only time that its tensors are read."""
         weights = schedule.gate_weights
-        columns = zip(
-            schedule.compute.T.tolist(),
-            (None for _ in schedule.compute.T) if weights is None else weights.transpose(0, 1),
-            strict=True,
-        )
-        return cls(tuple(zip(*(_column(*column) for column in columns), strict=True)))
+        table = schedule.compute.T.tolist()
+        each = [None] * len(table) if weights is None else weights.unbind(1)  # N × (T, 1 + m)
+        columns = [_column(*column) for column in zip(table, each, strict=True)]
+        return cls(tuple(zip(*columns, strict=True)))
 
-    def gate(
-        self,
-        k: int,
-        cache: Cache,
-        add: Callable[[Sequence[float], History], Feature] = weighted_sum,
-    ) -> Gate:
+    def gate(self, k: int, cache: Cache, add: Add = weighted_sum) -> Gate:
         """Return the gate of step k over a walk's cache, which is empty after the last step.
 
         Called in the order of the walk, once for each site and step. A feature that was never
@@ -78,7 +74,7 @@ class Plan:
         Args:
             k: the step.
             cache: holds the kept outputs of each site.
-            add: Σⱼ wⱼ·fⱼ; `weighted_sum` is exact, `fused_sum` takes fewer passes.
+            add: `weighted_sum` is exact, `fused_sum` takes fewer passes.
         """
         row = self.rows[k]
 
@@ -98,8 +94,7 @@ class Plan:
         return gate
 
     def peak(self, sizes: Sequence[float] | None = None) -> float:
-        """Return the most that is alive in the cache at once: features, or their sizes if N of them
-        are given.
+        """Return the most that is alive in the cache at once: features, or N sizes of theirs.
 
         >>> from harmonica import Schedule
         >>> plan = Plan.of(Schedule([[True, True], [False, False], [True, False]]))

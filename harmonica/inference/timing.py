@@ -26,6 +26,7 @@ from harmonica.cost import Macs
 from harmonica.denoise import Denoiser, sample
 from harmonica.inference.walk import Walk
 from harmonica.router import Schedule
+from harmonica.table import require
 
 
 class Timer:
@@ -125,9 +126,8 @@ def milliseconds(denoiser: Denoiser, batch_size: int = 1, *, repeats: int = 7) -
     percent, and a training run can only be resumed with the same costs. Small batches take longer
     for an image than MACs say. Raises ValueError if batch_size or repeats is below 1.
     """
-    if batch_size < 1 or repeats < 1:
-        found = f"batch_size {batch_size}, repeats {repeats}"
-        raise ValueError(f"found {found}; expected 1 or more of each")
+    counts = f"batch_size {batch_size}, repeats {repeats}"
+    require(batch_size >= 1 and repeats >= 1, f"found {counts}; expected 1 or more of each")
     walk, (x, cond) = Walk(denoiser), denoiser.draw(batch_size, torch.Generator().manual_seed(0))
     turns = [_site_times(walk, x, cond) for _ in range(repeats + 1)][1:]
     *sites, total = (median(values) / denoiser.steps for values in zip(*turns, strict=True))

@@ -7,7 +7,7 @@ Besides the sites that the schedule skips, a walk leaves out
 
     norm and modulation before a skipped site       models/blocks.py          same images
     embeddings that every step or block repeats     models/precompute.py      same images
-    features that no later step reads               inference/lifetimes.py    same images, less memory
+    features that no later step reads               inference/lifetimes.py    less memory
     modulation of single steps: W in one product    models/precompute.py      to rounding
     passes over memory in h + gate·out              models/blocks.py          to rounding
 
@@ -88,9 +88,7 @@ class Walk:
         self.plan = Plan.of(schedule)
 
     def __call__(self, x: Tensor, cond: Any) -> Tensor:
-        """Return the images (B, C, H, W) that noise x (B, C, H, W) becomes under conditions for
-        it.
-        """
+        """Return the images that noise x becomes, both (B, C, H, W), under conditions for it."""
         return self.run(x, cond, self.gate)
 
     def gate(self, k: int, cache: Cache) -> Gate:
@@ -99,9 +97,7 @@ class Walk:
 
     def run(self, x: Tensor, cond: Any, gate_of: Callable[[int, Cache], Gate]) -> Tensor:
         """Walk under other gates than the schedule's, such as gates that measure."""
-        cache: Cache = {}
-        memory: dict[str, Any] = {}
-        denoiser = self.denoiser
+        cache, memory, denoiser = Cache(), dict[str, Any](), self.denoiser
         gate = gate_of(0, cache)
 
         def ask(site: int, compute: Compute) -> Feature:
@@ -120,7 +116,5 @@ class Walk:
 
     @property
     def draws_noise(self) -> bool:
-        """Whether the sampler adds noise of its own; false for a denoiser of somebody else's
-        making.
-        """
+        """Whether the sampler adds noise of its own; false for a denoiser that does not say."""
         return isinstance(self.denoiser, Refinable) and self.denoiser.draws_noise

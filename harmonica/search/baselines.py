@@ -69,10 +69,8 @@ def smoothcache(
     speedup, α is the smallest measured drift that reaches it.
     """
     _one_of("alpha", alpha, speedup)
-    require(
-        gap >= 1 and (alpha is None or alpha >= 0),
-        f"alpha is {alpha} and gap {gap}; expected 0 (compute all) or more, and 1 step or more",
-    )
+    holds, todo = gap >= 1 and (alpha is None or alpha >= 0), "0 (compute all) or more, and 1 step"
+    require(holds, f"alpha is {alpha} and gap {gap}; expected {todo} or more")
     drifts = drift(denoiser, x, cond, gap)
 
     def table(alpha: float) -> Tensor:
@@ -202,11 +200,9 @@ def learning_to_cache(
 def _signal_shares(denoiser: Denoiser) -> list[float]:
     """Return ᾱ at the timestep of each step (T,)."""
     times = denoiser.about.get("timesteps", ())
-    require(
-        len(times) == denoiser.steps >= 2,
-        f"the denoiser has {denoiser.steps} steps and {len(times)} timesteps; it must have 2 steps "
-        "or more, and a timestep for each",
-    )
+    has = f"the denoiser has {denoiser.steps} steps and {len(times)} timesteps"
+    rule = "it must have 2 steps or more, and a timestep for each"
+    require(len(times) == denoiser.steps >= 2, f"{has}; {rule}")
     shares: list[float] = alphas_cumprod()[[round(t) for t in times]].tolist()
     return shares
 
@@ -292,7 +288,5 @@ def named(
 
 
 def _one_of(name: str, value: float | None, speedup: float | None) -> None:
-    require(
-        (value is None) != (speedup is None),
-        f"{name} is {value} and speedup {speedup}; give one of the two",
-    )
+    given = f"{name} is {value} and speedup {speedup}"
+    require((value is None) != (speedup is None), f"{given}; give one of the two")

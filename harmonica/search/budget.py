@@ -1,8 +1,8 @@
 """Target: a speedup that the user asks for, and the budget that it leaves to the sites.
 
-    cost       of each site and of what no site covers, in MACs or another unit      Macs
-    spent      what the computing sites of a table cost in one walk                   Σ compute · cost
-    allowed    what they may cost at the target speedup                               T·total / speedup − T·rest
+    cost       of each site and of what no site covers, in MACs or another unit
+    spent      what the computing sites of a table cost in one walk, Σ compute · cost
+    allowed    what they may cost at the target speedup, T·total / speedup − T·rest
 
 This file does not know how a table is trained or searched for.
 """
@@ -18,6 +18,7 @@ from torch import Tensor
 from harmonica.cost import Macs, macs
 from harmonica.denoise import Denoiser
 from harmonica.router import Schedule
+from harmonica.table import require
 
 
 @dataclass(frozen=True)
@@ -37,16 +38,14 @@ class Target:
     steps: int
 
     def __post_init__(self) -> None:
-        if not 1 <= self.speedup < math.inf:
-            raise ValueError(f"the target speedup is {self.speedup}; 1 computes all, expected more")
+        more = f"the target speedup is {self.speedup}; 1 computes all, expected more"
+        require(1 <= self.speedup < math.inf, more)
         rows = torch.arange(self.steps)[:, None].expand(-1, len(self.cost.sites)) == 0
-        most = Schedule(rows).speedup(self.cost)  # computes at its first step only
-        if self.speedup > most * (1 + 1e-9):
-            raise ValueError(
-                f"the target speedup is {self.speedup:g} and the maximum here is {most:.4g}: the "
-                f"first of {self.steps} steps computes, and sites are {self.cost.covered:.1%} of the "
-                "cost; ask for less or take more steps"
-            )
+        most = self.speed(rows)  # computes at its first step only
+        why = f"the first of {self.steps} steps computes, and sites are {self.cost.covered:.1%}"
+        given = f"the target speedup is {self.speedup:g} and the maximum here is {most:.4g}"
+        todo = "ask for less or take more steps"
+        require(self.speedup <= most * (1 + 1e-9), f"{given}: {why} of the cost; {todo}")
 
     @property
     def allowed(self) -> float:
@@ -84,18 +83,13 @@ def check_target(speedup: float | None, beta: float | None, order: int) -> None:
     """Raise ValueError for a target that no model could meet, or that comes with a β, or for an
     order without a target; what needs the model is checked by `Target`.
     """
-    if speedup is not None and not 1.0 <= speedup < math.inf:
-        raise ValueError(f"the target speedup is {speedup}; it must be 1 (compute all) or more")
-    if speedup is not None and beta is not None:
-        raise ValueError(
-            f"beta is {beta} and the target speedup {speedup}; training to a target chooses beta "
-            "by itself, leave it out"
-        )
-    if not 0 <= order <= (0 if speedup is None else 9):
-        raise ValueError(
-            f"order is {order} and the target speedup {speedup}; expected an order from 0 to 9, "
-            "and a target for an order above 0"
-        )
+    given, todo = f"the target speedup is {speedup}", "it must be 1 (compute all) or more"
+    require(speedup is None or 1.0 <= speedup < math.inf, f"{given}; {todo}")
+    todo = "training to a target chooses beta by itself, leave it out"
+    require(speedup is None or beta is None, f"beta is {beta} and {given}; {todo}")
+    todo = "expected an order from 0 to 9, and a target for an order above 0"
+    holds = 0 <= order <= (0 if speedup is None else 9)
+    require(holds, f"order is {order} and {given}; {todo}")
 
 
 def target_of(
@@ -106,22 +100,18 @@ def target_of(
     beta: float | None,
     order: int,
 ) -> Target | None:
-    """Return what `train_sdt` is to reach, None without a target; raise ValueError on contradictions.
+    """Return what `train_sdt` is to reach, None without a target; ValueError on contradictions.
 
-    A CUR is a speedup of 1 / (1 − CUR) where all sites cost the same and nothing else costs
-    anything.
+    A CUR is a speedup of 1 / (1 − CUR) where all sites cost the same and nothing else has a cost.
     """
     if cur is not None:
-        if speedup is not None or cost is not None or not 0.0 <= cur < 1.0:
-            raise ValueError(
-                f"target_cur is {cur}, target_speedup {speedup} and cost {cost}; expected a target "
-                "CUR from 0 to below 1 and neither of the others"
-            )
+        given = f"target_cur is {cur}, target_speedup {speedup} and cost {cost}"
+        todo = "expected a target CUR from 0 to below 1 and neither of the others"
+        require(speedup is None and cost is None and 0.0 <= cur < 1.0, f"{given}; {todo}")
         speedup, cost = 1 / (1 - cur), Macs(torch.ones(len(denoiser.sites)).double(), 0.0)
     check_target(speedup, beta, order)
     if speedup is None:
-        if cost is not None:
-            raise ValueError("cost is given without a target; give target_speedup as well")
+        require(cost is None, "cost is given without a target; give target_speedup as well")
         return None
     return Target(speedup, macs(denoiser) if cost is None else cost, denoiser.steps)
 

@@ -20,7 +20,7 @@ from harmonica.sdt import Update
 from harmonica.search.budget import Target, logit
 
 GAIN, DAMPING = 0.15, 3.0
-"""Change of log β in a trajectory: per unit of log (spent / allowed), and per unit of its change."""
+"""Change of log β in a trajectory: per unit of log (spent / allowed), per unit of its change."""
 
 FASTEST = 1.0
 """log β changes at most this much in one trajectory."""

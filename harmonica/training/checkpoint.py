@@ -18,6 +18,7 @@ from harmonica.processes import from_rank_0, rank
 from harmonica.router import Router
 from harmonica.storage.files import StrPath, refused
 from harmonica.storage.formats import build, read_router, write_router
+from harmonica.table import require
 from harmonica.training.state import Captured, TrainingState
 
 
@@ -38,9 +39,8 @@ class Checkpoint:
 
         Raises FileExistsError, FileNotFoundError or ValueError if file and request disagree.
         """
-        if min(iterations, self.every) < 1:
-            found = f"iterations {iterations}, checkpoint_every {self.every}"
-            raise ValueError(f"found {found}; each must be 1 or more")
+        counts = f"iterations {iterations}, checkpoint_every {self.every}"
+        require(min(iterations, self.every) >= 1, f"found {counts}; each must be 1 or more")
         state.restore(*from_rank_0(lambda: self._first(state, iterations, resume)))
         self.router, self.captured, self.written = state.router, state.capture(), state.updates
 
@@ -67,13 +67,9 @@ class Checkpoint:
         if not isinstance(error, KeyboardInterrupt) and not is_out_of_memory(error):
             return
         tensors, counts = self.captured
-        about = dict(self.router.about)
+        router, logits, about = self.router, tensors["state.logits"], dict(self.router.about)
         about["provenance"] = {**about["provenance"], "iterations": counts["updates"]}
-        self.write(
-            router=Router(
-                self.router.steps, self.router.sites, logits=tensors["state.logits"], about=about
-            )
-        )
+        self.write(router=Router(router.steps, router.sites, logits=logits, about=about))
         kept = f"{self.path} continues it with resume=True" if self.path else "nothing was saved"
         if isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt(f"stopped after {counts['updates']} updates; {kept}") from None
@@ -83,9 +79,8 @@ class Checkpoint:
             self._restore(state, iterations)
         elif self.path is not None:
             if Path(self.path).exists():
-                raise FileExistsError(
-                    f"{self.path} exists; resume=True continues it, or choose another name"
-                )
+                todo = "resume=True continues it, or choose another name"
+                raise FileExistsError(f"{self.path} exists; {todo}")
             folder = Path(self.path).absolute().parent
             if not folder.is_dir():
                 raise FileNotFoundError(f"{folder}: no such folder; make it before training")
@@ -96,44 +91,28 @@ class Checkpoint:
         path = "the checkpoint to resume" if self.path is None else self.path
         fields, tensors, facts = read_router(path)
         router = build(Router, path, fields)
-        if not isinstance(facts.get("settings"), dict) or "state.logits" not in tensors:
-            raise ValueError(
-                f"{path} is a router without the state of its training; it cannot be resumed"
-            )
-        now = {**_identity(state.router), **_flat(self.facts)}
-        then = {**_identity(router), **_flat(facts)}
-        changed = [
-            f"{key} {then.get(key)!s:.80} -> {value!s:.80}"
-            for key, value in now.items()
-            if then.get(key) != value
-        ]
-        if changed:
-            raise ValueError(
-                f"{path} was trained with other settings ({'; '.join(changed):.400}); resume with "
-                "the same"
-            )
+        whole = isinstance(facts.get("settings"), dict) and "state.logits" in tensors
+        require(
+            whole, f"{path} is a router without the state of its training; it cannot be resumed"
+        )
+        now, then = _identity(state.router, self.facts), _identity(router, facts)
+        pairs = [(key, then.get(key), value) for key, value in now.items()]
+        changes = [f"{key} {a!s:.80} -> {b!s:.80}" for key, a, b in pairs if a != b]
+        what = f"{path} was trained with other settings ({'; '.join(changes):.400})"
+        require(not changes, f"{what}; resume with the same")
         try:
             done = int(router.about.get("provenance", {}).get("iterations", 0))
             state.restore(tensors, facts)
         except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
-            raise refused(
-                path, "is a damaged checkpoint", f"{type(error).__name__}: {error}"
-            ) from None
-        if iterations < done:
-            raise ValueError(
-                f"{path} has {done} updates already and {iterations} were asked for; ask for more"
-            )
+            reason = f"{type(error).__name__}: {error}"
+            raise refused(path, "is a damaged checkpoint", reason) from None
+        enough = f"{path} has {done} updates already and {iterations} were asked for; ask for more"
+        require(done <= iterations, enough)
 
 
-def _identity(router: Router) -> dict[str, Any]:
-    """Return what a router is for, in a form that survives JSON."""
-    about = {
-        key: list(value) if isinstance(value, tuple) else value
-        for key, value in router.about.items()
-        if key != "provenance"
-    }
-    return {"steps": router.steps, "sites": list(router.sites), **about}
-
-
-def _flat(facts: dict[str, Any]) -> dict[str, Any]:
-    return {**facts["settings"], "weights": facts.get("weights")}
+def _identity(router: Router, facts: dict[str, Any]) -> dict[str, Any]:
+    """Return what must be the same on resuming, in a form that survives JSON."""
+    about = {key: value for key, value in router.about.items() if key != "provenance"}
+    fields = {"sites": router.sites, **about, **facts["settings"], "weights": facts.get("weights")}
+    lists = {key: list(v) if isinstance(v, tuple) else v for key, v in fields.items()}
+    return {"steps": router.steps, **lists}

@@ -27,6 +27,7 @@ from harmonica.search.flip_effects import flip_effects_at
 from harmonica.search.references import with_images
 from harmonica.search.refine import ROUND
 from harmonica.search.refine_router import NOISES, ROUNDS
+from harmonica.table import require
 
 GIB = 2**30
 H100 = 400e12
@@ -61,24 +62,21 @@ class DryRun:
         return max(0, int((available - self.weights) * self.batch_size / most))
 
     def check(self, available: int, *, checkpointing: bool) -> None:
-        """Raise ValueError, saying what to change, if the run does not fit into `available` bytes."""
-        most = max(self.memory.values())
-        if most <= available:
-            return
-        batch = self.largest_batch(available)
+        """Raise ValueError, saying what to change, if the run does not fit into so many bytes."""
+        most, batch = max(self.memory.values()), self.largest_batch(available)
         ways = [f"--batch-size {batch}"] if batch else []
         ways += [] if checkpointing else ["--activation-checkpointing"]
-        todo = f"take {' or '.join(ways)}" if ways else "take a larger device"
-        raise ValueError(
-            f"training needs {most / GIB:.1f} GiB at batch size {self.batch_size} and the device "
-            f"has {available / GIB:.1f}; {todo}"
-        )
+        need = f"training needs {most / GIB:.1f} GiB at batch size {self.batch_size}"
+        has = f"the device has {available / GIB:.1f}"
+        require(most <= available, f"{need} and {has}; take {' or '.join(ways) or 'a larger one'}")
 
     def __str__(self) -> str:
-        rows = {"predictions": f"{self.predictions:,} of {self.batch_size} noises"}
-        rows["multiply-accumulates"] = f"{self.macs:.2e}, backward passes included"
-        rows["hours at 400 TFLOP/s"] = f"{self.hours():.2f}"
-        rows["weights"] = f"{self.weights / GIB:.1f} GiB"
+        rows = {
+            "predictions": f"{self.predictions:,} of {self.batch_size} noises",
+            "multiply-accumulates": f"{self.macs:.2e}, backward passes included",
+            "hours at 400 TFLOP/s": f"{self.hours():.2f}",
+            "weights": f"{self.weights / GIB:.1f} GiB",
+        }
         for name, size in self.memory.items():
             what = ", one noise at a time" if name == "search" else ""
             rows[f"peak memory, {name}"] = f"{size / GIB:.1f} GiB{what}"
@@ -106,11 +104,9 @@ def dry_run(  # noqa: D417 (some arguments share a line)
     Raises ValueError if the denoiser is not on the meta device.
     """
     start = denoiser.draw(batch_size, torch.Generator().manual_seed(0))
-    if not start[0].is_meta:
-        raise ValueError(
-            f"the denoiser is on {start[0].device}; a dry run takes one on the meta device, "
-            'load(name, weights="random", device="meta")'
-        )
+    place, how = start[0].device, 'load(name, weights="random", device="meta")'
+    wrong = f"the denoiser is on {place}; a dry run takes one on the meta device, {how}"
+    require(place.type == "meta", wrong)
     T = denoiser.steps
     memory: dict[str, int] = {}
     memory["update"], weights, plain, update = _update(denoiser, start)

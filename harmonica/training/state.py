@@ -17,6 +17,7 @@ from harmonica.router import Router
 from harmonica.sdt import Update
 from harmonica.search.budget import Target
 from harmonica.storage.files import refused
+from harmonica.table import require
 from harmonica.training.beta import BetaController
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -40,12 +41,12 @@ class Settings:
 
     def facts(self) -> dict[str, float | str]:
         """Return the settings as strings and numbers, for a file."""
-        facts: dict[str, float | str] = {"batch_size": self.batch_size, "tau": self.tau}
-        facts |= {"lr": self.lr, "refresh_every": self.refresh_every, "proxy": self.proxy or "none"}
-        if self.target is None:
-            return {**facts, "beta": self.beta}
-        target = {"target_speedup": self.target.speedup, "target_cost": self.target.cost.total}
-        return {**facts, **target}
+        facts = {**vars(self), "proxy": self.proxy or "none"}
+        target = facts.pop("target")
+        if target is not None:  # which chooses β
+            del facts["beta"]
+            facts |= {"target_speedup": target.speedup, "target_cost": target.cost.total}
+        return facts
 
 
 @dataclass
@@ -81,8 +82,8 @@ class TrainingState:
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Set everything to what was captured; raise ValueError or KeyError if it does not fit."""
         for name in ("updates", "trajectory"):
-            if not isinstance(facts[name], int) or not 0 <= facts[name] <= 10**12:
-                raise ValueError(f"{name} is {facts[name]!r:.40}")
+            counted = isinstance(facts[name], int) and 0 <= facts[name] <= 10**12
+            require(counted, f"{name} is {facts[name]!r:.40}")
         self.updates, self.trajectory = facts["updates"], facts["trajectory"]
         self.router.about["provenance"]["iterations"] = self.updates
         logits = _tensor(tensors, "state.logits", self.router.logits)
@@ -90,11 +91,11 @@ class TrainingState:
             row.copy_(logits[k])
             names = {name: f"state.optimizer.{k}.{name}" for name in MOMENTS}
             if any(name in tensors for name in names.values()):
-                likes = (torch.zeros(()), row, row)  # AdamW keeps the step on the CPU
-                self.optimizer.state[row] = {
-                    name: _tensor(tensors, names[name], like)
-                    for name, like in zip(MOMENTS, likes, strict=True)
-                }
+                likes = zip(
+                    MOMENTS, (torch.zeros(()), row, row), strict=True
+                )  # the step is on the CPU
+                moments = {name: _tensor(tensors, names[name], like) for name, like in likes}
+                self.optimizer.state[row] = moments
         self.lam.copy_(_tensor(tensors, "state.lam", self.lam))
         if self.controller is not None:
             self.controller.restore(_tensor(tensors, "state.beta", self.controller.state))
@@ -103,11 +104,9 @@ class TrainingState:
 
 def _tensor(tensors: dict[str, Tensor], name: str, like: Tensor) -> Tensor:
     value = tensors[name]
-    if (value.shape, value.dtype) != (like.shape, like.dtype) or not bool(value.isfinite().all()):
-        raise ValueError(
-            f"{name} is {tuple(value.shape)} {value.dtype}; expected {tuple(like.shape)} "
-            f"{like.dtype}, and finite"
-        )
+    kinds = [f"{tuple(each.shape)} {each.dtype}" for each in (value, like)]
+    fit = kinds[0] == kinds[1] and bool(value.isfinite().all())
+    require(fit, f"{name} is {kinds[0]}; expected {kinds[1]}, and finite")
     return value.to(like.device, copy=True)
 
 
@@ -121,11 +120,10 @@ def start(
     if not isinstance(denoiser, Denoiser):
         name = type(denoiser).__name__
         raise TypeError(f"{name} lacks a member of harmonica.Denoiser; see its docstring")
-    if denoiser.steps < 2:
-        raise ValueError("the denoiser has 1 step, which always computes; nothing can be trained")
-    if settings.batch_size < 1:
-        raise ValueError(f"found batch_size {settings.batch_size}; it must be 1 or more")
-    batch_per_rank(settings.batch_size)
+    batch, trained = settings.batch_size, denoiser.steps >= 2
+    require(trained, "the denoiser has 1 step, which always computes; nothing can be trained")
+    require(batch >= 1, f"found batch_size {batch}; it must be 1 or more")
+    batch_per_rank(batch)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     provenance = {"method": "HarmoniCa", "iterations": 0, **settings.facts()}
     about = {**denoiser.about, "provenance": provenance}
@@ -144,9 +142,6 @@ def start(
 def fingerprint(denoiser: Denoiser) -> str:
     """Return a checksum of a few weights: with other weights, training would end elsewhere."""
     sites = list(denoiser.sites.values())
-    few = [
-        parameter.detach().flatten()[:64].float().cpu()
-        for site in (sites[0], sites[-1])
-        for parameter in site.parameters()
-    ]
+    weights = [p for site in (sites[0], sites[-1]) for p in site.parameters()]
+    few = [p.detach().flatten()[:64].float().cpu() for p in weights]
     return f"{zlib.crc32(torch.cat(few).numpy().tobytes()) if few else 0:08x}"

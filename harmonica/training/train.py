@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from harmonica.cost import Macs, macs
 from harmonica.denoise import Denoiser
@@ -17,7 +16,7 @@ from harmonica.iepo import Proxy
 from harmonica.memory import is_out_of_memory
 from harmonica.processes import local_part, mean_over_ranks, rank, world
 from harmonica.router import Router
-from harmonica.sdt import BETA, Update, sdt
+from harmonica.sdt import BETA, sdt
 from harmonica.search.budget import target_of
 from harmonica.search.references import Toward, factor_of, finer_walk
 from harmonica.search.refine_router import refine_router
@@ -93,42 +92,26 @@ def _train(
     progress: bool,
 ) -> None:
     """Draw, update, steer, show, save, a trajectory at a time."""
+    control, router, batch, tau = state.controller, state.router, settings.batch_size, settings.tau
+    how: dict[str, Any] = {"tau": tau, "beta": settings.beta if control is None else control.beta}
+    how |= {"refresh_every": settings.refresh_every, "proxy": settings.proxy}
+    how |= {"optimizer": state.optimizer, "lam": state.lam, "mean": mean_over_ranks}
     bar = _bar(progress, total=iterations, initial=state.updates, unit="update")
     cost = None if bar.disable else macs(denoiser)
     while state.updates < iterations:
-        joint = denoiser.draw(settings.batch_size, state.generator)
-        noise = local_part(joint, settings.batch_size)
-        for update in islice(
-            _trajectory(denoiser, settings, state, noise), iterations - state.updates
-        ):
+        noise = local_part(denoiser.draw(batch, state.generator), batch)
+        updates = sdt(denoiser, router, [noise], trajectory=state.trajectory, **how)
+        for update in islice(updates, iterations - state.updates):
             state.count(update)
-            if state.controller is not None:
-                state.controller.after(state.router, update)
+            if control is not None:
+                control.after(router, update)
             bar.update()
         if cost is not None:
-            faster = state.router.schedule(settings.tau).speedup(cost)
+            faster = router.schedule(tau).speedup(cost)
             bar.set_postfix_str(f"loss {update.loss:.1e}, CUR {update.cur:.0%}, {faster:.2f}x")
         if update.k == denoiser.steps - 1:
             saved.note(state)
     saved.write()
-
-
-def _trajectory(
-    denoiser: Denoiser, settings: Settings, state: TrainingState, noise: tuple[Tensor, Any]
-) -> Iterator[Update]:
-    return sdt(
-        denoiser,
-        state.router,
-        [noise],
-        tau=settings.tau,
-        beta=settings.beta if state.controller is None else state.controller.beta,
-        refresh_every=settings.refresh_every,
-        proxy=settings.proxy,
-        optimizer=state.optimizer,
-        lam=state.lam,
-        trajectory=state.trajectory,
-        mean=mean_over_ranks,
-    )
 
 
 def _refine(
@@ -141,11 +124,9 @@ def _refine(
         if not is_out_of_memory(error) or world() > 1:
             raise
         search(budget=0)
-        warnings.warn(
-            "the search ran out of memory; the router is on its target without it, and so is its "
-            "file. To search, resume it on a device with more free memory",
-            stacklevel=3,
-        )
+        what = "the search ran out of memory; the router is on its target without it, and so is its"
+        todo = "To search, resume it on a device with more free memory"
+        warnings.warn(f"{what} file. {todo}", stacklevel=3)
 
 
 def _bar(shown: bool, **how: Any) -> Any:
