@@ -35,6 +35,7 @@ import torch
 from bootstrap import bootstrap
 from bundled_models import real_images
 from record import RESULTS, ended, record
+from smoothcache import smoothcache
 from torch import Tensor
 
 from harmonica import Denoiser, Router, Schedule, macs, references, sample, train_sdt
@@ -122,7 +123,7 @@ def new_table(denoiser: Denoiser, method: str, speedup: float, job: Job) -> Sche
 
     ways: dict[str, Callable[[], Schedule]] = {
         "FORA": lambda: baselines.every(denoiser, speedup=speedup),
-        "SmoothCache": lambda: baselines.smoothcache(denoiser, few, cond, speedup=speedup),
+        "SmoothCache": lambda: smoothcache(denoiser, few, cond, speedup=speedup),
         "Delta-DiT": lambda: rivals.delta_dit(denoiser, speedup=speedup),
         "dynamic programming": lambda: baselines.dynamic_programming(
             denoiser, few, cond, speedup=speedup

@@ -20,6 +20,7 @@ from math import inf
 from typing import Any
 
 import torch
+from smoothcache import block_and_kind
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -27,14 +28,7 @@ from harmonica import Schedule, macs
 from harmonica.cache import Cache, Compute, Feature, Gate, gated, reuse
 from harmonica.denoise import Denoiser
 from harmonica.forecast import History, weighted_sum
-from harmonica.search.baselines import (
-    block_and_kind,
-    every,
-    fewest_reused,
-    named,
-    reuse_lowest,
-    steps_that_compute,
-)
+from harmonica.search.baselines import every, fewest_reused, named, reuse_lowest, steps_that_compute
 from harmonica.search.errors import image_mse
 from harmonica.search.paths import (
     Fork,

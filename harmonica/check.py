@@ -6,13 +6,14 @@ with it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_all, tree_map, tree_map_only
 
-from harmonica.cache import Cache, Compute, Feature, Gate, gated, reuse
+from harmonica.cache import Cache, Compute, Feature, gated, reuse
 from harmonica.denoise import Denoiser, denoise, final_image
 
 
@@ -27,7 +28,10 @@ def check_denoiser(denoiser: Denoiser, *, batch_size: int = 2, seed: int = 0) ->
     """
     x, cond = denoiser.draw(batch_size, torch.Generator().manual_seed(seed))
     _each_site_is_asked_once(denoiser, x, cond)
-    _the_model_is_frozen(denoiser)
+    for name, site in denoiser.sites.items():
+        frozen = not any(p.requires_grad for p in site.parameters())
+        assert frozen, f"{name}: a weight asks for a gradient; freeze it"
+        assert not site.training, f"{name} is in training mode; call eval() on the model"
     _cached_features_are_left_alone(denoiser, x, cond)
     random_state = torch.get_rng_state()
     plain = list(denoise(denoiser, x, cond))
@@ -51,22 +55,13 @@ def _each_site_is_asked_once(denoiser: Denoiser, x: Tensor, cond: Any) -> None:
     with torch.no_grad(), gated(denoiser.sites, count):
         denoiser.predict(x, 0, cond)
     # A site that is asked in two calls of its model comes under two keys (`harmonica.calls`).
-    once = len(set(calls)) == len(calls)
-    assert once, f"a site is asked twice in a call of the model: {calls}"
+    assert len(set(calls)) == len(calls), f"a site is asked twice in a call of the model: {calls}"
     every = set(map(int, calls)) == set(range(len(denoiser.sites)))
     assert every, f"each site is asked once in a call of the model, not {calls}"
 
 
-def _the_model_is_frozen(denoiser: Denoiser) -> None:
-    for name, site in denoiser.sites.items():
-        trained = any(p.requires_grad for p in site.parameters())
-        assert not trained, f"{name}: a weight asks for a gradient; freeze it"
-        assert not site.training, f"{name} is in training mode; call eval() on the model"
-
-
 def _cached_features_are_left_alone(denoiser: Denoiser, x: Tensor, cond: Any) -> None:
-    cache: Cache = {}
-    first: Cache = {}
+    cache, first = Cache(), Cache()
     for everything in (True, False):  # fill the cache, then read all of it
         gate = reuse([everything] * len(denoiser.sites), cache)
         with torch.no_grad(), gated(denoiser.sites, gate):
@@ -83,18 +78,16 @@ def _cached_features_are_left_alone(denoiser: Denoiser, x: Tensor, cond: Any) ->
 def _computing_everything_is_the_plain_model_also_from_a_fork(
     denoiser: Denoiser, x: Tensor, cond: Any, plain: list[Tensor]
 ) -> None:
-    def walk(x: Tensor, cache: Cache, start: int, memory: dict[str, Any]) -> Any:
-        def gates(k: int) -> Gate:
-            return reuse([True] * len(denoiser.sites), cache)
+    steps, everything = denoiser.steps, [True] * len(denoiser.sites)
 
+    def walk(x: Tensor, cache: Cache, start: int, memory: dict[str, Any]) -> Iterator[Tensor]:
+        gates = lambda k: reuse(everything, cache)  # noqa: E731
         return denoise(denoiser, x, cond, gates, start=start, memory=memory)
 
-    cache: Cache = {}
-    memory: dict[str, Any] = {}
-    forked = {1, denoiser.steps // 2, denoiser.steps - 1} - {0, denoiser.steps}
-    pairs = zip(plain, walk(x, cache, 0, memory), strict=True)
-    for k, (expected, after) in enumerate(pairs, start=1):
-        same = torch.equal(expected, after)
+    cache, memory = Cache(), dict[str, Any]()
+    forked = {1, steps // 2, steps - 1} - {0, steps}
+    for k, after in enumerate(walk(x, cache, 0, memory), start=1):
+        same = torch.equal(plain[k - 1], after)
         assert same, f"computing everything differs from the plain model after step {k - 1}"
         if k in forked:  # it walks to its end first, as λ's forks do, and must change nothing here
             fork = final_image(walk(after, cache.copy(), k, memory.copy()))

@@ -88,8 +88,6 @@ def count(run: Callable[[], Any], sites: Mapping[str, nn.Module], *, fake: bool 
     """
     counts, calls = [0.0] * len(sites), [0] * len(sites)
     counter = FlopCounterMode(display=False)
-    # The fused attention kernels of the CPU are invisible to the counter; the plain one is two
-    # counted products.
     shapes = FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext()
 
     def gate(site: int, compute: Callable[[], Any]) -> Any:
@@ -99,7 +97,8 @@ def count(run: Callable[[], Any], sites: Mapping[str, nn.Module], *, fake: bool 
         calls[site] += 1
         return feature
 
-    # What was compiled runs as Python: a compiled attempt that fails would fail ever after.
+    # The fused attention kernels of the CPU are invisible to the counter; the plain one is two
+    # counted products. What was compiled runs as Python: an attempt that fails would ever after.
     eager = torch.compiler.set_stance("force_eager")
     with torch.no_grad(), eager, sdpa_kernel(SDPBackend.MATH), shapes, counter, gated(sites, gate):
         run()

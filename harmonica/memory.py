@@ -60,7 +60,6 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.alive = self.peak = 0
         self.macs = 0.0
         self._known: set[int] = set()
-        self._forms: dict[Any, Any] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -68,23 +67,10 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         self._follow(args)
         self._follow(tuple(kwargs.values()))
-        out = self._run(func, args, kwargs)
+        out = _without_numbers(func, args, kwargs)
         self._follow((out,))
         if func._overloadpacket in FLOPS:
             self.macs += FLOPS[func._overloadpacket](*args, **kwargs, out_val=out) / 2
-        return out
-
-    def _run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Run an operation; one that has met the same shapes before needs no look at them again."""
-        if any(result.alias_info for result in func._schema.returns):
-            return _without_numbers(func, args, kwargs)
-        key = (func, _form(args), _form(tuple(kwargs.items())))
-        if key in self._forms:
-            return _empty(self._forms[key])
-        out = _without_numbers(func, args, kwargs)
-        results = out if isinstance(out, tuple) else (out,)
-        if all(each is None or (isinstance(each, Tensor) and each.is_meta) for each in results):
-            self._forms[key] = _form(out)
         return out
 
     def _follow(self, values: Any) -> None:
@@ -124,22 +110,6 @@ def _fused(original: Callable[..., Tensor], args: Any, kwargs: Any) -> Tensor:
     mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
     result: Tensor = ATTENTION(*args[:3], attn_mask=mask)[0]
     return result
-
-
-def _form(value: Any) -> Any:
-    """Return what the shape of a result depends on, in a form that can be looked up."""
-    if isinstance(value, Tensor):
-        return Tensor, value.shape, value.stride(), value.dtype, value.device
-    if isinstance(value, list | tuple):
-        return tuple(map(_form, value))
-    return type(value), value
-
-
-def _empty(form: Any) -> Any:
-    """Return meta tensors of such a form."""
-    if form[0] is Tensor:
-        return torch.empty_strided(form[1], form[2], dtype=form[3], device="meta")
-    return None if form == (type(None), None) else tuple(map(_empty, form))
 
 
 def _without_numbers(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:

@@ -25,6 +25,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from harmonica.table import require
+
 T = TypeVar("T")
 
 
@@ -47,8 +49,8 @@ def processes(device: str = "cpu") -> Iterator[torch.device]:
     if mine.type == "cuda":
         torch.cuda.set_device(mine)  # nccl talks from the current one
     # Loading a model imports this module. Its functions have the group as a default argument, so if
-    # it is imported while the group lives, the group and its threads live until Python ends. A thread
-    # that then frees a tensor kills the process.
+    # it is imported while the group lives, the group and its threads live until Python ends. A
+    # thread that then frees a tensor kills the process.
     from torch.distributed.nn import functional  # noqa: F401
 
     dist.init_process_group("nccl" if mine.type == "cuda" else "gloo")
@@ -62,17 +64,13 @@ def processes(device: str = "cpu") -> Iterator[torch.device]:
 
 
 def _device_of_this_process(device: str) -> torch.device:
-    if device not in ("cpu", "cuda"):
-        raise ValueError(
-            f"device is {device!r} for several processes; say 'cuda' (each takes its own GPU) or 'cpu'"
-        )
+    todo = "say 'cuda' (each takes its own GPU) or 'cpu'"
+    require(device in ("cpu", "cuda"), f"device is {device!r} for several processes; {todo}")
     if device == "cpu":
         return torch.device("cpu")
     local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-    if local >= count:
-        raise ValueError(
-            f"process {local} of this machine has no GPU, there are {count}; start at most {count} here"
-        )
+    lacks = f"process {local} of this machine has no GPU, there are {count}"
+    require(local < count, f"{lacks}; start at most {count} here")
     return torch.device("cuda", local)
 
 
@@ -119,12 +117,10 @@ def from_rank_0(make: Callable[[], T]) -> T:
 
 
 def batch_per_rank(batch_size: int) -> int:
-    """Return how many samples of a joint batch each process takes; ValueError if not as many each."""
+    """Return how many samples of a joint batch each process takes; ValueError if some take more."""
     n = world()
-    if batch_size % n:
-        raise ValueError(
-            f"batch_size is {batch_size} for {n} processes in all; make it a multiple of {n}"
-        )
+    todo = f"make it a multiple of {n}"
+    require(batch_size % n == 0, f"batch_size is {batch_size} for {n} processes in all; {todo}")
     return batch_size // n
 
 
@@ -140,10 +136,9 @@ def local_part(batch: Any, batch_size: int) -> Any:
             return value  # the same for every sample
         if isinstance(value, Tensor) and value.shape[:1] == (batch_size,):
             return value[rank() :: world()].contiguous()
-        shape = f"tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
-        raise ValueError(
-            f"found a {shape or type(value).__name__} in a joint batch of {batch_size}; several "
-            "processes share tensors by their first dimension, the batch"
-        )
+        kind = type(value).__name__
+        kind = f"tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else kind
+        rule = "several processes share tensors by their first dimension, the batch"
+        raise ValueError(f"found a {kind} in a joint batch of {batch_size}; {rule}")
 
     return tree_map(take, batch)

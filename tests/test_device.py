@@ -14,6 +14,7 @@ import torch
 from conftest import seeded, start
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from sham import Sham, ShamDevice
+from smoothcache import smoothcache
 from test_blocks import table
 from test_every_model import loaded, small  # noqa: F401 (small is a fixture: every model on a small configuration)
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -220,7 +221,7 @@ def test_resuming_gives_the_cpus_router(tmp_path):
 
 BASELINES = {
     "FORA": lambda d, x, y: baselines.every(d, speedup=1.5),
-    "SmoothCache": lambda d, x, y: baselines.smoothcache(d, x, y, speedup=1.5),
+    "SmoothCache": lambda d, x, y: smoothcache(d, x, y, speedup=1.5),
     "delta-DiT": lambda d, x, y: rivals.delta_dit(d, speedup=1.2),
     "L2C": lambda d, x, y: baselines.learning_to_cache(
         d, x, y, speedup=1.1, updates=4, batch_size=2

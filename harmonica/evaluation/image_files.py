@@ -59,14 +59,11 @@ def to_uint8(images: Tensor) -> Tensor:
     >>> to_uint8(torch.tensor([-1.0, 0.0, 1.0, 7.0]).view(1, 1, 1, 4))[0, 0, :, 0].tolist()
     [0, 128, 255, 255]
     """
-    require(
-        images.dim() == 4 and images.shape[1] in (1, 3),
-        f"decode made {tuple(images.shape)}; expected (B, 1 or 3, H, W), grey or RGB",
-    )
-    require(
-        bool(images.isfinite().all()),
-        "decode made values that are not finite; look for NaN in the weights, or widen the dtype",
-    )
+    shape = tuple(images.shape)
+    fit = len(shape) == 4 and shape[1] in (1, 3)
+    require(fit, f"decode made {shape}; expected (B, 1 or 3, H, W), grey or RGB")
+    todo = "look for NaN in the weights, or widen the dtype"
+    require(bool(images.isfinite().all()), f"decode made values that are not finite; {todo}")
     levels = (images.float() * 127.5 + 128.0).floor().clamp(0, 255)  # half up, as DiT's own script
     return levels.to(torch.uint8).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous()
 
@@ -79,11 +76,11 @@ def write_part(parts: Path, numbers: range, images: Tensor, labels: Tensor) -> N
 
 def finished(parts: Path) -> list[tuple[range, Path]]:
     """Return the numbers of the images in each file of a finished batch, in order."""
-    batches = []
-    for path in parts.glob("*.safetensors"):
-        match = re.fullmatch(r"([0-9]{1,18})-([0-9]{1,18})", path.stem)
-        if match:
-            batches.append((range(int(match[1]), int(match[2])), path))
+    matches = [
+        (re.fullmatch(r"([0-9]{1,18})-([0-9]{1,18})", path.stem), path)
+        for path in parts.glob("*.safetensors")
+    ]
+    batches = [(range(int(m[1]), int(m[2])), path) for m, path in matches if m]
     return sorted(batches, key=lambda batch: (batch[0].start, batch[0].stop))
 
 
@@ -113,11 +110,9 @@ def read_piece(piece: Piece) -> tuple[Tensor, Tensor]:
     count, kinds = stop - start, {name: (t.dtype, *t.shape) for name, t in tensors.items()}
     size = kinds.get("images", ())[2:4]
     expected = {"images": (torch.uint8, count, *size, 3), "labels": (torch.int64, count)}
-    require(
-        len(size) == 2 and kinds == expected,
-        f"{piece.path} has {kinds or 'nothing'!s:.200}; {count} images and their labels were "
-        "expected; remove the file and run it again",
-    )
+    has, todo = f"{kinds or 'nothing'!s:.200}", "remove the file and run it again"
+    what = f"{piece.path} has {has}; {count} images and their labels were expected; {todo}"
+    require(len(size) == 2 and kinds == expected, what)
     wanted = slice(piece.skip, piece.skip + piece.images)
     return tensors["images"][wanted], tensors["labels"][wanted]
 
@@ -139,11 +134,10 @@ def write_npz(path: Path, pieces: Sequence[Piece]) -> None:
                 npy.write_array_header_1_0(file, header)
                 for piece in pieces:
                     images, some = read_piece(piece)
-                    require(
-                        images.shape[1:] == size,
-                        f"images differ in size: {tuple(images.shape[1:])} in {piece.path}, "
-                        f"{tuple(size)} in {pieces[0].path}; remove the folder and run it again",
-                    )
+                    here, there = f"{tuple(images.shape[1:])} in {piece.path}", pieces[0].path
+                    other = f"images differ in size: {here}, {tuple(size)} in {there}"
+                    todo = "remove the folder and run it again"
+                    require(images.shape[1:] == size, f"{other}; {todo}")
                     file.write(images.numpy().tobytes())
                     labels.append(some)
             with archive.open("arr_1.npy", "w") as file:

@@ -37,7 +37,7 @@ def save(figure: Figure, path: StrPath) -> None:
 
 
 def router_heatmap(
-    table: Schedule | Tensor, sites: Sequence[str] = (), *, title: str = ""
+    table: Schedule | Tensor, site_names: Sequence[str] = (), *, title: str = ""
 ) -> Figure:
     """Draw a schedule, or scores (T, N) with the names of their sites; dark computes, light
     reuses. The CUR or the mean score stands beside the title.
@@ -47,14 +47,14 @@ def router_heatmap(
         fig.axes[-1].set_yticks([0.25, 0.75], labels=["reuse", "compute"])  # the colour bar
     else:
         value = f"mean score {float(table.detach().mean()):.2f}"
-        fig = site_heatmap(table, sites, label="score r (1 computes)", most=1.0)
+        fig = site_heatmap(table, site_names, label="score r (1 computes)", most=1.0)
     fig.suptitle(f"{title}: {value}" if title else value)
     return fig
 
 
 def site_heatmap(
     values: Tensor,
-    sites: Sequence[str],
+    site_names: Sequence[str],
     *,
     label: str = "",
     most: float | None = None,
@@ -64,17 +64,12 @@ def site_heatmap(
     """Draw values (T, N) of steps and sites: steps across, blocks down, one panel for each kind of
     site. A larger value is darker, one that is not finite is grey.
 
-    Args:
-        values: (T, N).
-        sites: N names.
-        label: what is measured, in which unit; stands at the colour bar.
-        most: value of the darkest colour; the largest of `values` if None.
-        title: above all.
-        shades: number of colours.
+    `label`, what is measured in which unit, stands at the colour bar of `shades` colours, whose
+    darkest is `most`, or the largest value if None.
     """
     kinds: dict[str, list[int]] = {}
-    for i, site in enumerate(sites):
-        kinds.setdefault(word_of(site), []).append(i)
+    for i, name in enumerate(site_names):
+        kinds.setdefault(word_of(name), []).append(i)
     values = values.detach().float().cpu()
     finite = [value for value in values.flatten().tolist() if math.isfinite(value)] or [0.0, 1.0]
     tallest = max(len(columns) for columns in kinds.values())
@@ -176,9 +171,9 @@ def error_along_walk(plain: Sequence[Tensor], walks: Mapping[str, Sequence[Tenso
     """Draw the mean squared difference of x (B, C, H, W) to the plain walk after each step, a line
     for each walk (a figure of the paper).
     """
+    pairs = {name: zip(walk, plain, strict=True) for name, walk in walks.items()}
     errors = {
-        name: [float((a - b).square().mean()) for a, b in zip(walk, plain, strict=True)]
-        for name, walk in walks.items()
+        name: [float((a - b).square().mean()) for a, b in each] for name, each in pairs.items()
     }
     return per_step(errors, ylabel="mean squared error of x\n(squared pixel units)", log=True)
 

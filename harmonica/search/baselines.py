@@ -1,7 +1,6 @@
 """Baselines: other methods that fill the table, each a function that returns a `Schedule`.
 
     every                  FORA            whole steps, evenly spread           measures nothing
-    smoothcache            SmoothCache     kinds of site with little drift      one walk
     dynamic_programming    after DPCache   whole steps, the cheapest path       T²/2 predictions
     learning_to_cache      L2C             entries of every second step           trained on images
 
@@ -19,17 +18,16 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
-from math import inf, nextafter
+from math import inf
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import AdamW
-from torch.utils._pytree import tree_leaves
 
-from harmonica.cache import Cache, Compute, Feature, Gate, blend, gated, reuse
+from harmonica.cache import Cache, blend, gated, reuse
 from harmonica.cost import macs
-from harmonica.denoise import Denoiser, denoise, final_image
+from harmonica.denoise import Denoiser
 from harmonica.iepo import objective
 from harmonica.router import Schedule
 from harmonica.samplers import alphas_cumprod
@@ -44,96 +42,12 @@ def every(denoiser: Denoiser, n: float | None = None, *, speedup: float | None =
     The computed steps are ⌈i·n⌉: for a whole n those with k % n == 0, for n = 2.5 steps 0, 3, 5, 8,
     10, … With a speedup instead, n = T / (number of steps that may compute).
     """
-    _one_of("n", n, speedup)
+    give_one_of("n", n, speedup)
     require(n is None or 1 <= n < inf, f"n is {n}; it must be 1 (compute all) or more steps")
     steps = denoiser.steps
     interval = Fraction(n or Fraction(steps, steps_that_compute(denoiser, speedup or 1.0)))
     table = whole_steps(denoiser, spread(steps, interval))
     return named(denoiser, table, "FORA", {"interval": float(interval)})
-
-
-def smoothcache(
-    denoiser: Denoiser,
-    x: Tensor,
-    cond: Any,
-    *,
-    alpha: float | None = None,
-    speedup: float | None = None,
-    gap: int = 3,
-) -> Schedule:
-    """Reuse a kind of site while its output has drifted less than α (SmoothCache, Liu et al. 2024,
-    arXiv 2411.10510).
-
-    `drift` measures the kinds (attention, feed-forward, …) in one walk without a cache. A kind is
-    reused while its drift since it was last computed is below α, for at most `gap` steps. With a
-    speedup, α is the smallest measured drift that reaches it.
-    """
-    _one_of("alpha", alpha, speedup)
-    holds, todo = gap >= 1 and (alpha is None or alpha >= 0), "0 (compute all) or more, and 1 step"
-    require(holds, f"alpha is {alpha} and gap {gap}; expected {todo} or more")
-    drifts = drift(denoiser, x, cond, gap)
-
-    def table(alpha: float) -> Tensor:
-        columns = {kind: _reuse_below(rows, alpha) for kind, rows in drifts.items()}
-        return torch.tensor([columns[block_and_kind(site)[1]] for site in denoiser.sites]).T
-
-    if alpha is None:
-        values = {v for rows in drifts.values() for v in rows.flatten().tolist() if v < inf}
-        edges = [0.0, *(nextafter(v, inf) for v in sorted(values))]  # the table changes just after
-        most = len(edges) - 1
-        alpha = edges[fewest_reused(denoiser, lambda n: table(edges[n]), most, speedup or 1.0)]
-    settings = {"alpha": alpha, "gap": gap, "noises": len(x)}
-    return named(denoiser, table(alpha), "SmoothCache", settings)
-
-
-def drift(denoiser: Denoiser, x: Tensor, cond: Any, gap: int = 3) -> dict[str, Tensor]:
-    """Return how far each kind of site's output f is from what it was i steps ago: kind -> (T,
-    gap), i = 1 … gap.
-
-    ‖f⁽ᵏ⁾ − f⁽ᵏ⁻ⁱ⁾‖₁ / ‖f⁽ᵏ⁾‖₁, mean over samples and sites of the kind; +inf where there is no step
-    k − i.
-    """
-    kinds = [block_and_kind(site)[1] for site in denoiser.sites]
-    errors = torch.full((denoiser.steps, gap, len(kinds)), inf, dtype=torch.float64)
-    past: dict[int, list[Feature]] = {}  # site → its last outputs, newest first
-
-    def watch(k: int) -> Gate:
-        def gate(site: int, compute: Compute) -> Feature:
-            fresh, kept = compute(), past.get(site, [])
-            for i, old in enumerate(kept):
-                errors[k, i, site] = _relative_l1(fresh, old)
-            past[site] = [fresh, *kept][:gap]
-            return fresh
-
-        return gate
-
-    final_image(denoise(denoiser, x, cond, watch))
-    of_kind = {kind: torch.tensor([other == kind for other in kinds]) for kind in set(kinds)}
-    return {kind: errors[..., columns].mean(-1) for kind, columns in of_kind.items()}
-
-
-def _relative_l1(fresh: Feature, old: Feature) -> float:
-    """Return ‖fresh − old‖₁ / ‖fresh‖₁ of two features (B, …), or trees of them, mean over B."""
-    new, past = ([f.double().flatten(1) for f in tree_leaves(feature)] for feature in (fresh, old))
-    distances = [(a - b).abs().sum(1) for a, b in zip(new, past, strict=True)]
-    size = torch.stack([a.abs().sum(1) for a in new]).sum(0)  # (B,)
-    relative = torch.stack(distances).sum(0) / size.clamp_min(1e-300)  # 0 where both are 0
-    return float(relative.mean())
-
-
-def _reuse_below(drift: Tensor, alpha: float) -> list[bool]:
-    """Return the column (T,) of a kind with this drift (T, gap)."""
-    column, last = [True], 0
-    for k in range(1, len(drift)):
-        column.append(k - last > drift.shape[1] or not drift[k, k - last - 1] < alpha)
-        last = k if column[k] else last
-    return column
-
-
-def block_and_kind(site: str) -> tuple[str, str]:
-    """Return the block and the kind of a site, ("blocks.3", "attn") of "blocks.3.attn"."""
-    block, _, kind = site.rpartition(".")
-    return block or site, kind
 
 
 def dynamic_programming(denoiser: Denoiser, x: Tensor, cond: Any, *, speedup: float) -> Schedule:
@@ -287,6 +201,7 @@ def named(
     return Schedule(table, sites=tuple(denoiser.sites), **about)
 
 
-def _one_of(name: str, value: float | None, speedup: float | None) -> None:
+def give_one_of(name: str, value: float | None, speedup: float | None) -> None:
+    """Raise ValueError unless one of two arguments is given."""
     given = f"{name} is {value} and speedup {speedup}"
     require((value is None) != (speedup is None), f"{given}; give one of the two")

@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from harmonica.table import require
+
 StrPath = str | os.PathLike[str]
 LARGEST_TEXT = 2**26
 """Bytes of JSON or prompts; a table of 1000 steps and 10 000 sites takes a sixth of it."""
@@ -127,12 +129,10 @@ def write_json(path: StrPath, data: Mapping[str, Any]) -> None:
         inner = (f"{indent}{json.dumps(key)}: {value}" for key, value in mapping.items())
         return "{\n" + ",\n".join(inner) + f"\n{indent[1:]}}}"
 
-    entries = {
-        key: lines({k: json.dumps(v) for k, v in value.items()}, "  ")
-        if isinstance(value, Mapping) and value
-        else json.dumps(value)
-        for key, value in data.items()
-    }
+    entries = {key: json.dumps(value) for key, value in data.items()}
+    for key, value in data.items():
+        if isinstance(value, Mapping) and value:
+            entries[key] = lines({k: json.dumps(v) for k, v in value.items()}, "  ")
     write_text(path, lines(entries, " ") + "\n")
 
 
@@ -162,8 +162,7 @@ def read_text(path: StrPath) -> str:
     Raises FileNotFoundError, or ValueError if it is not UTF-8 or larger than LARGEST_TEXT.
     """
     size, most = existing(path).stat().st_size, LARGEST_TEXT
-    if size > most:
-        raise ValueError(f"{path} is {size >> 20} MB; a text has at most {most >> 20} MB")
+    require(size <= most, f"{path} is {size >> 20} MB; a text has at most {most >> 20} MB")
     with decoding(path, "is not text in UTF-8"):
         return Path(path).read_text(encoding="utf-8-sig")
 
@@ -173,9 +172,9 @@ def read_json(path: StrPath) -> dict[str, Any]:
     text = read_text(path)
     with decoding(path, "is not JSON"):
         data = json.loads(text)
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} holds a JSON {type(data).__name__}; an object was expected")
-    return data
+    kind = type(data).__name__
+    require(kind == "dict", f"{path} holds a JSON {kind}; an object was expected")
+    return data  # type: ignore[no-any-return]
 
 
 def read_tensors(path: StrPath) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -200,8 +199,8 @@ def read_pickle(path: StrPath) -> Any:
     if is_archive(existing(path)):
         with decoding(path, "is a damaged archive"), zipfile.ZipFile(path) as archive:
             unpacked = sum(member.file_size for member in archive.infolist())
-        if unpacked > Path(path).stat().st_size:  # torch does not compress
-            raise ValueError(f"{path} would unpack to {unpacked >> 20} MB, more than its own size")
+        stored = unpacked <= Path(path).stat().st_size  # torch does not compress
+        require(stored, f"{path} would unpack to {unpacked >> 20} MB, more than its own size")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # for this call alone
             return torch.load(path, map_location="cpu", weights_only=True)

@@ -77,29 +77,23 @@ def write_smoothcache(path: StrPath, schedule: Table) -> None:
         if word not in ("attn", "attn2", "mlp") or name in columns:
             strange.append(site)
         columns[name] = column
-    require(
-        not strange,
-        f"{len(strange)} sites cannot be exported: {', '.join(strange[:8])}; one attention, "
-        "cross-attention and feed-forward for each numbered block can be, as blocks.3.attn",
-    )
+    which = f"{len(strange)} sites cannot be exported: {', '.join(strange[:8])}"
+    rule = "one attention, cross-attention and feed-forward for each numbered block can be"
+    require(not strange, f"{which}; {rule}, as blocks.3.attn")
     write_json(path, columns)
 
 
 def read_smoothcache(path: StrPath, data: Mapping[str, list[Any]]) -> dict[str, Any]:
     """Return the fields of the schedule in SmoothCache's JSON, sorted by block, attention first."""
-    parsed = [(re.fullmatch(r"(.+)-([0-9]{1,6})", name), name) for name in data]
-    numbered = all(match for match, _ in parsed)
-    require(
-        numbered or not any(match for match, _ in parsed),
-        f"{path} mixes sites of one block (attn-0) with kinds (attn): {', '.join(data):.80}",
-    )
+    matches = {name: re.fullmatch(r"(.+)-([0-9]{1,6})", name) for name in data}
+    numbered, names = all(matches.values()), ", ".join(data)
+    mixed = f"{path} mixes sites of one block (attn-0) with kinds (attn): {names:.80}"
+    require(numbered or not any(matches.values()), mixed)
     lengths = ", ".join(f"{name:.20} {len(column)}" for name, column in data.items())
-    require(
-        len({len(column) for column in data.values()}) == 1,
-        f"{path} has lists of different lengths, not one entry for each step: {lengths:.80}",
-    )
+    uneven = f"{path} has lists of different lengths, not one entry for each step: {lengths:.80}"
+    require(len(set(map(len, data.values()))) == 1, uneven)
     columns: list[tuple[int, bool, str, list[bool]]] = []
-    for match, name in parsed:
+    for name, match in matches.items():
         binary = all(isinstance(entry, int) and entry in (0, 1) for entry in data[name])
         require(binary, f"{path} has {name:.40} with entries other than 0 and 1, true and false")
         kind, block = (match[1], int(match[2])) if match else (name, 0)
@@ -141,10 +135,8 @@ def read_invardiff(path: StrPath, data: Mapping[str, Any]) -> dict[str, Any]:
             if entries is None:
                 continue
             plan = _plan(path, f"{book} {kind}".strip(), entries)
-            require(
-                len(plan) == len(steps),
-                f"{path}: {book} has {len(plan)} steps and step_cache_book {len(steps)}",
-            )
+            uneven = f"{path}: {book} has {len(plan)} steps and step_cache_book {len(steps)}"
+            require(len(plan) == len(steps), uneven)
             for block, reuses in enumerate((plan | steps).T):
                 sites = [name.format(block)]
                 if sites[0].startswith("single"):
@@ -190,26 +182,20 @@ def read_router_file(path: StrPath, tau: float) -> dict[str, Any]:
 def _rows(path: StrPath, routers: Any) -> Tensor:
     """Return the logits (T, N) in the file's order, from {"0.prob": (N,), …}."""
     routers = routers if isinstance(routers, dict) else {}
-    rows = {}
-    for key, row in routers.items():
-        match = re.fullmatch(r"([0-9]{1,6})\.prob", key) if isinstance(key, str) else None
-        if match:
-            rows[int(match[1])] = row
-    names = ", ".join(map(str, list(routers)[:9]))
-    require(
-        0 < len(rows) == len(routers),
-        f'{path} is not a router file: it has {names:.60} where "0.prob", "1.prob", … are expected',
+    matches = {key: re.fullmatch(r"([0-9]{1,6})\.prob", str(key)) for key in routers}
+    rows = {int(match[1]): routers[key] for key, match in matches.items() if match}
+    names = f"{', '.join(map(str, list(routers)[:9])):.60}"
+    strange = (
+        f'{path} is not a router file: it has {names} where "0.prob", "1.prob", … are expected'
     )
+    require(0 < len(rows) == len(routers), strange)
     missing = [k for k in range(max(rows) + 1) if k not in rows]
-    require(
-        not missing, f"{path} is not whole: of rows 0 to {max(rows)}, {missing[:8]} are missing"
-    )
+    part = f"{path} is not whole: of rows 0 to {max(rows)}, {missing[:8]} are missing"
+    require(not missing, part)
     for k, row in rows.items():
         fits = is_plain(row) and row.dtype in FLOATS and row.dim() == 1
-        require(
-            fits and 0 < len(row) == len(rows[0]) and bool(row.isfinite().all()),
-            f"{path} has a row {k} that is not finite numbers, as many as in row 0",
-        )
+        fits = fits and 0 < len(row) == len(rows[0]) and bool(row.isfinite().all())
+        require(fits, f"{path} has a row {k} that is not finite numbers, as many as in row 0")
     return torch.stack([rows[k].detach().float() for k in range(len(rows))])
 
 
@@ -239,11 +225,7 @@ def _in_execution_order(rows: Tensor, args: Mapping[str, Any]) -> tuple[str, Ten
 
 def _site_names(width: int) -> tuple[str, ...]:
     """Return the site names of DiT-XL/2 for 56 columns, of U-ViT-H/2 for 58, else none."""
-    if width == 56:
-        blocks = [f"blocks.{i}" for i in range(28)]
-    elif width == 58:
-        blocks = [f"in_blocks.{i}" for i in range(14)] + ["mid_block"]
-        blocks += [f"out_blocks.{i}" for i in range(14)]
-    else:
-        return ()
+    halves = [[f"{half}_blocks.{i}" for i in range(14)] for half in ("in", "out")]
+    uvit = [*halves[0], "mid_block", *halves[1]]
+    blocks = {56: [f"blocks.{i}" for i in range(28)], 58: uvit}.get(width, [])
     return tuple(f"{block}.{kind}" for block in blocks for kind in ("attn", "mlp"))

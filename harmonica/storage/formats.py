@@ -106,12 +106,10 @@ def _weights(texts: Any, sites: int, steps: int) -> Tensor:
     listed = isinstance(texts, list) and len(texts) == sites
     require(listed, f"weights must be a list of {sites} texts, one for each site")
     columns = [base64.b64decode(text, validate=True) for text in texts]
-    lengths = sorted({len(column) for column in columns})
-    require(
-        len(lengths) == 1 and lengths[0] > 0 and lengths[0] % (4 * steps) == 0,
-        f"the weights of the sites hold {lengths} bytes; each site needs the same number, a "
-        f"multiple of {4 * steps} (float32 for {steps} steps)",
-    )
+    lengths, unit = sorted({len(column) for column in columns}), 4 * steps
+    rule = f"the same number, a multiple of {unit} (float32 for {steps} steps)"
+    whole = len(lengths) == 1 and lengths[0] > 0 and lengths[0] % unit == 0
+    require(whole, f"the weights of the sites hold {lengths} bytes; each site needs {rule}")
     numbers = [np.frombuffer(column, "<f4").astype("=f4").reshape(steps, -1) for column in columns]
     return torch.from_numpy(np.stack(numbers, axis=1))
 

@@ -19,19 +19,14 @@ from rivals import (
     ratios,
     switches,
 )
+from smoothcache import drift, smoothcache
 from test_laws import counted, state_of
 
 from harmonica import Schedule, macs, sample
 from harmonica.cache import gated
 from harmonica.evaluation.distances import image_mse
 from harmonica.samplers import alphas_cumprod
-from harmonica.search.baselines import (
-    drift,
-    dynamic_programming,
-    every,
-    learning_to_cache,
-    smoothcache,
-)
+from harmonica.search.baselines import dynamic_programming, every, learning_to_cache
 from harmonica.search.paths import cheapest_path, continue_walk, step_costs, whole_steps
 
 STEPS = 8
