@@ -83,9 +83,9 @@ def taylor_weights(compute: Tensor, order: int) -> Tensor:
     """Return the weights (T, N, 2 + order) of a table (T, N) bool: (1, 0, …) where it computes, and
     TaylorSeer's forecast where it skips (arXiv 2503.06923).
 
-    The forecast is Σᵢ Dⁱ·(k − k₀)ⁱ / i!, where D⁰ is the output at k₀, where the site was last
-    computed, and Dⁱ = (Dⁱ⁻¹ now − Dⁱ⁻¹ before) / (steps between the two). Fewer differences are used
-    while fewer outputs were computed. Order 0 is reuse.
+    The forecast is Σᵢ Dⁱ·(k − k₀)ⁱ / i!. D⁰ is the output at k₀, where the site was last computed,
+    and Dⁱ = (Dⁱ⁻¹ now − Dⁱ⁻¹ before) / (steps between the two). Fewer differences are used while
+    fewer outputs were computed. Order 0 is reuse.
 
     >>> taylor_weights(torch.tensor([[True], [True], [False], [False]]), 1)[:, 0].tolist()
     [[1.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 2.0, -1.0], [0.0, 3.0, -2.0]]

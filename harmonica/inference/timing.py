@@ -130,8 +130,8 @@ def milliseconds(denoiser: Denoiser, batch_size: int = 1, *, repeats: int = 7) -
     require(batch_size >= 1 and repeats >= 1, f"found {counts}; expected 1 or more of each")
     walk, (x, cond) = Walk(denoiser), denoiser.draw(batch_size, torch.Generator().manual_seed(0))
     turns = [_site_times(walk, x, cond) for _ in range(repeats + 1)][1:]
-    *sites, total = (median(values) / denoiser.steps for values in zip(*turns, strict=True))
-    return Milliseconds(torch.tensor(sites, dtype=torch.float64), max(total - sum(sites), 0.0))
+    *each, total = (median(values) / denoiser.steps for values in zip(*turns, strict=True))
+    return Milliseconds(torch.tensor(each, dtype=torch.float64), max(total - sum(each), 0.0))
 
 
 def _site_times(walk: Walk, x: Tensor, cond: Any) -> list[float]:

@@ -34,7 +34,7 @@ TRAINED = 4.5
 or far beyond."""
 
 
-def _fields(path: StrPath, table: Tensor, sites: Sequence[str], source: str) -> dict[str, Any]:
+def _fields(path: StrPath, table: Tensor, names: Sequence[str], source: str) -> dict[str, Any]:
     """Return the fields of a schedule for a table (T, N) bool, its first step made to compute."""
     provenance: dict[str, str | float] = {"format": source, "file": Path(path).name}
     count = int((~table[:1]).sum())
@@ -42,7 +42,7 @@ def _fields(path: StrPath, table: Tensor, sites: Sequence[str], source: str) -> 
         some = f"{count} of its {table.shape[1]} sites"
         provenance["first_step"] = f"computes, although the file lets {some} reuse"
         table[0] = True
-    return {"compute": table, "sites": sites, "provenance": provenance}
+    return {"compute": table, "sites": names, "provenance": provenance}
 
 
 # ------------------------------------------------------------------------------------- SmoothCache
@@ -138,15 +138,15 @@ def read_invardiff(path: StrPath, data: Mapping[str, Any]) -> dict[str, Any]:
             uneven = f"{path}: {book} has {len(plan)} steps and step_cache_book {len(steps)}"
             require(len(plan) == len(steps), uneven)
             for block, reuses in enumerate((plan | steps).T):
-                sites = [name.format(block)]
-                if sites[0].startswith("single"):
-                    sites.append(f"single_transformer_blocks.{block}.proj_out")
-                for site in sites:
+                names = [name.format(block)]
+                if names[0].startswith("single"):
+                    names.append(f"single_transformer_blocks.{block}.proj_out")
+                for site in names:
                     columns[site] = columns.get(site, torch.zeros(len(steps)).bool()) | ~reuses
     require(bool(columns), f"{path} has no book of sites; expected one of {', '.join(BOOKS)}")
     order = {site: (site.startswith("single"), int(site.split(".")[1])) for site in columns}
-    sites = sorted(columns, key=lambda site: order[site])  # stable: attention first
-    return _fields(path, torch.stack([columns[site] for site in sites], 1), sites, "InvarDiff")
+    names = sorted(columns, key=lambda site: order[site])  # stable: attention first
+    return _fields(path, torch.stack([columns[site] for site in names], 1), names, "InvarDiff")
 
 
 def _plan(path: StrPath, book: str, entries: Any) -> Tensor:

@@ -55,11 +55,11 @@ def is_router(path: StrPath) -> bool:
 
 def write_schedule(path: StrPath, fields: Mapping[str, Any]) -> None:
     """Write the fields of a schedule as readable JSON, one line for each site."""
-    sites, table = fields["sites"], fields["compute"].int().T.tolist()
-    head, dot, _ = sites[0].partition(".")
-    prefix = head + dot if dot and all(site.startswith(head + dot) for site in sites) else ""
-    names = [site.removeprefix(prefix) for site in sites]
-    columns = {name: "".join(map(str, row)) for name, row in zip(names, table, strict=True)}
+    names, table = fields["sites"], fields["compute"].int().T.tolist()
+    head, dot, _ = names[0].partition(".")
+    prefix = head + dot if dot and all(site.startswith(head + dot) for site in names) else ""
+    short = [site.removeprefix(prefix) for site in names]
+    columns = {name: "".join(map(str, row)) for name, row in zip(short, table, strict=True)}
     facts = {name: fields[name] for name in FACTS}
     if fields["weights"] is not None:
         columns_of_weights = fields["weights"].numpy().astype("<f4").swapaxes(0, 1)
@@ -91,20 +91,20 @@ def read_schedule(path: StrPath, tau: float = 0.1) -> dict[str, Any]:
     with decoding(path, "is not a valid schedule"):
         prefix, columns = data.pop("prefix"), data.pop("compute")
         table = [_decisions(site, digits) for site, digits in columns.items()]
-        sites = tuple(prefix + site for site in columns)
+        names = tuple(prefix + site for site in columns)
         packed = data.pop("weights", None)
         return {
             "weights": None if packed is None else _weights(packed, len(table), len(table[0])),
             "compute": torch.tensor(table, dtype=torch.bool).reshape(len(table), -1).T,
-            "sites": sites,
+            "sites": names,
             **_facts(data),
         }
 
 
-def _weights(texts: Any, sites: int, steps: int) -> Tensor:
+def _weights(texts: Any, n_sites: int, steps: int) -> Tensor:
     """Return the weights (T, N, 1 + m) that a file holds as one text for each site."""
-    listed = isinstance(texts, list) and len(texts) == sites
-    require(listed, f"weights must be a list of {sites} texts, one for each site")
+    listed = isinstance(texts, list) and len(texts) == n_sites
+    require(listed, f"weights must be a list of {n_sites} texts, one for each site")
     columns = [base64.b64decode(text, validate=True) for text in texts]
     lengths, unit = sorted({len(column) for column in columns}), 4 * steps
     rule = f"the same number, a multiple of {unit} (float32 for {steps} steps)"
@@ -137,13 +137,13 @@ def _facts(facts: Mapping[str, Any]) -> dict[str, Any]:
 def write_router(
     path: StrPath,
     logits: Tensor,
-    sites: Sequence[str],
+    site_names: Sequence[str],
     about: Mapping[str, Any],
     tensors: Mapping[str, Tensor] | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a router, and beside it whatever tensors and facts a checkpoint carries."""
-    own = {"sites": sites, "about": about}
+    own = {"sites": site_names, "about": about}
     files.write_tensors(path, {"logits": logits, **(tensors or {})}, {**own, **(facts or {})})
 
 
@@ -153,12 +153,12 @@ def read_router(path: StrPath) -> tuple[dict[str, Any], dict[str, Tensor], dict[
     """
     tensors, facts = files.read_tensors(path)
     with decoding(path, "is not a valid router"):
-        logits, sites, about = tensors.pop("logits"), facts.pop("sites"), facts.pop("about")
+        logits, names, about = tensors.pop("logits"), facts.pop("sites"), facts.pop("about")
         numbers = logits.dim() == 2 and logits.dtype in FLOATS
         require(numbers, "logits must be floating-point numbers, (steps − 1, sites)")
-        named = isinstance(sites, list) and all(isinstance(site, str) for site in sites)
-        require(named, f"sites must be a list of names, and is {sites!r:.40}")
+        named = isinstance(names, list) and all(isinstance(site, str) for site in names)
+        require(named, f"sites must be a list of names, and is {names!r:.40}")
         require(isinstance(about, dict), f"about must be an object, and is {about!r:.40}")
-        fields = {"steps": len(logits) + 1, "sites": sites, "logits": logits}
+        fields = {"steps": len(logits) + 1, "sites": names, "logits": logits}
         fields["about"] = _facts(about)
     return fields, tensors, facts

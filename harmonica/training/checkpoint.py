@@ -23,7 +23,8 @@ from harmonica.training.state import Captured, TrainingState
 
 
 class Checkpoint:
-    """The file of a training run; as a context it saves the run on Ctrl-C and on lack of memory.
+    """The file of a training run, written every so many updates, before and after the search; as a
+    context it saves the run on Ctrl-C and on lack of memory.
 
     Args:
         path: of the file; None for a run that leaves none.

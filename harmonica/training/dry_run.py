@@ -68,7 +68,8 @@ class DryRun:
         ways += [] if checkpointing else ["--activation-checkpointing"]
         need = f"training needs {most / GIB:.1f} GiB at batch size {self.batch_size}"
         has = f"the device has {available / GIB:.1f}"
-        require(most <= available, f"{need} and {has}; take {' or '.join(ways) or 'a larger one'}")
+        todo = " or ".join(ways) or "a larger device"
+        require(most <= available, f"{need} and {has}; take {todo}")
 
     def __str__(self) -> str:
         rows = {

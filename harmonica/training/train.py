@@ -17,10 +17,11 @@ from harmonica.memory import is_out_of_memory
 from harmonica.processes import local_part, mean_over_ranks, rank, world
 from harmonica.router import Router
 from harmonica.sdt import BETA, sdt
-from harmonica.search.budget import target_of
+from harmonica.search.budget import Target, target_of
 from harmonica.search.references import Toward, factor_of, finer_walk
 from harmonica.search.refine_router import refine_router
 from harmonica.storage.files import StrPath
+from harmonica.table import require
 from harmonica.training.checkpoint import Checkpoint
 from harmonica.training.state import Settings, TrainingState, fingerprint, start
 
@@ -57,19 +58,13 @@ def train_sdt(  # noqa: D417 (some arguments are described together)
         tau, beta, lr, refresh_every, proxy: as in `sdt`; leave beta out with a target.
         target_speedup, target_cur: theoretical speedup, or share of the table that is reused.
         cost: what the speedup is counted in, `macs(denoiser)` if None.
-        refine, order, toward: budget and order of the search, and the image it aims at; an order
-            above 0 and the "reference" need a target.
+        refine, order, toward: budget of the search, order of its gate, and image that it aims at.
         generator: draws the router, the noise and the conditions; seed 0 if None.
-        checkpoint, checkpoint_every, resume: a file to resume from, bit for bit; written every so
-            many updates, before and after the search, on Ctrl-C and when memory runs out.
+        checkpoint, checkpoint_every, resume: a file to go on from, bit for bit (`Checkpoint`).
 
     Raises TypeError or ValueError if an argument does not fit, OSError if `checkpoint` does not.
     """
-    given = None if beta == BETA else beta
-    target = target_of(denoiser, target_speedup, target_cur, cost, given, order)
-    finer_walk(denoiser, factor_of(toward))  # raises before training what would be raised after it
-    if toward == "reference" and target is None:
-        raise ValueError("toward='reference' is for the search; give target_speedup as well")
+    target = _target(denoiser, target_speedup, target_cur, cost, beta, order, toward)
     settings = Settings(batch_size, tau, beta, lr, refresh_every, proxy, target)
     state = start(denoiser, settings, generator)
     facts = {"settings": settings.facts(), "weights": fingerprint(denoiser)}
@@ -81,6 +76,23 @@ def train_sdt(  # noqa: D417 (some arguments are described together)
             _refine(partial(search, toward=toward), batch_size, refine, progress)
             saved.write()
     return state.router
+
+
+def _target(
+    denoiser: Denoiser,
+    speedup: float | None,
+    cur: float | None,
+    cost: Macs | None,
+    beta: float,
+    order: int,
+    toward: Toward,
+) -> Target | None:
+    """Return the target; raise before training what the search would raise after it."""
+    target = target_of(denoiser, speedup, cur, cost, None if beta == BETA else beta, order)
+    finer_walk(denoiser, factor_of(toward))
+    needed = target is not None or toward != "reference"
+    require(needed, "toward='reference' is for the search; give target_speedup as well")
+    return target
 
 
 def _train(
