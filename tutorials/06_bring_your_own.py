@@ -249,7 +249,7 @@ for name, tables in {**bench, "the table above": judge([schedule])}.items():
 # %% [markdown]
 # Up to 2× only refined tables are on the front. At each speed the error of the better one is a fifth or less of the
 # best other method's. Which of the two is better depends on the speed: with forecasts a skipped branch does not repeat
-# its last output but continues it by one difference (`harmonica/table.py`). Here that has the lower error at 1.2× and
+# its last output but continues it by one difference (`harmonica/forecast.py`). Here that has the lower error at 1.2× and
 # 2×, the higher one at 1.5×. The search does not find the best table, only one that no tried change made better.
 #
 # SDT alone is about as good as dynamic programming. It judges a step by that step's output, and never sees what
