@@ -89,7 +89,7 @@ def check_target(speedup: float | None, beta: float | None, order: int) -> None:
     require(speedup is None or beta is None, f"beta is {beta} and {given}; {todo}")
     todo = "expected an order from 0 to 9, and a target for an order above 0"
     holds = 0 <= order <= (0 if speedup is None else 9)
-    require(holds, f"order is {order} and {given}; {todo}")
+    require(holds, f"order is {order} and the target speedup {speedup}; {todo}")
 
 
 def target_of(
