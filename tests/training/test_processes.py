@@ -64,7 +64,7 @@ for name, proxy in PROXIES.items():
     router = train_sdt(small(), iterations=UPDATES, checkpoint=folder / name, **{**QUICK, "proxy": proxy})
     tensors[name] = router.logits
 # generators seeded by rank are a common mistake: rank 0's is taken by all
-seeded = seeded(rank())
+seeded = torch.Generator().manual_seed(rank())
 tensors["seeded"] = train_sdt(small(), iterations=6, generator=seeded, **QUICK).logits
 """
 
