@@ -108,18 +108,20 @@ class Form:
     """How to run blocks of one class with all of a branch inside the gate.
 
     Attributes:
+        kind: name of the class; naming it does not import it.
         run: (block, ask, arithmetic, *what the block's forward takes) -> what it returns.
         arguments: of the block's forward in its order, tokens first.
-        sites: modules of the block that may be sites.
+        site_names: of the modules of the block that may be sites.
         norms: modules that do not run where their site is skipped; one that is hooked must run, and
             forbids this form.
         unused: arguments that `run` does not do, so they must be None or empty.
         fits: whether a block of this class is of the kind that `run` does.
     """
 
+    kind: str
     run: Callable[..., Any]
     arguments: tuple[str, ...]
-    sites: tuple[str, ...]
+    site_names: tuple[str, ...]
     norms: tuple[str, ...]
     unused: tuple[str, ...] = ()
     fits: Callable[[Any], bool] = lambda block: True
@@ -148,52 +150,36 @@ def _ada_single(block: Any) -> bool:
     return _plain(block, "ada_norm_single") and block.attn2 is not None
 
 
+_NORMS = ("norm1", "norm2")
 _BASIC = "diffusers.models.attention.BasicTransformerBlock"
 _TEXT = ("encoder_hidden_states", "encoder_attention_mask")
 _OTHERS = ("cross_attention_kwargs", "class_labels", "added_cond_kwargs")
 _BASIC_ARGUMENTS = ("hidden_states", "attention_mask", *_TEXT, "timestep", *_OTHERS)
-FORMS: dict[str, tuple[Form, ...]] = {
-    "harmonica.models.dit.Block": (
-        Form(dit_block, ("h", "c"), ("attn", "mlp"), ("norm1", "norm2")),
+FORMS = (
+    Form("harmonica.models.dit.Block", dit_block, ("h", "c"), ("attn", "mlp"), _NORMS),
+    Form("harmonica.models.uvit.Block", uvit_block, ("h", "skip"), ("attn", "mlp"), _NORMS),
+    Form(
+        _BASIC, ada_zero_block, _BASIC_ARGUMENTS, ("attn1", "ff"), ("norm1", "norm1.norm", "norm3"),
+        unused=("attention_mask", *_TEXT, "cross_attention_kwargs"), fits=_ada_zero,
     ),
-    "harmonica.models.uvit.Block": (
-        Form(uvit_block, ("h", "skip"), ("attn", "mlp"), ("norm1", "norm2")),
+    Form(
+        _BASIC, ada_single_block, _BASIC_ARGUMENTS, ("attn1", "attn2", "ff"), _NORMS,
+        unused=_OTHERS, fits=_ada_single,
     ),
-    _BASIC: (
-        Form(
-            ada_zero_block,
-            _BASIC_ARGUMENTS,
-            sites=("attn1", "ff"),
-            norms=("norm1", "norm1.norm", "norm3"),
-            unused=("attention_mask", *_TEXT, "cross_attention_kwargs"),
-            fits=_ada_zero,
-        ),
-        Form(
-            ada_single_block,
-            _BASIC_ARGUMENTS,
-            sites=("attn1", "attn2", "ff"),
-            norms=("norm1", "norm2"),
-            unused=_OTHERS,
-            fits=_ada_single,
-        ),
-    ),
-}
-"""Forms of the blocks that are known, by the name of their class: naming a class does not import
-it."""
+)  # fmt: skip
 
 
 def form_of(block: nn.Module) -> Form | None:
     """Return how to run this block, or None if it has to be run as it stands."""
-    kind = type(block)
-    forms = FORMS.get(f"{kind.__module__}.{kind.__qualname__}", ())
-    form = next((form for form in forms if form.fits(block)), None)
+    kind = f"{type(block).__module__}.{type(block).__qualname__}"
+    form = next((form for form in FORMS if form.kind == kind and form.fits(block)), None)
     return form if form is not None and _usual(block, form) else None
 
 
 def _usual(block: nn.Module, form: Form) -> bool:
     """Tell whether nothing on the block would see, or want, what is not called any more."""
     norms = [block.get_submodule(name) for name in form.norms]
-    sites = [block.get_submodule(name) for name in form.sites]
+    sites = [block.get_submodule(name) for name in form.site_names]
     own = (block, *norms)
     replaced = any(is_overridden(m, "forward") or called_by(m) != "forward" for m in own)
     hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (*norms, *sites))
@@ -228,14 +214,10 @@ def gated_blocks(
         for block in (model.modules() if model is not None else ())
         if (form := form_of(block))
     ]
-    inside = {id(block.get_submodule(name)) for block, form in blocks for name in form.sites}
+    inside = {id(block.get_submodule(name)) for block, form in blocks for name in form.site_names}
     rest = [site for site, module in enumerate(modules) if id(module) not in inside]
 
-    def running(block: nn.Module, form: Form) -> Answer:
-        columns = {name: column.get(id(block.get_submodule(name))) for name in form.sites}
-        return partial(_run, form, gate, math, columns, block)
-
-    known = ((block, "forward", running(block, form)) for block, form in blocks)
+    known = ((block, "forward", _answer(block, form, column, gate, math)) for block, form in blocks)
     with gated([modules[site] for site in rest], _renamed(gate, rest)), overridden(known):
         yield
 
@@ -244,23 +226,22 @@ def _renamed(gate: Gate, columns: Sequence[int]) -> Gate:
     return lambda site, compute: gate(columns[site], compute)
 
 
-def _run(
-    form: Form,
-    gate: Gate,
-    math: Arithmetic,
-    columns: Mapping[str, int | None],
-    block: Any,
-    forward: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
+def _answer(
+    block: nn.Module, form: Form, column: Mapping[int, int], gate: Gate, math: Arithmetic
+) -> Answer:
+    """Return what answers for a block; `column` is that of each site's module by its id."""
+    parts = {name: block.get_submodule(name) for name in form.site_names}
+    columns = {name: column[id(part)] for name, part in parts.items() if id(part) in column}
+
     def ask(name: str, compute: Compute) -> Feature:
-        site = columns[name]
+        site = columns.get(name)
         return compute() if site is None else gate(site, compute)
 
-    named = form.call(args, kwargs)
-    if named is not None and getattr(block, "_chunk_size", None) is None:
-        return form.run(block, ask, math, **named)
-    mine = {name: site for name, site in columns.items() if site is not None}
-    with gated([block.get_submodule(name) for name in mine], _renamed(gate, list(mine.values()))):
-        return forward(*args, **kwargs)
+    def answer(forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        named = form.call(args, kwargs)
+        if named is not None and getattr(block, "_chunk_size", None) is None:
+            return form.run(block, ask, math, **named)
+        with gated([parts[name] for name in columns], _renamed(gate, list(columns.values()))):
+            return forward(*args, **kwargs)
+
+    return answer

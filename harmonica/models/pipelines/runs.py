@@ -14,6 +14,7 @@ meanwhile is as in the recorded run. This file does not know what a step of the 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -25,25 +26,22 @@ from harmonica.models.pipelines import recorded as record
 from harmonica.models.pipelines.recorded import Arrival, Leave, NotFollowedError, Recorded, State
 
 Method = Callable[..., Any]
+Place = tuple[str, int, int]
+"""Where a tensor comes from: prepare_latents or randn_tensor, number of the call, leaf."""
 Memo = dict[Hashable, Any]
 
 
+@dataclass(eq=False)
 class Run:
-    """What a stand-in tells about one run of the pipeline's `__call__`.
+    """What a stand-in tells about one run of the pipeline's `__call__`."""
 
-    Attributes:
-        recorded: what is known of such runs.
-        device: where the pipeline runs.
-        scheduler: the stand-in's; a pipeline may copy it, and the copies tell nothing.
-        k: step that the run is in.
-    """
-
-    def __init__(self, recorded: Recorded, device: torch.device, memos: tuple[Memo, Memo]) -> None:
-        self.recorded, self.device, self.k = recorded, device, 0
-        self.scheduler: Any = None
-        self._of_rows, self._of_samples = memos
-        self._counts: dict[str, int] = {}
-        self._inside = False  # of something that is remembered
+    recorded: Recorded  # what is known of such runs
+    device: torch.device  # where the pipeline runs
+    memos: tuple[Memo, Memo]  # what is remembered for its rows, and for its rows and seeds
+    scheduler: Any = field(default=None, init=False)  # the stand-in's, not a copy of it
+    k: int = field(default=0, init=False)  # step that the run is in
+    _counts: dict[str, int] = field(default_factory=dict, init=False)
+    _inside: bool = field(default=False, init=False)  # of something that is remembered
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Run:
         return self
@@ -62,7 +60,7 @@ class Run:
         """
         if self._inside or any(isinstance(leaf, torch.Generator) for leaf in tree_leaves(args)):
             return compute()
-        return self._remembered(self._of_rows, name, compute)
+        return self._remembered(self.memos[0], name, compute)
 
     def _remembered(self, memo: Memo, name: str, compute: Method) -> Any:
         key = (name, self._count(name))
@@ -92,17 +90,14 @@ class Run:
 
     def _once(self, name: str, module: Any, args: Any, kwargs: Any) -> Any:
         """Answer a model that runs before the loop."""
-        return self._remembered(self._of_samples, name, partial(module, *args, **kwargs))
+        return self._remembered(self.memos[1], name, partial(module, *args, **kwargs))
 
     def _looping(self, name: str, call: int, module: Any, args: Any, kwargs: Any) -> Any:
         """Answer a model that runs at every step."""
         raise NotImplementedError
 
     def stepped(self, step: Method, given: dict[str, Any]) -> Any:
-        """Return what a step of the scheduler answers, whose own answer would be `step()`.
-
-        It is given these arguments by name.
-        """
+        """Return what a step that is given these arguments answers; its own answer is `step()`."""
         raise NotImplementedError
 
     def _next_step(self) -> None:
@@ -111,25 +106,16 @@ class Run:
             self._counts.pop(name, None)
 
 
+@dataclass(eq=False)
 class Whole(Run):
     """A run of all steps on answers that cost nothing; what it shows is in `recorded`.
 
-    Args:
-        recorded, device, memos: as `Run` has them.
-        run_once: (module, args, kwargs) -> the output of a transformer's call at step 0, for its
-            shapes; None if `recorded` has the answers already.
+    At step 0, `run_once(module, args, kwargs)` gives the output of a transformer's call, for its
+    shapes; None if `recorded` has the answers already.
     """
 
-    def __init__(
-        self,
-        recorded: Recorded,
-        device: torch.device,
-        memos: tuple[Memo, Memo],
-        run_once: Method | None,
-    ) -> None:
-        super().__init__(recorded, device, memos)
-        self.run_once = run_once
-        self._latents: list[tuple[tuple[str, int, int], Tensor]] = []
+    run_once: Method | None
+    _latents: list[tuple[Place, Tensor]] = field(default_factory=list, init=False)
 
     def prepared(self, source: str, result: Any) -> Any:
         """Note the tensors that x may come from."""
@@ -207,32 +193,23 @@ class Whole(Run):
         recorded.entry = next(same, None)
 
 
+@dataclass(eq=False)
 class Arrive(Run):
     """A run that skips to step k, puts x in, and leaves with what the scheduler is given there.
 
-    Args:
-        recorded, device, memos: as `Run` has them.
-        k: step to leave at.
-        x: as the denoiser has it; None at k = 0 leaves the pipeline's own.
-        forward: (name, module, call, args, kwargs) -> what a model of the loop answers at step k;
-            None for answers that cost nothing.
+    There `forward(name, module, call, args, kwargs)` gives what a model of the loop answers; None
+    for answers that cost nothing.
     """
 
-    def __init__(
-        self,
-        recorded: Recorded,
-        device: torch.device,
-        memos: tuple[Memo, Memo],
-        k: int,
-        x: Tensor | None,
-        forward: Method | None,
-    ) -> None:
-        super().__init__(recorded, device, memos)
-        self.at, self.x, self.forward = k, x, forward
-        self.arrival: Arrival | None = None
-        self._entry = recorded.entry if k == 0 and x is not None else None
+    at: int  # step to leave at
+    x: Tensor | None  # as the denoiser has it; None at step 0 leaves the pipeline's own
+    forward: Method | None
+    arrival: Arrival | None = field(default=None, init=False)
+    _placeholders: list[Any] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        self._entry = self.recorded.entry if self.at == 0 and self.x is not None else None
         self._grad = torch.is_grad_enabled()
-        self._placeholders: list[Any] = []
 
     def prepared(self, source: str, result: Any) -> Any:
         """Put x in, if this is where it comes from."""
