@@ -1,11 +1,11 @@
 """Rivals: tables that the benches compare with, and nothing else uses.
 
     delta_dit       Δ-DiT          rear blocks early, front blocks late     measures nothing
-    greedy          near-oracle    entries, by what they do to the image    thousands of predictions
+    greedy          greedy search  entries, by what they do to the image    thousands of predictions
     random_table    chance         entries, drawn
     fewer_steps     no cache       T′ < T steps of the same sampler
-    invardiff       InvarDiff      what has nearly stopped to change        two walks
-    l2p             L²P            weights of past outputs, one set a step  three predictions a step
+    invardiff       InvarDiff      what has nearly stopped changing        two walks
+    l2p             L²P            weights of past outputs, one set a step  one or two predictions a step
 
 Their arguments are those of `harmonica.search.baselines`.
 """
@@ -168,7 +168,7 @@ def switches(
 
 
 def invardiff(denoiser: Denoiser, x: Tensor, cond: Any, *, speedup: float) -> Schedule:
-    """Reuse what has nearly stopped to change (InvarDiff, arXiv 2512.05134).
+    """Reuse what has nearly stopped changing (InvarDiff, arXiv 2512.05134).
 
     The ratio of a site at step k is ‖F_k − F_{k−1}‖₁ / ‖F_{k−1} − F_{k−2}‖₁, and that of a step is
     the same of the model's output. An entry is reused where its ratio is below a quantile of the
