@@ -103,8 +103,7 @@ def blend(r: Tensor, cache: Cache, tau: float) -> Gate:
 
 
 def _mix(r: Tensor, kept: Any, fresh: Any) -> Any:
-    """Return r·fresh + (1−r)·kept in one pass, bit for bit one of the two at 1 and 0."""
-    # attention may return (output, None)
+    """Return r·fresh + (1−r)·kept in one pass, exact at 1 and 0; None stays None."""
     return torch.lerp(kept, fresh, r.to(fresh)) if isinstance(fresh, Tensor) else fresh
 
 

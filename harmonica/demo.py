@@ -29,6 +29,7 @@ from harmonica.columns import fit
 from harmonica.denoise import check_fit, gates_of
 from harmonica.inference.timing import measure
 from harmonica.inference.walk import Refinable, Walk
+from harmonica.models import BUNDLED
 from harmonica.search.baselines import dynamic_programming
 from harmonica.search.budget import check_target
 from harmonica.search.learn import learn_weights
@@ -91,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
     with exclusive_lock(args.out):
         schedule = _schedule(denoiser, args) if schedule is None else schedule
         schedule.save(args.out / "schedule.json")  # first of all: it may have taken hours
-        count = args.images or (HELD_OUT if _bundled(denoiser) else 4)
+        count = args.images or (HELD_OUT if denoiser.about["model"] in BUNDLED else 4)
         x, cond = denoiser.draw(count, torch.Generator().manual_seed(1_000_003))
         walks = {"uncached": sample(denoiser, x, cond), "cached": Walk(denoiser, schedule)(x, cond)}
         refinable = isinstance(denoiser, Refinable) and not denoiser.draws_noise
@@ -125,7 +126,7 @@ def _schedule(denoiser: Denoiser, args: argparse.Namespace) -> Schedule:
         made = {"method": "every other step"}
         return Schedule(rows, tuple(denoiser.sites), **denoiser.about, provenance=made)
     generator = torch.Generator().manual_seed(args.seed)
-    bundled = _bundled(denoiser)
+    bundled = denoiser.about["model"] in BUNDLED
     if args.method == "sdt":
         settings: dict[str, Any] = dict(QUICK if bundled else AUTHORS)
         if args.target is not None:
@@ -167,17 +168,13 @@ def _report(
     if "reference" in images:
         near, far = (image_mse(some, images["reference"]) for some in (cached, plain))
         rows["distance to the reference"] = f"{near:.2e}  (uncached {far:.2e})"
-    if _bundled(denoiser):
+    if denoiser.about["model"] in BUNDLED:
         judge = judge_of(str(denoiser.about["model"]))
         after, before = (judge.agreement(some, cond) for some in (cached, plain))
         rows["images that show their label"] = f"{after:.1%}  (uncached {before:.1%})"
     head = f"{denoiser.about['model']}, {denoiser.about['sampler']}, T = {denoiser.steps}"
     about = f"{head}, {len(x)} noises that nothing was tuned on; distances are mean squared"
     return [about, *(f"  {name:29}{value}" for name, value in rows.items())]
-
-
-def _bundled(denoiser: Denoiser) -> bool:
-    return denoiser.about["model"] in ("tiny", "garments")
 
 
 def _pictures(
@@ -189,7 +186,7 @@ def _pictures(
     from harmonica.models import PixArtDenoiser
 
     shown = torch.arange(min(SHOWN, len(cond)))
-    if _bundled(denoiser):  # one of each class
+    if denoiser.about["model"] in BUNDLED:  # one of each class
         classes = judge_of(str(denoiser.about["model"])).classes
         firsts = [(cond.cpu() == label).nonzero()[:1, 0] for label in range(len(classes))]
         shown = torch.cat(firsts)

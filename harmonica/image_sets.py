@@ -32,7 +32,7 @@ from torch import Tensor
 
 from harmonica import command_line as cli
 from harmonica.columns import fit
-from harmonica.denoise import Denoiser, check_fit
+from harmonica.denoise import Denoiser
 from harmonica.evaluation import image_files
 from harmonica.inference.walk import Walk
 from harmonica.processes import from_rank_0, mean_over_ranks, processes, rank, started_as, world
@@ -206,7 +206,6 @@ def run(args: argparse.Namespace) -> None:
         decode = decoder(args.model, args.weights, vae=args.vae, device=device, dtype=dtype)
         if schedule is not None:
             schedule = fit(schedule, tuple(denoiser.sites))
-            check_fit(schedule, denoiser)
         sizes = {"count": args.count, "batch_size": args.batch_size, "seed": args.seed}
         write_images(denoiser, schedule, decode, **sizes, out=args.out)
         if rank() == 0:

@@ -1,7 +1,4 @@
-"""Table: what every table of decisions must be, (T, N), true = compute and false = reuse.
-
-What does not fit raises a ValueError that names both sides. This file does not know models.
-"""
+"""Table: what every table of decisions must be; what does not fit is a ValueError."""
 
 from __future__ import annotations
 
@@ -63,8 +60,7 @@ def checked_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
 def checked_weights(numbers: Any, compute: Tensor) -> Tensor:
     """Return weights as (T, N, 1 + m) float32, or raise ValueError where the table forbids them."""
     weights: Tensor = torch.as_tensor(numbers).detach().to("cpu", torch.float32, copy=True)
-    T, N = compute.shape
-    shape = tuple(weights.shape)
+    (T, N), shape = compute.shape, tuple(weights.shape)
     fit = shape[:2] == (T, N) and len(shape) == 3 and shape[2] >= 2
     todo = f"the table is {T} × {N}, so they must be ({T}, {N}, 1 + m) for m ≥ 1 past outputs"
     require(fit, f"weights has shape {shape}; {todo}")

@@ -90,7 +90,6 @@ def learning_to_cache(
     With a speedup the lowest scores reuse, without one those not above τ. The generator's seed is 0
     if None.
     """
-    levels = _signal_shares(denoiser)
     r = torch.full((denoiser.steps, len(denoiser.sites)), inf)  # (T, N)
     r[1::2] = 0.0
     if speedup is not None:
@@ -99,7 +98,7 @@ def learning_to_cache(
     logits = torch.randn(r[1::2].shape, generator=generator, device=generator.device)
     rows = [row.to(images.device).requires_grad_() for row in logits.clone().unbind()]
     optimizer = AdamW(rows, lr=lr, weight_decay=0.0)
-    pairs = _pairs(images, labels, levels, batch_size, generator)
+    pairs = _pairs(denoiser, images, labels, batch_size, generator)
     for _, (k, pair, cond) in zip(range(updates), pairs, strict=False):
         optimizer.zero_grad(set_to_none=True)  # a row without a gradient keeps still
         rows[k // 2].grad = _pair_gradient(denoiser, pair, cond, k, rows[k // 2], beta)
@@ -111,29 +110,19 @@ def learning_to_cache(
     return named(denoiser, table, "Learning-to-Cache", settings)
 
 
-def _signal_shares(denoiser: Denoiser) -> list[float]:
-    """Return ᾱ at the timestep of each step (T,)."""
+def _pairs(
+    denoiser: Denoiser, images: Tensor, labels: Tensor, size: int, generator: torch.Generator
+) -> Iterator[tuple[int, list[Tensor], Tensor]]:
+    """Yield an even step k, images with one noise at k and k + 1, 2 × (B, C, H, W), and labels."""
     times = denoiser.about.get("timesteps", ())
     has = f"the denoiser has {denoiser.steps} steps and {len(times)} timesteps"
     rule = "it must have 2 steps or more, and a timestep for each"
     require(len(times) == denoiser.steps >= 2, f"{has}; {rule}")
-    shares: list[float] = alphas_cumprod()[[round(t) for t in times]].tolist()
-    return shares
-
-
-def _pairs(
-    images: Tensor,
-    labels: Tensor,
-    levels: Sequence[float],
-    batch_size: int,
-    generator: torch.Generator,
-) -> Iterator[tuple[int, list[Tensor], Tensor]]:
-    """Yield an even step k, images with one noise at k and k + 1, 2 × (B, C, H, W), and labels."""
-    at, shape = generator.device, (batch_size, *images.shape[1:])
+    levels = alphas_cumprod()[[round(t) for t in times]].tolist()  # ᾱ of each step
+    at, shape = generator.device, (size, *images.shape[1:])
     while True:
         k = 2 * int(torch.randint(len(levels) // 2, (), generator=generator, device=at))
-        rows = torch.randint(len(images), (batch_size,), generator=generator, device=at)
-        rows = rows.to(images.device)
+        rows = torch.randint(len(images), (size,), generator=generator, device=at).to(images.device)
         noise = torch.randn(shape, generator=generator, device=at).to(images)
         noisy = [a**0.5 * images[rows] + (1 - a) ** 0.5 * noise for a in levels[k : k + 2]]
         yield k, noisy, labels[rows]
@@ -156,11 +145,9 @@ def _pair_gradient(
 
 def steps_that_compute(denoiser: Denoiser, speedup: float) -> int:
     """Return how many whole steps may compute at a speedup."""
-
-    def first(n: int) -> Tensor:
-        return whole_steps(denoiser, range(denoiser.steps - n))
-
-    return denoiser.steps - fewest_reused(denoiser, first, denoiser.steps - 1, speedup)
+    T = denoiser.steps
+    first = lambda n: whole_steps(denoiser, range(T - n))  # noqa: E731
+    return T - fewest_reused(denoiser, first, T - 1, speedup)
 
 
 def reuse_lowest(denoiser: Denoiser, r: Tensor, speedup: float) -> Tensor:
