@@ -37,7 +37,7 @@ from harmonica.evaluation import image_files
 from harmonica.inference.walk import Walk
 from harmonica.processes import from_rank_0, mean_over_ranks, processes, rank, started_as, world
 from harmonica.router import Schedule
-from harmonica.storage.files import StrPath, exclusive_lock, read_json, write_json
+from harmonica.storage.files import StrPath, changes, exclusive_lock, read_json, write_json
 from harmonica.table import require
 
 
@@ -145,13 +145,8 @@ def _begin(parts: Path, settings: dict[str, Any], held: ExitStack) -> None:
     held.enter_context(exclusive_lock(parts))
     if not note.is_file():
         write_json(note, settings)
-    before = read_json(note)
-    pairs = {n: (before.get(n), settings.get(n)) for n in sorted(settings.keys() | before.keys())}
-    changes = [
-        f"{n} {then!s:.12} -> {now!s:.12}" for n, (then, now) in pairs.items() if then != now
-    ]
-    other, todo = f"other settings: {', '.join(changes)}", "go on with those, or remove the folder"
-    require(not changes, f"{parts} was begun with {other}; {todo}")
+    other, todo = changes(read_json(note), settings), "go on with those, or remove the folder"
+    require(not other, f"{parts} was begun with other settings: {other}; {todo}")
 
 
 def _unfinished(batches: list[range], parts: Path, progress: bool) -> Iterator[range]:

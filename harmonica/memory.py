@@ -42,9 +42,8 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     """Return whether an error says that memory ran out; torch has no class for the CPU's."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(
-        name in str(error) for name in ("DefaultCPUAllocator", "bad_alloc")
-    )
+    said = str(error) if isinstance(error, RuntimeError) else ""
+    return "DefaultCPUAllocator" in said or "bad_alloc" in said
 
 
 class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -95,14 +95,8 @@ def _add_settings(p: cli.Parser) -> None:
     budget = "to spend on the search after training (12 rounds)"
     add("refine", cli.whole, budget, metavar="PREDICTIONS")
     add("order", cli.whole, ORDER, default=0)
-    images = get_args(Toward)
-    add(
-        "toward",
-        str,
-        "image that the search aims at (uncached)",
-        choices=images,
-        default="uncached",
-    )
+    aim, usual = "image that the search aims at (uncached)", "uncached"
+    add("toward", str, aim, choices=get_args(Toward), default=usual)
     first, *_ = proxies = (*get_args(Proxy), "none")
     add("proxy", str, f"which lambda; none is 1 ({first})", choices=proxies, default=first)
 
@@ -183,17 +177,15 @@ def _check_out(args: argparse.Namespace) -> None:
 def _train(denoiser: Denoiser, args: argparse.Namespace) -> Router:
     names = (*AUTHORS, "tau", "refine", "order", "toward", "checkpoint_every", "resume")
     settings = {name: getattr(args, name) for name in names}
+    settings |= {
+        "proxy": None if args.proxy == "none" else args.proxy,
+        "target_speedup": args.target,
+    }
     if args.target is not None:
         settings["beta"] = AUTHORS["beta"]
+    generator, file = torch.Generator().manual_seed(args.seed), args.out / "router.safetensors"
     try:
-        return train_sdt(
-            denoiser,
-            **settings,
-            proxy=None if args.proxy == "none" else args.proxy,
-            target_speedup=args.target,
-            generator=torch.Generator().manual_seed(args.seed),
-            checkpoint=args.out / "router.safetensors",
-        )
+        return train_sdt(denoiser, **settings, generator=generator, checkpoint=file)
     except KeyboardInterrupt as stop:  # the library says resume=True, this is a command line
         raise KeyboardInterrupt(str(stop).replace("resume=True", "--resume")) from None
 

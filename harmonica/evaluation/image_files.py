@@ -76,10 +76,8 @@ def write_part(parts: Path, numbers: range, images: Tensor, labels: Tensor) -> N
 
 def finished(parts: Path) -> list[tuple[range, Path]]:
     """Return the numbers of the images in each file of a finished batch, in order."""
-    matches = [
-        (re.fullmatch(r"([0-9]{1,18})-([0-9]{1,18})", path.stem), path)
-        for path in parts.glob("*.safetensors")
-    ]
+    name = re.compile(r"([0-9]{1,18})-([0-9]{1,18})\.safetensors")
+    matches = [(name.fullmatch(path.name), path) for path in parts.glob("*.safetensors")]
     batches = [(range(int(m[1]), int(m[2])), path) for m, path in matches if m]
     return sorted(batches, key=lambda batch: (batch[0].start, batch[0].stop))
 

@@ -53,6 +53,16 @@ def refused(path: StrPath, verdict: str, error: BaseException | str) -> ValueErr
     return ValueError(f"{path} {verdict}: {reason if len(reason) <= 300 else reason[:299] + '…'}")
 
 
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Return how settings differ from those of a file, in short; nothing if they are the same.
+
+    >>> changes({"seed": 0, "steps": 20}, {"seed": 1, "steps": 20})
+    'seed 0 -> 1'
+    """
+    pairs = [(name, before.get(name), now.get(name)) for name in sorted({*before, *now})]
+    return "; ".join(f"{name} {a!s:.80} -> {b!s:.80}" for name, a, b in pairs if a != b)
+
+
 @contextmanager
 def decoding(path: StrPath, verdict: str) -> Iterator[None]:
     """Turn whatever bad bytes raise, in our code or another's, into a ValueError that names the

@@ -184,10 +184,8 @@ def _rows(path: StrPath, routers: Any) -> Tensor:
     routers = routers if isinstance(routers, dict) else {}
     matches = {key: re.fullmatch(r"([0-9]{1,6})\.prob", str(key)) for key in routers}
     rows = {int(match[1]): routers[key] for key, match in matches.items() if match}
-    names = f"{', '.join(map(str, list(routers)[:9])):.60}"
-    strange = (
-        f'{path} is not a router file: it has {names} where "0.prob", "1.prob", … are expected'
-    )
+    has = f"it has {', '.join(map(str, list(routers)[:9])):.60}"
+    strange = f'{path} is not a router file: {has} where "0.prob", "1.prob", … are expected'
     require(0 < len(rows) == len(routers), strange)
     missing = [k for k in range(max(rows) + 1) if k not in rows]
     part = f"{path} is not whole: of rows 0 to {max(rows)}, {missing[:8]} are missing"

@@ -16,7 +16,7 @@ from typing import Any
 from harmonica.memory import is_out_of_memory
 from harmonica.processes import from_rank_0, rank
 from harmonica.router import Router
-from harmonica.storage.files import StrPath, refused
+from harmonica.storage.files import StrPath, changes, refused
 from harmonica.storage.formats import build, read_router, write_router
 from harmonica.table import require
 from harmonica.training.state import Captured, TrainingState
@@ -93,14 +93,10 @@ class Checkpoint:
         fields, tensors, facts = read_router(path)
         router = build(Router, path, fields)
         whole = isinstance(facts.get("settings"), dict) and "state.logits" in tensors
-        require(
-            whole, f"{path} is a router without the state of its training; it cannot be resumed"
-        )
-        now, then = _identity(state.router, self.facts), _identity(router, facts)
-        pairs = [(key, then.get(key), value) for key, value in now.items()]
-        changes = [f"{key} {a!s:.80} -> {b!s:.80}" for key, a, b in pairs if a != b]
-        what = f"{path} was trained with other settings ({'; '.join(changes):.400})"
-        require(not changes, f"{what}; resume with the same")
+        require(whole, f"{path} is a router without the state of its training; it cannot go on")
+        other = changes(_identity(router, facts), _identity(state.router, self.facts))
+        what = f"{path} was trained with other settings ({other:.400})"
+        require(not other, f"{what}; resume with the same")
         try:
             done = int(router.about.get("provenance", {}).get("iterations", 0))
             state.restore(tensors, facts)

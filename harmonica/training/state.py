@@ -91,10 +91,8 @@ class TrainingState:
             row.copy_(logits[k])
             names = {name: f"state.optimizer.{k}.{name}" for name in MOMENTS}
             if any(name in tensors for name in names.values()):
-                likes = zip(
-                    MOMENTS, (torch.zeros(()), row, row), strict=True
-                )  # the step is on the CPU
-                moments = {name: _tensor(tensors, names[name], like) for name, like in likes}
+                likes = {"step": torch.zeros(()), "exp_avg": row, "exp_avg_sq": row}  # step: CPU
+                moments = {key: _tensor(tensors, names[key], like) for key, like in likes.items()}
                 self.optimizer.state[row] = moments
         self.lam.copy_(_tensor(tensors, "state.lam", self.lam))
         if self.controller is not None:
