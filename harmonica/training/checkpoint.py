@@ -94,7 +94,8 @@ class Checkpoint:
         router = build(Router, path, fields)
         whole = isinstance(facts.get("settings"), dict) and "state.logits" in tensors
         require(whole, f"{path} is a router without the state of its training; it cannot go on")
-        other = changes(_identity(router, facts), _identity(state.router, self.facts))
+        now, then = _identity(state.router, self.facts), _identity(router, facts)
+        other = changes({key: then.get(key) for key in now}, now)  # a search adds its order
         what = f"{path} was trained with other settings ({other:.400})"
         require(not other, f"{what}; resume with the same")
         try:
