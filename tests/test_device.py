@@ -192,7 +192,7 @@ def trained(place, name="dit-xl", **settings):
     return train_sdt(d, **how | settings).logits
 
 
-REFINED = {"target_speedup": 1.3, "refine": 150, "batch_size": 128, "iterations": 2}
+REFINED = {"target_speedup": 1.3, "refine": 150, "batch_size": 32, "iterations": 2}
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def router_of(d, iterations=30, **more):
     return train_sdt(d, iterations=iterations, **{**QUICK, **more})
 
 
-@pytest.mark.parametrize("speedup", [1.0, 1.3, 1.6, 1.9])
+@pytest.mark.parametrize("speedup", [1.0, 1.6])
 def test_a_trained_table_is_on_target_and_one_entry_more_would_not_be(speedup):
     d = make(dtype=torch.float32)
     cost = macs(d)

@@ -79,7 +79,7 @@ def test_an_entry_that_is_turned_all_the_way_gives_the_walk_of_that_table(table,
     assert torch.allclose(walk(d, z, x, cond, schedule), image, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize(("remembers", "order"), [(False, 0), (True, 0), (False, 1), (True, 2)])
+@pytest.mark.parametrize(("remembers", "order"), [(False, 0), (True, 2)])
 def test_h_and_g_are_derivatives_of_the_image(remembers, order, monkeypatch):
     monkeypatch.setattr(quadratic, "CAP", 1e9)
     d = make(remembers=remembers)
