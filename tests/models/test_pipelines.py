@@ -1,24 +1,34 @@
 """Stock diffusers pipelines under a schedule: exact when nothing is reused, loud when something is wrong."""
 
+import contextlib
 import copy
+import gc
+import itertools
+import weakref
 from dataclasses import replace
 from pipes import (
     count_calls,
     dit_pipe,
     dit_transformer,
+    everything,
     flux_pipe,
     pixart_pipe,
     randomised,
     run,
     run_embedded,
+    table,
     wan_pipe,
 )
 
+import diffusers
 import pytest
 import torch
+from accelerate import cpu_offload_with_hook
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from conftest import refused, seeded
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import LoraConfig, inject_adapter_in_model
 
 from harmonica import Schedule, train_sdt
 from harmonica.columns import fit
@@ -39,19 +49,6 @@ def pipe(request):
     return PIPES[request.param]()
 
 
-def table(pipe, steps: int = 4, every: int = 2) -> Schedule:
-    """Compute everything at every other step."""
-    rows = [[k % every == 0] * len(sites(pipe.transformer)) for k in range(steps)]
-    return Schedule(rows, sites=tuple(sites(pipe.transformer)))
-
-
-def decoded(pipe, latents: torch.Tensor) -> torch.Tensor:
-    """Decode as DiTPipeline does, to the bit."""
-    return (pipe.vae.decode(1 / pipe.vae.config.scaling_factor * latents).sample / 2 + 0.5).clamp(
-        0, 1
-    )
-
-
 def snapshot(pipe) -> dict:
     """Everything that anybody has put on the instances."""
     modules = {name: dict(vars(m)) for name, m in pipe.transformer.named_modules()}
@@ -61,34 +58,24 @@ def snapshot(pipe) -> dict:
     return {"modules": modules, "scheduler": scheduler, "pipe": set(vars(pipe))}
 
 
-def test_computing_everything_is_the_stock_pipeline_bit_for_bit(pipe):
-    plain = run(pipe, batch=2)
-    with cached(pipe, Schedule(torch.ones(4, len(sites(pipe.transformer))))):
-        assert torch.equal(run(pipe, batch=2), plain)
-        assert torch.equal(run(pipe, batch=2), plain)  # the second image too
-    assert torch.equal(run(pipe, batch=2), plain)
-
-
 @pytest.mark.parametrize("scheduler", ["DDIM", "DPMSolverMultistep", "DDPM", "SASolver"])
 @pytest.mark.parametrize("name", PIPES)
 def test_under_each_of_the_four_samplers_computing_everything_is_the_stock_pipeline(
     name, scheduler
 ):
-    import diffusers
-
-    pipe = PIPES[name]()
-    made = getattr(diffusers, f"{scheduler}Scheduler")
-    pipe.scheduler = (
-        made() if scheduler in ("DPMSolverMultistep", "SASolver") else made(clip_sample=False)
-    )
+    pipe, made = PIPES[name](), getattr(diffusers, f"{scheduler}Scheduler")
+    pipe.scheduler = made(**({} if "Solver" in scheduler else {"clip_sample": False}))
     torch.manual_seed(0)  # DiTPipeline hands no generator to a stochastic scheduler
     plain = run(pipe, batch=2)
-    with cached(pipe, Schedule(torch.ones(4, len(sites(pipe.transformer))))):
-        torch.manual_seed(0)
-        assert torch.equal(run(pipe, batch=2), plain)
+    with cached(pipe, everything(pipe)):
+        for _ in range(2):  # the second image too
+            torch.manual_seed(0)
+            assert torch.equal(run(pipe, batch=2), plain)
     with cached(pipe, table(pipe)) as session:
         assert run(pipe, batch=2).isfinite().all()
         assert session.skipped == 2 * len(session.sites)
+    torch.manual_seed(0)
+    assert torch.equal(run(pipe, batch=2), plain)
 
 
 def test_every_image_inside_the_with_is_the_same_and_skips_the_same(pipe):
@@ -102,28 +89,16 @@ def test_every_image_inside_the_with_is_the_same_and_skips_the_same(pipe):
 
 
 def test_exactly_the_scheduled_sites_run(pipe):
-    modules = sites(pipe.transformer)
-    rows = [[True] * len(modules)] + [
-        [(k + i) % 3 == 0 for i in range(len(modules))] for k in range(3)
-    ]
-    originals = {name: m.forward for name, m in modules.items()}
-    computed = []
-    for name, module in modules.items():
-        module.forward = lambda *a, name=name, **kw: (
-            computed.append(name),
-            originals[name](*a, **kw),
-        )[1]
-    with cached(pipe, Schedule(rows, sites=tuple(modules))):
-        run(pipe)
-    assert computed == [
-        name for row in rows for name, entry in zip(modules, row, strict=True) if entry
-    ]
+    modules, n = list(sites(pipe.transformer).values()), len(sites(pipe.transformer))
+    rows = [[True] * n] + [[(k + i) % 3 == 0 for i in range(n)] for k in range(3)]
+    with cached(pipe, Schedule(rows, sites=tuple(sites(pipe.transformer)))):
+        assert count_calls(modules, lambda: run(pipe)) == [
+            sum(column) for column in zip(*rows, strict=True)
+        ]
 
 
 def test_heun_calls_the_model_seven_times_in_four_steps_and_each_call_is_a_step():
-    from diffusers import HeunDiscreteScheduler
-
-    pipe = dit_pipe(scheduler=HeunDiscreteScheduler())
+    pipe = dit_pipe(scheduler=diffusers.HeunDiscreteScheduler())
     plain = run(pipe, 4)
     assert len(pipe.scheduler.timesteps) == 7
     with cached(pipe, Schedule(torch.ones(7, 4))):
@@ -138,14 +113,13 @@ def test_pipelines_that_nobody_here_wrote_an_adapter_for_are_exact_too(make):
     """Flux and Wan: features that are tuples, two calls in a step, timesteps that are not integers."""
     pipe = make()
     plain, before = run_embedded(pipe), snapshot(pipe)
-    with cached(pipe, Schedule(torch.ones(4, len(sites(pipe.transformer))))):
+    with cached(pipe, everything(pipe)):
         assert torch.equal(run_embedded(pipe), plain)
     with cached(pipe, table(pipe)) as session:
         image = run_embedded(pipe)
         assert torch.equal(run_embedded(pipe), image)
-        assert session.skipped == 2 * 2 * 2 * len(
-            session.sites
-        )  # walks, calls in a step, steps that reuse
+        walks = calls_in_a_step = steps_that_reuse = 2
+        assert session.skipped == walks * calls_in_a_step * steps_that_reuse * len(session.sites)
         assert "theoretical speedup" in str(session)
     assert not torch.equal(image, plain)
     assert snapshot(pipe) == before
@@ -153,40 +127,32 @@ def test_pipelines_that_nobody_here_wrote_an_adapter_for_are_exact_too(make):
 
 def test_guidance_as_two_calls_has_one_cache_for_each():
     """Some pipelines call the transformer once for each half: the halves must not meet."""
-    pipe = dit_pipe()
-    x = torch.randn(1, 4, 8, 8, generator=seeded(0))
 
-    def walk():
-        latent = x
+    def walk(batched):
+        latent = torch.randn(1, 4, 8, 8, generator=seeded(0))
         pipe.scheduler.set_timesteps(4)
         for t in pipe.scheduler.timesteps:
+            labels = [(1, 1000)] if batched else [(1,), (1000,)]
             halves = [
-                pipe.transformer(latent, timestep=t[None], class_labels=torch.tensor([y])).sample
-                for y in (1, 1000)
+                pipe.transformer(
+                    latent.expand(len(y), -1, -1, -1), t.expand(len(y)), torch.tensor(y)
+                ).sample
+                for y in labels
             ]
-            eps = halves[1][:, :4] + 3 * (halves[0][:, :4] - halves[1][:, :4])
-            latent = pipe.scheduler.step(eps, t, latent).prev_sample
+            mine, null = torch.cat(halves)[:, None, :4]
+            latent = pipe.scheduler.step(null + 3 * (mine - null), t, latent).prev_sample
         return latent
 
-    with cached(pipe, Schedule(torch.ones(4, 4))) as session, session.walk():
-        everything = walk()
-    assert torch.equal(everything, walk())
-    with cached(pipe, table(pipe)) as session, session.walk():
-        separate = walk()
-        assert session.skipped == 2 * 2 * 4
-    batched = dit_pipe()
-    latent = x
-    batched.scheduler.set_timesteps(4)
-    with cached(batched, table(batched)) as session, session.walk():
-        batched.scheduler.set_timesteps(4)
-        for t in batched.scheduler.timesteps:
-            labels = torch.tensor([1, 1000])
-            out = batched.transformer(
-                torch.cat([latent, latent]), timestep=t.expand(2), class_labels=labels
-            ).sample
-            eps = out[1:, :4] + 3 * (out[:1, :4] - out[1:, :4])
-            latent = batched.scheduler.step(eps, t, latent).prev_sample
-    torch.testing.assert_close(separate, latent, rtol=1e-3, atol=1e-3)
+    pipe = dit_pipe()
+    with cached(pipe, everything(pipe)) as session, session.walk():
+        exact = walk(batched=False)
+    assert torch.equal(exact, walk(batched=False))
+    images = []
+    for batched in (False, True):
+        with cached(pipe, table(pipe)) as session, session.walk():
+            images.append(walk(batched))
+            assert session.skipped == 2 * 4 * (1 if batched else 2)
+    torch.testing.assert_close(*images, rtol=1e-3, atol=1e-3)
 
 
 def test_nothing_outlives_the_with_exception_or_not(pipe):
@@ -195,9 +161,10 @@ def test_nothing_outlives_the_with_exception_or_not(pipe):
         run(pipe)
     assert snapshot(pipe) == before
     with pytest.raises(ZeroDivisionError), cached(pipe, table(pipe)):
-        run(pipe, callback=lambda *_: 1 / 0, callback_steps=1) if "PixArt" in type(
-            pipe
-        ).__name__ else 1 / 0
+        if "PixArt" in type(pipe).__name__:
+            run(pipe, callback=lambda *_: 1 / 0, callback_steps=1)
+        else:
+            _ = 1 / 0
     assert snapshot(pipe) == before
 
 
@@ -208,19 +175,10 @@ def test_enabling_any_number_of_times_is_undone_by_disabling_once(actions):
     before = snapshot(pipe)
     for action in actions:
         enable_cache(pipe, table(pipe)) if action == "enable" else disable_cache(pipe)
-    with (
-        pytest.warns(UserWarning, match="no site was skipped")
-        if actions[-1:] == ["enable"]
-        else _nothing()
-    ):
+    unused = pytest.warns(UserWarning, match="no site was skipped")
+    with unused if actions[-1:] == ["enable"] else contextlib.nullcontext():
         disable_cache(pipe)
     assert snapshot(pipe) == before
-
-
-def _nothing():
-    import contextlib
-
-    return contextlib.nullcontext()
 
 
 STOCK = dit_pipe()
@@ -241,13 +199,14 @@ def test_enable_summary_disable_have_the_shape_that_people_know():
 
 
 def test_nested_and_repeated_use_restores_exactly_what_was_there():
+    """The innermost schedule is in force, and it alone is held against the run."""
     pipe = dit_pipe()
-    plain, before = run(pipe), snapshot(pipe)
+    plain, before = run(pipe, 6), snapshot(pipe)
     for _ in range(2):
         with cached(pipe, table(pipe)):
             outer = run(pipe)
-            with cached(pipe, Schedule(torch.ones(4, 4))):  # the innermost is in force
-                assert torch.equal(run(pipe), plain)
+            with cached(pipe, everything(pipe, 6)):
+                assert torch.equal(run(pipe, 6), plain)
             assert torch.equal(run(pipe), outer)
     assert snapshot(pipe) == before
 
@@ -267,48 +226,26 @@ def test_two_pipelines_at_once_share_nothing():
 
 def test_a_copy_made_under_a_cache_runs_its_own_weights():
     """A overridden forward that still belonged to the original would run the original's weights."""
-    pipe = dit_pipe()
-    x, t, y = torch.randn(1, 4, 8, 8), torch.tensor([500]), torch.tensor([1])
-    with (
-        torch.no_grad(),
-        pytest.warns(UserWarning, match="no site was skipped"),
-        cached(pipe, table(pipe)),
-    ):
-        twin = copy.deepcopy(pipe.transformer)
-        randomised(twin, seed=9)
-        mine = twin(x, timestep=t, class_labels=y).sample
-    with torch.no_grad():
-        assert torch.equal(
-            mine,
-            randomised(copy.deepcopy(pipe.transformer), seed=9)(
-                x, timestep=t, class_labels=y
-            ).sample,
-        )
-        assert not torch.equal(mine, pipe.transformer(x, timestep=t, class_labels=y).sample)
+    pipe, unused = dit_pipe(), pytest.warns(UserWarning, match="no site was skipped")
+    call = {"timestep": torch.tensor([500]), "class_labels": torch.tensor([1])}
+    answer = lambda transformer: transformer(torch.ones(1, 4, 8, 8), **call).sample  # noqa: E731
+    with unused, cached(pipe, table(pipe)):
+        twin = randomised(copy.deepcopy(pipe.transformer), seed=9)
+        mine = answer(twin)
+    assert torch.equal(mine, answer(randomised(copy.deepcopy(pipe.transformer), seed=9)))
+    assert not torch.equal(mine, answer(pipe.transformer))
 
 
 def test_a_scheduler_copied_under_a_cache_keeps_its_own_state():
-    from diffusers import DPMSolverMultistepScheduler
-
-    pipe = pixart_pipe(scheduler=DPMSolverMultistepScheduler())
+    pipe = pixart_pipe(scheduler=diffusers.DPMSolverMultistepScheduler())
     x = torch.randn(1, 4, 8, 8)
-    with cached(pipe, Schedule(torch.ones(4, 6))):
+    with cached(pipe, everything(pipe)):
         twin = copy.deepcopy(pipe.scheduler)
         twin.set_timesteps(4)
         twin.step(x, twin.timesteps[0], x)
         assert twin.lower_order_nums == 1
         assert pipe.scheduler.lower_order_nums == 0
         assert pipe.scheduler.num_inference_steps is None
-
-
-def test_only_the_innermost_schedule_is_held_against_the_run():
-    pipe = dit_pipe()
-    with cached(pipe, table(pipe, 4)):
-        under = run(pipe, 4)
-        with cached(pipe, table(pipe, 6)) as inner:
-            run(pipe, 6)
-            assert inner.skipped == 3 * 4
-        assert torch.equal(run(pipe, 4), under)
 
 
 def test_a_walk_under_inference_mode_does_not_break_later_training():
@@ -320,17 +257,12 @@ def test_a_walk_under_inference_mode_does_not_break_later_training():
 
 
 def test_it_works_under_accelerates_cpu_offload_and_leaves_its_hooks_alone():
-    from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
-
     pipe = dit_pipe()
     plain = run(pipe)
     with cached(pipe, table(pipe)):
         under = run(pipe)
-    hooked = [
-        pipe.transformer,
-        *sites(pipe.transformer).values(),
-        *pipe.transformer.transformer_blocks[0].ff.net,
-    ]
+    first = pipe.transformer.transformer_blocks[0]
+    hooked = [pipe.transformer, *sites(pipe.transformer).values(), *first.ff.net]
     for module in hooked:
         add_hook_to_module(module, AlignDevicesHook("cpu"))
     before = snapshot(pipe)
@@ -340,17 +272,13 @@ def test_it_works_under_accelerates_cpu_offload_and_leaves_its_hooks_alone():
     assert torch.equal(run(pipe), plain)
     with cached(pipe, table(pipe)):
         run(pipe)
-        for module in (
-            hooked
-        ):  # what a pipeline does at its end under offloading; it takes ours off the sites as well
+        for module in hooked:  # as a pipeline does at its end; it takes ours off as well
             remove_hook_from_module(module)
     assert torch.equal(run(pipe), plain)
     assert not any(hasattr(module, "_hf_hook") for module in pipe.transformer.modules())
 
 
 def test_a_hook_put_on_top_inside_the_with_stays_and_the_cache_below_it_is_silent():
-    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-
     pipe = dit_pipe()
     plain = run(pipe)
     site = next(iter(sites(pipe.transformer).values()))
@@ -362,10 +290,8 @@ def test_a_hook_put_on_top_inside_the_with_stays_and_the_cache_below_it_is_silen
     assert torch.equal(run(pipe), plain)
 
 
-def test_it_works_with_model_cpu_offload_again_and_again(monkeypatch):
+def test_it_works_with_model_cpu_offload_again_and_again():
     """The pipeline takes its hooks off and puts them on at the end of each call."""
-    from accelerate import cpu_offload_with_hook
-
     pipe = dit_pipe()
     with cached(pipe, table(pipe)):
         under = run(pipe)
@@ -379,13 +305,11 @@ def test_it_works_with_model_cpu_offload_again_and_again(monkeypatch):
 
 
 def test_it_works_with_lora_wrapped_linears():
-    from peft import LoraConfig, inject_adapter_in_model
-
     pipe = pixart_pipe()
     inject_adapter_in_model(LoraConfig(r=2, target_modules=["to_q", "to_v"]), pipe.transformer)
     randomised(pipe.transformer, 3)
     plain = run(pipe)
-    with cached(pipe, Schedule(torch.ones(4, 6))):
+    with cached(pipe, everything(pipe)):
         assert torch.equal(run(pipe), plain)
     with cached(pipe, table(pipe)) as session:
         run(pipe)
@@ -397,23 +321,18 @@ def test_it_works_with_fused_qkv_and_under_autocast():
     pipe.transformer.fuse_qkv_projections()
     with torch.autocast("cpu", torch.bfloat16):
         plain = run(pipe)
-        with cached(pipe, Schedule(torch.ones(4, 6))):
+        with cached(pipe, everything(pipe)):
             assert torch.equal(run(pipe), plain)
         with cached(pipe, table(pipe)):
             assert run(pipe).isfinite().all()
 
 
 def test_a_schedule_in_the_originals_names_without_names_or_for_kinds_runs():
-    pipe = dit_pipe()
+    pipe, images = dit_pipe(), []
     rows = table(pipe).compute
-    names = [f"blocks.{i}.{kind}" for i in range(2) for kind in ("attn", "mlp")]
-    images = []
-    for schedule in (
-        table(pipe),
-        Schedule(rows, tuple(names)),
-        Schedule(rows),
-        Schedule(rows[:, :2], ("attn", "mlp")),
-    ):
+    names = tuple(f"blocks.{i}.{kind}" for i in range(2) for kind in ("attn", "mlp"))
+    kinds = Schedule(rows[:, :2], ("attn", "mlp"))
+    for schedule in (table(pipe), Schedule(rows, names), Schedule(rows), kinds):
         with cached(pipe, schedule):
             images.append(run(pipe))
     assert all(torch.equal(image, images[0]) for image in images)
@@ -438,70 +357,62 @@ def test_columns_in_another_order_are_put_in_order():
     assert fit(one, ("blocks.0.mlp", "blocks.0.ff")) is one
 
 
-def test_other_sites_are_refused_and_named():
-    """SmoothCache silently caches nothing where the schedule's names are not the model's."""
-    pipe = dit_pipe()
-    with refused(r"has 2 sites, a … b, the model has 4 sites, transformer_blocks\.0\.attn1"):
-        cached(pipe, Schedule([[1, 1]], ("a", "b"))).__enter__()
-
-
-def test_modules_of_ones_own_choice_are_cached_too():
+def test_modules_of_ones_own_choice_are_cached_and_counted():
     pipe = dit_pipe()
     mine = {"first": pipe.transformer.transformer_blocks[0].ff}
     with cached(pipe, Schedule([[1], [0], [0], [1]], ("first",)), sites=mine) as session:
         run(pipe)
         assert session.skipped == 2
+        assert "theoretical speedup of the transformer 1." in str(session)
 
 
-def test_another_number_of_steps_is_refused():
-    pipe = dit_pipe()
-    with refused("this schedule has 4 steps .*the run has 6"), cached(pipe, table(pipe)):
-        run(pipe, 6)
+BAD = {
+    "steps": (lambda pipe: table(pipe, 6), "this schedule has 6 steps .*the run has 4"),
+    "timesteps": (
+        lambda pipe: replace(table(pipe), timesteps=(999, 700, 400, 100), sampler="ddim"),
+        r"was made at timesteps 999 … 100 \(ddim\), the run has 750 … 0",
+    ),
+    "sites": (
+        lambda _: Schedule([[1, 1]], ("a", "b")),
+        r"has 2 sites, a … b, the model has 4 sites, transformer_blocks\.0\.attn1",
+    ),
+}
 
 
-def test_other_timesteps_than_trained_on_are_refused():
-
-    pipe = dit_pipe()
-    schedule = replace(table(pipe), timesteps=(999, 700, 400, 100), sampler="ddim")
-    with (
-        refused(r"was made at timesteps 999 … 100 \(ddim\), the run has 750 … 0"),
-        cached(pipe, schedule),
-    ):
+@pytest.mark.parametrize("what", BAD)
+def test_other_steps_timesteps_or_sites_are_refused_and_named(what):
+    """SmoothCache silently caches nothing where the schedule's names are not the model's."""
+    pipe, (schedule, message) = dit_pipe(), BAD[what]
+    with refused(message), cached(pipe, schedule(pipe)):
         run(pipe)
 
 
 def test_chunked_feed_forward_is_refused():
     pipe = pixart_pipe()
-    block = pipe.transformer.transformer_blocks[0]
-    block.set_chunk_feed_forward(8, 1)
-    with refused(r"set_chunk_feed_forward\(None, 0\)"), cached(pipe, Schedule([[1] * 6] * 4)):
+    pipe.transformer.transformer_blocks[0].set_chunk_feed_forward(8, 1)
+    with refused(r"set_chunk_feed_forward\(None, 0\)"), cached(pipe, everything(pipe)):
         pass
 
 
 def test_training_mode_is_refused_before_and_inside():
     """In training mode every block of diffusers' DiT drops labels on its own."""
     pipe = dit_pipe()
-    schedule = table(pipe)
-    pipe.transformer.train()
-    with refused(r"is in training mode.*call its eval\(\)"), cached(pipe, schedule):
-        pass
-    pipe.transformer.eval()
-    with cached(pipe, schedule):
+    with cached(pipe, table(pipe)):
         run(pipe)
         pipe.transformer.train()
         with refused(r"training mode.*call its eval\(\)"):
             run(pipe)
+    with refused(r"is in training mode.*call its eval\(\)"), cached(pipe, table(pipe)):
+        pass
 
 
-def test_a_cache_that_never_skipped_anything_warns():
+def test_a_cache_that_never_skipped_anything_warns_unless_its_table_reuses_nothing():
     """TaylorSeer's default pattern silently caches nothing on DiT, and so does SmoothCache's helper."""
     pipe, other = dit_pipe(), dit_pipe(1)
-    with pytest.warns(
-        UserWarning, match=r"no site was skipped while cached was open \(0 walks were begun\)"
-    ):
+    with pytest.warns(UserWarning, match=r"no site was skipped .* open \(0 walks were begun\)"):
         with cached(pipe, table(pipe)):
             run(other)
-    with cached(pipe, Schedule(torch.ones(4, 4))):  # a schedule that reuses nothing does not warn
+    with cached(pipe, everything(pipe)):
         run(pipe)
 
 
@@ -524,7 +435,6 @@ def test_what_is_not_such_a_pipeline_is_refused():
     pipe.transformer = torch.compile(pipe.transformer)
     with pytest.raises(TypeError, match="is compiled"):
         cached(pipe, Schedule([[1]])).__enter__()
-    pipe = wan_pipe()
 
 
 def test_the_timestep_embeddings_of_a_stock_dit_are_copies_of_one():
@@ -557,14 +467,12 @@ def test_asking_the_session_or_copying_the_model_in_the_middle_of_a_walk_changes
 @pytest.mark.parametrize("name", PIPES)
 def test_what_is_not_exact_differs_by_rounding(name):
     pipe = PIPES[name]()
-    exact, fast = [], []
-    for images, options in ((exact, {}), (fast, {"exact": False})):
-        with cached(pipe, table(pipe), **options):
-            images += [run(pipe, seed=seed, batch=2) for seed in (1, 2)]
-    for one, other in zip(exact, fast, strict=True):
-        assert (
-            float((one - other).norm() / one.norm()) < 1e-3
-        )  # float32, under weights that amplify
+    images = {}
+    for exact in (True, False):
+        with cached(pipe, table(pipe), **({} if exact else {"exact": False})):
+            images[exact] = [run(pipe, seed=seed, batch=2) for seed in (1, 2)]
+    for one, other in zip(*images.values(), strict=True):  # float32, under weights that amplify
+        assert float((one - other).norm() / one.norm()) < 1e-3
 
 
 def test_a_stock_pipeline_projects_its_text_and_embeds_its_labels_once():
@@ -588,31 +496,28 @@ def test_a_stock_pipeline_projects_its_text_and_embeds_its_labels_once():
     in_blocks_and_at_the_end = 4 * (2 + 1)
     assert sum(count_calls(embeddings, lambda: run(pipe))) == in_blocks_and_at_the_end
     assert sum(count_calls(embeddings, lambda: under_the_cache(4, walks=1))) == 4
-    with cached(pipe, Schedule(torch.ones(4, 4))):
+    with cached(pipe, everything(pipe)):
         assert torch.equal(run(pipe), plain)
 
 
-def test_a_prompt_that_changes_in_the_middle_of_a_walk_is_seen():
-    """The text is written to in place, and replaced: what was projected of it before is not used again."""
-    for name in ("replaced", "written to"):
-        pipe = pixart_pipe()
-        forward, steps = pipe.transformer.forward, []
+@pytest.mark.parametrize("name", ["replaced", "written to"])
+def test_a_prompt_that_changes_in_the_middle_of_a_walk_is_seen(name):
+    """What was projected of the text before is not used again."""
+    pipe = pixart_pipe()
+    forward, steps = pipe.transformer.forward, itertools.count()
 
-        def changing(
-            x, encoder_hidden_states, *args, _forward=forward, _steps=steps, _name=name, **kwargs
-        ):
-            _steps.append(len(_steps))
-            if len(_steps) % 4 == 3:
-                if _name == "written to":
-                    encoder_hidden_states.mul_(0.5)
-                else:
-                    encoder_hidden_states = encoder_hidden_states * 0.5
-            return _forward(x, encoder_hidden_states, *args, **kwargs)
+    def changing(x, encoder_hidden_states, *args, **kwargs):
+        if next(steps) % 4 == 3:
+            half = encoder_hidden_states * 0.5
+            encoder_hidden_states = (
+                encoder_hidden_states.copy_(half) if name == "written to" else half
+            )
+        return forward(x, encoder_hidden_states, *args, **kwargs)
 
-        pipe.transformer.forward = changing
-        plain = run(pipe)
-        with cached(pipe, Schedule(torch.ones(4, 6))):
-            assert torch.equal(run(pipe), plain)
+    pipe.transformer.forward = changing
+    plain = run(pipe)
+    with cached(pipe, everything(pipe)):
+        assert torch.equal(run(pipe), plain)
 
 
 @pytest.mark.parametrize("name", ["dit", "pixart-alpha"])
@@ -650,18 +555,7 @@ def test_rounding_is_allowed_only_where_it_is_known_what_is_rounded():
         cached(pipe, table(pipe), exact=False).__enter__()
 
 
-def test_a_session_over_sites_of_ones_own_choice_counts_those():
-    pipe = dit_pipe()
-    mine = {"first": pipe.transformer.transformer_blocks[0].ff}
-    with cached(pipe, Schedule([[1], [0], [0], [1]], ("first",)), sites=mine) as session:
-        run(pipe)
-        assert "theoretical speedup of the transformer 1." in str(session)
-
-
 def test_enable_cache_does_not_keep_a_pipeline_alive():
-    import gc
-    import weakref
-
     pipe = dit_pipe()
     enable_cache(pipe, table(pipe))
     run(pipe)
@@ -676,7 +570,7 @@ def test_sessions_closed_in_any_order_leave_nothing_behind(order):
     pipe = STOCK
     before, open_sessions = snapshot(pipe), {}
     for name in "abc":
-        open_sessions[name] = cached(pipe, Schedule(torch.ones(4, 4)))
+        open_sessions[name] = cached(pipe, everything(pipe))
         open_sessions[name].__enter__()
     for name in order:
         open_sessions[name].__exit__(None, None, None)
