@@ -11,6 +11,8 @@ import inspect
 import logging
 import re
 from collections.abc import Mapping
+from contextlib import suppress
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -31,9 +33,25 @@ ADVICE = "give the modules yourself, as cached(pipe, schedule, sites={name: modu
 def count_calls(
     transformer: nn.Module, modules: Mapping[str, nn.Module], inputs: Mapping[str, Any]
 ) -> Count | None:
-    """Count one forward, for modules of one's own choice; None if torch cannot count it."""
-    counts = (_count(transformer, modules, inputs, fake=fake) for fake in (True, False))
-    return next((each for each in counts if each is not None), None)
+    """Count one forward, for modules of one's own choice; None if torch cannot count it: fake
+    tensors have no values, flex attention has no counter.
+    """
+    paths = {id(module): path for path, module in transformer.named_modules()}
+    if any(id(module) not in paths for module in modules.values()):
+        return None
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    log.disabled, before = True, log.disabled  # it would print the stack of what is caught here
+    try:
+        for fake in (True, False):
+            twin = _twin(transformer)
+            mine = {name: twin.get_submodule(paths[id(part)]) for name, part in modules.items()}
+            own = tree_map(lambda leaf: leaf, dict(inputs))  # some models take parts out of it
+            with suppress(RuntimeError, TypeError):
+                return count(partial(twin, **own), mine, fake=fake)
+    finally:
+        log.disabled = before
+    _twin(transformer)(**inputs)  # raises what is wrong with the inputs, if that was it
+    return None
 
 
 def counted(
@@ -57,34 +75,6 @@ def counted(
     sizes = result.modules.items()
     by_name = {path.removeprefix(f"{name}."): size for path, size in sizes if "." in path}
     return called, Macs(each, result.macs.rest), _largest(by_name, called)
-
-
-def _count(
-    transformer: nn.Module,
-    modules: Mapping[str, nn.Module],
-    inputs: Mapping[str, Any],
-    *,
-    fake: bool,
-) -> Count | None:
-    """Count one forward; None if torch cannot: fake tensors have no values, flex attention no
-    counter.
-    """
-    twin = _twin(transformer)
-    paths = {id(module): path for path, module in transformer.named_modules()}
-    if any(id(module) not in paths for module in modules.values()):
-        return None
-    mine = {name: twin.get_submodule(paths[id(module)]) for name, module in modules.items()}
-    own = tree_map(lambda leaf: leaf, dict(inputs))  # some models take things out of what they get
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    log.disabled, before = True, log.disabled  # it would print the stack of what is caught here
-    try:
-        return count(lambda: twin(**own), mine, fake=fake)
-    except (RuntimeError, TypeError):
-        if not fake:
-            _twin(transformer)(**inputs)  # raises what is wrong with the inputs, if that was it
-        return None
-    finally:
-        log.disabled = before
 
 
 def _twin(transformer: nn.Module) -> nn.Module:
