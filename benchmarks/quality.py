@@ -45,11 +45,11 @@ from harmonica.evaluation.pictures import save, tradeoff
 from harmonica.inference.walk import Walk
 from harmonica.models import load
 from harmonica.search import baselines
-from harmonica.search.budget import Target
 from harmonica.search.in_turn import learn_in_turn
 from harmonica.search.learn import learn_weights
 from harmonica.search.references import Pool
 from harmonica.search.refine_router import refine_router
+from harmonica.search.target import Target
 from harmonica.storage.files import read_json, write_json
 
 ORDERS = {", order 1": 1, ", order 2": 2}

@@ -30,13 +30,7 @@ from harmonica.denoise import Denoiser
 from harmonica.forecast import History, weighted_sum
 from harmonica.search.baselines import every, fewest_reused, named, reuse_lowest, steps_that_compute
 from harmonica.search.errors import image_mse
-from harmonica.search.paths import (
-    Fork,
-    continue_walk,
-    image_if_flipped,
-    predictions_of_all,
-    whole_steps,
-)
+from harmonica.search.paths import Fork, continue_walk, whole_steps
 from harmonica.table import require
 
 QUANTILES = 200
@@ -136,7 +130,7 @@ def switches(
             ValueError.
     """
     steps, sites = denoiser.steps, len(denoiser.sites)
-    spent = predictions_of_all(denoiser)
+    spent = steps + sites * steps * (steps - 1) // 2
     require(
         budget >= spent, f"budget is {budget} predictions; scoring each entry once takes {spent}"
     )
@@ -146,7 +140,9 @@ def switches(
     plain, error, taken = forks[-1][0], 0.0, 0
 
     def score(k: int, i: int) -> float:
-        image = image_if_flipped(denoiser, cond, table, k, i, forks[k])
+        flipped = table.clone()
+        flipped[k, i] = False
+        *_, (image, _, _) = continue_walk(denoiser, cond, flipped, forks[k], k)
         return (image_mse(image, plain) - error) / max(float(prices[i]), 1e-30)  # free comes last
 
     queue = [(score(k, i), k, i, taken) for k in range(1, steps) for i in range(sites)]

@@ -31,10 +31,10 @@ from harmonica.inference.timing import measure
 from harmonica.inference.walk import Refinable, Walk
 from harmonica.models import BUNDLED
 from harmonica.search.baselines import dynamic_programming
-from harmonica.search.budget import check_target
 from harmonica.search.learn import learn_weights
 from harmonica.search.paths import whole_steps
 from harmonica.search.references import finer_walk, references
+from harmonica.search.target import check_target
 from harmonica.storage.files import exclusive_lock
 from harmonica.table import require
 from harmonica.train import AUTHORS, QUICK, TARGET

@@ -1,4 +1,5 @@
-"""Memory: the most that a piece of work takes, counted without doing it, and when it ran out.
+"""Memory: the most that a piece of work takes, counted without doing it, what a device has free, and
+work in portions that fit.
 
 On torch's meta device a tensor has a shape and no numbers, so a model of any size costs nothing
 there. `Meter` follows the storages that are alive while work runs. This file does not know models.
@@ -6,10 +7,11 @@ there. `Meter` follows the storages that are alive while work runs. This file do
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from harmonica.override import overridden
+
+R = TypeVar("R")
 
 aten = torch.ops.aten
 ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu
@@ -44,6 +48,34 @@ def is_out_of_memory(error: BaseException | None) -> bool:
         return True
     said = str(error) if isinstance(error, RuntimeError) else ""
     return "DefaultCPUAllocator" in said or "bad_alloc" in said
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return how much of a device's memory is free."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def in_portions(run: Callable[[int, int], R], total: int, size: int) -> Iterator[R]:
+    """Yield run(first, last) for portions of `total` noises, halving `size` where memory runs out.
+
+    Raises the device's own error where a single noise does not fit.
+
+    >>> list(in_portions(lambda first, last: last - first, 5, 2))
+    [2, 2, 1]
+    """
+    first = 0
+    while first < total:
+        try:
+            result = run(first, min(first + size, total))
+        except (RuntimeError, MemoryError) as error:
+            if size == 1 or not is_out_of_memory(error):
+                raise
+            size = max(size // 2, 1)
+            continue
+        yield result
+        first += size
 
 
 class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -64,7 +64,7 @@ def checked_weights(numbers: Any, compute: Tensor) -> Tensor:
     fit = shape[:2] == (T, N) and len(shape) == 3 and shape[2] >= 2
     todo = f"the table is {T} × {N}, so they must be ({T}, {N}, 1 + m) for m ≥ 1 past outputs"
     require(fit, f"weights has shape {shape}; {todo}")
-    past = compute.cumsum(0) - compute.long()  # outputs computed before each entry, (T, N)
+    past = outputs_before(compute)
     unreadable = torch.arange(shape[2]) > past[:, :, None]
     unreadable[:, :, 0] = ~compute
     for k, i, j in (~weights.isfinite() | (weights != 0) & unreadable).nonzero().tolist():
@@ -74,6 +74,11 @@ def checked_weights(numbers: Any, compute: Tensor) -> Tensor:
         rule = f", but {why}; it must be 0" if forbidden else "; every weight must be finite"
         raise ValueError(f"the weight of {output} at step {k}, site {i} is {value}{rule}")
     return weights
+
+
+def outputs_before(compute: Tensor) -> Tensor:
+    """Return how many outputs each site has computed before each step, (T, N)."""
+    return compute.cumsum(0) - compute.long()
 
 
 Run = tuple[int, tuple[str, ...], tuple[float, ...]]

@@ -25,8 +25,8 @@ from harmonica.iepo import Proxy
 from harmonica.models import BUNDLED
 from harmonica.models.prompts import read_prompts
 from harmonica.processes import batch_per_rank, processes, rank, started_as
-from harmonica.search.budget import check_target
 from harmonica.search.references import Toward
+from harmonica.search.target import check_target
 from harmonica.storage.files import exclusive_lock
 from harmonica.table import require
 from harmonica.training.dry_run import DryRun, dry_run

@@ -31,7 +31,7 @@ from harmonica.denoise import Denoiser
 from harmonica.iepo import objective
 from harmonica.router import Schedule
 from harmonica.samplers import alphas_cumprod
-from harmonica.search.paths import cheapest_path, spread, step_costs, whole_steps
+from harmonica.search.paths import cheapest_path, reuse_errors, spread, whole_steps
 from harmonica.table import require
 
 
@@ -54,11 +54,11 @@ def dynamic_programming(denoiser: Denoiser, x: Tensor, cond: Any, *, speedup: fl
     """Compute the whole steps that make the cheapest path (the idea of DPCache, Cui et al. 2026,
     arXiv 2602.22654).
 
-    As many steps compute as the speedup allows; `cheapest_path` chooses them by their `step_costs`.
+    As many steps compute as the speedup allows; `cheapest_path` chooses them by `reuse_errors`.
     DPCache predicts skipped features from several computed ones. Here the last is reused, so that a
     step's cost depends on it alone.
     """
-    path = cheapest_path(step_costs(denoiser, x, cond), steps_that_compute(denoiser, speedup))
+    path = cheapest_path(reuse_errors(denoiser, x, cond), steps_that_compute(denoiser, speedup))
     settings = {"speedup": speedup, "noises": len(x)}
     return named(denoiser, whole_steps(denoiser, path), "dynamic programming", settings)
 

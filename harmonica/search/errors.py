@@ -1,7 +1,6 @@
-"""Errors: how far images are from what they should be, and in which portions walks are run.
+"""Errors: how far images are from what they should be, and how many noises are walked at a time.
 
     error      mean squared difference of an image to its target, in squared units of the image
-    portion    so many noises at a time as the device has room for
 
 A few noises may end at another image altogether. They say little about small changes, so whatever
 is fitted to errors counts such a noise less (`outlier_weights`).
@@ -9,9 +8,7 @@ is fitted to errors counts such a noise less (`outlier_weights`).
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,15 +16,13 @@ from torch.utils._pytree import tree_leaves
 
 from harmonica.cache import Compute, Feature, gated
 from harmonica.denoise import Denoiser
-from harmonica.memory import is_out_of_memory
+from harmonica.memory import free_bytes
 
 CAP = 4.0
 """A noise whose error is more than so many times the median counts in proportion less."""
 
 PORTION = 64
 """Noises walked at a time, where there is room."""
-
-R = TypeVar("R")
 
 
 def image_errors(images: Tensor, target: Tensor) -> Tensor:
@@ -48,30 +43,9 @@ def image_mse(images: Tensor, target: Tensor) -> float:
     return float(image_errors(images, target).mean())
 
 
-def outlier_weights(errors: Tensor, most: float) -> Tensor:
-    """Return how much each noise counts, (B,): 1, or most/error where its error is above `most`."""
-    return torch.where(errors > most, most / errors, 1.0)
-
-
-def in_portions(run: Callable[[int, int], R], total: int, size: int) -> Iterator[R]:
-    """Yield run(first, last) for portions of `total` noises, halving `size` where memory runs out.
-
-    Raises the device's own error where a single noise does not fit.
-
-    >>> list(in_portions(lambda first, last: last - first, 5, 2))
-    [2, 2, 1]
-    """
-    first = 0
-    while first < total:
-        try:
-            result = run(first, min(first + size, total))
-        except (RuntimeError, MemoryError) as error:
-            if size == 1 or not is_out_of_memory(error):
-                raise
-            size = max(size // 2, 1)
-            continue
-        yield result
-        first += size
+def outlier_weights(errors: Tensor, limit: float) -> Tensor:
+    """Return how much each noise counts, (B,): 1, or limit/error where its error is above that."""
+    return torch.where(errors > limit, limit / errors, 1.0)
 
 
 def noises_that_fit(denoiser: Denoiser, x: Tensor, cond: Any) -> int:
@@ -90,10 +64,3 @@ def noises_that_fit(denoiser: Denoiser, x: Tensor, cond: Any) -> int:
         denoiser.predict(x, 0, cond)
     each = denoiser.steps * sum(features) // len(x)
     return max(1, min(PORTION, free_bytes(x.device) // 2 // max(each, 1)))
-
-
-def free_bytes(device: torch.device) -> int:
-    """Return how much of a device's memory is free."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,9 +1,9 @@
-"""Flip effects: what turning over entries of a table does to the image, told by two backward passes
+"""Flip effects: what flipping entries of a table does to the image, told by two backward passes
 through one walk.
 
     e       an entry (k, i) with k ≥ 1                                              E = (T−1)·N of them
-    z       1 = turned over: reuse where the table computes, or the other way       (E,)
-    v_e     ∂image/∂z_e, what turning e over does to the image, sign included       (B, C, H, W)
+    z       1 = flipped: reuse where the table computes, or the other way           (E,)
+    v_e     ∂image/∂z_e, what flipping e does to the image, sign included           (B, C, H, W)
     d       image(table) − what it should be, a pool's image                        (B, C, H, W)
 
 Near a table, what several entries do adds up as vectors:
@@ -17,15 +17,15 @@ How z enters a walk. Whatever its gate, a site gives a sum of the outputs that i
 
     output at step k = Σ_c R[k, c]·(fresh output of step c)        R follows from the table (`reads`)
 
-Turning an entry e over gives another table, with other sums R′. So the walk is run with
+Flipping an entry e gives another table, with other sums R′. So the walk is run with
 R + Σ_e z_e·(R′_e − R). At z = 0 that is the table's own walk; with one z_e at 1 it is exactly the
-walk of the table with e turned over; and v_e is its derivative at 0. What a skipped entry would
+walk of the table with e flipped; and v_e is its derivative at 0. What a skipped entry would
 have computed is computed as well, since other tables read it.
 
     h      is the gradient of ½·mean (image − target)²: one backward pass, from d
     G      takes one more, from random signs ξ: E[ξξᵀ] = 1, so (ξ·v_e)(ξ·v_f) is v_e·v_f on average (Hutchinson 1990)
 
-That costs a few walks, whatever N. To turn each entry over and walk to the end would cost
+That costs a few walks, whatever N. To flip each entry and walk to the end would cost
 N·T(T−1)/2 predictions. A derivative is not a flip, but close (docs/log.md). It is far from one
 where reuse has led a walk to another image altogether, so such noises are weighed down (`CAP`).
 This file does not know routers, nor how a table is searched for.
@@ -44,11 +44,13 @@ from torch.utils._pytree import tree_map
 from harmonica.cache import Compute, Feature, gated
 from harmonica.denoise import Denoiser
 from harmonica.forecast import History, taylor_weights
+from harmonica.memory import in_portions
 from harmonica.router import Schedule
 from harmonica.run_again import run_again
-from harmonica.search.budget import Target
-from harmonica.search.errors import CAP, PORTION, image_errors, in_portions, outlier_weights
+from harmonica.search.errors import CAP, PORTION, image_errors, outlier_weights
 from harmonica.search.references import Pool
+from harmonica.search.target import Target
+from harmonica.table import outputs_before
 
 WALKS = 7
 """What `flip_effects_at` costs, in walks, at most: one forward, then one again and a backward pass
@@ -113,7 +115,7 @@ def reads(schedule: Schedule) -> Tensor:
     """
     compute, weights = schedule.compute, schedule.gate_weights
     weights = taylor_weights(compute, 0) if weights is None else weights.double()
-    past = compute.cumsum(0) - compute.long()  # outputs computed before step k, (T, N)
+    past = outputs_before(compute)  # (T, N)
     age = past[:, :, None] - past.T  # (T, N, T): the output of c < k is the age-th last one
     readable = compute.T & (age > 0) & (age < weights.shape[2])
     read = weights.gather(2, age.clamp(0, weights.shape[2] - 1)) * readable
@@ -121,12 +123,12 @@ def reads(schedule: Schedule) -> Tensor:
 
 
 class _Sums:
-    """The sums R of a schedule, and how much they change when an entry is turned over."""
+    """The sums R of a schedule, and how much they change when an entry is flipped."""
 
     def __init__(self, schedule: Schedule, device: torch.device) -> None:
         table, own = schedule.compute, reads(schedule)
         read, entries, changes = own != 0, [], []
-        for e in range(len(table) - 1):  # sites do not mix, so a row's entries are turned together
+        for e in range(len(table) - 1):  # sites do not mix, so a row's entries are flipped together
             other = table.clone()
             other[1 + e] = ~other[1 + e]
             change = reads(with_table(schedule, other)) - own
@@ -211,7 +213,7 @@ def with_table(schedule: Schedule, table: Tensor) -> Schedule:
     size = max(learned.shape[2], new.shape[2])
     learned, new = (F.pad(each, (0, size - each.shape[2])) for each in (learned, new))
     weights = torch.where((table == schedule.compute)[:, :, None], learned, new)
-    known = (table.cumsum(0) - table.long())[:, :, None]  # outputs computed before each entry
+    known = outputs_before(table)[:, :, None]
     lost = torch.arange(size) > known
     moved = (weights * lost).sum(2, keepdim=True)
     oldest = known.clamp(max=size - 1)
@@ -235,22 +237,22 @@ def best_flips(model: Quadratic, table: Tensor, target: Target, *, most: int) ->
     h, g = model.gradient.clone(), model.curvature  # h at the flips taken so far
     z = torch.zeros(len(price), dtype=torch.bool)
     while True:
-        turn = torch.where(z, -1, 1)  # a flip that was taken may be taken back
-        adds, gain = turn * delta, turn * (2 * h + (1.5 - 2 * z.double()) * g.diagonal())
+        change = torch.where(z, -1, 1)  # a flip that was taken may be taken back
+        adds, gain = change * delta, change * (2 * h + (1.5 - 2 * z.double()) * g.diagonal())
         if room < 0:
             flips = {int(torch.where(adds < 0, gain / adds.abs(), torch.inf).argmin())}
         else:
-            gains = gain[:, None] + gain + 2 * g * turn[:, None] * turn  # of pairs, (E, E)
-            costs, turns = adds[:, None] + adds, turn[:, None] + turn
-            for both, one in ((gains, gain), (costs, adds), (turns, turn)):
+            gains = gain[:, None] + gain + 2 * g * change[:, None] * change  # of pairs, (E, E)
+            costs, changes = adds[:, None] + adds, change[:, None] + change
+            for both, one in ((gains, gain), (costs, adds), (changes, change)):
                 both.diagonal().copy_(one)  # a pair of e and e is e alone
-            gains[(costs > room) | (z.sum() + turns > most)] = torch.inf
+            gains[(costs > room) | (z.sum() + changes > most)] = torch.inf
             best = int(gains.argmin())
             if gains.flatten()[best] >= -1e-15:
                 break
             flips = {best // len(z), best % len(z)}
         for e in flips:
-            h += g[e] * float(turn[e])
+            h += g[e] * float(change[e])
             room -= float(adds[e])
             z[e] = ~z[e]
     chosen = table.clone()

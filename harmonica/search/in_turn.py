@@ -16,13 +16,13 @@ import torch
 
 from harmonica.denoise import Denoiser
 from harmonica.router import Schedule
-from harmonica.search.budget import Target
 from harmonica.search.flip_effects import with_table
-from harmonica.search.learn import SHARE, learn_weights
+from harmonica.search.learn import VALIDATION_SHARE, learn_weights
 from harmonica.search.references import Pool, pool_errors
-from harmonica.search.refine import ROUND, few_of, refine
+from harmonica.search.refine import WALKS_PER_ROUND, few_of, refine
+from harmonica.search.target import Target
 
-ROUNDS, NOISES = 8, 256
+TURN_ROUNDS, TURN_NOISES = 8, 256
 """Rounds of the search in one turn, and noises that it judges tables on, half of the pool at most."""
 
 
@@ -41,7 +41,7 @@ def learn_in_turn(  # noqa: D417 (some arguments are described together)
     """Return a schedule on target whose table and weights were learned in turn.
 
     The noises that `learn_weights` holds back decide: a turn after which their error has not fallen
-    is not kept, and is the last. One turn costs about ROUNDS rounds of the search on its
+    is not kept, and is the last. One turn costs about TURN_ROUNDS rounds of the search on its
     noises, and an update about three walks of `batch_size` noises.
 
     Args:
@@ -54,12 +54,13 @@ def learn_in_turn(  # noqa: D417 (some arguments are described together)
     Raises ValueError if a number is out of range, or the schedule is slower than the target.
     """
     generator = torch.Generator().manual_seed(0) if generator is None else generator
-    held_back = max(len(pool) // SHARE, 1)
+    held_back = max(len(pool) // VALIDATION_SHARE, 1)
     validation = pool[slice(held_back)]
-    judged = pool[slice(held_back, held_back + min(max(len(pool) // 2, 1), NOISES))]
-    few = few_of(len(judged))
+    judging = pool[slice(held_back, held_back + min(max(len(pool) // 2, 1), TURN_NOISES))]
+    few = few_of(len(judging))
     others = cycle([pool[slice(i, i + few)] for i in range(held_back, len(pool) - few + 1, few)])
-    budget = ROUNDS * ROUND * denoiser.steps * len(judged)
+    one = TURN_ROUNDS * WALKS_PER_ROUND * denoiser.steps
+    budget = one * len(judging)  # predictions of one noise
 
     def learned(start: Schedule) -> tuple[float, Schedule]:
         end = learn_weights(
@@ -71,9 +72,9 @@ def learn_in_turn(  # noqa: D417 (some arguments are described together)
     for turn in range(turns):
         if progress is not None:
             progress(turn, error)
-        tables = refine(denoiser, [best.compute], judged, others, target, budget=budget, gate=best)
-        *_, found = tables
-        lower, after = learned(with_table(best, found.table))
+        tables = refine(denoiser, [best.compute], judging, others, target, budget=budget, gate=best)
+        *_, judged = tables
+        lower, after = learned(with_table(best, judged.table))
         if not lower < error:
             break
         error, best = lower, after

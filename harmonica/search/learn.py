@@ -6,10 +6,11 @@ whole walk:
 
     for each batch of noises of the pool:
         image = walk(noise, weights)
-        error = mean (image − target)², noises that went elsewhere counting less (CAP)
+        error = mean (image − target)²
         weights ← Adam step
 
-A share of the pool is not trained on. It decides which start is taken and which weights are kept.
+In this mean, a noise whose error is above CAP times the median counts less. A share of the pool is
+not trained on. It decides which start is taken and which weights are kept.
 Activations of the whole walk are kept where a quarter of the free memory holds them; otherwise each
 step runs again in backward. This file does not know where the table came from.
 """
@@ -29,16 +30,19 @@ from torch.optim import Adam
 from harmonica.cache import Cache, gated
 from harmonica.denoise import Denoiser, check_fit
 from harmonica.forecast import taylor_weights, weighted
+from harmonica.memory import free_bytes, in_portions
 from harmonica.router import Schedule
 from harmonica.run_again import run_again, run_once
-from harmonica.search.errors import CAP, free_bytes, image_errors, in_portions, outlier_weights
+from harmonica.search.errors import CAP, image_errors, outlier_weights
 from harmonica.search.references import Pool, pool_errors
+from harmonica.table import outputs_before
 
-SHARE = 6
+VALIDATION_SHARE = 6
 """One noise of so many is not trained on."""
 
 LR = 0.01
-"""Adam's learning rate, which falls to zero along a half cosine. Twice as much ends as near."""
+"""Adam's learning rate, which falls to zero along a half cosine. A rate of 0.02 ends
+equally near."""
 
 
 def learn_weights(
@@ -54,14 +58,14 @@ def learn_weights(
 ) -> Schedule:
     """Return the schedule with weights that bring its images near the pool's.
 
-    Learning starts from the best of the schedule as it is, reuse, and forecasts that fit into
-    `history`; that is returned where nothing better comes, by the noises that are held back. An
+    Learning starts from the best of these: the schedule as given, reuse, and forecasts that fit into
+    `history`. If no learned weights are better on the validation noises, that start is returned. An
     update costs about three walks of `batch_size` noises, four where memory is short.
 
     Args:
         denoiser: model, sampler, guidance.
         schedule: whose table stays as it is.
-        pool: noises and targets (`references`); one in SHARE is held back for validation.
+        pool: noises and targets (`references`); one in VALIDATION_SHARE is held back for validation.
         history: m, past outputs that a gate may read; memory grows with it.
         iterations: updates.
         batch_size: noises in an update; small ones with more updates do more for their price.
@@ -77,13 +81,13 @@ def learn_weights(
             f"has {len(pool)} noises; expected 1 or more, and 2 noises or more"
         )
     check_fit(schedule, denoiser)
-    held_back = max(len(pool) // SHARE, 1)
+    held_back = max(len(pool) // VALIDATION_SHARE, 1)
     validation, training = pool[slice(held_back)], pool[slice(held_back, None)]
     best, errors = _best_start(denoiser, schedule, validation, history)
-    most, lowest = CAP * float(errors.median()), _finite(float(errors.mean()))
+    limit, lowest = CAP * float(errors.median()), _finite(float(errors.mean()))
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     batches = _batches(len(training), batch_size, iterations, generator)
-    for update, weights in _learn(denoiser, best, training, history, batches, most):
+    for update, weights in _learn(denoiser, best, training, history, batches, limit):
         learned = replace(schedule, weights=weights)
         error = float(pool_errors(denoiser, validation, learned).mean())
         if progress is not None:
@@ -108,14 +112,15 @@ def _learn(
     pool: Pool,
     history: int,
     batches: Sequence[Tensor],
-    most: float,
+    limit: float,
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield updates and weights after each round over the pool, and after the last update."""
     weights, mask = _trainable(start, history, pool.x)
     optimizer = Adam([weights], betas=(0.9, 0.99))
-    again, a_round = not _walk_fits(denoiser, pool[batches[0]]), len(pool) // len(batches[0])
+    checkpointing = not _walk_fits(denoiser, pool[batches[0]])
+    a_round = len(pool) // len(batches[0])
     for update, batch in enumerate(batches, start=1):
-        gradient = _gradient(denoiser, start, weights, pool[batch], most, again)
+        gradient = _gradient(denoiser, start, weights, pool[batch], limit, checkpointing)
         _finite(float(gradient.sum()))
         weights.grad = gradient * mask
         share = update / len(batches)
@@ -141,24 +146,33 @@ def _trainable(start: Schedule, history: int, x: Tensor) -> tuple[Tensor, Tensor
     given = taylor_weights(start.compute, 0) if given is None else given
     weights = torch.zeros(*start.compute.shape, 1 + max(history, given.shape[2] - 1))
     weights[:, :, : given.shape[2]] = given
-    past = start.compute.cumsum(0) - start.compute.long()  # outputs computed before
+    past = outputs_before(start.compute)
     mask = torch.arange(weights.shape[2]) <= past[:, :, None]
     mask[:, :, 0] = start.compute
     return weights.to(x.device).requires_grad_(), mask.to(x.device)
 
 
 def _gradient(
-    denoiser: Denoiser, schedule: Schedule, weights: Tensor, batch: Pool, most: float, again: bool
+    denoiser: Denoiser,
+    schedule: Schedule,
+    weights: Tensor,
+    batch: Pool,
+    limit: float,
+    checkpointing: bool,
 ) -> Tensor:
-    """Return the gradient (T, N, 1 + m) of the batch's mean error, noises above `most` weighed."""
+    """Return the gradient (T, N, 1 + m) of the batch's mean error, noises whose error is above
+    `limit` counting less.
+    """
     table = schedule.compute.tolist()
 
     def run(first: int, last: int) -> Tensor:
         part = batch[slice(first, last)]
-        image = weighted_walk(denoiser, table, weights, part.x, part.cond, again=again)
+        image = weighted_walk(
+            denoiser, table, weights, part.x, part.cond, checkpointing=checkpointing
+        )
         away = image - part.images
         errors = image_errors(image.detach(), part.images)
-        counts = outlier_weights(errors, most) / (len(batch) * away[0].numel())
+        counts = outlier_weights(errors, limit) / (len(batch) * away[0].numel())
         direction = (2 * counts.view(-1, *[1] * (away.dim() - 1)) * away.detach()).to(image)
         # in half precision a small gradient would vanish on its way through the walk
         scale = direction.abs().max().clamp_min(1e-30)
@@ -174,12 +188,13 @@ def weighted_walk(
     x: Tensor,
     cond: Any,
     *,
-    again: bool = True,
+    checkpointing: bool = True,
 ) -> Tensor:
     """Return the image (B, C, H, W) of noise x under a table, differentiable in the weights of its
     gates (T, N, 1 + m).
 
-    `again` runs each step once more in backward, so that the activations of one step are alive.
+    `checkpointing` runs each step once more in backward, so that the activations of one step are
+    alive.
     """
 
     def step(
@@ -193,7 +208,7 @@ def weighted_walk(
 
     cache: Cache = {}
     memory: dict[str, Any] = {}
-    run = run_again if again else run_once
+    run = run_again if checkpointing else run_once
     for k, w in enumerate(weights.unbind()):
         x, cache, memory = run(step, x, w, k, cache, memory)
     return x

@@ -3,7 +3,7 @@
     Fork       a walk before some step: x (B, C, H, W), its cache, its sampler's memory
     entry      one decision of the table: step k, site i
 
-    cheapest_path   whole steps, by what reuse from one to the next does to x (`step_costs`)
+    cheapest_path   whole steps, by the error that reuse from one to the next makes (`reuse_errors`)
 
 A change at step k leaves steps 0 … k−1 as they were: it costs T − k predictions, from the fork
 before k on. This file does not know routers, training, or how fast a table is.
@@ -42,25 +42,6 @@ def continue_walk(
         yield after, cache.copy(), memory.copy()
 
 
-def image_if_flipped(
-    denoiser: Denoiser, cond: Any, table: Tensor, k: int, i: int, fork: Fork
-) -> Tensor:
-    """Return the image (B, C, H, W) of a table (T, N) with entry k, i flipped, from the
-    fork before step k.
-    """
-    table = table.clone()
-    table[k, i] = ~table[k, i]
-    *_, (image, _, _) = continue_walk(denoiser, cond, table, fork, k)
-    return image
-
-
-def predictions_of_all(denoiser: Denoiser) -> int:
-    """Return the predictions of one walk and of flipping each entry by itself: T +
-    N·T(T−1)/2.
-    """
-    return denoiser.steps + len(denoiser.sites) * denoiser.steps * (denoiser.steps - 1) // 2
-
-
 def whole_steps(denoiser: Denoiser, computed: Collection[int]) -> Tensor:
     """Return the table (T, N) that computes all sites at these steps and none at others."""
     return torch.tensor([[k in computed] * len(denoiser.sites) for k in range(denoiser.steps)])
@@ -75,8 +56,8 @@ def spread(steps: int, interval: Fraction) -> set[int]:
     return {ceil(i * interval) for i in range(ceil(steps / interval))}
 
 
-def step_costs(denoiser: Denoiser, x: Tensor, cond: Any) -> Tensor:
-    """Return what it costs to compute step j and reuse all of it at steps j + 1 … k: (T, T)
+def reuse_errors(denoiser: Denoiser, x: Tensor, cond: Any) -> Tensor:
+    """Return the error that is made when step j computes and steps j + 1 … k reuse it: (T, T)
     float64, [j, k].
 
     It is the mean squared difference to the plain walk after step k; zero for k ≤ j. The plain walk
@@ -86,26 +67,27 @@ def step_costs(denoiser: Denoiser, x: Tensor, cond: Any) -> Tensor:
     start: Fork = (x, {}, {})
     everything = torch.ones(steps, len(denoiser.sites), dtype=torch.bool)
     plain = [after for after, _, _ in continue_walk(denoiser, cond, everything, start, 0)]
-    costs = torch.zeros(steps, steps, dtype=torch.float64)
+    errors = torch.zeros(steps, steps, dtype=torch.float64)
     for j, fork in enumerate(continue_walk(denoiser, cond, everything, start, 0)):
         for k, (after, _, _) in enumerate(
             continue_walk(denoiser, cond, ~everything, fork, j + 1), start=j + 1
         ):
-            costs[j, k] = image_mse(after, plain[k])
-    return costs
+            errors[j, k] = image_mse(after, plain[k])
+    return errors
 
 
-def cheapest_path(costs: Tensor, count: int) -> list[int]:
-    """Return the `count` steps to compute, 0 among them, whose runs of reuse cost least in sum
+def cheapest_path(errors: Tensor, count: int) -> list[int]:
+    """Return the `count` steps to compute, 0 among them, whose runs of reuse add up to the
+    least error
     (Bellman 1957).
 
-    best(m, k) = min over j of best(m − 1, j − 1) + costs[j, k], where m runs cover steps 0 … k.
+    best(m, k) = min over j of best(m − 1, j − 1) + errors[j, k], where m runs cover steps 0 … k.
 
     >>> cheapest_path(torch.tensor([[0.0, 1, 9, 9], [0, 0, 2, 9], [0, 0, 0, 1], [0, 0, 0, 0]]), 2)
     [0, 2]
     """
-    table = costs.tolist()
-    best: list[tuple[float, list[int]]] = [(cost, [0]) for cost in table[0]]  # [k], of one run
+    table = errors.tolist()
+    best: list[tuple[float, list[int]]] = [(error, [0]) for error in table[0]]  # [k], of one run
     for m in range(1, count):
         best = [
             min(

@@ -24,15 +24,16 @@ from torch.utils._pytree import tree_map_only
 
 from harmonica.denoise import Denoiser, sample
 from harmonica.inference.walk import Refinable
+from harmonica.memory import in_portions
 from harmonica.router import Schedule
-from harmonica.search.errors import PORTION, image_errors, in_portions
+from harmonica.search.errors import PORTION, image_errors
 from harmonica.storage.files import StrPath, read_tensors, write_tensors
 
 Toward = Literal["reference", "uncached"]
 """What images should be near: the reference of a finer walk, or the uncached walk's image."""
 
 SEED = 30_000_001
-"""Of the noises, if nobody brings a generator."""
+"""Seed of the noises, if nobody brings a generator."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ class Pool:
 
     def __post_init__(self) -> None:
         if self.x.shape != self.images.shape or len(self.x) == 0:
-            found = f"x is {tuple(self.x.shape)} and images are {tuple(self.images.shape)}"
-            raise ValueError(f"{found}; a pool has one image for each noise, and at least one")
+            shapes = f"x is {tuple(self.x.shape)} and images are {tuple(self.images.shape)}"
+            raise ValueError(f"{shapes}; a pool has one image for each noise, and at least one")
 
     def __len__(self) -> int:
         return len(self.x)
@@ -173,9 +174,9 @@ def _kept(path: StrPath, x: Tensor, steps: int) -> list[Tensor]:
     tensors, facts = read_tensors(path)
     images, before = tensors.get("images"), tensors.get("x")
     if images is None or before is None or facts.get("steps") != steps:
-        found = f"{facts.get('steps', 'unknown')} steps"
+        held = f"{facts.get('steps', 'unknown')} steps"
         raise ValueError(
-            f"{path} holds no references of {steps} steps (found {found}); name another file"
+            f"{path} holds no references of {steps} steps (found {held}); name another file"
         )
     same = before.shape == x.shape and torch.equal(before, x.cpu())
     if not same or images.shape[1:] != x.shape[1:] or len(images) > len(x):

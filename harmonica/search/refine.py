@@ -1,15 +1,16 @@
-"""Refine: training ends with a soft table that was scored step by step; make the hard one better on
-whole walks.
+"""Refine: a search that changes entries of a table and keeps a change if the error of the final image
+falls.
 
 The search stands at a table, and asks `harmonica.search.flip_effects` what flipping entries would
 do to the image:
 
-    rows     two steps change places; the quadratic ranks all pairs, the likeliest are walked
+    rows     exchange two rows. The quadratic ranks all pairs, and the best PAIRS are tested with
+             real walks
     flips    where no pair helps: the best set of at most FLIPS entries, then half as many
 
-A real walk has the last word, so no change is kept that does not lower the error. Where neither
-helps, the search ends. Tables are judged on the same noises throughout, each quadratic sees others,
-so a change that fits its own noises only is not kept.
+A change is kept only if real walks show a lower error. Where neither kind helps, the search ends.
+Tables are judged on the same noises throughout, each quadratic sees others, so a change that fits
+its own noises only is not kept.
 
 What a walk should be near is a pool's to say: the image of the uncached walk, or the reference
 (`harmonica.search.references`). Two things save time: a candidate is walked on a quarter of the
@@ -32,13 +33,14 @@ import torch
 from torch import Tensor
 
 from harmonica.denoise import Denoiser
+from harmonica.memory import in_portions
 from harmonica.processes import local_part, mean_over_ranks, world
 from harmonica.router import Schedule
-from harmonica.search.budget import Target
-from harmonica.search.errors import in_portions, noises_that_fit
+from harmonica.search.errors import noises_that_fit
 from harmonica.search.flip_effects import WALKS, Quadratic, best_flips, flip_effects_at, with_table
-from harmonica.search.paths import cheapest_path, spread, step_costs, whole_steps
+from harmonica.search.paths import cheapest_path, reuse_errors, spread, whole_steps
 from harmonica.search.references import Pool, pool_errors
+from harmonica.search.target import Target
 
 FLIPS = 32
 """At most so many entries flip in one round; further from the table the quadratic is not believed."""
@@ -46,25 +48,25 @@ FLIPS = 32
 PAIRS = 10
 """At most so many pairs of rows are walked in one round."""
 
-SEED = 20_000_003
-"""Of the random signs that a quadratic takes."""
+SIGNS_SEED = 20_000_003
+"""Seed of the random signs that a quadratic takes."""
 
-SHARE, FEW = 4, 32
-"""A candidate is walked on one noise of SHARE first, and a quadratic sees as many; never fewer than
-FEW, so that chance does not decide."""
+SCREENING_SHARE, FEW = 4, 32
+"""A candidate is walked on one noise of SCREENING_SHARE first, and a quadratic sees as many; never
+fewer than FEW, so that chance does not decide."""
 
-ROUND = 2 + (1 + WALKS) / SHARE + PAIRS + FLIPS.bit_length()
+WALKS_PER_ROUND = 2 + (1 + WALKS) / SCREENING_SHARE + PAIRS + FLIPS.bit_length()
 """Walks of one round on all noises, at most."""
 
 
 def few_of(noises: int) -> int:
     """Return how many of a search's noises candidates are walked on first."""
-    return min(noises, max(FEW, noises // SHARE))
+    return min(noises, max(FEW, noises // SCREENING_SHARE))
 
 
 @dataclass(frozen=True)
-class Round:
-    """A table and what is known of it."""
+class JudgedTable:
+    """A table and what real walks say of it."""
 
     table: Tensor  # (T, N) bool
     error: float  # mean error on the search's noises, of all processes
@@ -75,19 +77,19 @@ class Round:
 def refine(
     denoiser: Denoiser,
     tables: Sequence[Tensor],
-    judged: Pool,
+    pool: Pool,
     others: Iterator[Pool],
     target: Target,
     *,
     budget: float,
     gate: Schedule | int = 0,
-) -> Iterator[Round]:
+) -> Iterator[JudgedTable]:
     """Search from several tables, yielding each that is the best so far.
 
     Args:
         denoiser: model, sampler, guidance.
         tables: (T, N) bool each, such as a trained one; paths of whole steps are added to them.
-        judged: the noises that tables are judged on, and their targets.
+        pool: the noises that tables are judged on, and their targets.
         others: noises for the quadratics, a pool for each round.
         target: no table that is slower is yielded.
         budget: predictions of one noise to spend; a backward pass counts as two. A round that no
@@ -97,8 +99,8 @@ def refine(
 
     Raises ValueError if no table is on target, and then there is nothing to start from.
     """
-    judge = _Judge(denoiser, judged, others, target, gate)
-    starts = [judge.round(table) for table in (*tables, *judge.paths())]
+    judge = _Judge(denoiser, pool, others, target, gate)
+    starts = [judge.judge(table) for table in (*tables, *judge.paths())]
     on_target = [start for start in starts if start.on_target]
     if not on_target:
         raise ValueError(
@@ -107,7 +109,7 @@ def refine(
         )
     best = min(on_target, key=lambda start: start.error)
     yield best
-    while judge.spent + ROUND * judge.walk <= budget:
+    while judge.spent + WALKS_PER_ROUND * judge.walk <= budget:
         starts.sort(key=lambda start: start.error)
         at = starts.pop(0)  # best first, be it too slow
         after = judge.improve(at)
@@ -116,7 +118,7 @@ def refine(
             if after.on_target and after.error < best.error:
                 best = after
                 yield best
-        elif at is best or not starts:  # the others are behind
+        elif at is best or not starts:  # no other start is better than the best one
             return
 
 
@@ -126,22 +128,22 @@ class _Judge:
     def __init__(
         self,
         denoiser: Denoiser,
-        judged: Pool,
+        pool: Pool,
         others: Iterator[Pool],
         target: Target,
         gate: Schedule | int,
     ) -> None:
-        self.denoiser, self.judged, self.others, self.target = denoiser, judged, others, target
+        self.denoiser, self.pool, self.others, self.target = denoiser, pool, others, target
         sites = tuple(denoiser.sites)
         everything = torch.ones(denoiser.steps, len(sites), dtype=torch.bool)
         self.gate = Schedule(everything, sites, order=gate) if isinstance(gate, int) else gate
-        self.walk = len(judged) * denoiser.steps  # predictions of a walk on all noises
+        self.walk = len(pool) * denoiser.steps  # predictions of a walk on all noises
         self.spent = float(self.walk)
-        self.portion = noises_that_fit(denoiser, judged.x, judged.cond)
+        self.portion = noises_that_fit(denoiser, pool.x, pool.cond)
         self._kinds = [_Judge._rows, _Judge._flips]
         self._of_few = torch.empty(0), 0.0  # a table, and its error on few noises
-        self._judged: dict[bytes, Round] = {}
-        self._signs = torch.Generator().manual_seed(SEED)
+        self._known: dict[bytes, JudgedTable] = {}
+        self._signs = torch.Generator().manual_seed(SIGNS_SEED)
 
     def schedule(self, table: Tensor) -> Schedule:
         """Return a table with its gates."""
@@ -154,50 +156,50 @@ class _Judge:
         steps = self.denoiser.steps
 
         def run(first: int, last: int) -> Tensor:
-            part = self.judged[slice(first, last)]
-            costs = step_costs(self.denoiser, part.x, part.cond)
-            return costs.to(part.x.device) * (last - first)
+            part = self.pool[slice(first, last)]
+            errors = reuse_errors(self.denoiser, part.x, part.cond)
+            return errors.to(part.x.device) * (last - first)
 
-        portions = in_portions(run, len(self.judged), self.portion)
-        costs = mean_over_ranks(torch.stack(list(portions)).sum(0) / len(self.judged)).cpu()
+        portions = in_portions(run, len(self.pool), self.portion)
+        errors = mean_over_ranks(torch.stack(list(portions)).sum(0) / len(self.pool)).cpu()
         self.spent += 2 * self.walk + self.walk * (steps - 1) // 2
         most = int(self.target.allowed / float(self.target.cost.sites.sum()))
         paths: list[Collection[int]] = []
         for n in (most, most + 1):
             if 1 <= n <= steps:
-                paths += [cheapest_path(costs, n), spread(steps, Fraction(steps, n))]
+                paths += [cheapest_path(errors, n), spread(steps, Fraction(steps, n))]
         return [whole_steps(self.denoiser, path) for path in paths]
 
-    def round(self, table: Tensor) -> Round:
+    def judge(self, table: Tensor) -> JudgedTable:
         """Judge a table on all noises; one that was judged before is remembered."""
         key = table.numpy().tobytes()
-        if key not in self._judged:
-            error = self._error(table, len(self.judged))
+        if key not in self._known:
+            error = self._error(table, len(self.pool))
             fast = self.target.spent(table) <= self.target.allowed
-            self._judged[key] = Round(table, error, fast, self.spent)
-        return self._judged[key]
+            self._known[key] = JudgedTable(table, error, fast, self.spent)
+        return self._known[key]
 
-    def better(self, table: Tensor, at: Round) -> Round | None:
+    def better(self, table: Tensor, at: JudgedTable) -> JudgedTable | None:
         """Return a table's judgement if it is better than `at`, on the first noises as well."""
-        few = few_of(len(self.judged))
+        few = few_of(len(self.pool))
         if self._of_few[0] is not at.table:
             self._of_few = at.table, self._error(at.table, few)
         if (
-            table.numpy().tobytes() not in self._judged
+            table.numpy().tobytes() not in self._known
             and self._error(table, few) >= self._of_few[1]
         ):
             return None
-        after = self.round(table)
+        after = self.judge(table)
         return after if after.error < at.error else None
 
     def _error(self, table: Tensor, noises: int) -> float:
         """Return the mean error of a table on the first noises of every process."""
         self.spent += noises * self.denoiser.steps
-        part = self.judged[slice(noises)]
+        part = self.pool[slice(noises)]
         errors = pool_errors(self.denoiser, part, self.schedule(table))
         return float(mean_over_ranks(errors.mean()))
 
-    def improve(self, at: Round) -> Round | None:
+    def improve(self, at: JudgedTable) -> JudgedTable | None:
         """Return a better table nearby, or a faster one if this is too slow; None where there is
         none.
         """
@@ -209,12 +211,12 @@ class _Judge:
                 return after
         return None
 
-    def _rows(self, model: Quadratic, at: Round) -> Round | None:
+    def _rows(self, model: Quadratic, at: JudgedTable) -> JudgedTable | None:
         """Exchange the pair of rows that helps, if one of the likeliest does."""
         candidates = (self.better(table, at) for table in _pairs(model, at.table))
         return next((after for after in candidates if after is not None), None)
 
-    def _flips(self, model: Quadratic, at: Round) -> Round | None:
+    def _flips(self, model: Quadratic, at: JudgedTable) -> JudgedTable | None:
         """Flip the entries that the quadratic proposes, or half as many, if that helps or brings
         the table on target.
         """
@@ -224,7 +226,7 @@ class _Judge:
             flips = int((table != at.table).sum())
             if flips == 0:
                 return None
-            after = self.better(table, at) if at.on_target else self.round(table)
+            after = self.better(table, at) if at.on_target else self.judge(table)
             if after is not None:
                 return after
             most = min(most, flips) // 2

@@ -1,6 +1,6 @@
 """BetaController: the price β of computing, chosen while training so that the table ends on target.
 
-    minimise the error  subject to  spent ≤ allowed           (harmonica.search.budget)
+    minimise the error  subject to  spent ≤ allowed           (harmonica.search.target)
 
 β is the multiplier of that constraint: it is raised while the table spends too much, and lowered
 while it spends too little. The loss of a step is λ·MSE + β·Σᵢ wᵢ·rᵢ, where wᵢ is the cost of site i
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from harmonica.router import Router
 from harmonica.sdt import Update
-from harmonica.search.budget import Target, logit
+from harmonica.search.target import Target, logit
 
 GAIN, DAMPING = 0.15, 3.0
 """Change of log β in a trajectory: per unit of log (spent / allowed), per unit of its change."""

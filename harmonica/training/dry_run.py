@@ -25,7 +25,7 @@ from harmonica.router import Router, Schedule
 from harmonica.sdt import sdt
 from harmonica.search.flip_effects import flip_effects_at
 from harmonica.search.references import with_images
-from harmonica.search.refine import ROUND
+from harmonica.search.refine import WALKS_PER_ROUND
 from harmonica.search.refine_router import NOISES, ROUNDS
 from harmonica.table import require
 
@@ -120,7 +120,7 @@ def dry_run(  # noqa: D417 (some arguments share a line)
         macs += -(-trajectories // refresh_every) * T * (T + 1) // 2 * plain
     if target and refine != 0:
         memory["search"] = _search(denoiser)
-        whole = NOISES * ROUNDS * int(ROUND * T) // batch_size
+        whole = NOISES * ROUNDS * int(WALKS_PER_ROUND * T) // batch_size
         budget = whole if refine is None else refine
         predictions, macs = predictions + budget, macs + budget * plain
     return DryRun(predictions, macs, weights, memory, batch_size)

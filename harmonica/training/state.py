@@ -15,7 +15,7 @@ from harmonica.iepo import Proxy
 from harmonica.processes import batch_per_rank
 from harmonica.router import Router
 from harmonica.sdt import Update
-from harmonica.search.budget import Target
+from harmonica.search.target import Target
 from harmonica.storage.files import refused
 from harmonica.table import require
 from harmonica.training.beta import BetaController

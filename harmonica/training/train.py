@@ -17,9 +17,9 @@ from harmonica.memory import is_out_of_memory
 from harmonica.processes import local_part, mean_over_ranks, rank, world
 from harmonica.router import Router
 from harmonica.sdt import BETA, sdt
-from harmonica.search.budget import Target, target_of
 from harmonica.search.references import Toward, factor_of, finer_walk
 from harmonica.search.refine_router import refine_router
+from harmonica.search.target import Target, target_of
 from harmonica.storage.files import StrPath
 from harmonica.table import require
 from harmonica.training.checkpoint import Checkpoint

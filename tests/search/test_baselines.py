@@ -27,7 +27,7 @@ from harmonica.cache import gated
 from harmonica.evaluation.distances import image_mse
 from harmonica.samplers import alphas_cumprod
 from harmonica.search.baselines import dynamic_programming, every, learning_to_cache
-from harmonica.search.paths import cheapest_path, continue_walk, step_costs, whole_steps
+from harmonica.search.paths import cheapest_path, continue_walk, reuse_errors, whole_steps
 
 STEPS = 8
 
@@ -260,10 +260,10 @@ def test_no_other_path_is_cheaper(steps, seed, data):
 
 
 @pytest.mark.parametrize("remembers", [False, True])
-def test_a_step_costs_what_a_walk_of_its_own_says(remembers):
+def test_a_reuse_errors_what_a_walk_of_its_own_says(remembers):
     d = make(5, remembers=remembers)
     x, labels = start(d)
-    plain, costs = [], step_costs(d, x, labels)
+    plain, costs = [], reuse_errors(d, x, labels)
     full, (k, j) = torch.ones(5, 4, dtype=torch.bool), (3, 1)
     for after, _, _ in continue_walk(d, labels, full, (x, {}, {}), 0):
         plain.append(after)
@@ -279,7 +279,7 @@ def test_a_step_costs_what_a_walk_of_its_own_says(remembers):
 @given(seeds, st.sampled_from([1.1, 1.25]))
 def test_dynamic_programming_is_never_dearer_than_fora_at_as_many_steps(seed, speedup):
     d = make(STEPS, seed=seed % 100)
-    costs = step_costs(d, *start(d))
+    costs = reuse_errors(d, *start(d))
     path, spread = (
         s.compute[:, 0].nonzero().flatten().tolist()
         for s in (dynamic_programming(d, *start(d), speedup=speedup), every(d, speedup=speedup))

@@ -12,7 +12,6 @@ from harmonica import Macs, Router, Schedule, sample
 from harmonica.models import load
 from harmonica.samplers import SAMPLERS
 from harmonica.search import flip_effects as quadratic
-from harmonica.search.budget import Target
 from harmonica.search.flip_effects import (
     Quadratic,
     _Sums,
@@ -23,6 +22,7 @@ from harmonica.search.flip_effects import (
 )
 from harmonica.search.learn import learn_weights
 from harmonica.search.references import Pool, references
+from harmonica.search.target import Target
 
 TABLE = torch.tensor(
     [[True] * 4, [True, False, True, True], [False, True, True, False], [True, False] * 2]

@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 
 import harmonica
 from harmonica import Schedule, macs, sample
-from harmonica.search.budget import Target
-from harmonica.search.errors import image_errors, in_portions, outlier_weights
+from harmonica.memory import in_portions
+from harmonica.search.errors import image_errors, outlier_weights
 from harmonica.search.in_turn import learn_in_turn
 from harmonica.search.learn import learn_weights, pool_errors, weighted_walk
 from harmonica.search.paths import whole_steps
 from harmonica.search.references import Pool, factor_of, references
+from harmonica.search.target import Target
 from harmonica.storage.files import read_tensors, write_tensors
 
 TABLE = Schedule([[1] * 4, [0, 1, 0, 0], [1, 0, 0, 1], [0] * 4])
@@ -133,13 +134,13 @@ def test_the_walk_that_is_differentiated_is_the_schedules_own(table, order):
         assert torch.allclose(image, sample(d, x, cond, schedule), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("again", [True, False])
-def test_the_gradient_is_that_of_finite_differences(again):
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_the_gradient_is_that_of_finite_differences(checkpointing):
     d = make(remembers=True)
     x, cond = start(d, 2)
     weights = replace(TABLE, order=1).gate_weights.requires_grad_()
     direction = torch.randn(x.shape, generator=seeded(0)).to(x)
-    image = weighted_walk(d, TABLE.compute.tolist(), weights, x, cond, again=again)
+    image = weighted_walk(d, TABLE.compute.tolist(), weights, x, cond, checkpointing=checkpointing)
     gradient = torch.autograd.grad(image, weights, direction)[0]
     for entry in ((1, 0, 1), (3, 1, 2), (3, 3, 1), (1, 1, 0)):
         ends = []
@@ -187,7 +188,7 @@ def test_where_memory_is_short_steps_run_again_and_the_weights_are_the_same(monk
     walk = weighted_walk
     monkeypatch.setattr(
         "harmonica.search.learn.weighted_walk",
-        lambda *a, again: seen.append(again) or walk(*a, again=again),
+        lambda *a, **how: seen.append(how["checkpointing"]) or walk(*a, **how),
     )
     assert learn_weights(d, TABLE, pool, **SMALL) == whole
     assert all(seen)

@@ -5,7 +5,7 @@ import torch
 
 from harmonica import Macs, Router
 from harmonica.sdt import Update
-from harmonica.search.budget import Target
+from harmonica.search.target import Target
 from harmonica.training.beta import BetaController
 
 COST = Macs(torch.tensor([1.0, 2.0, 1.0, 2.0], dtype=torch.float64), 0.5)

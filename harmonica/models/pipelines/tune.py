@@ -29,11 +29,11 @@ from harmonica.models.pipelines.recorded import NotFollowedError
 from harmonica.models.sites import sites
 from harmonica.override import Method, overridden
 from harmonica.router import Schedule
-from harmonica.search.budget import Target
 from harmonica.search.learn import learn_weights
 from harmonica.search.paths import cheapest_path
 from harmonica.search.references import finer_walk, references, with_images
 from harmonica.search.refine import refine
+from harmonica.search.target import Target
 from harmonica.storage.files import StrPath
 from harmonica.table import require
 from harmonica.training.train import train_sdt
@@ -146,13 +146,13 @@ def _from_runs(pipe: Any, inputs: Inputs, speedup: float, progress: bool) -> Sch
     steps, width, cost = len(plain), len(columns), columns.macs
     require(steps > 0, f"{type(pipe).__name__} never steps its scheduler, so no table fits it")
     count = min(int(Target(speedup, cost, steps).allowed / float(cost.sites.sum())), steps)
-    costs = torch.zeros(steps, steps, dtype=torch.float64)
+    errors = torch.zeros(steps, steps, dtype=torch.float64)
     for j in tqdm(range(steps - 1), unit="run", desc="tune", disable=not progress):
         rows = torch.arange(steps)[:, None].expand(-1, width) <= j
         with cached(pipe, Schedule(rows, sites=tuple(columns))):
             for k, after in enumerate(steps_of_run(pipe, inputs.of([(0, SEED)]))):
-                costs[j, k] = float((after.double() - plain[k].double()).square().mean())
-    path = cheapest_path(costs, count)
+                errors[j, k] = float((after.double() - plain[k].double()).square().mean())
+    path = cheapest_path(errors, count)
     about: dict[str, str | float] = {"method": "tune, whole steps from runs", "speedup": speedup}
     return Schedule(
         torch.tensor([[k in path] * width for k in range(steps)]),

@@ -1,4 +1,4 @@
-"""Target: a speedup that the user asks for, and the budget that it leaves to the sites.
+"""Target: a speedup that the user asks for, and what its computing sites may cost.
 
     cost       of each site and of what no site covers, in MACs or another unit
     spent      what the computing sites of a table cost in one walk, Σ compute · cost
@@ -38,8 +38,7 @@ class Target:
     steps: int
 
     def __post_init__(self) -> None:
-        more = f"the target speedup is {self.speedup}; 1 computes all, expected more"
-        require(1 <= self.speedup < math.inf, more)
+        _check_speedup(self.speedup)
         rows = torch.arange(self.steps)[:, None].expand(-1, len(self.cost.sites)) == 0
         most = self.speed(rows)  # computes at its first step only
         why = f"the first of {self.steps} steps computes, and sites are {self.cost.covered:.1%}"
@@ -83,13 +82,18 @@ def check_target(speedup: float | None, beta: float | None, order: int) -> None:
     """Raise ValueError for a target that no model could meet, or that comes with a β, or for an
     order without a target; what needs the model is checked by `Target`.
     """
-    given, todo = f"the target speedup is {speedup}", "it must be 1 (compute all) or more"
-    require(speedup is None or 1.0 <= speedup < math.inf, f"{given}; {todo}")
-    todo = "training to a target chooses beta by itself, leave it out"
-    require(speedup is None or beta is None, f"beta is {beta} and {given}; {todo}")
+    if speedup is not None:
+        _check_speedup(speedup)
+        todo = "training to a target chooses beta by itself, leave it out"
+        require(beta is None, f"beta is {beta} and the target speedup is {speedup}; {todo}")
     todo = "expected an order from 0 to 9, and a target for an order above 0"
     holds = 0 <= order <= (0 if speedup is None else 9)
     require(holds, f"order is {order} and the target speedup {speedup}; {todo}")
+
+
+def _check_speedup(speedup: float) -> None:
+    given = f"the target speedup is {speedup}"
+    require(1 <= speedup < math.inf, f"{given}; it must be 1 (compute all) or more")
 
 
 def target_of(

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from harmonica import Macs, Router, Schedule, macs, sample, train_sdt
 from harmonica.evaluation.distances import image_mse
 from harmonica.models import load
-from harmonica.search.budget import Target, target_of
 from harmonica.search.learn import learn_weights
 from harmonica.search.paths import whole_steps
 from harmonica.search.references import pool_errors, references, with_images
-from harmonica.search.refine import PAIRS, ROUND, _Judge, few_of, refine
+from harmonica.search.refine import PAIRS, WALKS_PER_ROUND, _Judge, few_of, refine
 from harmonica.search.refine_router import NOISES, ROUNDS, refine_router
+from harmonica.search.target import Target, target_of
 
 QUICK = {"batch_size": 2, "lr": 0.2, "refresh_every": 2, "progress": False}
 COST = Macs(torch.tensor([1.0, 2.0, 1.0, 2.0], dtype=torch.float64), 0.5)
@@ -137,8 +137,8 @@ def test_where_the_search_ends_no_exchange_of_two_rows_and_no_single_flip_on_tar
     for j, k in pairs:
         order = list(range(5))
         order[j], order[k] = k, j
-        assert judge.round(end.table[order]).error >= end.error
-    assert end.error < judge.round(table).error
+        assert judge.judge(end.table[order]).error >= end.error
+    assert end.error < judge.judge(table).error
 
 
 def test_a_table_that_is_too_slow_is_brought_on_target():
@@ -146,7 +146,7 @@ def test_a_table_that_is_too_slow_is_brought_on_target():
     target = Target(1.6, macs(d), 5)
     pool = with_images(d, *start(d, 3))
     judge = _Judge(d, pool, repeat(pool), target, 0)
-    after = judge.improve(judge.round(torch.ones(5, 4, dtype=torch.bool)))
+    after = judge.improve(judge.judge(torch.ones(5, 4, dtype=torch.bool)))
     while after is not None and not after.on_target:
         after = judge.improve(after)
     assert after is not None
@@ -158,7 +158,7 @@ def test_a_search_towards_the_reference_ends_nearer_to_it_than_any_start():
     target, pool = Target(1.5, macs(d), 5), references(d, noises=4, factor=4)
     found = list(refine(d, [], pool, repeat(pool), target, budget=4000))
     starts = [
-        judge.error for judge in map(_Judge(d, pool, repeat(pool), target, 0).round, _paths(d))
+        judge.error for judge in map(_Judge(d, pool, repeat(pool), target, 0).judge, _paths(d))
     ]
     assert found[-1].error <= min(starts)
 
@@ -180,7 +180,7 @@ def test_a_candidate_that_is_worse_on_few_noises_is_not_walked_on_all(monkeypatc
     d = make()
     pool = with_images(d, *start(d, 40))
     judge = _Judge(d, pool, repeat(pool), Target(1.4, macs(d), 4), 0)
-    at = judge.round(torch.ones(4, 4).bool())
+    at = judge.judge(torch.ones(4, 4).bool())
     spent = judge.spent
     worse = torch.tensor([[True] * 4, *[[False] * 4] * 3])
     assert judge.better(worse, at) is None
@@ -195,7 +195,7 @@ def test_a_larger_budget_judges_on_more_noises(monkeypatch):
         return iter(())
 
     monkeypatch.setattr("harmonica.search.refine_router.refine", watched)
-    one = ROUNDS * ROUND * 4
+    one = ROUNDS * WALKS_PER_ROUND * 4
     for budget in (None, 10, NOISES * one / 16, 2 * NOISES * one / 16):
         router = Router(4, d.sites, generator=seeded(0))
         refine_router(d, router, Target(1.6, macs(d), 4), batch_size=16, budget=budget)
@@ -207,7 +207,7 @@ def test_refining_stays_within_its_budget_and_says_what_it_spent(budget):
     d = make()
     router = Router(4, d.sites, generator=seeded(0))
     refine_router(d, router, Target(1.6, macs(d), 4), batch_size=16, budget=budget)
-    judging = 8 * (4 + 8 + 6 + 5 * 4)  # targets, step costs and five starts, of 128 noises
+    judging = 8 * (4 + 8 + 6 + 5 * 4)  # targets, reuse errors and five starts, of 128 noises
     assert router.about["provenance"]["refined_for"] <= max(budget, judging if budget else 0)
     assert router.schedule(0.1).speedup(macs(d)) >= 1.6
 
