@@ -1,5 +1,5 @@
-"""Memory: the most that a piece of work takes, counted without doing it, what a device has free, and
-work in portions that fit.
+"""Memory: the most that a piece of work takes, counted without doing it, what a device has free,
+and work in portions that fit it.
 
 On torch's meta device a tensor has a shape and no numbers, so a model of any size costs nothing
 there. `Meter` follows the storages that are alive while work runs. This file does not know models.

@@ -58,14 +58,14 @@ def learn_weights(
 ) -> Schedule:
     """Return the schedule with weights that bring its images near the pool's.
 
-    Learning starts from the best of these: the schedule as given, reuse, and forecasts that fit into
-    `history`. If no learned weights are better on the validation noises, that start is returned. An
-    update costs about three walks of `batch_size` noises, four where memory is short.
+    Learning starts from the best of these: the schedule as given, reuse, and forecasts that fit
+    into `history`. If no learned weights are better on the validation noises, that start is
+    returned. An update costs about three walks of `batch_size` noises, four where memory is short.
 
     Args:
         denoiser: model, sampler, guidance.
         schedule: whose table stays as it is.
-        pool: noises and targets (`references`); one in VALIDATION_SHARE is held back for validation.
+        pool: noises and targets (`references`); one in VALIDATION_SHARE is for validation.
         history: m, past outputs that a gate may read; memory grows with it.
         iterations: updates.
         batch_size: noises in an update; small ones with more updates do more for their price.

@@ -1,5 +1,5 @@
-"""Refine: a search that changes entries of a table and keeps a change if the error of the final image
-falls.
+"""Refine: a search that changes entries of a table and keeps a change if the error of the final
+image falls.
 
 The search stands at a table, and asks `harmonica.search.flip_effects` what flipping entries would
 do to the image:

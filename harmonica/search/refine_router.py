@@ -45,8 +45,8 @@ def refine_router(
     toward: Toward = "uncached",
     progress: bool = False,
 ) -> None:
-    """Flip entries of the router's table until it is on target, refine the table, and set the scores
-    so that freezing at τ gives it.
+    """Flip entries of the router's table until it is on target, refine the table, and set the
+    scores so that freezing at τ gives it.
 
     A score whose decision changed is set just beyond τ, the others stay. The noises are drawn from
     a seed of their own, so that resuming a run does not change them.
