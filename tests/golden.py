@@ -31,7 +31,7 @@ class Recording:
             self.config = json.loads(file.metadata()["config"])
             self.tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         c = self.config
-        sizes = (
+        sizes = [
             "input_size",
             "patch_size",
             "in_channels",
@@ -39,7 +39,7 @@ class Recording:
             "depth",
             "num_heads",
             "num_classes",
-        )
+        ]
         model = DiT(**{key: c[key] for key in sizes})
         model.load_state_dict(
             {k[8:]: v for k, v in self.tensors.items() if k.startswith("weights.")}, strict=True

@@ -173,11 +173,8 @@ def run_embedded(pipe: Any, steps: int = 4) -> torch.Tensor:
     if type(pipe).__name__ == "WanPipeline":
         return pipe(height=16, width=16, num_frames=5, **options).frames
     pooled, negative = torch.randn(2, 1, 8, generator=generator)
-    options |= {
-        "pooled_prompt_embeds": pooled,
-        "negative_pooled_prompt_embeds": negative,
-        "true_cfg_scale": 3.0,
-    }
+    options |= {"pooled_prompt_embeds": pooled, "true_cfg_scale": 3.0}
+    options["negative_pooled_prompt_embeds"] = negative
     return pipe(height=64, width=64, **options).images
 
 
@@ -185,21 +182,11 @@ def run(pipe: Any, steps: int = 4, *, seed: int = 1, batch: int = 1, **more: Any
     """Return what the pipeline makes: DiT's images, PixArt's latents."""
     generator = seeded(seed)
     if type(pipe).__name__ == "DiTPipeline":
-        out = pipe(
-            [1, 2, 3][:batch],
-            generator=generator,
-            num_inference_steps=steps,
-            output_type="pt",
-            **more,
-        )
-        return out.images
+        how = {"num_inference_steps": steps, "output_type": "pt", **more}
+        return pipe([1, 2, 3][:batch], generator=generator, **how).images
     prompt = ["a blue boat at night", "the cat in the house", "a river"][:batch]
-    options = {
-        "output_type": "latent",
-        "use_resolution_binning": False,
-        "clean_caption": False,
-        **more,
-    }
+    options = {"output_type": "latent", "use_resolution_binning": False, "clean_caption": False}
+    options |= more
     return pipe(prompt, generator=generator, num_inference_steps=steps, **options).images
 
 
@@ -269,13 +256,8 @@ def flux_img2img_pipe() -> Any:
 
     parts = flux_pipe().components
     parts["vae"].register_to_config(shift_factor=0.1)
-    return FluxImg2ImgPipeline(
-        **{
-            name: parts[name]
-            for name in parts
-            if name not in ("image_encoder", "feature_extractor")
-        }
-    )
+    unused = ("image_encoder", "feature_extractor")
+    return FluxImg2ImgPipeline(**{k: part for k, part in parts.items() if k not in unused})
 
 
 def ltx_image_to_video_pipe() -> Any:

@@ -13,20 +13,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from harmonica import (
-    Router,
-    Schedule,
-    blend,
-    check_denoiser,
-    denoise,
-    gated,
-    image_error,
-    objective,
-    reuse,
-    sample,
-    sdt,
-)
-from harmonica.denoise import final_image, gates_of
+from harmonica import Router, Schedule, check_denoiser, sample, sdt
+from harmonica.cache import blend, gated, reuse
+from harmonica.denoise import denoise, final_image, gates_of
+from harmonica.iepo import image_error, objective
 
 
 def walk(d, x, y, schedule, cache=None, **more):

@@ -29,15 +29,8 @@ def under(name: str, steps: int, *, learn_sigma: bool = True, betas: str = "line
     d = make(steps)
     model = d.model
     if not learn_sigma:
-        model = DiT(
-            input_size=4,
-            in_channels=2,
-            hidden_size=8,
-            depth=2,
-            num_heads=2,
-            num_classes=3,
-            learn_sigma=False,
-        )
+        size = {"input_size": 4, "in_channels": 2, "hidden_size": 8, "depth": 2, "num_heads": 2}
+        model = DiT(**size, num_classes=3, learn_sigma=False)
         generator = seeded(0)
         for p in model.double().parameters():
             p.data = torch.randn(p.shape, generator=generator, dtype=p.dtype) * 0.3

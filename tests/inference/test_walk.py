@@ -182,12 +182,8 @@ class Foreign:
     """A denoiser that nobody knows."""
 
     def __init__(self, inner):
-        self.inner, self.steps, self.sites, self.about = (
-            inner,
-            inner.steps,
-            inner.sites,
-            inner.about,
-        )
+        self.inner, self.steps = inner, inner.steps
+        self.sites, self.about = inner.sites, inner.about
         self.predict, self.step, self.draw = inner.predict, inner.step, inner.draw
 
 

@@ -23,14 +23,7 @@ from harmonica.search.references import Pool
 SMALL_DIT = {"input_size": 8, "patch_size": 2, "hidden_size": 16, "depth": 2, "num_heads": 2}
 SMALL_PIXART = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2}
 SMALL_PIXART |= {"cross_attention_dim": 24, "caption_channels": 12}
-SMALL_UVIT = {
-    "input_size": 8,
-    "patch_size": 2,
-    "in_channels": 4,
-    "hidden_size": 16,
-    "depth": 2,
-    "num_heads": 2,
-}
+SMALL_UVIT = SMALL_DIT | {"in_channels": 4}
 SMALL_UVIT |= {"num_classes": 5}
 
 
@@ -48,9 +41,8 @@ def small(monkeypatch):
 
 
 def loaded(name: str, sampler: str | None = None, steps: int = 4, **more):
-    d = load(
-        name, sampler=sampler, steps=steps, weights=None if name in BUNDLED else "random", **more
-    )
+    weights = None if name in BUNDLED else "random"
+    d = load(name, sampler=sampler, steps=steps, weights=weights, **more)
     if name not in BUNDLED:
         randomised(d.model)  # DiT starts with gates of zero, under which no site matters
     return d
@@ -102,14 +94,8 @@ def test_random_weights_are_zero_nowhere_so_that_every_site_matters(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_the_defaults_are_the_models_own(name):
     d = loaded(name, steps=2)
-    expected = {
-        "t": ("ddim", 1.5),
-        "g": ("ddim", 1.5),
-        "d": ("ddim", 1.5),
-        "p": ("dpm-solver++", 4.5),
-        "u": ("dpm-solver++", 1.4),
-    }[name[0]]
-    assert (d.about["sampler"], d.about["guidance"]) == expected
+    own = {"p": ("dpm-solver++", 4.5), "u": ("dpm-solver++", 1.4)}
+    assert (d.about["sampler"], d.about["guidance"]) == own.get(name[0], ("ddim", 1.5))
     assert d.about["model"] == {"dit-xl-256": "dit-xl"}.get(name, name)
 
 
@@ -150,15 +136,8 @@ def test_inputs_that_do_not_fit_the_model_are_named_and_leave_no_trace(name):
     d = loaded(name, steps=2)
     x, cond = start(d, 2, 0)
     plain = sample(d, x, cond)
-    wrong = [
-        (x, cond[:1]),
-        (x[:1], cond),
-        (x[:, :-1], cond),
-        (x[0], cond),
-        (x, cond.float()),
-        (x.to("meta"), cond),
-    ]
-    wrong.append((x[:0], cond[:0]))
+    wrong = [(x, cond[:1]), (x[:1], cond), (x[:, :-1], cond), (x[0], cond), (x, cond.float())]
+    wrong += [(x.to("meta"), cond), (x[:0], cond[:0])]
     if name != "pixart-alpha-256":  # which takes latents of any size
         wrong.append((x[..., :-1], cond))
     for walk in (sample, lambda d, x, cond: Walk(d)(x, cond)):

@@ -36,11 +36,8 @@ def test_dit_is_diffusers_dit_once_its_two_deviations_are_patched():
     for block in theirs.transformer_blocks:
         block.norm1.emb.time_proj.downscale_freq_shift = 0
         block.norm3.eps = 1e-6
-    x, t, y = (
-        torch.randn(3, 4, 8, 8, generator=generator),
-        torch.tensor([999, 500, 3]),
-        torch.tensor([0, 5, 2]),
-    )
+    x = torch.randn(3, 4, 8, 8, generator=generator)
+    t, y = torch.tensor([999, 500, 3]), torch.tensor([0, 5, 2])
     with torch.no_grad():
         expected = theirs(x, t, y).sample
         torch.testing.assert_close(ours(x, t, y), expected, rtol=1e-4, atol=1e-5)

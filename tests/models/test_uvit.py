@@ -8,30 +8,15 @@ from conftest import refused, seeded, seeds, start, tables
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harmonica import (
-    Router,
-    Schedule,
-    blend,
-    check_denoiser,
-    denoise,
-    gated,
-    macs,
-    reuse,
-    sample,
-    sdt,
-)
+from harmonica import Router, Schedule, check_denoiser, macs, sample, sdt
+from harmonica.cache import blend, gated, reuse
+from harmonica.denoise import denoise
 from harmonica.models.layers import sinusoids
 from harmonica.models.uvit import UVIT_H, UViT, UViTDenoiser
 from harmonica.samplers import DDIM
 
-SMALL = {
-    "input_size": 4,
-    "patch_size": 2,
-    "in_channels": 2,
-    "hidden_size": 8,
-    "num_heads": 2,
-    "num_classes": 3,
-}
+SMALL = {"input_size": 4, "patch_size": 2, "in_channels": 2}
+SMALL |= {"hidden_size": 8, "num_heads": 2, "num_classes": 3}
 SITES = 6  # of the small one: attn and mlp of three blocks
 
 
@@ -61,17 +46,12 @@ def random_scores(sites, seed=0):
 
 def block_shapes(name, d, *, skip=False):
     """Names and shapes of one block's parameters."""
-    shapes = {
-        f"{name}.{norm}.{kind}": (d,) for norm in ("norm1", "norm2") for kind in ("weight", "bias")
-    }
+    norms = [f"{name}.{norm}.{kind}" for norm in ("norm1", "norm2") for kind in ("weight", "bias")]
+    shapes = dict.fromkeys(norms, (d,))
     shapes |= {f"{name}.attn.qkv.weight": (3 * d, d)}  # and no bias
-    layers = [
-        ("attn.proj", d, d),
-        ("mlp.fc1", 4 * d, d),
-        ("mlp.fc2", d, 4 * d),
-        ("skip_linear", d, 2 * d),
-    ]
-    for layer, out, into in layers if skip else layers[:3]:
+    layers = [("attn.proj", d, d), ("mlp.fc1", 4 * d, d), ("mlp.fc2", d, 4 * d)]
+    layers += [("skip_linear", d, 2 * d)] if skip else []
+    for layer, out, into in layers:
         shapes |= {f"{name}.{layer}.weight": (out, into), f"{name}.{layer}.bias": (out,)}
     return shapes
 
@@ -103,11 +83,8 @@ def test_the_sites_are_those_of_every_block_in_the_order_they_run():
     with torch.device("meta"):
         model = UViT(**UVIT_H)
     sites = list(UViTDenoiser(model, DDIM(2)).sites)
-    blocks = (
-        [f"in_blocks.{i}" for i in range(14)]
-        + ["mid_block"]
-        + [f"out_blocks.{i}" for i in range(14)]
-    )
+    sides = [[f"{side}_blocks.{i}" for i in range(14)] for side in ("in", "out")]
+    blocks = [*sides[0], "mid_block", *sides[1]]
     assert sites == [f"{block}.{kind}" for block in blocks for kind in ("attn", "mlp")]
     asked = []
     d = make(depth=4)
@@ -120,10 +97,7 @@ def test_the_sites_are_those_of_every_block_in_the_order_they_run():
 def test_macs_of_h2_are_the_published_ones_and_guidance_doubles_them():
     with torch.device("meta"):
         model = UViT(**UVIT_H)
-    one, two = (
-        macs(UViTDenoiser(model, DDIM(2), guidance=1.0)),
-        macs(UViTDenoiser(model, DDIM(2), guidance=1.4)),
-    )
+    one, two = (macs(UViTDenoiser(model, DDIM(2), guidance=g)) for g in (1.0, 1.4))
     assert one.total == pytest.approx(133e9, rel=0.005)
     assert float(one.sites[0::2].sum()) / one.total == pytest.approx(0.332, abs=0.001)
     assert float(one.sites[1::2].sum()) / one.total == pytest.approx(0.596, abs=0.001)
@@ -184,29 +158,21 @@ def written_again(w, x, t, y, *, heads=2, patch=2):
     corners = [(i * patch, j * patch) for i in range(grid) for j in range(grid)]  # row by row
     cut = torch.stack([x[:, :, i : i + patch, j : j + patch].flatten(1) for i, j in corners], dim=1)
     patches = cut @ w["patch_embed.proj.weight"].view(dim, -1).T + w["patch_embed.proj.bias"]
-    h = (
-        torch.cat([w["label_emb.weight"][y][:, None], time[:, None], patches], dim=1)
-        + w["pos_embed"]
-    )
-    kept, pairs = (
-        [],
-        sum(name.startswith("in_blocks") and name.endswith("qkv.weight") for name in w),
-    )
+    label = w["label_emb.weight"][y][:, None]
+    h = torch.cat([label, time[:, None], patches], dim=1) + w["pos_embed"]
+    kept, pairs = [], sum(n.startswith("in_blocks") and n.endswith("qkv.weight") for n in w)
     for i in range(pairs):
         h = block(f"in_blocks.{i}", h)
         kept.append(h)
     h = block("mid_block", h)
     for i in range(pairs):
-        h = block(
-            f"out_blocks.{i}",
-            linear(f"out_blocks.{i}.skip_linear", torch.cat([h, kept[-1 - i]], dim=-1)),
-        )
+        joined = torch.cat([h, kept[-1 - i]], dim=-1)
+        h = block(f"out_blocks.{i}", linear(f"out_blocks.{i}.skip_linear", joined))
     flat = linear("decoder_pred", norm("norm", h))[:, 2:]  # row, column and channel within a patch
     noise = torch.empty_like(x)
     for token, (i, j) in enumerate(corners):
-        noise[:, :, i : i + patch, j : j + patch] = (
-            flat[:, token].view(len(x), patch, patch, -1).permute(0, 3, 1, 2)
-        )
+        piece = flat[:, token].view(len(x), patch, patch, -1).permute(0, 3, 1, 2)
+        noise[:, :, i : i + patch, j : j + patch] = piece
     return noise
 
 
@@ -215,10 +181,7 @@ def test_the_model_is_the_one_written_again(options):
     model = small_model(**options)
     generator = seeded(1)
     x = torch.randn(3, 2, 4, 4, generator=generator, dtype=torch.float64)
-    t, y = (
-        torch.tensor([0.0, 1.0, 0.5]),
-        torch.tensor([0, 3, 2]),
-    )  # small angles, which float32 holds exactly enough
+    y, t = torch.tensor([0, 3, 2]), torch.tensor([0.0, 1.0, 0.5])  # which float32 holds well
     with torch.no_grad():
         expected = written_again(model.state_dict(), x, t, y)
         (noise,) = model(x, t, (y,))
@@ -250,10 +213,8 @@ def test_two_streams_are_two_calls_bit_for_bit(batch, dtype, seed):
     model = small_model(dtype=dtype, depth=4)
     generator = seeded(seed)
     x = torch.randn(batch, 2, 4, 4, generator=generator).to(dtype)
-    t, y = (
-        torch.rand(batch, generator=generator) * 1000,
-        torch.randint(3, (batch,), generator=generator),
-    )
+    t = torch.rand(batch, generator=generator) * 1000
+    y = torch.randint(3, (batch,), generator=generator)
     with torch.no_grad():
         together = model(x, t, (y, torch.full_like(y, 3)))
         apart = [model(x, t, (labels,))[0] for labels in (y, torch.full_like(y, 3))]
@@ -329,9 +290,7 @@ def test_x_stays_float32_although_the_weights_are_half(dtype):
     assert all(x.dtype == torch.float32 for x in denoise(d, x, y))
     assert set(entered) == {dtype}
     streams = d.model(x.to(dtype), torch.full((2,), 1000.0), (y, torch.full_like(y, 3)))
-    conditional, null = (
-        noise.float() for noise in streams
-    )  # guidance amplifies, so it is not rounded to half
+    conditional, null = map(torch.Tensor.float, streams)  # guidance amplifies: not rounded to half
     assert torch.equal(d.predict(x, 0, y), null + 1.4 * (conditional - null))
     assert start(make(dtype=torch.float64))[0].dtype == torch.float64
     router = Router(4, d.sites, generator=seeded(0))
