@@ -14,6 +14,7 @@ import os
 import random
 import struct
 import sys
+import tempfile
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
@@ -108,8 +109,6 @@ _SETTINGS = {"batch_size": 1, "tau": 0.1, "beta": 7e-8, "lr": 0.01, "refresh_eve
 
 @lru_cache(1)
 def _checkpoint_bytes() -> bytes:
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         path, d = Path(folder) / "c", make(dtype=torch.float32)
         train_sdt(d, **_SETTINGS, iterations=3, checkpoint=path, progress=False)
@@ -361,8 +360,6 @@ def watched() -> Iterator[list[str]]:
 @lru_cache(None)
 def _warm(target: Target) -> None:
     """Read a valid one unwatched: what is imported for it comes in now."""
-    import tempfile
-
     Image.init()
     import_module("torch.utils.serialization.config")  # which torch.load does at its first file
     repr(torch.zeros(1))  # torch imports much, named tuples too, when it first prints a tensor
@@ -400,8 +397,6 @@ def _judged(error: Exception, path: Path) -> str:
 @lru_cache(None)
 def whole(target: Target) -> dict[str, bytes]:
     """Return the files of a valid one, by name."""
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         target.write(Path(folder) / target.file)
         return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
