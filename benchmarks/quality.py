@@ -63,6 +63,7 @@ TRAINED = (
     "weights on the refined table",
     "weights, everything computed",
     "table and weights in turn",
+    "table and weights in turn, from the refined table",
 )
 MEASURED = (
     *("FORA", "FORA, order 1", "FORA, order 2", "SmoothCache", "Delta-DiT", "random", "greedy"),
@@ -143,9 +144,9 @@ def new_table(denoiser: Denoiser, method: str, speedup: float, job: Job) -> Sche
             of("refined towards the reference, order 1"), denoiser, job
         ),
         "weights, everything computed": lambda: weighted(everything(), denoiser, job),
-        "table and weights in turn": lambda: learn_in_turn(
-            denoiser, of("dynamic programming"), pool_of(denoiser, 1536, None, args), Target(speedup, macs(denoiser), denoiser.steps),
-            turns=2, iterations=384, generator=generator, progress=print,
+        "table and weights in turn": lambda: in_turn(of("dynamic programming"), denoiser, speedup, job),
+        "table and weights in turn, from the refined table": lambda: in_turn(
+            of("refined towards the reference, order 1"), denoiser, speedup, job
         ),
     }  # fmt: skip
     if method in ways:
@@ -164,6 +165,16 @@ def weighted(schedule: Schedule, denoiser: Denoiser, job: Job) -> Schedule:
     return learn_weights(
         denoiser, schedule, pool_of(denoiser, 384, None, args), generator=generator
     )
+
+
+def in_turn(schedule: Schedule, denoiser: Denoiser, speedup: float, job: Job) -> Schedule:
+    """Learn table and weights in turn, on a pool four times as large."""
+    *_, seed, args = job
+    pool = pool_of(denoiser, 1536, None, args)
+    target = Target(speedup, macs(denoiser), denoiser.steps)
+    how: dict[str, Any] = {"turns": 2, "iterations": 384}
+    generator = torch.Generator().manual_seed(seed)
+    return learn_in_turn(denoiser, schedule, pool, target, generator=generator, **how)
 
 
 def pool_of(denoiser: Denoiser, noises: int, seed: int | None, args: argparse.Namespace) -> Pool:
