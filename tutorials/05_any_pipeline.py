@@ -227,6 +227,8 @@ disable_cache(pipe)
 # has no place for forecasts and weights either, and a table that has them cannot be written.)
 #
 # ```python
+# from harmonica.storage.foreign import write_smoothcache
+#
 # with tempfile.TemporaryDirectory() as folder:
 #     write_smoothcache(Path(folder) / "table.json", schedule)
 #     back = Schedule.load(Path(folder) / "table.json")
