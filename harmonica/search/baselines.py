@@ -1,8 +1,8 @@
 """Baselines: other methods that fill the table, each a function that returns a `Schedule`.
 
-    every                  FORA            whole steps, evenly spread        measures nothing
-    dynamic_programming    after DPCache   whole steps, the cheapest path    2T predictions, T²/2 cheap
-    learning_to_cache      L2C             entries of every second step      trained on images
+    every                  FORA            whole steps, evenly spread     measures nothing
+    dynamic_programming    after DPCache   whole steps, cheapest path     2T predictions, T²/2 cheap
+    learning_to_cache      L2C             entries of every second step   trained on images
 
     denoiser, x, cond    what `denoise` takes; x (B, C, H, W) is pure noise to measure on
     speedup              a target, theoretical (`Schedule.speedup(macs(denoiser))`)
