@@ -80,7 +80,7 @@ def test_memory_is_flat():
     for _ in range(3):
         asyncio.run(serve(app, 12, [5]))
         counts.append(tensors())
-    assert counts[2] <= counts[1]
+    assert counts[2] < counts[1] + 6  # a leak would be one tensor or more for each of 12 requests
 
 
 def test_steps_without_a_table_are_refused_with_what_there_is():
