@@ -1,6 +1,7 @@
 """The tutorials run, say what they print, and their notebooks are what the scripts make."""
 
 import contextlib
+import inspect
 import io
 import json
 import os
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+import harmonica.sdt
 from harmonica.evaluation import pictures as plots
 
 ROOT = Path(__file__).parent.parent
@@ -141,6 +143,13 @@ def test_a_tutorial_opens_with_what_it_teaches_and_asks_before_each_plot(script)
             question = next(source for kind, source in reversed(made[:i]) if kind == "markdown")
             assert "?" in question, f"cell {i} draws and nothing was asked"
             assert kind == "code"
+
+
+def test_the_third_tutorial_names_what_is_in_the_loop_that_it_prints():
+    (said,) = (text for _, text in cells(SCRIPTS[2]) if "the library's loop" in text)
+    names = re.findall(r"[a-z_]+", " ".join(re.findall(r"`(.*?)`", said)))
+    assert len(names) >= 3
+    assert all(name in inspect.getsource(harmonica.sdt) for name in names), names
 
 
 @each_script

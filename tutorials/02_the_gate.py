@@ -35,7 +35,8 @@ plain = sample(denoiser, x, labels)
 #
 # A site is an attention or a feed-forward. Inside `with gated(…)` a site does not run when the model calls it. It calls
 # the gate with two arguments: its number, and a function that would compute its output. What the gate returns is used
-# as the site's output. The gate below computes always, and keeps a list of the numbers.
+# as the site's output. The gate below computes always, and keeps a list of the numbers. `no_grad` tells PyTorch to keep
+# nothing for gradients.
 
 # %%
 called = []
@@ -46,16 +47,18 @@ def gate(site, compute):
     return compute()
 
 
-with gated(denoiser.sites, gate):
+with torch.no_grad(), gated(denoiser.sites, gate):
     denoiser.predict(x, 0, labels)
 print("called for the sites", called)
 
 # %% [markdown]
 # After the `with`, the model is as it was. `gated` had overridden the `forward` of 16 module objects, and has removed the
-# overrides again. No hook was registered, and no class was changed. So the next prediction does not call our gate:
+# overrides again. No hook (a function that PyTorch calls around a module) was registered, and no class was changed. So the
+# next prediction does not call our gate:
 
 # %%
-denoiser.predict(x, 0, labels)
+with torch.no_grad():
+    denoiser.predict(x, 0, labels)
 print(
     len(called),
     "calls in all; a forward is still overridden:",
@@ -65,8 +68,9 @@ print(
 # %% [markdown]
 # ## A cache is a dict
 #
-# `reuse(row, cache)` returns the gate of inference. Where the row is true, the site computes, and the cache keeps its feature
-# under the site's number. Where the row is false, the kept feature is returned, and `compute` is never called.
+# `reuse(row, cache)` returns the gate of inference. `row` is a list of N booleans, one for each site. Where it is true, the
+# site computes, and the cache keeps its feature under the site's number. Where it is false, the kept feature is returned,
+# and `compute` is never called.
 
 # %%
 N = len(denoiser.sites)

@@ -98,8 +98,8 @@ plots.router_heatmap(router(), tuple(denoiser.sites), title="Untrained")
 # %% [markdown]
 # ## Algorithm 1, by hand
 #
-# Here is one walk of step-wise denoising training (SDT). It starts from pure noise and needs no image. Two dicts hold its
-# whole state: the cache, and the memory of the sampler. The *student* is the model under the router's gate.
+# Here is one walk of step-wise denoising training (SDT). It starts from pure noise and needs no image. Its state is x and
+# two dicts: the cache, and the memory of the sampler. The *student* is the model under the router's gate.
 #
 # **Step 0.** Nothing has been kept yet. The student computes everything, and `blend` keeps the features.
 
@@ -142,11 +142,13 @@ print(
 # %% [markdown]
 # The second term is about 130 times the first. Still it does not decide everything, because a score follows the *slopes* of
 # the two terms and not their sizes. The slope of β·Σr is β for every score at every step. The slope of the MSE is large
-# where computing would make the output much better. At step 1 it would hardly do so, and the scores will fall. At later
-# steps the MSE is hundreds to thousands of times larger (tutorial 4 plots it), and many scores will rise.
+# where computing would make the output much better. At step 1 computing would hardly improve the output, so the scores will
+# fall. At later steps the MSE is hundreds to thousands of times larger (tutorial 4 plots it), and many scores will rise.
 #
 # **Step 1, the update.** The gradient reaches row 1 of the router and nothing else: the weights are frozen, and kept
-# features are detached, so no gradient reaches an earlier step.
+# features are detached (cut off from the gradient computation), so no gradient reaches an earlier step. AdamW skips a
+# parameter whose gradient is None, so other rows do not move. A zero gradient would not be enough, because momentum would
+# still move them. That is why `set_to_none=True` is there.
 
 # %%
 optimizer.zero_grad(set_to_none=True)
@@ -168,8 +170,9 @@ print(
 )
 
 # %% [markdown]
-# This continues to step T − 1, and then with the next noise. Here is the library's loop. Step 0 is `next(walk)`, the update is
-# `_update_row`, and `_means` only reports. Find the rest of the lines above.
+# This continues to step T − 1, and then with the next noise. Here is the library's loop. Step 0 is `next(denoise(…))`, which runs
+# one step of the walk. `_update` is the update; it also averages loss and MSE for the report. Find the rest of the lines
+# above.
 
 # %%
 source = inspect.getsource(sdt)
