@@ -9,7 +9,6 @@ them than without. This file does not know how either of the two works.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import cycle
 
 import torch
@@ -36,7 +35,6 @@ def learn_in_turn(  # noqa: D417 (some arguments are described together)
     iterations: int = 288,
     batch_size: int = 16,
     generator: torch.Generator | None = None,
-    progress: Callable[[int, float], None] | None = None,
 ) -> Schedule:
     """Return a schedule on target whose table and weights were learned in turn.
 
@@ -49,7 +47,6 @@ def learn_in_turn(  # noqa: D417 (some arguments are described together)
         schedule: on target, with or without weights.
         target: the speedup that tables must have.
         turns: at most so many times the table is searched and the weights learned again.
-        progress: called before each turn as progress(turn, error of the noises held back).
 
     Raises ValueError if a number is out of range, or the schedule is slower than the target.
     """
@@ -69,9 +66,7 @@ def learn_in_turn(  # noqa: D417 (some arguments are described together)
         return float(pool_errors(denoiser, validation, end).mean()), end
 
     error, best = learned(schedule)
-    for turn in range(turns):
-        if progress is not None:
-            progress(turn, error)
+    for _ in range(turns):
         tables = refine(denoiser, [best.compute], judging, others, target, budget=budget, gate=best)
         *_, judged = tables
         lower, after = learned(with_table(best, judged.table))

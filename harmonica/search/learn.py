@@ -35,7 +35,7 @@ from harmonica.router import Schedule
 from harmonica.run_again import run_again, run_once
 from harmonica.search.errors import CAP, image_errors, outlier_weights
 from harmonica.search.references import Pool, pool_errors
-from harmonica.table import outputs_before
+from harmonica.table import outputs_before, require
 
 VALIDATION_SHARE = 6
 """One noise of so many is not trained on."""
@@ -75,11 +75,11 @@ def learn_weights(
     Raises ValueError if a number is out of range, the pool has fewer than two noises, or the
     schedule does not fit the denoiser; FloatingPointError if the error is not finite.
     """
-    if history < 1 or iterations < 1 or batch_size < 1 or len(pool) < 2:
-        raise ValueError(
-            f"history is {history}, iterations {iterations}, batch_size {batch_size}, and the pool "
-            f"has {len(pool)} noises; expected 1 or more, and 2 noises or more"
-        )
+    require(
+        min(history, iterations, batch_size, len(pool) - 1) >= 1,
+        f"history is {history}, iterations {iterations}, batch_size {batch_size}, and the pool "
+        f"has {len(pool)} noises; expected 1 or more, and 2 noises or more",
+    )
     check_fit(schedule, denoiser)
     held_back = max(len(pool) // VALIDATION_SHARE, 1)
     validation, training = pool[slice(held_back)], pool[slice(held_back, None)]
