@@ -20,8 +20,9 @@ from weakref import WeakKeyDictionary, finalize
 
 from torch import nn
 
+from harmonica.models.pipelines.patched import patched
 from harmonica.models.pipelines.session import Session
-from harmonica.override import Method, patched
+from harmonica.override import Method
 from harmonica.router import Schedule
 
 _sessions: WeakKeyDictionary[Any, list[Session]] = WeakKeyDictionary()

@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
+from harmonica.models.pipelines.patched import patched
 from harmonica.models.pipelines.standin import plain_scheduler
 from harmonica.models.pipelines.tracker import current
-from harmonica.override import Method, overridden, patched
+from harmonica.override import Method, overridden
 
 
 @contextmanager
