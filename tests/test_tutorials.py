@@ -68,7 +68,7 @@ SHORTER = {
     "06": "range(1500) range(400); 570 38; draw(1000 draw(100; draw(64 draw(16; (1.2, (; "
     "(256 (64; train_to(s) train_to(s,refine=60); order=1) order=1,refine=60)",
     "07": "noises=64 noises=12; draw(32 draw(8; noises=96 noises=12; iterations=60 iterations=2; "
-    "noises=48 noises=12; iterations=10 iterations=1; iterations=5 iterations=1",
+    "noises=48 noises=12; iterations=10 iterations=1; iterations=20 iterations=1",
 }
 """What is trained less, unless TUTORIALS=full (`make tutorials`); the numbers printed are then other ones."""
 

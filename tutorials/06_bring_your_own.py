@@ -17,7 +17,7 @@
 import torch
 from torch import nn
 
-from harmonica import Schedule, check_denoiser, macs, sample, train_sdt
+from harmonica import Schedule, check_denoiser, denoise, macs, sample, train_sdt
 from harmonica.evaluation import pictures as plots
 from harmonica.samplers import DDIM, alphas_cumprod
 from harmonica.search import baselines
@@ -183,17 +183,29 @@ scatter(without_cache=(plain, moons), with_cache=(sample(denoiser, x, moons, sch
 # ## A method of your own
 #
 # A caching method, as far as the engine is concerned, is a function that returns a `Schedule`. Here is an idea to
-# try: whole steps compute, but not evenly spread. Add up how far features move from step to step (`baselines.drift`)
+# try: whole steps compute, but not evenly spread. Add up how far features move from step to step
 # and compute whenever another equal share of the whole way has been covered.
 
 
 # %%
 def equal_drift(denoiser, x, cond, computed):
     """Compute `computed` whole steps, between which features move equally far."""
-    drifts = baselines.drift(denoiser, x, cond, gap=1)  # kind → (T, 1)
-    moved = torch.cat(list(drifts.values()), dim=1).mean(1)  # (T,)
-    moved[0] = 0.0  # no step before it
-    way = moved.cumsum(0) / moved.sum() * computed
+    moved, previous = torch.zeros(denoiser.steps, len(denoiser.sites)), {}
+
+    def watch(k):
+        def gate(site, compute):
+            fresh = compute()
+            if k > 0:
+                size = fresh.abs().sum(1)
+                moved[k, site] = ((fresh - previous[site]).abs().sum(1) / size).mean()
+            previous[site] = fresh
+            return fresh
+
+        return gate
+
+    for _ in denoise(denoiser, x, cond, watch):
+        pass
+    way = moved.mean(1).cumsum(0) / moved.mean(1).sum() * computed
     share = way.clamp_max(computed - 1e-6).floor()  # 0 … computed − 1
     starts = torch.tensor([True, *(share[1:] > share[:-1]).tolist()])  # (T,)
     compute = starts[:, None].expand(-1, len(denoiser.sites))
@@ -258,8 +270,9 @@ for name, tables in {**bench, "the table above": judge([schedule])}.items():
 # worse at 1.5× than at 2.2×, because there it skips a step that matters. This is one seed and one small model: it shows
 # a direction, not a figure.
 #
-# `benchmarks/quality.py` does the same for the bundled digits, where the ranking is another one (`docs/log.md`).
-# Whatever you find, say at which speed, on which noises, and against which methods.
+# `benchmarks/quality.py` does this for the bundled models with two more measures, the distance to the reference and the
+# Fréchet distance, and these rank the methods differently ([results](../docs/results.md)). Tutorial 7 explains the
+# reference. Whatever you find, say at which speed, on which noises, and against which methods.
 #
 # ## Exercises
 #

@@ -57,8 +57,9 @@ figure
 # ## Two questions, two rankings
 #
 # Here are four ways to pay about half. FORA computes every second step. Dynamic programming chooses the steps that
-# are computed. "Order 1" fills the gaps with a forecast instead of the last output. Or one can take 10 steps. **How far
-# does each end from the uncached image, and how far from the reference?**
+# are computed. *Order 1* continues the last output by its change since the output before: at the step after a computed
+# one, h₁ + (h₁ − h₂) = 2·h₁ − h₂, where hⱼ is the j-th last computed output. Or one can take 10 steps. **How far does
+# each end from the uncached image, and how far from the reference?**
 
 # %%
 few = denoiser.draw(32, torch.Generator().manual_seed(0))
@@ -88,8 +89,8 @@ for name in images:
 #
 # ## Learn the weights of the gate
 #
-# A skipped site gives a sum of outputs that it computed before (tutorial 2): reuse takes the last one, order 1 takes two
-# of them with fixed weights. These weights can be learned. So can those of computed entries, whose output is then a sum
+# A skipped site returns a weighted sum of its past outputs. Reuse has the single weight 1. Order 1 has two fixed weights.
+# These weights can be learned. So can those of computed entries, whose output is then a sum
 # of the fresh one and the past ones. The image at the end of the walk is differentiable in all of them. `learn_weights`
 # therefore follows the gradient of the distance to the reference, through the whole walk, with the table kept.
 #
@@ -154,13 +155,25 @@ plots.per_step(
 # ```python
 # copy = learn_weights(denoiser, chosen, references(denoiser, noises=48, factor=1), iterations=10, batch_size=8)
 # images["copied"] = Walk(denoiser, copy)(held_out.x, held_out.cond)
+# report("copied")
 # ```
 #
-# **2.** Then it corrects the sampler alone, at full price. Try it with a table of ones.
+# ```text
+# copied                         to uncached 3.3e-04   to the reference 3.5e-03
+# ```
+#
+# **2.** Then it corrects the sampler alone, at full price. After 20 updates the images are a quarter nearer to the reference
+# than the uncached ones.
 #
 # ```python
 # ones = replace(chosen, compute=torch.ones_like(chosen.compute))
-# corrected = learn_weights(denoiser, ones, pool, iterations=5, batch_size=8)
+# corrected = learn_weights(denoiser, ones, pool, iterations=20, batch_size=8)
+# images["nothing skipped"] = Walk(denoiser, corrected)(held_out.x, held_out.cond)
+# report("nothing skipped")
+# ```
+#
+# ```text
+# nothing skipped                to uncached 1.8e-03   to the reference 1.7e-03
 # ```
 #
 # **3.** No. With more steps it draws other noise, and ends at another image. `references` then takes the uncached walk's image
