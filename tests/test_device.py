@@ -354,7 +354,7 @@ def test_whatever_is_reduced_over_processes_lies_on_the_device(monkeypatch, devi
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
     monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda objects: None)
     trained("cuda", **REFINED)
-    assert len(reduced) > 10
+    assert len(reduced) >= 10
     assert set(reduced) == {"cuda"}
 
 

@@ -90,6 +90,10 @@ def learning_to_cache(
     With a speedup the lowest scores reuse, without one those not above τ. The generator's seed is 0
     if None.
     """
+    times = len(denoiser.about.get("timesteps", ()))
+    has = f"the denoiser has {denoiser.steps} steps and {times} timesteps"
+    rule = "it must have 2 steps or more, and a timestep for each"
+    require(times == denoiser.steps >= 2, f"{has}; {rule}")
     r = torch.full((denoiser.steps, len(denoiser.sites)), inf)  # (T, N)
     r[1::2] = 0.0
     if speedup is not None:
@@ -114,11 +118,7 @@ def _pairs(
     denoiser: Denoiser, images: Tensor, labels: Tensor, size: int, generator: torch.Generator
 ) -> Iterator[tuple[int, list[Tensor], Tensor]]:
     """Yield an even step k, images with one noise at k and k + 1, 2 × (B, C, H, W), and labels."""
-    times = denoiser.about.get("timesteps", ())
-    has = f"the denoiser has {denoiser.steps} steps and {len(times)} timesteps"
-    rule = "it must have 2 steps or more, and a timestep for each"
-    require(len(times) == denoiser.steps >= 2, f"{has}; {rule}")
-    levels = alphas_cumprod()[[round(t) for t in times]].tolist()  # ᾱ of each step
+    levels = alphas_cumprod()[[round(t) for t in denoiser.about["timesteps"]]].tolist()  # ᾱ of each
     at, shape = generator.device, (size, *images.shape[1:])
     while True:
         k = 2 * int(torch.randint(len(levels) // 2, (), generator=generator, device=at))
