@@ -1,21 +1,21 @@
 """Flip effects: what flipping entries of a table does to the image, told by two backward passes
 through one walk.
 
-    e       an entry (k, i) with k ≥ 1                                              E = (T−1)·N of them
+    e       an entry (k, i) with k ≥ 1                                           E = (T−1)·N of them
     z       1 = flipped: reuse where the table computes, or the other way           (E,)
     v_e     ∂image/∂z_e, what flipping e does to the image, sign included           (B, C, H, W)
     d       image(table) − what it should be, a pool's image                        (B, C, H, W)
 
 Near a table, what several entries do adds up as vectors:
 
-    error(z) ≈ mean (d + Σ_e z_e·v_e)² = error + 2·z·h + zᵀGz,    h_e = mean d·v_e,    G_ef = mean v_e·v_f
+    error(z) ≈ mean (d + Σ_e z_e·v_e)² = error + 2·z·h + zᵀGz,  h_e = mean d·v_e,  G_ef = mean v_e·v_f
 
 So entries that cancel each other are seen, and so is an entry that moves the image towards its
 target. λ and a router's gradient know only the *size* of what each entry does by itself.
 
 How z enters a walk. Whatever its gate, a site gives a sum of the outputs that it computed so far:
 
-    output at step k = Σ_c R[k, c]·(fresh output of step c)        R follows from the table (`reads`)
+    output at step k = Σ_c R[k, c]·(fresh output of step c)       R follows from the table (`reads`)
 
 Flipping an entry e gives another table, with other sums R′. So the walk is run with
 R + Σ_e z_e·(R′_e − R). At z = 0 that is the table's own walk; with one z_e at 1 it is exactly the
@@ -23,7 +23,8 @@ walk of the table with e flipped; and v_e is its derivative at 0. What a skipped
 have computed is computed as well, since other tables read it.
 
     h      is the gradient of ½·mean (image − target)²: one backward pass, from d
-    G      takes one more, from random signs ξ: E[ξξᵀ] = 1, so (ξ·v_e)(ξ·v_f) is v_e·v_f on average (Hutchinson 1990)
+    G      takes one more, from random signs ξ: E[ξξᵀ] = 1, so (ξ·v_e)(ξ·v_f) is v_e·v_f on average
+           (Hutchinson 1990)
 
 That costs a few walks, whatever N. To flip each entry and walk to the end would cost
 N·T(T−1)/2 predictions. A derivative is not a flip, but close (docs/log.md). It is far from one
@@ -182,7 +183,7 @@ def _walk(denoiser: Denoiser, z: Tensor, x: Tensor, cond: Any, sums: _Sums) -> T
 
 
 def _sum(weights: Tensor, features: list[Feature]) -> Feature:
-    """Return Σ_c w_c·f_c with weights (C, B) for each noise; what is not a tensor is the first's."""
+    """Return Σ_c w_c·f_c with weights (C, B) for each noise; what is no tensor is the first's."""
 
     def add(*leaves: Any) -> Any:
         if not isinstance(leaves[0], Tensor):
@@ -224,7 +225,7 @@ def with_table(schedule: Schedule, table: Tensor) -> Schedule:
 def best_flips(model: Quadratic, table: Tensor, target: Target, *, most: int) -> Tensor:
     """Return the table (T, N) that the quadratic likes best: on target, at most `most` flips away.
 
-    While the table is too slow, the flip is taken that costs least error for what it saves. Then the
+    While the table is too slow, the flip is taken that costs least error for what it saves. Then a
     flip, or pair of flips, that lowers the error most is taken until none does. The diagonal of G
     counts half as much again: the larger a single flip's effect, the less of it is linear.
     A quadratic that is not finite, as after an overflow in half precision, proposes no flip.

@@ -22,7 +22,7 @@ from harmonica.search.refine import WALKS_PER_ROUND, few_of, refine
 from harmonica.search.target import Target
 
 TURN_ROUNDS, TURN_NOISES = 8, 256
-"""Rounds of the search in one turn, and noises that it judges tables on, half of the pool at most."""
+"""Rounds of the search in one turn; noises that it judges tables on, half of the pool at most."""
 
 
 def learn_in_turn(  # noqa: D417 (some arguments are described together)

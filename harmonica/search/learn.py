@@ -90,10 +90,9 @@ def learn_weights(
     for update, weights in _learn(denoiser, best, training, history, batches, limit):
         learned = replace(schedule, weights=weights)
         error = float(pool_errors(denoiser, validation, learned).mean())
-        if progress is not None:
+        if progress:
             progress(update, error)
-        if error < lowest:
-            best, lowest = learned, error
+        best, lowest = (learned, error) if error < lowest else (best, lowest)
     facts = {"weights_history": history, "weights_pool": len(pool), "weights_error": lowest}
     return replace(best, provenance={**schedule.provenance, **facts})
 

@@ -43,7 +43,7 @@ from harmonica.search.references import Pool, pool_errors
 from harmonica.search.target import Target
 
 FLIPS = 32
-"""At most so many entries flip in one round; further from the table the quadratic is not believed."""
+"""Entries that flip in one round, at most; farther from the table the quadratic is not believed."""
 
 PAIRS = 10
 """At most so many pairs of rows are walked in one round."""
@@ -104,7 +104,7 @@ def refine(
     on_target = [start for start in starts if start.on_target]
     if not on_target:
         raise ValueError(
-            f"none of {len(starts)} tables is as fast as {target.speedup:g}; make one that is, with "
+            f"none of {len(starts)} tables is as fast as {target.speedup:g}; make one with "
             "target.fit_budget"
         )
     best = min(on_target, key=lambda start: start.error)
