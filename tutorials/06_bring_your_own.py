@@ -271,7 +271,7 @@ for name, tables in {**bench, "the table above": judge([schedule])}.items():
 # a direction, not a figure.
 #
 # `benchmarks/quality.py` does this for the bundled models with two more measures, the distance to the reference and the
-# Fréchet distance, and these rank the methods differently ([results](../docs/results.md)). Tutorial 7 explains the
+# Fréchet distance, and these rank the methods differently (see `docs/results.md`). Tutorial 7 explains the
 # reference. Whatever you find, say at which speed, on which noises, and against which methods.
 #
 # ## Exercises
