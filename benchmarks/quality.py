@@ -172,9 +172,10 @@ def in_turn(schedule: Schedule, denoiser: Denoiser, speedup: float, job: Job) ->
     *_, seed, args = job
     pool = pool_of(denoiser, 1536, None, args)
     target = Target(speedup, macs(denoiser), denoiser.steps)
-    how: dict[str, Any] = {"turns": 2, "iterations": 384}
     generator = torch.Generator().manual_seed(seed)
-    return learn_in_turn(denoiser, schedule, pool, target, generator=generator, **how)
+    return learn_in_turn(
+        denoiser, schedule, pool, target, turns=2, iterations=384, generator=generator
+    )
 
 
 def pool_of(denoiser: Denoiser, noises: int, seed: int | None, args: argparse.Namespace) -> Pool:

@@ -8,7 +8,7 @@ through one walk.
 
 Near a table, what several entries do adds up as vectors:
 
-    error(z) ≈ mean (d + Σ_e z_e·v_e)² = error + 2·z·h + zᵀGz,  h_e = mean d·v_e,  G_ef = mean v_e·v_f
+    error(z) ≈ mean (d + Σ_e z_e·v_e)² = error + 2·z·h + zᵀGz, h_e = mean d·v_e, G_ef = mean v_e·v_f
 
 So entries that cancel each other are seen, and so is an entry that moves the image towards its
 target. λ and a router's gradient know only the *size* of what each entry does by itself.

@@ -9,6 +9,7 @@ them than without. This file does not know how either of the two works.
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import cycle
 
 import torch
@@ -16,8 +17,8 @@ import torch
 from harmonica.denoise import Denoiser
 from harmonica.router import Schedule
 from harmonica.search.flip_effects import with_table
-from harmonica.search.learn import VALIDATION_SHARE, learn_weights
-from harmonica.search.references import Pool, pool_errors
+from harmonica.search.learn import held_back, learn_weights
+from harmonica.search.references import Pool
 from harmonica.search.refine import WALKS_PER_ROUND, few_of, refine
 from harmonica.search.target import Target
 
@@ -51,26 +52,25 @@ def learn_in_turn(  # noqa: D417 (some arguments are described together)
     Raises ValueError if a number is out of range, or the schedule is slower than the target.
     """
     generator = torch.Generator().manual_seed(0) if generator is None else generator
-    held_back = max(len(pool) // VALIDATION_SHARE, 1)
-    validation = pool[slice(held_back)]
-    judging = pool[slice(held_back, held_back + min(max(len(pool) // 2, 1), TURN_NOISES))]
+    _, training = held_back(pool)
+    judging = training[slice(min(max(len(pool) // 2, 1), TURN_NOISES))]
     few = few_of(len(judging))
-    others = cycle([pool[slice(i, i + few)] for i in range(held_back, len(pool) - few + 1, few)])
+    others = cycle([training[slice(i, i + few)] for i in range(0, len(training) - few + 1, few)])
     one = TURN_ROUNDS * WALKS_PER_ROUND * denoiser.steps
     budget = one * len(judging)  # predictions of one noise
-
-    def learned(start: Schedule) -> tuple[float, Schedule]:
-        end = learn_weights(
-            denoiser, start, pool, iterations=iterations, batch_size=batch_size, generator=generator
-        )
-        return float(pool_errors(denoiser, validation, end).mean()), end
-
-    error, best = learned(schedule)
+    learn = partial(
+        learn_weights, iterations=iterations, batch_size=batch_size, generator=generator
+    )
+    best = learn(denoiser, schedule, pool)
     for _ in range(turns):
         tables = refine(denoiser, [best.compute], judging, others, target, budget=budget, gate=best)
         *_, judged = tables
-        lower, after = learned(with_table(best, judged.table))
-        if not lower < error:
+        after = learn(denoiser, with_table(best, judged.table), pool)
+        if not _validation_error(after) < _validation_error(best):
             break
-        error, best = lower, after
+        best = after
     return best
+
+
+def _validation_error(learned: Schedule) -> float:
+    return float(learned.provenance["weights_error"])

@@ -81,8 +81,7 @@ def learn_weights(
         f"has {len(pool)} noises; expected 1 or more, and 2 noises or more",
     )
     check_fit(schedule, denoiser)
-    held_back = max(len(pool) // VALIDATION_SHARE, 1)
-    validation, training = pool[slice(held_back)], pool[slice(held_back, None)]
+    validation, training = held_back(pool)
     best, errors = _best_start(denoiser, schedule, validation, history)
     limit, lowest = CAP * float(errors.median()), _finite(float(errors.mean()))
     generator = torch.Generator().manual_seed(0) if generator is None else generator
@@ -90,11 +89,18 @@ def learn_weights(
     for update, weights in _learn(denoiser, best, training, history, batches, limit):
         learned = replace(schedule, weights=weights)
         error = float(pool_errors(denoiser, validation, learned).mean())
-        if progress:
+        if progress is not None:
             progress(update, error)
-        best, lowest = (learned, error) if error < lowest else (best, lowest)
+        if error < lowest:
+            best, lowest = learned, error
     facts = {"weights_history": history, "weights_pool": len(pool), "weights_error": lowest}
     return replace(best, provenance={**schedule.provenance, **facts})
+
+
+def held_back(pool: Pool) -> tuple[Pool, Pool]:
+    """Return the noises for validation, one in VALIDATION_SHARE, and those that are trained on."""
+    few = max(len(pool) // VALIDATION_SHARE, 1)
+    return pool[slice(few)], pool[slice(few, None)]
 
 
 def _batches(noises: int, size: int, count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
