@@ -20,9 +20,8 @@ or are "random". A stock diffusers pipeline that is already in memory becomes a 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -30,7 +29,7 @@ from harmonica.models import pixart
 from harmonica.models.dit import DiT, DiTDenoiser, sincos_positions
 from harmonica.models.guided import Guided, check_guidance
 from harmonica.models.pixart import PIXART, PixArtDenoiser
-from harmonica.models.prompts import prompts_from
+from harmonica.models.prompts import read_prompts
 from harmonica.models.uvit import UVIT_H, UViT, UViTDenoiser
 from harmonica.models.weights import component, dit_from_diffusers, fill, from_diffusers, read_state
 from harmonica.run_again import run_again
@@ -76,6 +75,9 @@ def load(
 ) -> Guided:
     """Return a frozen model with its sampler and guidance.
 
+    Raises ValueError if a name, a number or the weights do not fit, or the weights cannot be had,
+    FileNotFoundError if there is no such file.
+
     Args:
         name: one of MODELS.
         sampler: "ddim", "dpm-solver++", "iddpm" or "sa-solver"; None for the model's own (table).
@@ -91,9 +93,6 @@ def load(
         activation_checkpointing: in training, run blocks again instead of keeping what they
             computed: less memory, more time, the same gradients.
 
-    Raises ValueError if a name, a number or the weights do not fit, or the weights cannot be had,
-    FileNotFoundError if there is no such file.
-
     >>> load("tiny", steps=10).steps
     10
     """
@@ -101,18 +100,16 @@ def load(
     own_sampler, own_guidance, build = _FAMILIES[name.split("-")[0]]
     betas: Betas = "scaled-linear" if name == "uvit-h" else "linear"
     walk = make_sampler(sampler or own_sampler, steps, betas)
-    takes = prompts is None or name in PIXART
-    require(takes, f"{name} takes no prompts; it draws classes")
+    no_prompts = prompts is None or name in PIXART
+    require(no_prompts, f"{name} takes no prompts; it draws classes")
     choices = ", ".join(map(str, DTYPES))
     require(dtype in DTYPES, f"dtype is {dtype}; weights can be {choices}")
     scale = own_guidance if guidance is None else guidance
-    check_guidance(scale)
-    how = _How(name, walk, scale, weights, prompts, dtype, device, activation_checkpointing)
-    return build(how)
+    check_guidance(scale)  # before anything is read
+    return build(_How(name, walk, scale, weights, prompts, dtype, device, activation_checkpointing))
 
 
-@dataclass(frozen=True)
-class _How:
+class _How(NamedTuple):
     """What `load` was given, and what it chose where nothing was given."""
 
     name: str
@@ -152,23 +149,21 @@ def _filled(model: Any, how: _How, read: Callable[[], dict[str, torch.Tensor]]) 
 
 def _dit(how: _How) -> DiTDenoiser:
     name, weights = how.name, how.weights
-    if weights is None:
-        weights = BUNDLED[name] if name in BUNDLED else _dit_from_hub(name)
-    how = replace(how, weights=weights)
+    pixels = name.removeprefix("dit-xl").removeprefix("-") or "256"
+    if weights is None and name in BUNDLED:
+        weights = BUNDLED[name]
+    elif weights is None:
+        file = f"DiT-XL-2-{pixels}x{pixels}.pt"
+        ways = f"pass weights=PATH of the original {file} or of a diffusers folder, {OR_RANDOM}"
+        weights = download(f"facebook/DiT-XL-2-{pixels}", ["transformer/*"], otherwise=ways)
+    how = how._replace(weights=weights)
     with how.birthplace:
         model = DiT(**DITS[name])
-    folder = Path(weights).is_dir()
-    _filled(model, how, lambda: _diffusers_dit(weights, model) if folder else read_state(weights))
+    read = _diffusers_dit if Path(weights).is_dir() else lambda file, _: read_state(file)
+    _filled(model, how, lambda: read(weights, model))
     guided = None if name in BUNDLED else 3  # the original guides 3 of its 4 latent channels
     name, guidance = name.removesuffix("-256"), how.guidance
     return DiTDenoiser(model, how.sampler, guidance=guidance, guided_channels=guided, name=name)
-
-
-def _dit_from_hub(name: str) -> Path:
-    pixels = name.removeprefix("dit-xl").removeprefix("-") or "256"
-    file = f"DiT-XL-2-{pixels}x{pixels}.pt"
-    ways = f"pass weights=PATH of the original {file} or of a diffusers folder, {OR_RANDOM}"
-    return download(f"facebook/DiT-XL-2-{pixels}", ["transformer/*"], otherwise=ways)
 
 
 def _diffusers_dit(folder: StrPath, model: DiT) -> dict[str, torch.Tensor]:
@@ -184,7 +179,7 @@ def _diffusers_dit(folder: StrPath, model: DiT) -> dict[str, torch.Tensor]:
 
 
 def _pixart(how: _How) -> PixArtDenoiser:
-    variant, texts = PIXART[how.name], prompts_from(how.prompts)
+    variant, texts = PIXART[how.name], read_prompts(how.prompts)
     if how.weights == "random":
         encoded = pixart.random_prompts(texts, variant.text_tokens, pixart.XL["caption_channels"])
         with how.birthplace:

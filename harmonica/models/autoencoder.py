@@ -3,9 +3,7 @@
     decoder(name, weights)(x)     x (B, C, H, W) latent -> images (B, 3, 8H, 8W) in [−1, 1]
 
 The bundled model has no autoencoder, its latent is the image. With random weights there is no image
-to see: the first three channels of the latent stand in for one.
-
-This file does not know samplers, caches or routers.
+to see: the first three channels of the latent stand in for one. This file does not know samplers.
 """
 
 from __future__ import annotations
@@ -30,13 +28,9 @@ ROOM = 2 * 2**30
 
 
 def decoder(
-    name: str,
-    weights: StrPath | None = None,
-    *,
-    vae: StrPath | None = None,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> Decoder:
+    name: str, weights: StrPath | None = None, *, vae: StrPath | None = None,
+    device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
+) -> Decoder:  # fmt: skip
     """Return what turns the latents of a model into float32 images, a few at a time (`ROOM`).
 
     Args:
@@ -70,9 +64,6 @@ def decoder(
 def _images_at_once(widths: Sequence[int], latents: Tensor) -> int:
     """Return how many latents (B, C, H, W) are decoded at once: at full size a decoder holds three
     features of the second of its widths.
-
-    >>> _images_at_once((128, 256, 512, 512), torch.zeros(8, 4, 64, 64))
-    2
     """
     pixels = 64 * latents.shape[2] * latents.shape[3]
     return max(1, ROOM // (3 * max(widths[:2]) * pixels * latents.element_size()))

@@ -12,6 +12,8 @@ U-ViT's, and diffusers' BasicTransformerBlock with adaLN-zero (DiTPipeline) and 
 (PixArt). Whatever is unusual about a block or a call, a hook on a norm, a chunked feed-forward,
 arguments of an adapter, takes the plain way through `gated`, for this block and this call.
 
+    h tokens (B, N, D)   scale, shift, gate (B, 1, D)   out, what a site returned (B, N, D)
+
 This file does not know schedules, steps or samplers.
 """
 
@@ -19,15 +21,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from functools import cache, partial
+from inspect import signature
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from harmonica.cache import Compute, Feature, Gate, called_by, gated
-from harmonica.models.arithmetic import EXACT, Arithmetic
 from harmonica.override import Answer, is_overridden, overridden
 
 Streams = tuple[Tensor, ...]
@@ -37,7 +38,22 @@ Ask = Callable[[str, Compute], Feature]
 """(name of a block's site, branch) -> feature; a module that is no site computes."""
 
 
-# ------------------------------------------------------------ blocks
+class Arithmetic(NamedTuple):
+    """modulate(h, scale, shift) = h·(1 + scale) + shift, and add(h, gate, out) = gate·out + h."""
+
+    modulate: Callable[[Tensor, Tensor, Tensor], Tensor]
+    add: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+EXACT = Arithmetic(
+    lambda h, scale, shift: h * (1 + scale) + shift,
+    lambda h, gate, out: gate * out + h,  # in this order: a sum lies in memory as its first part
+)
+FUSED = Arithmetic(
+    lambda h, scale, shift: torch.addcmul(shift, h, 1 + scale),
+    lambda h, gate, out: torch.addcmul(h.contiguous(), gate, out),
+)
+"""A product and a sum in one pass over memory: rounded once, not twice."""
 
 
 def dit_block(block: Any, ask: Ask, math: Arithmetic, h: Tensor, c: Tensor) -> Tensor:
@@ -60,14 +76,9 @@ def uvit_block(block: Any, ask: Ask, math: Arithmetic, h: Streams, skip: Streams
 
 
 def ada_zero_block(
-    block: Any,
-    ask: Ask,
-    math: Arithmetic,
-    hidden_states: Tensor,
-    timestep: Tensor,
-    class_labels: Tensor,
-    added_cond_kwargs: object = None,
-) -> Tensor:
+    block: Any, ask: Ask, math: Arithmetic, hidden_states: Tensor, timestep: Tensor,
+    class_labels: Tensor, added_cond_kwargs: object = None,
+) -> Tensor:  # fmt: skip
     """Do what diffusers' block does with adaLN-zero, which has no cross-attention: DiTPipeline."""
     h, ada = hidden_states, block.norm1
     c = ada.emb(timestep, class_labels, hidden_dtype=h.dtype)  # (B, D)
@@ -80,15 +91,10 @@ def ada_zero_block(
 
 
 def ada_single_block(
-    block: Any,
-    ask: Ask,
-    math: Arithmetic,
-    hidden_states: Tensor,
-    timestep: Tensor,
-    encoder_hidden_states: Tensor | None = None,
-    encoder_attention_mask: Tensor | None = None,
+    block: Any, ask: Ask, math: Arithmetic, hidden_states: Tensor, timestep: Tensor,
+    encoder_hidden_states: Tensor | None = None, encoder_attention_mask: Tensor | None = None,
     attention_mask: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Do what diffusers' block does with adaLN-single, one modulation for all blocks: PixArt."""
     h = hidden_states  # (B, N, D)
     shared = block.scale_shift_table[None] + timestep.reshape(len(h), 6, -1)  # (B, 6, D)
@@ -103,87 +109,75 @@ def ada_single_block(
 # ------------------------------------------------------------ which block is known
 
 
-@dataclass(frozen=True)
-class Form:
+class Form(NamedTuple):
     """How to run blocks of one class with all of a branch inside the gate.
 
     Attributes:
         kind: name of the class; naming it does not import it.
-        run: (block, ask, arithmetic, *what the block's forward takes) -> what it returns.
-        arguments: of the block's forward in its order, tokens first.
+        run: (block, ask, arithmetic, arguments of the block's forward) -> what that returns. An
+            argument that it does not take must be None or empty.
         site_names: of the modules of the block that may be sites.
         norms: modules that do not run where their site is skipped; one that is hooked must run, and
             forbids this form.
-        unused: arguments that `run` does not do, so they must be None or empty.
         fits: whether a block of this class is of the kind that `run` does.
     """
 
     kind: str
     run: Callable[..., Any]
-    arguments: tuple[str, ...]
     site_names: tuple[str, ...]
-    norms: tuple[str, ...]
-    unused: tuple[str, ...] = ()
+    norms: tuple[str, ...] = ("norm1", "norm2")
     fits: Callable[[Any], bool] = lambda block: True
 
-    def call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Return the arguments of a call by name, or None if this form does not do such a call."""
-        named = dict(zip(self.arguments, args, strict=False)) | dict(kwargs)
-        h = named.get(self.arguments[0])
-        fits = len(args) <= len(self.arguments) and named.keys() <= set(self.arguments)
-        fits = fits and not (isinstance(h, Tensor) and h.dim() != 3)
-        unused = [named.pop(name, None) for name in self.unused]
-        empty = all(value is None or (isinstance(value, dict) and not value) for value in unused)
-        return named if fits and empty else None
 
-
-def _plain(block: Any, norm_type: str) -> bool:
+def _basic(block: Any, norm_type: str, *, crosses: bool) -> bool:
     plain = block.pos_embed is None and not block.only_cross_attention
-    return bool(plain and block.norm_type == norm_type)
+    return plain and block.norm_type == norm_type and (block.attn2 is not None) == crosses
 
 
 def _ada_zero(block: Any) -> bool:
-    return _plain(block, "ada_norm_zero") and block.attn2 is None and block.norm1.emb is not None
+    return _basic(block, "ada_norm_zero", crosses=False) and block.norm1.emb is not None
 
 
-def _ada_single(block: Any) -> bool:
-    return _plain(block, "ada_norm_single") and block.attn2 is not None
-
-
-_NORMS = ("norm1", "norm2")
-_BASIC = "diffusers.models.attention.BasicTransformerBlock"
-_TEXT = ("encoder_hidden_states", "encoder_attention_mask")
-_OTHERS = ("cross_attention_kwargs", "class_labels", "added_cond_kwargs")
-_BASIC_ARGUMENTS = ("hidden_states", "attention_mask", *_TEXT, "timestep", *_OTHERS)
+BASIC = "diffusers.models.attention.BasicTransformerBlock"
 FORMS = (
-    Form("harmonica.models.dit.Block", dit_block, ("h", "c"), ("attn", "mlp"), _NORMS),
-    Form("harmonica.models.uvit.Block", uvit_block, ("h", "skip"), ("attn", "mlp"), _NORMS),
-    Form(
-        _BASIC, ada_zero_block, _BASIC_ARGUMENTS, ("attn1", "ff"), ("norm1", "norm1.norm", "norm3"),
-        unused=("attention_mask", *_TEXT, "cross_attention_kwargs"), fits=_ada_zero,
-    ),
-    Form(
-        _BASIC, ada_single_block, _BASIC_ARGUMENTS, ("attn1", "attn2", "ff"), _NORMS,
-        unused=_OTHERS, fits=_ada_single,
-    ),
+    Form("harmonica.models.dit.Block", dit_block, ("attn", "mlp")),
+    Form("harmonica.models.uvit.Block", uvit_block, ("attn", "mlp")),
+    Form(BASIC, ada_zero_block, ("attn1", "ff"), ("norm1", "norm1.norm", "norm3"), _ada_zero),
+    Form(BASIC, ada_single_block, ("attn1", "attn2", "ff"),
+         fits=partial(_basic, norm_type="ada_norm_single", crosses=True)),
 )  # fmt: skip
 
 
 def form_of(block: nn.Module) -> Form | None:
-    """Return how to run this block, or None if it has to be run as it stands."""
+    """Return how to run this block; None if it has to be run as it stands, since its class is not
+    known, or something on it would see, or want, what is not called any more.
+    """
     kind = f"{type(block).__module__}.{type(block).__qualname__}"
     form = next((form for form in FORMS if form.kind == kind and form.fits(block)), None)
-    return form if form is not None and _usual(block, form) else None
-
-
-def _usual(block: nn.Module, form: Form) -> bool:
-    """Tell whether nothing on the block would see, or want, what is not called any more."""
+    if form is None:
+        return None
     norms = [block.get_submodule(name) for name in form.norms]
-    sites = [block.get_submodule(name) for name in form.site_names]
-    own = (block, *norms)
-    replaced = any(is_overridden(m, "forward") or called_by(m) != "forward" for m in own)
-    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (*norms, *sites))
-    return not (replaced or hooked or block.training)
+    quiet = (*norms, *map(block.get_submodule, form.site_names))
+    replaced = any(
+        is_overridden(m, "forward") or called_by(m) != "forward" for m in (block, *norms)
+    )
+    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in quiet)
+    return None if replaced or hooked or block.training else form
+
+
+@cache
+def _parameters(function: Callable[..., Any]) -> list[str]:
+    return list(signature(function).parameters)
+
+
+def _arguments(block: nn.Module, form: Form, args: Any, kwargs: Any) -> dict[str, Any] | None:
+    """Return the arguments of a call by name, or None if the form does not do such a call."""
+    takes, does = _parameters(type(block).forward)[1:], _parameters(form.run)[3:]
+    named = dict(zip(takes, args, strict=False)) | kwargs
+    h, others = named.get(takes[0]), [named.pop(name) for name in named.keys() - {*does}]
+    usual = len(args) <= len(takes) and not (isinstance(h, Tensor) and h.dim() != 3)
+    empty = all(it is None or (isinstance(it, dict) and not it) for it in others)
+    return named if usual and empty else None
 
 
 # ------------------------------------------------------------ overriding
@@ -191,32 +185,24 @@ def _usual(block: nn.Module, form: Form) -> bool:
 
 @contextmanager
 def gated_blocks(
-    model: nn.Module | None,
-    sites: Mapping[str, nn.Module] | Sequence[nn.Module],
-    gate: Gate,
-    *,
-    math: Arithmetic = EXACT,
-) -> Iterator[None]:
+    model: nn.Module, sites: Mapping[str, nn.Module] | Sequence[nn.Module], gate: Gate, *,
+    exact: bool = True,
+) -> Iterator[None]:  # fmt: skip
     """Do what `gated(sites, gate)` does, with the norm and the modulation before each site inside
     the gate.
 
     Args:
-        model: whose blocks are looked through; None knows no blocks, and all sites are overridden
-            one by one.
-        sites: modules in the order of the table's columns, as in `gated`.
-        gate: asked as gate(index of the site, compute).
-        math: EXACT gives the numbers of `gated` bit for bit, FUSED to rounding.
+        model: whose blocks are looked through; sites in unknown ones are overridden one by one.
+        sites: as in `gated`.
+        gate: as in `gated`.
+        exact: the numbers of `gated` bit for bit; otherwise in fewer passes, and to rounding.
     """
     modules = list(sites.values() if isinstance(sites, Mapping) else sites)
     column = {id(module): site for site, module in enumerate(modules)}
-    blocks = [
-        (block, form)
-        for block in (model.modules() if model is not None else ())
-        if (form := form_of(block))
-    ]
+    blocks = [(block, form) for block in model.modules() if (form := form_of(block))]
     inside = {id(block.get_submodule(name)) for block, form in blocks for name in form.site_names}
     rest = [site for site, module in enumerate(modules) if id(module) not in inside]
-
+    math = EXACT if exact else FUSED
     known = ((block, "forward", _answer(block, form, column, gate, math)) for block, form in blocks)
     with gated([modules[site] for site in rest], _renamed(gate, rest)), overridden(known):
         yield
@@ -238,7 +224,7 @@ def _answer(
         return compute() if site is None else gate(site, compute)
 
     def answer(forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        named = form.call(args, kwargs)
+        named = _arguments(block, form, args, kwargs)
         if named is not None and getattr(block, "_chunk_size", None) is None:
             return form.run(block, ask, math, **named)
         with gated([parts[name] for name in columns], _renamed(gate, list(columns.values()))):

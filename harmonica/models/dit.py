@@ -1,5 +1,4 @@
-"""DiT (Peebles & Xie 2023) in the original checkpoints' parameter names, and the denoiser built
-from it.
+"""DiT (Peebles & Xie 2023) in the original checkpoints' parameter names, and its denoiser.
 
 A DiT is a ViT on latent patches whose every block is steered by the timestep and the class through
 adaLN-zero:
@@ -12,11 +11,9 @@ adaLN-zero:
 `attn` and `mlp` of each block are the cacheable sites: what a router reuses is their output
 *before* the gate, so a reused feature is still scaled by the gate of the step that uses it.
 
-    B batch   C latent channels   H, W latent size   P patch size   N = (H/P)(W/P) tokens
-    D hidden size
+    B batch   C latent channels   H, W latent size   P patch size   N tokens   D hidden size
 
-This file does not know caches or routers. A checkpoint of the original (`DiT-XL-2-256x256.pt`)
-loads strictly.
+A checkpoint of the original (`DiT-XL-2-256x256.pt`) loads strictly. This file does not know caches.
 """
 
 from __future__ import annotations
@@ -27,15 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from harmonica.models import layers
 from harmonica.models.guided import Guided, check_inputs
-from harmonica.models.layers import (
-    Attention,
-    Mlp,
-    PatchEmbedder,
-    check_divisible,
-    sinusoids,
-    unpatchify,
-)
+from harmonica.models.layers import Attention, Mlp, PatchEmbedder
 from harmonica.run_again import run_again
 from harmonica.samplers import Sampler
 
@@ -83,7 +74,7 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """Embed timesteps t (B,), in the model's own clock 0 … 999."""
-        waves = sinusoids(t, self.FREQUENCIES)  # (B, 256)
+        waves = layers.sinusoids(t, self.FREQUENCIES)  # (B, 256)
         return self.mlp(waves.to(next(self.mlp.parameters()).dtype))  # type: ignore[no-any-return]
 
 
@@ -115,9 +106,7 @@ class FinalLayer(nn.Module):
 
 
 def sincos_positions(dim: int, grid: int) -> Tensor:
-    """Return fixed 2-D sine-cosine position embeddings, column half first, as in MAE: (1, grid²,
-    dim).
-    """
+    """Return fixed 2-D sine-cosine position embeddings (1, grid², dim), column half first."""
     rates = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))  # (D/4,)
     place = torch.arange(grid, dtype=torch.float64)
     angles = place[:, None] * rates  # (grid, D/4)
@@ -127,7 +116,7 @@ def sincos_positions(dim: int, grid: int) -> Tensor:
 
 
 class DiT(nn.Module):
-    """A diffusion transformer conditioned on a class.
+    """A diffusion transformer conditioned on a class; the defaults are DiT-XL/2's.
 
     Args:
         input_size: H = W of the latent (32 for 256×256 images, 64 for 512×512).
@@ -141,28 +130,16 @@ class DiT(nn.Module):
             bundled one does not).
         mlp_ratio: width of the feed-forward network over D.
 
-    Attributes:
-        activation_checkpointing: in training, run blocks again instead of keeping what they
-            computed (`harmonica.run_again`).
-
     Raises ValueError if a size does not divide another.
     """
 
     def __init__(
-        self,
-        *,
-        input_size: int = 32,
-        patch_size: int = 2,
-        in_channels: int = 4,
-        hidden_size: int = 1152,
-        depth: int = 28,
-        num_heads: int = 16,
-        num_classes: int = 1000,
-        learn_sigma: bool = True,
-        mlp_ratio: float = 4.0,
-    ) -> None:
+        self, *, input_size: int = 32, patch_size: int = 2, in_channels: int = 4,
+        hidden_size: int = 1152, depth: int = 28, num_heads: int = 16, num_classes: int = 1000,
+        learn_sigma: bool = True, mlp_ratio: float = 4.0,
+    ) -> None:  # fmt: skip
         super().__init__()
-        check_divisible(
+        layers.check_divisible(
             ("input_size", input_size, "patch_size", patch_size),
             ("hidden_size", hidden_size, "num_heads", num_heads),
             ("hidden_size", hidden_size, "the four parts of a position embedding,", 4),
@@ -176,7 +153,7 @@ class DiT(nn.Module):
         self.pos_embed = nn.Parameter(positions, requires_grad=False)  # (1, N, D)
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
-        self.activation_checkpointing = False
+        self.activation_checkpointing = False  # `harmonica.run_again`
         self._initialise()
 
     def _initialise(self) -> None:
@@ -197,31 +174,23 @@ class DiT(nn.Module):
         c = self.t_embedder(t) + self.y_embedder(y)  # (B, D)
         for block in self.blocks:
             h = run_again(block, h, c) if self.activation_checkpointing else block(h, c)
-        return unpatchify(self.final_layer(h, c), self.patch_size, self.out_channels)
+        return layers.unpatchify(self.final_layer(h, c), self.patch_size, self.out_channels)
 
 
 class DiTDenoiser(Guided):
-    """A frozen DiT, its sampler and classifier-free guidance: a `harmonica.denoise.Denoiser`.
-
-    Guidance runs one batch [conditional, null] of 2B and mixes the first `guided_channels`
-    channels, ε = ε_null + s·(ε_cond − ε_null), in both halves; the original mixes 3 of its 4 latent
-    channels.
+    """A frozen DiT. Guidance runs one batch [conditional, null] of 2B.
 
     Args (the others are described at `Guided`):
-        guided_channels: how many channels are mixed; all of them by default.
-        sites: by default `attn` and `mlp` of every block, in the order in which they run.
+        guided_channels: how many channels guidance mixes, in both halves; all of them by default,
+            the original mixes 3 of its 4 latent channels.
+        sites: by default `attn` and `mlp` of every block.
     """
 
     def __init__(
-        self,
-        model: DiT,
-        sampler: Sampler,
-        *,
-        guidance: float = 1.5,
-        guided_channels: int | None = None,
-        name: str = "dit",
+        self, model: DiT, sampler: Sampler, *, guidance: float = 1.5,
+        guided_channels: int | None = None, name: str = "dit",
         sites: Mapping[str, nn.Module] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         sites = sites or {
             f"blocks.{i}.{kind}": block.get_submodule(kind)
             for i, block in enumerate(model.blocks)

@@ -1,10 +1,9 @@
-"""Guided: what the denoisers of DiT, PixArt and U-ViT share.
+"""Guided: what the denoisers of DiT, PixArt and U-ViT share; a model's own adds `predict`.
 
-    guidance   ε = ε_null + g·(ε_cond − ε_null), with g = 1 switched off; a null condition is a
+    guidance   ε = ε_null + g·(ε_cond − ε_null), with g = 1 switched off; the null condition is a
                class or a prompt of its own
-    clock      the model's timestep at step k, (B,)
 
-A model's own denoiser adds `predict`. This file does not know caches or routers.
+This file does not know caches or routers.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from harmonica.cache import Gate
-from harmonica.models.arithmetic import EXACT, FUSED
 from harmonica.models.blocks import gated_blocks
 from harmonica.models.memo import Memo
 from harmonica.models.precompute import precomputed
@@ -31,30 +29,22 @@ Self = TypeVar("Self", bound="Guided")
 
 
 class Guided(ABC):
-    """A frozen model, its sampler and its guidance.
+    """A frozen model, its sampler and its guidance: a `harmonica.denoise.Denoiser`.
 
     Args:
         model: frozen here, in place: evaluation mode, no weight asks for a gradient.
         sampler: its T timesteps are the steps of the walk.
-        guidance: g; 1 switches guidance off.
+        guidance: g; 1 switches guidance off, and below it is a ValueError.
         name: stored in schedules.
         sites: cacheable modules by name, in the order in which they run.
         shape: (C, H, W) of the noise that `draw` returns.
         conditions: number of classes or prompts to draw from.
-
-    Raises ValueError if guidance is not a number of at least 1.
     """
 
     def __init__(
-        self,
-        model: Any,
-        sampler: Sampler,
-        guidance: float,
-        name: str,
-        sites: Mapping[str, nn.Module],
-        shape: tuple[int, ...],
-        conditions: int,
-    ) -> None:
+        self, model: Any, sampler: Sampler, guidance: float, name: str,
+        sites: Mapping[str, nn.Module], shape: tuple[int, ...], conditions: int,
+    ) -> None:  # fmt: skip
         check_guidance(guidance)
         self.model = model.eval().requires_grad_(False)
         self.sampler, self.guidance, self.name = sampler, guidance, name
@@ -80,11 +70,9 @@ class Guided(ABC):
 
     @contextmanager
     def accelerated(self, gate: Gate, *, exact: bool) -> Iterator[Callable[[int], None]]:
-        """Ask `gate` with norm and modulation inside it, and know ahead what can be known, as
-        `harmonica.inference.walk.Accelerated` describes.
-        """
+        """Do what `harmonica.inference.walk.Accelerated` describes."""
         memo = Memo(self.sampler.timesteps, exact=exact)
-        blocks = gated_blocks(self.model, self.sites, gate, math=EXACT if exact else FUSED)
+        blocks = gated_blocks(self.model, self.sites, gate, exact=exact)
         with precomputed(self.model, memo), blocks:
             yield lambda k: setattr(memo, "k", k)
 
@@ -99,8 +87,8 @@ class Guided(ABC):
     def draw(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Draw pure noise (B, C, H, W) and numbers of classes or prompts (B,) to start walks from.
 
-        Drawn on the generator's device, then moved, so that one seed gives one noise on every
-        machine. x is float32 where the weights are half as wide: a walk adds up small steps.
+        One seed gives one noise on every machine: it is drawn on the generator's device, then
+        moved. x is float32 where the weights are half as wide: a walk adds up small steps.
         """
         like, place = next(self.model.parameters()), generator.device
         x = torch.randn((batch_size, *self.shape), generator=generator, device=place)

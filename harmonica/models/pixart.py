@@ -16,9 +16,9 @@ This file does not know caches or routers.
 from __future__ import annotations
 
 import gc
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +44,8 @@ class Variant:
     rest: str  # hub repository of tokenizer, text encoder and autoencoder
 
 
-_ALPHA, _SIGMA = (
-    "PixArt-alpha/PixArt-XL-2-1024-MS",
-    "PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers",
-)
+_ALPHA = "PixArt-alpha/PixArt-XL-2-1024-MS"
+_SIGMA = "PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers"
 PIXART: dict[str, Variant] = {
     "pixart-alpha-256": Variant(32, 120, False, "PixArt-alpha/PixArt-XL-2-256x256", _ALPHA),
     "pixart-alpha-512": Variant(64, 120, False, "PixArt-alpha/PixArt-XL-2-512x512", _ALPHA),
@@ -97,15 +95,8 @@ class Prompts:
         return Prompts(self.texts, self.embeds.to(like), mask, self.null_embeds.to(like), null_mask)
 
 
-NO_PROMPTS = "there are no prompts; give at least one"
-
-
 def random_prompts(texts: Sequence[str], tokens: int, width: int = 4096) -> Prompts:
-    """Return drawn embeddings (P, L, width) for timing: no text encoder has read the texts.
-
-    Raises ValueError if there are no texts.
-    """
-    require(len(texts) > 0, NO_PROMPTS)
+    """Return drawn embeddings (P, L, width) for timing: no text encoder has read the texts."""
     generator = torch.Generator().manual_seed(0)
     embeds = torch.randn(len(texts) + 1, tokens, width, generator=generator)
     words = torch.randint(1, tokens + 1, (len(texts) + 1, 1), generator=generator)
@@ -120,17 +111,19 @@ def encode(
 
     T5 runs in `dtype` on `device`; the embeddings come back to the CPU. Raises FileNotFoundError if
     the folder lacks `tokenizer` or `text_encoder`, ValueError if a package that reads T5 is
-    missing, or there are no prompts.
+    missing.
     """
     for part, file in (("text_encoder", "config.json"), ("tokenizer", "tokenizer_config.json")):
         if not (folder / part / file).is_file():
             raise FileNotFoundError(
                 f"{folder} has no {part}/{file}; expected the folder of a whole diffusers pipeline"
             )
-    packages = ("transformers", "sentencepiece", "google.protobuf")
-    lacks = ", ".join(name for name in packages if not _installed(name))
-    extra = "pip install 'harmonica-dit[pixart]' brings them"
-    require(not lacks, f"reading T5 takes {lacks}; {extra}")
+    try:
+        for package in ("sentencepiece", "google.protobuf", "transformers"):
+            import_module(package)
+    except ModuleNotFoundError as error:
+        extra = "pip install 'harmonica-dit[pixart]' brings it"
+        raise ValueError(f"reading T5 takes {error.name}; {extra}") from None
     from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import PixArtAlphaPipeline
     from transformers import AutoTokenizer, T5EncoderModel
 
@@ -145,17 +138,9 @@ def encode(
     return prompts
 
 
-def _installed(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # of the package that it would be in
-        return False
-
-
 @torch.no_grad()
 def _encoded_by(pipe: Any, texts: Sequence[str], tokens: int) -> Prompts:
     """Encode prompts with a pipeline's text encoder, eight at a time; results come to the CPU."""
-    require(len(texts) > 0, NO_PROMPTS)
     how, parts = {"device": pipe.text_encoder.device, "max_sequence_length": tokens}, []
     for start in range(0, len(texts), 8):
         encoded = pipe.encode_prompt(list(texts[start : start + 8]), **how)
@@ -165,36 +150,27 @@ def _encoded_by(pipe: Any, texts: Sequence[str], tokens: int) -> Prompts:
 
 
 class PixArtDenoiser(Guided):
-    """A frozen PixArt, its sampler, guidance and encoded prompts: a `harmonica.denoise.Denoiser`.
+    """A frozen PixArt with encoded prompts; a condition is the number of one of them.
 
-    Guidance runs one batch [null, conditional] of 2B, ε = ε_null + s·(ε_cond − ε_null) over all
-    latent channels, as diffusers' pipelines do.
+    Guidance runs one batch [null, conditional] of 2B and mixes all latent channels, as diffusers'
+    pipelines do.
 
     Args (the others are described at `Guided`):
         transformer: diffusers' `PixArtTransformer2DModel`.
-        prompts: encoded prompts; a condition is the number of one of them.
     """
 
     def __init__(
-        self,
-        transformer: Any,
-        sampler: Sampler,
-        prompts: Prompts,
-        *,
-        guidance: float = 4.5,
+        self, transformer: Any, sampler: Sampler, prompts: Prompts, *, guidance: float = 4.5,
         name: str = "pixart",
-    ) -> None:
+    ) -> None:  # fmt: skip
         config = transformer.config
         shape, count = (config.in_channels, *2 * [config.sample_size]), len(prompts.texts)
         super().__init__(transformer, sampler, guidance, name, sites(transformer), shape, count)
         self.prompts = prompts.to(next(transformer.parameters()))
 
     def predict(self, x: Tensor, k: int, cond: Tensor) -> Tensor:
-        """Return the guided noise at step k, with the conditional variance if the sampler reads
-        one.
-
-        For x (B, C, H, W) and numbers of prompts (B,) that is (B, C, H, W), or (B, 2C, H, W): what
-        the sampler takes, so the training loss is not spent on channels that nobody reads.
+        """Return the guided noise at step k for x (B, C, H, W) and numbers of prompts (B,), and the
+        conditional variance if the sampler reads one: (B, C or 2C, H, W).
         """
         check_inputs(x, cond, (self.shape[0], *x.shape[2:]))  # of any size
         text, mask = self.prompts.embeds[cond], self.prompts.mask[cond]  # (B, L, D_text), (B, L)
@@ -220,11 +196,7 @@ class PixArtDenoiser(Guided):
             size["resolution"] = torch.cat(sides, dim=1)
             size["aspect_ratio"] = text.new_full((len(x), 1), height / width)
         out: Tensor = self.model(
-            x.to(text.dtype),
-            encoder_hidden_states=text,
-            encoder_attention_mask=mask,
-            timestep=self.clock(x, k),
-            added_cond_kwargs=size,
-            return_dict=False,
-        )[0]
+            x.to(text.dtype), encoder_hidden_states=text, encoder_attention_mask=mask,
+            timestep=self.clock(x, k), added_cond_kwargs=size, return_dict=False,
+        )[0]  # fmt: skip
         return out.to(x.dtype)

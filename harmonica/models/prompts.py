@@ -12,35 +12,22 @@ from pathlib import Path
 from harmonica.storage.files import StrPath, read_text
 from harmonica.table import require
 
-BUNDLED = Path(__file__).with_name("prompts.txt")
-"""64 prompts of our own."""
 
+def read_prompts(given: StrPath | Sequence[str] | None = None) -> tuple[str, ...]:
+    """Return the prompts of a text file in UTF-8, of a list, or 64 bundled ones of our own.
 
-def read_prompts(path: StrPath | None = None) -> tuple[str, ...]:
-    """Read prompts from a text file in UTF-8, or the bundled ones; blank lines and lines starting
-    with # are ignored.
+    In a file, blank lines and lines starting with # are ignored. Raises FileNotFoundError if there
+    is no such file, ValueError if there is no prompt or the file is not text.
 
-    Raises FileNotFoundError if there is no such file, ValueError if it has no prompt or is not
-    text.
-
-    >>> len(read_prompts())
-    64
+    >>> len(read_prompts()), read_prompts(["a red house"])
+    (64, ('a red house',))
     """
-    file = BUNDLED if path is None else path
+    if given is not None and not isinstance(given, str | os.PathLike):
+        require(len(given) > 0, "there are no prompts; give at least one")
+        return tuple(given)
+    file = Path(__file__).with_name("prompts.txt") if given is None else given
     lines = [line.strip() for line in read_text(file).splitlines()]
     prompts = tuple(line for line in lines if line and not line.startswith("#"))
     todo = "write one to a line (lines starting with # do not count)"
     require(bool(prompts), f"{file} has no prompt; {todo}")
     return prompts
-
-
-def prompts_from(given: StrPath | Sequence[str] | None) -> tuple[str, ...]:
-    """Return prompts given as a file, as a list, or not at all, which means the bundled ones;
-    raises as `read_prompts`.
-
-    >>> prompts_from(["a red house"])
-    ('a red house',)
-    """
-    if given is None or isinstance(given, str | os.PathLike):
-        return read_prompts(given)
-    return tuple(given)

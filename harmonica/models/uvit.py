@@ -1,5 +1,4 @@
-"""U-ViT (Bao et al. 2023) in the original checkpoints' parameter names, and the denoiser built from
-it.
+"""U-ViT (Bao et al. 2023) in the original checkpoints' parameter names, and its denoiser.
 
 A U-ViT is a ViT in which everything is a token, label and timestep too, and whose blocks are joined
 in pairs by long skips, the first with the last, as in a U-Net:
@@ -16,18 +15,16 @@ both calls run side by side, block by block, as *streams*. A site is asked once 
 streams, so its feature is a tuple and one cache holds what two would; each stream is computed as in
 a call of its own, bit for bit.
 
-    B batch   C latent channels   H, W latent size   P patch size   N = (H/P)(W/P) patches
-    D hidden size
+    B batch   C latent channels   H, W latent size   P patch size   N patches   D hidden size
     S streams, one for each label that the model is asked about: 2 with guidance, 1 without
 
-This file does not know caches or routers. A checkpoint of the original
-(`imagenet256_uvit_huge.pth`) loads strictly.
+A checkpoint of the original (`imagenet256_uvit_huge.pth`) loads strictly. This file does not know
+caches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,16 +34,9 @@ from harmonica.models.guided import Guided, check_inputs
 from harmonica.run_again import run_again
 from harmonica.samplers import Sampler
 
-UVIT_H = {
-    "input_size": 32,  # the latent of 256×256 images
-    "patch_size": 2,  # 256 patches
-    "in_channels": 4,
-    "hidden_size": 1152,
-    "depth": 28,  # 58 sites
-    "num_heads": 16,
-    "num_classes": 1000,
-}
-"""Arguments of `UViT` for U-ViT-H/2 on ImageNet 256×256: 501 million parameters."""
+UVIT_H = {"input_size": 32, "patch_size": 2, "in_channels": 4, "hidden_size": 1152, "depth": 28}
+UVIT_H |= {"num_heads": 16, "num_classes": 1000}
+"""Arguments of `UViT` for U-ViT-H/2 on ImageNet 256×256: 58 sites, 501 million parameters."""
 
 Streams = tuple[Tensor, ...]
 """S tensors of one shape that go through the model side by side and never meet."""
@@ -56,8 +46,7 @@ EXTRAS = 2
 
 
 def each(function: Callable[..., Tensor], *streams: Streams) -> Streams:
-    """Apply `function` to every stream by itself, with the matching parts of further streams, if
-    any.
+    """Apply `function` to every stream by itself, with the matching parts of further ones, if any.
 
     >>> each(torch.sub, (torch.tensor(5), torch.tensor(7)), (torch.tensor(1), torch.tensor(2)))
     (tensor(4), tensor(5))
@@ -88,9 +77,7 @@ class Mlp(layers.Mlp):
 
 
 class Block(nn.Module):
-    """One pre-norm block (the middle line of the module docstring), joined to a long skip first if
-    `skip` is true.
-    """
+    """One pre-norm block (the middle line above), joined to a long skip first if `skip` is true."""
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, *, skip: bool = False) -> None:
         super().__init__()
@@ -113,8 +100,7 @@ class UViT(nn.Module):
 
     Args as of `DiT`, except
         depth: blocks on both sides of the middle one, which is not counted; even.
-        num_classes: real classes; label `num_classes` is the null class. (The original's
-            `num_classes` counts both.)
+        num_classes: real classes; label `num_classes` is the null one. (The original counts both.)
 
     Raises ValueError if a size does not divide another.
 
@@ -126,17 +112,10 @@ class UViT(nn.Module):
     """
 
     def __init__(
-        self,
-        *,
-        input_size: int = 32,
-        patch_size: int = 2,
-        in_channels: int = 4,
-        hidden_size: int = 1152,
-        depth: int = 28,
-        num_heads: int = 16,
-        num_classes: int = 1000,
+        self, *, input_size: int = 32, patch_size: int = 2, in_channels: int = 4,
+        hidden_size: int = 1152, depth: int = 28, num_heads: int = 16, num_classes: int = 1000,
         mlp_ratio: float = 4.0,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         layers.check_divisible(
             ("input_size", input_size, "patch_size", patch_size),
@@ -159,11 +138,8 @@ class UViT(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Start linear layers and positions small; the rest keeps torch's own start, as in the
-        original.
-
-        The original cuts its normal distribution at ±2, a hundred standard deviations away: the
-        plain one is the same.
+        """Start linear layers and positions small, as the original does, whose normal distribution
+        is cut at ±2, a hundred standard deviations away.
         """
         nn.init.normal_(self.pos_embed, std=0.02)
         for module in self.modules():
@@ -179,11 +155,9 @@ class UViT(nn.Module):
         patches = self.patch_embed(x)  # (B, N, D)
         time = layers.sinusoids(t, patches.shape[2]).to(patches.dtype)[:, None]  # (B, 1, D)
         named = (self.label_emb(y)[:, None] for y in labels)  # S × (B, 1, D)
-        h: Streams = tuple(
-            torch.cat([label, time, patches], dim=1) + self.pos_embed for label in named
-        )
+        h: Streams = tuple(torch.cat([y, time, patches], dim=1) + self.pos_embed for y in named)
         skips: list[Streams] = []
-        run = run_again if self.activation_checkpointing else _run
+        run = run_again if self.activation_checkpointing else lambda block, *inputs: block(*inputs)
         for block in self.in_blocks:
             h = run(block, h)
             skips.append(h)
@@ -198,18 +172,11 @@ class UViT(nn.Module):
         return layers.unpatchify(flat, self.patch_size, self.in_channels)
 
 
-def _run(block: nn.Module, *inputs: Streams) -> Any:
-    return block(*inputs)
-
-
 class UViTDenoiser(Guided):
-    """A frozen U-ViT, its sampler and classifier-free guidance: a `harmonica.denoise.Denoiser`.
+    """A frozen U-ViT. Guidance asks for two streams and mixes all channels.
 
-    Guidance asks for two streams and mixes all channels, ε = ε_null + g·(ε_cond − ε_null). The
-    original writes the same as ε_cond + s·(ε_cond − ε_null), so g = 1 + s; its s of 0.4 is the
-    default here.
-
-    Args: described at `Guided`. The model counts the sampler's timesteps 0 … 999 from 1.
+    The original writes it as ε_cond + s·(ε_cond − ε_null), so g = 1 + s; its s is 0.4. The model
+    counts the sampler's timesteps 0 … 999 from 1.
     """
 
     def __init__(
@@ -221,14 +188,9 @@ class UViTDenoiser(Guided):
         super().__init__(model, sampler, guidance, name, sites, shape, model.num_classes)
 
     def predict(self, x: Tensor, k: int, cond: Tensor) -> Tensor:
-        """Return the guided noise (B, C, H, W) at step k for class labels (B,).
-
-        The loss is taken over it alone: the streams are no batch of 2B.
-        """
+        """Return the guided noise (B, C, H, W) at step k for class labels (B,)."""
         check_inputs(x, cond, self.shape)
         labels = (cond, torch.full_like(cond, self.conditions))[: 1 if self.guidance == 1.0 else 2]
-        # A sampler's timestep is an index into β, from 0; the model was trained with the number of
-        # that β, from 1.
         streams = self.model(x.to(self.model.pos_embed.dtype), self.clock(x, k, first=1.0), labels)
         outs = [noise.to(x.dtype) for noise in streams]  # (B, C, H, W) each
         return outs[0] if len(outs) == 1 else self.mix(*outs)

@@ -21,14 +21,11 @@ from harmonica.table import require
 
 
 def component(folder: StrPath, name: str, *classes: str) -> Path:
-    """Return the folder of one part of a pipeline, or the folder itself if it is that part.
+    """Return the folder of a part of a pipeline, such as transformer, or the folder itself if it is
+    that part.
 
-    Args:
-        folder: of a pipeline, or of the part alone.
-        name: of the part, such as transformer.
-        classes: of diffusers, one of which it must have been saved from; any if none is given.
-
-    Raises FileNotFoundError if neither is there, ValueError if it is a part of another class.
+    Raises FileNotFoundError if neither is there, ValueError if it was not saved from one of these
+    classes of diffusers; none named stands for any.
     """
     for place in (Path(folder) / name, Path(folder)):
         if (place / "config.json").is_file():
@@ -57,11 +54,9 @@ def from_diffusers(kind: Any, folder: StrPath, **options: Any) -> Any:
 
 
 def read_state(path: StrPath) -> dict[str, Tensor]:
-    """Read parameters by name from a .safetensors, .pt or .pth file, executing nothing that the
-    file says.
+    """Read parameters by name from a .safetensors, .pt or .pth file, executing nothing in it.
 
-    Raises FileNotFoundError if there is no such file, ValueError if it does not hold tensors by
-    parameter name.
+    Raises FileNotFoundError if there is no such file, ValueError if it holds no tensors by name.
     """
     if files.existing(path).suffix == ".safetensors":
         from safetensors import SafetensorError
@@ -119,10 +114,11 @@ _EMBEDDERS = {
 copy of the embedders."""
 
 
-def _dit_names(depth: int) -> dict[str, list[str]]:
+def _dit_names(state: dict[str, Tensor], list_of_blocks: str) -> dict[str, list[str]]:
     """Return what diffusers calls each module of the original: one name, that of each block's copy,
     or of the three parts of `qkv`.
     """
+    depth = len({key.split(".")[1] for key in state if key.startswith(f"{list_of_blocks}.")})
     blocks = [f"transformer_blocks.{i}" for i in range(depth)]
     names = {ours: [theirs] for ours, theirs in _OUTSIDE.items()}
     for ours, theirs in _EMBEDDERS.items():
@@ -133,35 +129,26 @@ def _dit_names(depth: int) -> dict[str, list[str]]:
     return names
 
 
-def _depth(state: dict[str, Tensor], blocks: str) -> int:
-    return len({key.split(".")[1] for key in state if key.startswith(f"{blocks}.")})
-
-
 def dit_from_diffusers(state: dict[str, Tensor], positions: Tensor) -> dict[str, Tensor]:
-    """Rename the parameters of diffusers' DiT to the original's; what is missing stays missing.
-
-    Args:
-        state: of `DiTTransformer2DModel`.
-        positions: (1, N, D), which diffusers computes anew.
+    """Rename the parameters of diffusers' DiT to the original's, and add the positions (1, N, D),
+    which diffusers computes anew; what is missing stays missing.
 
     Raises ValueError if the blocks' copies of the embedders differ, as in a fine-tuned model: the
     original has one for all of them.
     """
     renamed = {"pos_embed": positions}
-    for ours, theirs in _dit_names(_depth(state, "transformer_blocks")).items():
+    for ours, theirs in _dit_names(state, "transformer_blocks").items():
         for kind in ("weight", "bias"):
             parts = {key: state[key] for name in theirs if (key := f"{name}.{kind}") in state}
             if len(parts) < len(theirs):
                 continue
-            first, *others = parts
             if ours.endswith("qkv"):
                 renamed[f"{ours}.{kind}"] = torch.cat(list(parts.values()))
                 continue
-            for key in others:
+            renamed[f"{ours}.{kind}"] = first = parts[f"{theirs[0]}.{kind}"]
+            for key, part in parts.items():
                 use = "use the pipeline itself, from_pipeline(pipe, …)"
-                same = torch.equal(parts[first], parts[key])
-                require(same, f"{key} differs from block 0's; {use}")
-            renamed[f"{ours}.{kind}"] = parts[first]
+                require(torch.equal(first, part), f"{key} differs from block 0's; {use}")
     return renamed
 
 
@@ -170,7 +157,7 @@ def dit_to_diffusers(state: dict[str, Tensor]) -> dict[str, Tensor]:
     `dit_from_diffusers`; positions are left out.
     """
     renamed: dict[str, Tensor] = {}
-    for ours, theirs in _dit_names(_depth(state, "blocks")).items():
+    for ours, theirs in _dit_names(state, "blocks").items():
         for kind in ("weight", "bias"):
             value = state.get(f"{ours}.{kind}")
             if value is not None:

@@ -3,6 +3,7 @@
 `python -m pytest tests/models/test_every_model.py -vv` prints the table.
 """
 
+import sys
 from pipes import dit_transformer, pixart_pipe, pixart_transformer, randomised, vae
 
 import pytest
@@ -270,7 +271,7 @@ def test_the_tokenizer_is_read_as_the_hub_has_it(tmp_path):
 
 def test_what_t5_needs_is_named_if_it_is_missing(tmp_path, monkeypatch):
     pixart_pipe().save_pretrained(tmp_path)
-    monkeypatch.setattr(pixart, "_installed", lambda name: name != "sentencepiece")
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
     with refused(r"takes sentencepiece; pip install 'harmonica-dit\[pixart\]'"):
         load("pixart-alpha-256", weights=tmp_path, prompts=["a river"])
 

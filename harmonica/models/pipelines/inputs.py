@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from harmonica.models.pipelines.checks import check_pipeline, transformers_of
-from harmonica.models.prompts import prompts_from
+from harmonica.models.prompts import read_prompts
 from harmonica.storage.files import StrPath
 from harmonica.table import require
 
@@ -71,7 +71,7 @@ def inputs_of(
     each, call = dict(each or {}), dict(call)
     given = {*each, *call}
     if prompts is not None or ("prompt" in parameters and not {"prompt", "prompt_embeds"} & given):
-        each["prompt"] = list(prompts_from(prompts))
+        each["prompt"] = list(read_prompts(prompts))
     if "class_labels" in parameters and "class_labels" not in given:
         each["class_labels"] = list(range(pipe.transformer.config.num_embeds_ada_norm))
     _check_arguments(name, parameters, each, call)

@@ -27,7 +27,6 @@ from torch.utils._pytree import tree_map
 from harmonica.cache import called_by
 from harmonica.columns import fit
 from harmonica.cost import Macs
-from harmonica.models.arithmetic import EXACT, FUSED
 from harmonica.models.blocks import gated_blocks
 from harmonica.models.pipelines.checks import TRANSFORMERS, check_pipeline, transformers_of
 from harmonica.models.pipelines.kept import Rows
@@ -103,8 +102,8 @@ class Session:
             stack.callback(self._close, tracker)
             stack.enter_context(tapped(pipe.scheduler))
             stack.enter_context(overridden(taps))
-            math = EXACT if self._exact else FUSED
-            stack.enter_context(gated_blocks(both, self._modules(pipe), tracker.ask, math=math))
+            blocks = gated_blocks(both, self._modules(pipe), tracker.ask, exact=self._exact)
+            stack.enter_context(blocks)
             for model in models.values():
                 stack.enter_context(precomputed(model, tracker.memo))
             with self._lock:
