@@ -8,10 +8,6 @@ and condition are copied in.
     images = draw(x, cond)         the first batch of its shape captures, the following ones replay
     draw.reason                    why the last batch ran without a graph, or None
 
-    key       structure, shapes, types and devices of noise and condition; the last used are kept
-    inputs    the tensors that the graph reads; a batch is copied into them
-    output    the tensor that it writes; every caller gets a copy
-
 A graph reads the weights where they lay when it was captured: change them in place, or make another
 GraphWalk. This file does not know models, schedules or samplers.
 """
@@ -23,13 +19,12 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from harmonica.inference.walk import Walk
 from harmonica.table import require
@@ -38,16 +33,15 @@ Capture = Callable[[Callable[[], Tensor], torch.device], tuple[Callable[[], None
 """(run, which takes nothing, and its device) -> (replay, the tensor that each replay writes)."""
 
 
-@dataclass(frozen=True)
-class Captured:
-    """One graph: where it reads, how it runs, where it writes."""
+class Captured(NamedTuple):
+    """One graph: a batch is copied into its inputs, and every caller gets a copy of its output."""
 
     inputs: tuple[Tensor, ...]
     replay: Callable[[], None]
     output: Tensor
 
     def run(self, tensors: list[Tensor]) -> Tensor:
-        """Copy a batch in, replay, and return a copy of what came out."""
+        """Return what a batch becomes."""
         for mine, theirs in zip(self.inputs, tensors, strict=True):
             mine.copy_(theirs, non_blocking=True)
         self.replay()
@@ -65,8 +59,7 @@ class CudaCapture:
     ) -> tuple[Callable[[], None], Tensor]:
         """Capture `run` on a device, after runs on a side stream in which libraries start.
 
-        A run that waits for the device raises RuntimeError before anything is captured. That is
-        only looked for where no other Python thread runs, since in it too a wait would raise.
+        A run that waits for the device raises RuntimeError before anything is captured.
         """
         with torch.cuda.device(device):
             current = torch.cuda.current_stream()
@@ -89,7 +82,9 @@ class CudaCapture:
 
 @contextmanager
 def _waiting_raises() -> Iterator[None]:
-    """Let torch raise RuntimeError at any wait for a device, if this is the only Python thread."""
+    """Let torch raise RuntimeError at any wait for a device, if this is the only Python thread: in
+    others it would raise too.
+    """
     before = torch.cuda.get_sync_debug_mode()
     if threading.active_count() == 1:
         torch.cuda.set_sync_debug_mode("error")
@@ -106,10 +101,8 @@ class GraphWalk:
 
     Args:
         walk: what is captured.
-        most: graphs kept; the one that was not used for longest makes room.
+        most: graphs kept, at least 1; the one that was not used for longest makes room.
         capture: how to capture; `CudaCapture()` if None.
-
-    Raises ValueError if most is below 1.
     """
 
     def __init__(self, walk: Walk, *, most: int = 4, capture: Capture | None = None) -> None:
@@ -147,9 +140,8 @@ class GraphWalk:
 
     def _add(self, key: Any, leaves: list[Any], shape: Any) -> str | None:
         """Capture a graph for batches of this key; return why not, if it cannot be."""
-        inputs = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        inputs, outer = tree_map_only(Tensor, Tensor.clone, leaves), sys.exc_info()[1]
         tensors = tuple(leaf for leaf in inputs if isinstance(leaf, Tensor))
-        outer = sys.exc_info()[1]
         try:
             run = partial(self.walk, *tree_unflatten(inputs, shape))
             replay, output = self._capture(run, tensors[0].device)

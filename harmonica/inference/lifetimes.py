@@ -1,14 +1,9 @@
 """Lifetimes: what a frozen schedule knows before the walk, and the gates that follow from it.
 
 A schedule is static. For each step and site it is known in advance which outputs its gate reads
-(`Schedule.gate_weights`), and so when each output is read for the last time:
-
-    computed, never read     the fresh output is used and not kept
-    computed, read later     a reference is kept
-    read for the last time   the output is freed right after
-
-A plan's gates give the same features as `reuse` and `weighted`, bit for bit, with fewer of them
-alive. This file does not know models or samplers.
+(`Schedule.gate_weights`), and so when each output is read for the last time. It is freed then, or
+never kept. A plan's gates give the same features as `reuse` and `weighted`, bit for bit, with fewer
+of them alive. This file does not know models or samplers.
 """
 
 from __future__ import annotations
@@ -23,9 +18,6 @@ from harmonica.cache import Cache, Compute, Feature, Gate, never_computed
 from harmonica.forecast import History, weighted_sum
 from harmonica.router import Schedule
 
-Add = Callable[[Sequence[float], History], Feature]
-"""Σⱼ wⱼ·fⱼ."""
-
 
 class Entry(NamedTuple):
     """What a site does at a step, in terms of the outputs that are kept of it, newest first.
@@ -36,12 +28,11 @@ class Entry(NamedTuple):
     computes: bool
     weights: tuple[float, ...]  # of each output, fresh one included
     keep: tuple[int, ...]  # which of the outputs stay alive
+    steps: tuple[int, ...]  # that each output is from
+    looks_up: bool = False  # whether it only reuses an output that is read again later
 
 
-READ = Entry(False, (1.0,), (0,))
-"""Reuse of an output that is read again later: nothing but a lookup."""
-
-Row = tuple[Entry, ...]
+LOOKUP = (False, (1.0,), (0,))
 
 
 @dataclass(frozen=True)
@@ -54,7 +45,7 @@ class Plan:
     ([(0,), (0,), ()], [(), (), ()])
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[tuple[Entry, ...], ...]
 
     @classmethod
     def of(cls, schedule: Schedule) -> Plan:
@@ -65,7 +56,12 @@ class Plan:
         columns = [_column(*column) for column in zip(table, each, strict=True)]
         return cls(tuple(zip(*columns, strict=True)))
 
-    def gate(self, k: int, cache: Cache, add: Add = weighted_sum) -> Gate:
+    def gate(
+        self,
+        k: int,
+        cache: Cache,
+        add: Callable[[Sequence[float], History], Feature] = weighted_sum,
+    ) -> Gate:
         """Return the gate of step k over a walk's cache, which is empty after the last step.
 
         Called in the order of the walk, once for each site and step. A feature that was never
@@ -74,14 +70,14 @@ class Plan:
         Args:
             k: the step.
             cache: holds the kept outputs of each site.
-            add: `weighted_sum` is exact, `fused_sum` takes fewer passes.
+            add: Σⱼ wⱼ·fⱼ; `weighted_sum` is exact, `fused_sum` takes fewer passes.
         """
         row = self.rows[k]
 
         def gate(site: int, compute: Compute) -> Feature:
             try:
                 entry = row[site]
-                if entry is READ:
+                if entry.looks_up:
                     return cache[site][0]
                 kept: History = cache.pop(site, ()) if entry.computes else cache.pop(site)
             except LookupError:
@@ -132,22 +128,19 @@ def _column(computes: list[bool], weights: Tensor | None) -> list[Entry]:
     >>> [entry.keep for entry in _column([True, False, False, True, True], None)]
     [(0,), (0,), (), (), ()]
     """
-    last_read: dict[int, int] = {}  # step of an output -> the last step that reads it
-    entries: list[tuple[list[int], list[float]]] = []  # outputs that may be read, and their weights
     past: list[int] = []  # steps that computed, newest first
+    weight_of: list[dict[int, float]] = []  # at each step, of the outputs of earlier ones
+    last_read: dict[int, int] = {}  # step of an output -> the last step that reads it
     for k, computed in enumerate(computes):
-        outputs = [k, *past] if computed else past
+        past = [k, *past] if computed else past
         scales = [1.0] if weights is None else weights[k, 0 if computed else 1 :].tolist()
-        entries.append((outputs, scales[: len(outputs)]))
-        last_read |= {step: k for step, w in zip(outputs, scales, strict=False) if w != 0}
-        past = outputs
-    plan, alive = [], set[int]()
-    for k, (outputs, scales) in enumerate(entries):
-        alive = alive | {k} if computes[k] else alive
-        kept = [step for step in outputs if step in alive]
-        scale_of = dict(zip(outputs, scales, strict=False))
-        keep = tuple(j for j, step in enumerate(kept) if last_read.get(step, -1) > k)
-        entry = Entry(computes[k], tuple(scale_of.get(step, 0.0) for step in kept), keep)
-        plan.append(READ if entry == READ else entry)
-        alive = {kept[j] for j in keep}
-    return plan
+        weight_of.append(dict(zip(past, scales, strict=False)))
+        last_read |= {step: k for step, w in weight_of[k].items() if w != 0}
+    column, alive = [], tuple[int, ...]()
+    for k, computed in enumerate(computes):
+        steps = (k, *alive) if computed else alive
+        keep = tuple(j for j, step in enumerate(steps) if last_read.get(step, -1) > k)
+        scale = tuple(weight_of[k].get(step, 0.0) for step in steps)
+        column.append(Entry(computed, scale, keep, steps, (computed, scale, keep) == LOOKUP))
+        alive = tuple(steps[j] for j in keep)
+    return column

@@ -1,10 +1,5 @@
 """Timing: how long walks and sites take, by the clock of the device that they run on.
 
-    Timer          a span of work: CUDA events on that device, else the host's clock
-    by_turns       seconds of several walks, which take turns, so that all meet the same load
-    measure        the walk under a schedule against the plain one
-    milliseconds   of each site, in the form of `Macs`
-
 MACs say what a table saves in theory. With `milliseconds` in their place, `Schedule.speedup` says
 what to expect on this machine, and `train_sdt(…, cost=…)` aims at real time. This file does not
 know models.
@@ -14,9 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,7 +24,8 @@ from harmonica.table import require
 
 
 class Timer:
-    """The time that the work of a `with` takes on the device of x; nothing waits before it is read.
+    """The time that the work of a `with` takes on the device of x, by CUDA events or else by the
+    host's clock; nothing waits before it is read.
 
     >>> with Timer(torch.zeros(1)) as timer:
     ...     _ = torch.ones(100).sum()
@@ -65,8 +60,7 @@ class Timer:
         return float(start.elapsed_time(end))
 
 
-@dataclass(frozen=True)
-class Timing:
+class Timing(NamedTuple):
     """Seconds of one walk, medians over turns."""
 
     plain: float
@@ -79,14 +73,9 @@ class Timing:
 
 
 def measure(
-    denoiser: Denoiser,
-    schedule: Schedule,
-    x: Tensor,
-    cond: Any,
-    *,
-    repeats: int = 7,
+    denoiser: Denoiser, schedule: Schedule, x: Tensor, cond: Any, *, repeats: int = 7,
     walk: Callable[[Tensor, Any], Tensor] | None = None,
-) -> Timing:
+) -> Timing:  # fmt: skip
     """Time the walk from noise x (B, C, H, W) with and without a schedule, by turns, `repeats` of
     which count. `walk` is the cached one, such as `Walk(denoiser, schedule)`; None is `sample`.
     """
@@ -114,24 +103,20 @@ def by_turns(
     return {name: turns[1:] for name, turns in seconds.items()}
 
 
-class Milliseconds(Macs):
-    """Milliseconds of one guided prediction of a batch, site by site, in the form of `Macs`."""
-
-
-def milliseconds(denoiser: Denoiser, batch_size: int = 1, *, repeats: int = 7) -> Milliseconds:
-    """Time each site in walks of `Walk` without reuse, on this machine: medians over `repeats`.
+def milliseconds(denoiser: Denoiser, batch_size: int = 1, *, repeats: int = 7) -> Macs:
+    """Return the milliseconds of one guided prediction of a batch, site by site, in the form of
+    `Macs`: medians over walks of `Walk` without reuse, on this machine.
 
     A site is all that `Walk` skips with it, norm and modulation included. The rest is what no
     schedule saves, the sampler included. Keep the result: the next measurement differs by a few
-    percent, and a training run can only be resumed with the same costs. Small batches take longer
-    for an image than MACs say. Raises ValueError if batch_size or repeats is below 1.
+    percent, and a training run can only be resumed with the same costs.
     """
     counts = f"batch_size {batch_size}, repeats {repeats}"
     require(batch_size >= 1 and repeats >= 1, f"found {counts}; expected 1 or more of each")
     walk, (x, cond) = Walk(denoiser), denoiser.draw(batch_size, torch.Generator().manual_seed(0))
     turns = [_site_times(walk, x, cond) for _ in range(repeats + 1)][1:]
     *each, total = (median(values) / denoiser.steps for values in zip(*turns, strict=True))
-    return Milliseconds(torch.tensor(each, dtype=torch.float64), max(total - sum(each), 0.0))
+    return Macs(torch.tensor(each, dtype=torch.float64), max(total - sum(each), 0.0))
 
 
 def _site_times(walk: Walk, x: Tensor, cond: Any) -> list[float]:

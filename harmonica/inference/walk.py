@@ -11,8 +11,7 @@ Besides the sites that the schedule skips, a walk leaves out
     modulation of single steps: W in one product    models/precompute.py      to rounding
     passes over memory in h + gate·out              models/blocks.py          to rounding
 
-`exact=True` leaves the last two as they are, and then the images are those of `sample` bit for bit.
-A model whose blocks are not known is walked as `sample` does it.
+`exact=True` does without the last two: the images are those of `sample`, bit for bit.
 """
 
 from __future__ import annotations
@@ -47,8 +46,8 @@ class Accelerated(Denoiser, Protocol):
     def accelerated(
         self, gate: Gate, *, exact: bool
     ) -> AbstractContextManager[Callable[[int], None]]:
-        """Ask `gate` with all of a branch inside it, and know ahead what can be known, as long as
-        the `with` is open. It gives a function that is called with k before each step.
+        """Ask `gate` in this `with`, with all of a branch inside it, and know ahead what can be
+        known; gives a function that is called with k before each step.
         """
         ...
 

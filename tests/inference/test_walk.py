@@ -14,8 +14,8 @@ from test_every_model import (
 )
 from torch import nn
 
-from harmonica import Schedule, sample, train_sdt
-from harmonica.inference.timing import Milliseconds, milliseconds
+from harmonica import Macs, Schedule, sample, train_sdt
+from harmonica.inference.timing import milliseconds
 from harmonica.inference.walk import Accelerated, Walk
 from harmonica.models import MODELS, load
 from harmonica.models.dit import DiTDenoiser
@@ -256,7 +256,7 @@ def test_milliseconds_are_the_sites_own_and_the_rest_is_what_no_schedule_saves(m
 
 def test_a_table_lands_on_a_target_in_milliseconds():
     d = make(dtype=torch.float32)
-    cost = Milliseconds(torch.tensor([1.0, 5.0, 1.0, 1.0], dtype=torch.float64), 2.0)
+    cost = Macs(torch.tensor([1.0, 5.0, 1.0, 1.0], dtype=torch.float64), 2.0)
     how = {"iterations": 12, "batch_size": 2, "lr": 0.2, "refine": 0, "progress": False}
     schedule = train_sdt(d, target_speedup=1.5, cost=cost, **how).schedule(0.1)
     assert schedule.speedup(cost) >= 1.5

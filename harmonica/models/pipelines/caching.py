@@ -20,8 +20,8 @@ from weakref import WeakKeyDictionary, finalize
 
 from torch import nn
 
-from harmonica.models.pipelines.patched import patched
 from harmonica.models.pipelines.session import Session
+from harmonica.models.pipelines.taps import patched
 from harmonica.override import Method
 from harmonica.router import Schedule
 

@@ -1,4 +1,4 @@
-"""Kept: what a table says of each site at each step, and the outputs that are kept meanwhile.
+"""Kept: outputs of sites during a walk of a pipeline.
 
 A walk of a pipeline may start late, or compute where the table reuses. So an output remembers the
 step that it comes from, and whether anybody has written to it since. This file does not know
@@ -7,58 +7,14 @@ pipelines.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import isclose
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from harmonica.cache import Feature
-from harmonica.inference.lifetimes import Entry, Plan
-from harmonica.router import Schedule
-
-
-class Planned(NamedTuple):
-    """What a site does at one step, and the steps whose outputs it adds up, newest first."""
-
-    entry: Entry
-    steps: tuple[int, ...]
-
-
-UNKNOWN = -1
-FIRST = Planned(Entry(True, (1.0,), (0,)), (UNKNOWN,))
-"""Every site of a walk's first step, before its row is known."""
-
-
-class Rows:
-    """A schedule in Python numbers, T rows of N."""
-
-    def __init__(self, schedule: Schedule) -> None:
-        self.schedule = schedule
-        columns = zip(*Plan.of(schedule).rows, strict=True)
-        self.rows = list(zip(*map(_planned, columns), strict=True))
-
-    def start(self, times: tuple[float, ...]) -> int | None:
-        """Return the row of the first of these timesteps, None if the table is not for them.
-
-        They may be a tail of the table's. A table without timesteps is for any T of them.
-        """
-        own, offset = self.schedule.timesteps, self.schedule.steps - len(times)
-        if offset < 0 or (offset > 0 and not own):
-            return None
-        alike = all(isclose(a, b, rel_tol=1e-5) for a, b in zip(own[offset:], times, strict=False))
-        return offset if alike else None
-
-
-def _planned(column: Sequence[Entry]) -> Iterator[Planned]:
-    kept: tuple[int, ...] = ()
-    for k, entry in enumerate(column):
-        steps = (k, *kept) if entry.computes else kept
-        yield Planned(entry, steps)
-        kept = tuple(steps[j] for j in entry.keep)
 
 
 @dataclass

@@ -2,10 +2,9 @@
 
 During a walk, in its thread or task alone:
 
-    scheduler.set_timesteps, scheduler.step    tell the tracker (copies of the scheduler too)
-    transformer                                tells the tracker
-    blocks and sites of the transformer        ask the tracker, which reuses or computes
-    embeddings, text projections               are answered ahead (harmonica.models.precompute)
+    scheduler, its copies, transformer     tell the tracker what is called
+    blocks and sites of the transformer    ask the tracker, which reuses or computes
+    embeddings, text projections           are answered ahead (harmonica.models.precompute)
 
 Between walks nothing stands on the transformer: it can be called, saved, copied and changed like
 any other. Every walk takes the scheduler, the transformer and the adapters that it finds.
@@ -18,6 +17,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from math import isclose
 from typing import Any
 from weakref import ref
 
@@ -27,11 +27,11 @@ from torch.utils._pytree import tree_map
 from harmonica.cache import called_by
 from harmonica.columns import fit
 from harmonica.cost import Macs
+from harmonica.inference.lifetimes import Plan
 from harmonica.models.blocks import gated_blocks
 from harmonica.models.pipelines.checks import TRANSFORMERS, check_pipeline, transformers_of
-from harmonica.models.pipelines.kept import Rows
 from harmonica.models.pipelines.taps import tapped
-from harmonica.models.pipelines.tracker import Counts, Tracker, current
+from harmonica.models.pipelines.tracker import Counts, Rows, Tracker, current
 from harmonica.models.precompute import precomputed
 from harmonica.models.site_costs import cost_of_call, without_numbers
 from harmonica.models.sites import sites
@@ -57,15 +57,9 @@ class Session:
     """
 
     def __init__(
-        self,
-        pipe: Any,
-        schedules: Sequence[Schedule],
-        modules: Mapping[str, nn.Module] | None = None,
-        *,
-        exact: bool = True,
-        otherwise: str = "raise",
-        offload: bool = False,
-    ) -> None:
+        self, pipe: Any, schedules: Sequence[Schedule], modules: Mapping[str, nn.Module] | None, *,
+        exact: bool, otherwise: str, offload: bool,
+    ) -> None:  # fmt: skip
         check_pipeline(pipe)
         self.pipe, self._kind, self.walks = ref(pipe), type(pipe).__name__, 0
         known = f"exact=False is for {', '.join(PIPELINES)}, not {self._kind}; leave it out"
@@ -78,7 +72,7 @@ class Session:
         self.schedules = [fit(schedule, self.sites) for schedule in schedules]
         for schedule in self.schedules:
             schedule.check(schedule.steps, self.sites)
-        self._tables = [Rows(schedule) for schedule in self.schedules]
+        self._rows = [Plan.of(schedule).rows for schedule in self.schedules]
         self._inputs: dict[str, Any] = {}  # of the first call of each transformer, without numbers
         self._costs: dict[str, Macs | None] = {}
         self._live, self._ended = list[Tracker](), Counts()
@@ -137,17 +131,17 @@ class Session:
 
     def _choose(self, scheduler: Any, times: tuple[float, ...]) -> tuple[Rows, int] | None:
         """Return the table for these timesteps, and the row of the first of them."""
-        starts = [(start, t) for t in self._tables if (start := t.start(times)) is not None]
-        if starts:
-            start, table = min(starts, key=lambda pair: pair[0])
-            return table, start
+        pairs = zip(self.schedules, self._rows, strict=True)
+        found = [(rows, k) for each, rows in pairs if (k := _row_of(each, times)) is not None]
+        if found:
+            return min(found, key=lambda pair: pair[1])
         run = f"no table is for the {len(times)} steps {_span(times)}"
         if self._otherwise == "compute":
             self._say_once(f"{run} of a run, so all of it is computed")
             return None
         have = "; ".join(f"{each.steps} steps {_span(each.timesteps)}" for each in self.schedules)
-        message = f"{run} of this run; there are tables for {have}. Run one of these, add a table, "
-        message += "or pass otherwise='compute'"
+        todo = "Run one of these, add a table, or pass otherwise='compute'"
+        message = f"{run} of this run; there are tables for {have}. {todo}"
         if len(self.schedules) == 1:
             try:
                 self.schedules[0].check(len(times), self.sites, times)
@@ -191,16 +185,10 @@ class Session:
         `asked` counts the answers of sites, and `skipped` those without computing. `beyond` counts
         for each reason the sites that were computed although the table reuses them.
         """
-        counts = self._counts()
+        counts, report = self._counts(), {"walks": self.walks, "in_flight": len(self._live)}
         asked, skipped = counts.asked, counts.skipped.total()
-        return {
-            "walks": self.walks,
-            "in_flight": len(self._live),
-            "asked": asked,
-            "skipped": skipped,
-            "reused_share": skipped / asked if asked else 0.0,
-            "beyond": dict(counts.beyond),
-        }
+        shares = {"reused_share": skipped / asked if asked else 0.0, "beyond": dict(counts.beyond)}
+        return {**report, "asked": asked, "skipped": skipped, **shares}
 
     def __str__(self) -> str:
         told, n = self.report(), len(self.sites)
@@ -241,6 +229,18 @@ class Session:
                 self._say_once(f"the operations of {name} cannot be counted: {error}")
                 self._costs[name] = None
         return self._costs.get(name)
+
+
+def _row_of(schedule: Schedule, times: Sequence[float]) -> int | None:
+    """Return the row of the first of these timesteps, None if the table is not for them.
+
+    They may be a tail of the table's. A table without timesteps is for any T of them.
+    """
+    own, offset = schedule.timesteps, schedule.steps - len(times)
+    if offset < 0 or (offset > 0 and not own):
+        return None
+    alike = all(isclose(a, b, rel_tol=1e-5) for a, b in zip(own[offset:], times, strict=False))
+    return offset if alike else None
 
 
 def _sites_of(pipe: Any) -> list[str]:

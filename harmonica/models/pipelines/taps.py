@@ -1,25 +1,71 @@
-"""Taps: a scheduler tells the walk that runs in this thread or task what it does.
+"""Taps: what a class of pipelines or schedulers is called for, as long as somebody wants to know.
 
-    set_timesteps    a walk begins at these timesteps
-    step             a step ends, of the scheduler or of a copy of it
+    pipeline.__call__          is a walk of the session that is open for that pipeline (caching.py)
+    scheduler.set_timesteps    a walk begins at these timesteps
+    scheduler.step             a step ends, of the scheduler or of a copy of it
 
-Nobody waits for a device: timesteps that lie there are made once more on the CPU.
+The walk is that of this thread or task. Nobody waits for a device: timesteps that lie there are
+made once more on the CPU.
 """
 
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
 
-from harmonica.models.pipelines.patched import patched
 from harmonica.models.pipelines.standin import plain_scheduler
 from harmonica.models.pipelines.tracker import current
 from harmonica.override import Method, overridden
+
+_lock = threading.RLock()
+_patches: dict[tuple[type, str], list[Any]] = {}  # what was there, what stands there now, how many
+
+
+@contextmanager
+def patched(kind: type, name: str, answer: Method) -> Iterator[None]:
+    """Answer calls of a method of all objects of a class, in all threads, by answer(original, …).
+
+    Subclasses are left alone. Who patches a method that is patched already shares the first
+    answer, so all answers for one method must be the same function.
+
+    >>> class Thing:
+    ...     def name(self): return "thing"
+    >>> with patched(Thing, "name", lambda original, self: f"no {original(self)}"): Thing().name()
+    'no thing'
+    >>> Thing().name()
+    'thing'
+    """
+    with _lock:
+        if (kind, name) not in _patches:
+            original = getattr(kind, name)
+
+            @wraps(original)
+            def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+                if type(self) is not kind:
+                    return original(self, *args, **kwargs)
+                return answer(original, self, *args, **kwargs)
+
+            _patches[kind, name] = [vars(kind).get(name), method, 0]
+            setattr(kind, name, method)
+        _patches[kind, name][2] += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            before, method, _ = patch = _patches[kind, name]
+            patch[2] -= 1
+            if patch[2] == 0:
+                del _patches[kind, name]
+                if vars(kind).get(name) is method and before is None:
+                    delattr(kind, name)
+                elif vars(kind).get(name) is method:
+                    setattr(kind, name, before)
 
 
 @contextmanager
@@ -29,9 +75,8 @@ def tapped(scheduler: Any) -> Iterator[None]:
         for name, tap in (("set_timesteps", _set_timesteps), ("step", _step)):
             stack.enter_context(patched(type(scheduler), name, tap))
             if name in vars(scheduler):  # somebody's wrapper may call what the class had before
-                stack.enter_context(
-                    overridden([(scheduler, name, partial(_wrapped, tap, scheduler))])
-                )
+                wrapped = [(scheduler, name, partial(_wrapped, tap, scheduler))]
+                stack.enter_context(overridden(wrapped))
         yield
 
 

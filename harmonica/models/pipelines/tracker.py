@@ -31,15 +31,22 @@ from torch.utils._pytree import tree_leaves
 
 from harmonica.cache import Compute, Feature
 from harmonica.forecast import weighted_sum
+from harmonica.inference.lifetimes import Entry
 from harmonica.models.memo import Memo
-from harmonica.models.pipelines.kept import FIRST, UNKNOWN, Output, Planned, Rows
+from harmonica.models.pipelines.kept import Output
+
+Rows = Sequence[Sequence[Entry]]
+"""Of a table's `Plan`, T of N."""
+
+UNKNOWN = -1
+FIRST = Entry(True, (1.0,), (0,), (UNKNOWN,))
+"""What every site does at a walk's first step, whose row is not known yet."""
 
 MOST_CALLS = 16
 """Calls of a transformer in one step whose features are kept; pipelines make one to three."""
 
-MISSING, IN_PARTS, SPOILT = (
-    "nothing of these shapes was kept", "called in parts", "changed in place",
-)  # fmt: skip
+MISSING, IN_PARTS = "nothing of these shapes was kept", "called in parts"
+SPOILT = "changed in place"
 """Reasons why a site was computed although the table reuses it."""
 
 
@@ -89,29 +96,26 @@ class Tracker:
     """Follows one walk of a pipeline: from `begin` over calls and steps to `end`.
 
     Args:
-        choose: timesteps -> (table, row of the first of them), or None to compute everything.
+        choose: timesteps -> (a table, the row of the first of them), or None to compute everything.
         exact: see `Memo`.
         offload: keep features in host memory.
     """
 
     def __init__(
-        self,
-        choose: Callable[[tuple[float, ...]], tuple[Rows, int] | None],
-        *,
-        exact: bool = True,
-        offload: bool = False,
-    ) -> None:
+        self, choose: Callable[[tuple[float, ...]], tuple[Rows, int] | None], *, exact: bool,
+        offload: bool,
+    ) -> None:  # fmt: skip
         self._choose, self._offload = choose, offload
         self.memo, self.counts = Memo(exact=exact, trusted=False), Counts()
         self.end()
 
     def end(self) -> None:
         """Follow nothing, and let every feature go."""
-        self._rows: Sequence[Sequence[Planned]] = ()  # of the table; empty where nothing is reused
+        self._rows: Rows = ()  # empty where nothing is reused
         self._times: list[float] = []
         self._tensor: Any = None  # the same timesteps, as the scheduler holds them
         self._k: int | None = None  # the row that runs; None in the first step
-        self._row: Sequence[Planned] = ()
+        self._row: Sequence[Entry] = ()
         self._open: list[Call] = []
         self._call: Call | None = None
         self._answered: dict[int, bool] = {}  # site -> was it reused, in this call
@@ -126,8 +130,8 @@ class Tracker:
         self.end()
         chosen = self._choose(tuple(times))
         if chosen is not None:
-            table, offset = chosen
-            self._rows, self._row = table.rows, (FIRST,) * len(table.rows[0])
+            self._rows, offset = chosen
+            self._row = (FIRST,) * len(self._rows[0])
             self._times, self._tensor = [float("nan")] * offset + list(times), tensor
             self.memo.timesteps = self._times
 
@@ -173,7 +177,7 @@ class Tracker:
     def _keep_what_is_read(self, k: int) -> None:
         """Of what the first step kept, keep what later rows read, and say which row it is from."""
         for call in self._open:
-            call.kept = {i: each for i, each in call.kept.items() if self._rows[k][i].entry.keep}
+            call.kept = {i: each for i, each in call.kept.items() if self._rows[k][i].keep}
             for (output,) in call.kept.values():
                 output.step = k
 
@@ -205,7 +209,7 @@ class Tracker:
                 "transformer: its feed-forward began to run in chunks? Call "
                 "set_chunk_feed_forward(None, 0) on the blocks, and run the pipeline again"
             )
-        (entry, steps), kept = self._row[site], call.kept.pop(site, ())
+        entry, kept = self._row[site], call.kept.pop(site, ())
         valid = kept if all(output.intact() for output in kept) else ()
         reuses = not entry.computes and before is None and bool(valid)
         self._answered[site] = reuses
@@ -221,7 +225,7 @@ class Tracker:
             own = Output.of(k, fresh, self._offload) if entry.keep else Output(k, fresh)
             outputs = (own, *valid)
         # Weights are for the outputs of certain steps. Without those, the newest is repeated.
-        planned = tuple(output.step for output in outputs)[: len(steps)] == steps
+        planned = tuple(output.step for output in outputs)[: len(entry.steps)] == entry.steps
         keep = entry.keep if planned else range(len(entry.keep))
         if keep and before is None:  # a part of a feature is not worth keeping
             call.kept[site] = tuple(outputs[j] for j in keep if j < len(outputs))
