@@ -11,8 +11,7 @@
 Each is [value, low, high] of a bootstrap. "…_difference" is the method's value minus the uncached walk's, resampled
 over the same noises, so an interval below zero means that the method is better than not caching at all.
 All methods return a schedule; one engine runs it on the same held-out noises. Methods that measure see 96 noises that
-are not among those (greedy search 8, for its price; refined tables are judged on 128, weights learned on 384, table and
-weights in turn on 1536). Each
+are not among those (greedy search 8, for its price; refined tables are judged on 128, weights are learned on 1536). Each
 finished row, pool and trained table is a file in --out: the same command continues.
 "order 1" and "order 2" are TaylorSeer's forecasts. Writes results/NAME.json and, for each model, T and
 sampler, results/NAME-MODEL-T-SAMPLER.png: the distance to the reference against speedup, first seeds.
@@ -61,6 +60,7 @@ TRAINED = (
     "refined towards the reference, order 1",
     "weights on dynamic programming",
     "weights on the refined table",
+    "weights on FORA",
     "weights, everything computed",
     "table and weights in turn",
     "table and weights in turn, from the refined table",
@@ -140,6 +140,7 @@ def new_table(denoiser: Denoiser, method: str, speedup: float, job: Job) -> Sche
             denoiser, *real_images(args.model), speedup=speedup, updates=args.updates, batch_size=8, lr=0.1, generator=generator
         ),
         "weights on dynamic programming": lambda: weighted(of("dynamic programming"), denoiser, job),
+        "weights on FORA": lambda: weighted(of("FORA"), denoiser, job),
         "weights on the refined table": lambda: weighted(
             of("refined towards the reference, order 1"), denoiser, job
         ),
@@ -161,14 +162,14 @@ def new_table(denoiser: Denoiser, method: str, speedup: float, job: Job) -> Sche
 def weighted(schedule: Schedule, denoiser: Denoiser, job: Job) -> Schedule:
     """Learn weights towards the reference, on a pool that all methods share."""
     *_, seed, args = job
-    generator = torch.Generator().manual_seed(seed)
+    pool, generator = pool_of(denoiser, 1536, None, args), torch.Generator().manual_seed(seed)
     return learn_weights(
-        denoiser, schedule, pool_of(denoiser, 384, None, args), generator=generator
+        denoiser, schedule, pool, iterations=288, batch_size=16, generator=generator
     )
 
 
 def in_turn(schedule: Schedule, denoiser: Denoiser, speedup: float, job: Job) -> Schedule:
-    """Learn table and weights in turn, on a pool four times as large."""
+    """Learn table and weights in turn, on the same pool."""
     *_, seed, args = job
     pool = pool_of(denoiser, 1536, None, args)
     target = Target(speedup, macs(denoiser), denoiser.steps)

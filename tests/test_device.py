@@ -20,7 +20,7 @@ from test_every_model import loaded, small  # noqa: F401 (small is a fixture: ev
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from harmonica import Router, Schedule, image_error, sample, sdt, train_sdt
+from harmonica import Router, Schedule, image_error, macs, references, sample, sdt, train_sdt
 from harmonica.command_line import dtype_of
 from harmonica.demo import main as demo_main
 from harmonica.image_sets import main as image_sets_main
@@ -33,7 +33,9 @@ from harmonica.models.sites import sites
 from harmonica.samplers import DDIM
 from harmonica.search import baselines
 from harmonica.search.flip_effects import flip_effects_at
+from harmonica.search.in_turn import learn_in_turn
 from harmonica.search.references import Pool
+from harmonica.search.target import Target
 from harmonica.train import main as train_main
 from harmonica.train import parser as train_parser
 
@@ -200,6 +202,7 @@ REFINED = {"target_speedup": 1.3, "refine": 150, "batch_size": 32, "iterations":
     [
         {}, {"proxy": None}, {"proxy": "telescoping"}, {"again": True}, {"name": "pixart-alpha-256"}, {"name": "uvit-h"},
         {"target_speedup": 1.3, "refine": 0}, {"target_cur": 0.3, "refine": 0}, REFINED, REFINED | {"order": 1},
+        REFINED | {"toward": "reference"},
     ],
     ids=str,
 )  # fmt: skip
@@ -248,6 +251,17 @@ def flip_effects(place, order=0):
     pool = Pool(x, y, sample(d, x, y))
     model = flip_effects_at(d, ordered(d, order), pool, torch.ones_like(x))
     return model.gradient, model.curvature
+
+
+def test_learning_a_table_and_weights_in_turn_gives_the_cpus():
+    def learned(place):
+        d = loaded("dit-xl", steps=3, device=place)
+        pool = references(d, noises=4, factor=2, generator=seeded(1))
+        first, target = baselines.every(d, speedup=1.5), Target(1.3, macs(d), 3)
+        last = learn_in_turn(d, first, pool, target, turns=1, iterations=2, batch_size=2)
+        return last.compute, last.weights
+
+    same_on_both(learned)
 
 
 @pytest.mark.parametrize("order", [0, 1])
