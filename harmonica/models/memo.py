@@ -6,8 +6,6 @@ it: other weights, other settings, another sub-module, an adapter, a hook. Nothi
 the device: torch counts the writes to a tensor (`_version`) on the CPU. It does not count a write
 through `tensor.data`, as in merging an adapter; so every module that is put in place of another,
 anywhere, makes all memos begin anew. A bare write through `.data` is seen at the next walk.
-
-This file does not know models, steps of a schedule, or caches of features.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ from harmonica.override import is_overridden
 
 @dataclass
 class Memo:
-    """What one walk knows ahead, and where it is; the walk sets the fields.
+    """What one walk knows ahead, and where it is.
 
     Attributes:
         timesteps: T, in execution order, as the model is given them.
@@ -112,11 +110,8 @@ class Watch:
         if not self._plain or any(places.get(name) is not it for places, name, it in self._places):
             return None
         settings = [own[name] for own, names, _ in self._parts for name in names]
-        return (
-            _modules_placed[0],
-            *settings,
-            *[(each.data_ptr(), each._version) for each in self._tensors],
-        )
+        versions = [(each.data_ptr(), each._version) for each in self._tensors]
+        return _modules_placed[0], *settings, *versions
 
 
 _modules_placed = [0]

@@ -8,17 +8,13 @@
     timestep embedding                     every step             once, all T steps      rounding
     modulation (adaLN)                     every step and block   W steps in a product   rounding
 
-One `Memo` holds what a walk knows. There are two strategies. `once` keeps an output as long as its
-inputs and weights are the same tensors, unchanged. `Condition` computes several steps in one
-product; W is as many as fit into a fiftieth of the model's memory. At the end of the file a table
-says which strategy is used for which module of which model.
-
-A module that has hooks, wrappers or adapters runs at every step, and so does one that is changed
-during the walk.
+One `Memo` holds what a walk knows. `once` keeps an output as long as its inputs and weights are the
+same tensors, unchanged. `Condition` computes several steps in one product; W is as many as fit into
+a fiftieth of the model's memory. MODELS says which modules of which model are answered how. A
+module that has hooks, wrappers or adapters runs at every step, and so does one that is changed
+during the walk. This file does not know schedules, caches or samplers.
 
     T steps   B samples in the model's batch, guidance included   D hidden size   W steps a product
-
-This file does not know schedules, caches or samplers.
 """
 
 from __future__ import annotations
@@ -39,9 +35,6 @@ LEAST_ROOM = 16 * 2**20
 """Bytes that modulations of several steps may always take."""
 
 
-# ------------------------------------------------------------ two strategies
-
-
 def once(memo: Memo, module: nn.Module, equals: object = None) -> Answer:
     """Answer a module by what it has returned for these inputs before.
 
@@ -51,12 +44,11 @@ def once(memo: Memo, module: nn.Module, equals: object = None) -> Answer:
     watch = Watch(module)
     at_first = watch.state()
 
-    def answer(forward: Method, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        state = watch.state()
+    def answer(forward: Method, args: Any, kwargs: Any) -> Any:
         owner: object = module
+        state, step = watch.state(), None if equals is None else memo.k
         if equals is not None and state == at_first and state is not None:
             state, owner = (), equals
-        step = None if equals is None else memo.k
         inputs = (step, *args, *kwargs.values())
         return memo.recall(owner, lambda: forward(*args, **kwargs), *inputs, state=state)
 
@@ -64,13 +56,9 @@ def once(memo: Memo, module: nn.Module, equals: object = None) -> Answer:
 
 
 class Condition:
-    """The vector c = time(t) + label(y), which modulates all blocks, for all T steps at once.
+    """The vector c = time(t) + label(y), (B, D), which modulates all blocks, for all T steps at once.
 
-    Args:
-        memo: of the walk.
-        time: timesteps (T,) -> (T, D).
-        label: labels (B,) -> (B, D).
-        modules: hold the weights of both.
+    `modules` hold the weights of `time`, (T,) -> (T, D), and of `label`, (B,) -> (B, D).
     """
 
     def __init__(self, memo: Memo, time: Method, label: Method, *modules: nn.Module) -> None:
@@ -86,10 +74,6 @@ class Condition:
     def labels(self, y: Tensor) -> Tensor:
         """Return label(y), (B, D)."""
         return self._recall("labels", lambda: self._label(y), y)
-
-    def both(self, t: Tensor, y: Tensor) -> Tensor:
-        """Return c of this step, (B, D)."""
-        return self.times(t) + self.labels(y)
 
     def _recall(self, part: str, make: Callable[[], Tensor], *of: Any) -> Tensor:
         self.memo.known[self, part, "at"] = self.memo.k
@@ -107,7 +91,7 @@ class Condition:
         """
         memo, watch = self.memo, Watch(product)
 
-        def answer(forward: Method, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def answer(forward: Method, args: Any, kwargs: Any) -> Any:
             known, batch, state = memo.known, len(args[0]), watch.state()
             parts = [known.get((self, part)) for part in ("times", "labels")]
             now = all(known.get((self, part, "at")) == memo.k for part in ("times", "labels"))
@@ -122,7 +106,7 @@ class Condition:
                 outputs: Tensor = forward(rows if before is None else before(rows))
                 return outputs.view(-1, batch, outputs.shape[1]).unbind()  # W × (B, 6D)
 
-            of = (first, id(times), id(labels))
+            of = first, id(times), id(labels)
             return memo.recall(product, make, *of, state=state)[memo.k - first]
 
         return answer
@@ -144,7 +128,7 @@ def adaln_single(memo: Memo, module: nn.Module) -> Answer:
     """Answer for PixArt's one modulation of all blocks, for all T steps and images of one size."""
     watch = Watch(module)
 
-    def answer(forward: Method, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def answer(forward: Method, args: Any, kwargs: Any) -> Any:
         state, steps = watch.state(), len(memo.timesteps)
         if memo.k is None or state is None:
             return forward(*args, **kwargs)
@@ -152,9 +136,8 @@ def adaln_single(memo: Memo, module: nn.Module) -> Answer:
         batch, dtype = kwargs["batch_size"], kwargs["hidden_dtype"]
 
         def make() -> Any:
-            sizes = dict(added or {})
-            sizes |= {
-                n: size[:1].expand(steps, -1) for n, size in sizes.items() if size is not None
+            sizes = {
+                n: s if s is None else s[:1].expand(steps, -1) for n, s in (added or {}).items()
             }
             times = all_timesteps(memo.timesteps, timestep)
             return forward(times, sizes, batch_size=steps, hidden_dtype=dtype)
@@ -164,8 +147,6 @@ def adaln_single(memo: Memo, module: nn.Module) -> Answer:
 
     return answer
 
-
-# ------------------------------------------------------------ the models
 
 Answers = list[tuple[nn.Module, Answer]]
 
@@ -185,22 +166,19 @@ def _dit(model: Any, memo: Memo) -> Answers:
 
 
 def _stock_dit(model: Any, memo: Memo) -> Answers:
-    blocks = list(model.transformer_blocks)
-    embeddings = [block.norm1.emb for block in blocks]
-    same = equal_to_the_first(embeddings, memo)
+    norms = [block.norm1 for block in model.transformer_blocks]
+    same = equal_to_the_first([norm.emb for norm in norms], memo)
+    pairs = list(zip(norms, same, strict=True))
     if memo.exact:
-        pairs = zip(embeddings, same, strict=True)
-        return [(e, once(memo, e, equals="embedding")) for e, equal in pairs if equal]
-    first = _stock_condition(memo, embeddings[0])
-    pairs = zip(embeddings, same, strict=True)
-    conditions = [first if equal else _stock_condition(memo, e) for e, equal in pairs]
-    linears = [*(block.norm1.linear for block in blocks), model.proj_out_1]
-    room = rows_that_fit(model, linears)
-    asked = zip(linears, [*conditions, first], strict=True)  # the last layer asks the first's
-    return [
-        *((e, _both(c)) for e, c in zip(embeddings, conditions, strict=True)),
-        *((linear, c.modulation(linear, room, F.silu)) for linear, c in asked),
-    ]
+        return [(norm.emb, once(memo, norm.emb, "embedding")) for norm, equal in pairs if equal]
+    linears = [*(norm.linear for norm in norms), model.proj_out_1]
+    room, first = rows_that_fit(model, linears), _stock_condition(memo, norms[0].emb)
+    # The last layer is modulated by the first block's condition.
+    answers = [(model.proj_out_1, first.modulation(model.proj_out_1, room, F.silu))]
+    for norm, equal in pairs:
+        c = first if equal else _stock_condition(memo, norm.emb)
+        answers += [(norm.emb, _sum(c)), (norm.linear, c.modulation(norm.linear, room, F.silu))]
+    return answers
 
 
 def _stock_condition(memo: Memo, emb: Any) -> Condition:
@@ -211,8 +189,8 @@ def _stock_condition(memo: Memo, emb: Any) -> Condition:
     return Condition(memo, time, emb.class_embedder, emb)
 
 
-def _both(c: Condition) -> Answer:
-    return lambda forward, args, kwargs: c.both(*args)
+def _sum(c: Condition) -> Answer:
+    return lambda forward, args, kwargs: c.times(args[0]) + c.labels(args[1])
 
 
 def _pixart(model: Any, memo: Memo) -> Answers:
@@ -233,15 +211,10 @@ MODELS: dict[str, Callable[[Any, Memo], Answers]] = {
 
 
 @contextmanager
-def precomputed(model: nn.Module | None, memo: Memo) -> Iterator[None]:
+def precomputed(model: nn.Module, memo: Memo) -> Iterator[None]:
     """Answer for what is known ahead in a model of a known class, or in one that wraps it."""
-    answers: Answers = []
-    for module in () if model is None else model.modules():
-        kind = type(module)
-        answers_of = MODELS.get(f"{kind.__module__}.{kind.__qualname__}")
-        if answers_of is not None:
-            answers = answers_of(module, memo)
-            break
+    kinds = ((f"{type(m).__module__}.{type(m).__qualname__}", m) for m in model.modules())
+    answers = next((MODELS[kind](m, memo) for kind, m in kinds if kind in MODELS), [])
     with noticing_new_modules(), overridden((m, "forward", answer) for m, answer in answers):
         yield
 
@@ -262,9 +235,10 @@ def equal_to_the_first(modules: Sequence[nn.Module], memo: Memo) -> list[bool]:
     if memo.trusted and before == states:
         return equal
     groups = [dict(module.state_dict(keep_vars=True)) for module in modules]
+    settings = [[vars(m)[n] for m in e.modules() for n in settings_of(m)[0]] for e in modules]
     facts = [
-        ([(n, t.shape, t.dtype, t.device) for n, t in group.items()], _settings_of(module))
-        for group, module in zip(groups, modules, strict=True)
+        ([(n, t.shape, t.dtype, t.device) for n, t in group.items()], its)
+        for group, its in zip(groups, settings, strict=True)
     ]
     flags = [
         torch.stack([(a == b).all() for a, b in zip(its.values(), groups[0].values(), strict=True)])
@@ -274,7 +248,3 @@ def equal_to_the_first(modules: Sequence[nn.Module], memo: Memo) -> list[bool]:
     told = iter(torch.stack([flag.all() for flag in flags]).tolist())
     _compared[modules[0]] = states, [fact == facts[0] and next(told) for fact in facts]
     return _compared[modules[0]][1]
-
-
-def _settings_of(module: nn.Module) -> list[Any]:
-    return [vars(part)[name] for part in module.modules() for name in settings_of(part)[0]]
