@@ -15,7 +15,7 @@ current_call = _call.get
 
 
 class SiteOfCall(int):
-    """Site i in a later call of its model within one prediction.
+    """Site i in a later call, 1 or more, of its model within one prediction.
 
     >>> site = SiteOfCall(3, call=1)
     >>> "abcd"[site], site == 3, site == SiteOfCall(3, call=1)
@@ -25,7 +25,7 @@ class SiteOfCall(int):
     call: int
 
     def __new__(cls, site: int, call: int) -> SiteOfCall:
-        """Return site `site` of call `call`, 1 or more."""
+        """Return the key of a site in a call."""
         key = super().__new__(cls, site)
         key.call = call
         return key

@@ -9,9 +9,7 @@ An *override* is an attribute of an instance that hides a method of its class. A
 one method share one override, counted under a lock. Which answer is in force lies in a
 `contextvars.ContextVar`, so it belongs to the thread or asyncio task that put it there. Other
 libraries put wrappers on the same instances (accelerate's hooks): those below ours are called,
-those above ours stay.
-
-This file does not know what is overridden.
+those above ours stay. This file does not know what is overridden.
 """
 
 from __future__ import annotations
@@ -40,17 +38,12 @@ class Override(partial[Any]):
 
     A copy or a pickle of it is the method that it hides: a model that is copied or saved while it
     is overridden is the plain one.
-
-    Attributes:
-        thing, name: the object and its method.
-        before: what stood on the instance before, or None.
-        key: what contexts look their answer up by; it lists all answers, of any context.
     """
 
     thing: Any
-    name: str
-    before: Any
-    key: Key
+    name: str  # of the method
+    before: Any  # what stood on the instance before, or None
+    key: Key  # what contexts look their answer up by
 
     @classmethod
     def of(cls, thing: Any, name: str) -> Override:
@@ -91,11 +84,7 @@ class Override(partial[Any]):
 
 
 class Key:
-    """Identifies an override in the contexts.
-
-    Attributes:
-        answers: that are in force, in any context.
-    """
+    """Identifies an override in the contexts, and lists the answers in force in any of them."""
 
     def __init__(self) -> None:
         self.answers: list[Answer] = []

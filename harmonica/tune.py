@@ -25,10 +25,7 @@ from harmonica.router import Schedule
 
 
 class _Command(ModuleType):
-    """A module that is called as the function of its name.
-
-    Importing harmonica.tune puts this module where the function `harmonica.tune` is looked up.
-    """
+    """Lets this module be called, as it lies where the function `harmonica.tune` is looked up."""
 
     def __call__(self, *args: Any, **options: Any) -> Schedule:
         return tune(*args, **options)
@@ -105,11 +102,10 @@ def _run(args: argparse.Namespace) -> None:
     factor = 1 / max(float((fast - plain).abs().max()), 1e-6)
     both = torch.cat([plain, fast, 0.5 + (fast - plain) * factor / 2], 1)
     Image.fromarray(both.mul(255).round().byte().numpy()).save(args.out / "comparison.png")
-    print(session)
     print(
-        f"wrote schedule.json to {args.out}, and comparison.png: the image without the schedule, "
+        f"{session}\nwrote schedule.json to {args.out}, and comparison.png: the image without the"
     )
-    print(f"with it, and their difference, {factor:.0f} times enlarged")
+    print(f"schedule, with it, and their difference, {factor:.0f} times enlarged")
 
 
 def _load(name: str, dtype: torch.dtype) -> Any:

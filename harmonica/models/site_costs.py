@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map, tree_map_only
 
 from harmonica.cost import Count, Macs, count
 from harmonica.table import require
@@ -61,9 +61,8 @@ def counted(
     name = type(transformer).__name__
     result = count_calls(transformer, modules, inputs)
     if result is None:
-        raise ValueError(
-            f"{name}: torch cannot count its operations; leave `inputs` out for an estimate"
-        )
+        estimate = "leave `inputs` out for an estimate"
+        raise ValueError(f"{name}: torch cannot count its operations; {estimate}")
     calls = dict(zip(modules, result.calls, strict=True))
     for site, times in calls.items():
         several = f"{site} is called {times} times in a forward and has one feature"
@@ -122,19 +121,10 @@ def _largest(
     return tuple(sorted(outermost.items(), key=lambda item: -item[1]))[:most]
 
 
-def without_numbers(leaf: Any) -> Any:
-    """Return a tensor of the same shape that holds nothing, or what is no tensor itself."""
-    return leaf.to("meta") if isinstance(leaf, Tensor) else leaf
-
-
 def cost_of_call(model: nn.Module, modules: Mapping[str, nn.Module], inputs: Any) -> Macs | None:
     """Count a call (args, kwargs) with zeros for its tensors; None if torch cannot."""
-    device = next(model.parameters()).device
-
-    def zeros(leaf: Any) -> Any:
-        return torch.zeros_like(leaf, device=device) if isinstance(leaf, Tensor) else leaf
-
-    args, kwargs = tree_map(zeros, inputs)
+    zeros = partial(torch.zeros_like, device=next(model.parameters()).device)
+    args, kwargs = tree_map_only(Tensor, zeros, inputs)
     names = list(inspect.signature(type(model).forward).parameters)[1:]
     with torch.no_grad():
         counted = count_calls(model, modules, {**dict(zip(names, args, strict=False)), **kwargs})

@@ -11,20 +11,16 @@ by one:
                     attn ─────┴→ proj_out   not, and one projection ends both
     inlined         gate_proj, up_proj → down_proj      PRX: the block multiplies them itself
 
-Reusing proj_out alone would skip one product and still compute all that it reads, so all three are
-sites. In Flux at 1024 × 1024, proj_out alone brings 56 % of the model's MACs within reach, attn
-beside it 82 %, all three nearly 100 %.
+Reusing proj_out alone would skip one product and still compute all that it reads. (In Flux at
+1024 × 1024, proj_out alone brings 56 % of the MACs within reach, attn beside it 82 %, all three
+nearly 100 %.) Token refiners, embedders, text encoders and projections have modules of the same
+names, but none is the denoiser: they are left out.
 
-Token refiners, embedders, text encoders and projections have modules of the same names, but most of
-them run on the condition and none is the denoiser: they are left out. A rule about names can be
-wrong about a model it has never seen. The laws that tell are in tests/models/test_zoo.py, and
-`sites(transformer, inputs)` holds a model to the first of them: each site is asked exactly once in
-a forward.
-
-Some models keep attention keys and values of their own between forwards (QwenImage 2.1 with
-use_kv_cache, AnyFlow FAR): a skipped attention writes none, so run those without their cache.
-
-This file does not know pipelines, samplers or routers.
+A rule about names can be wrong about a model it has never seen. The laws that tell are in
+tests/models/test_zoo.py, and `sites(transformer, inputs)` holds a model to the first of them: each
+site is asked exactly once in a forward. Some models keep attention keys and values of their own
+between forwards (QwenImage 2.1 with use_kv_cache, AnyFlow FAR): a skipped attention writes none, so
+run those without their cache. This file does not know pipelines, samplers or routers.
 """
 
 from __future__ import annotations
@@ -52,7 +48,7 @@ _NOT_THE_DENOISER = re.compile(
     r"refine|embed|encoder|extractor|projection|projector|fus(ion|er)|perceiver$"
     r"|^(text|txt|context|caption)_"
 )
-_TWICE = {
+TWICE = {
     "CogView4TransformerBlock": ("ff", ""),
     "EasyAnimateTransformerBlock": ("ff", "txt_ff"),
     "GlmImageTransformerBlock": ("ff", ""),
@@ -69,8 +65,7 @@ class Sites(Mapping[str, nn.Module]):
         modules: name -> module.
         kinds: N words, attention, cross-attention, feed-forward or both.
         macs: of each site and of what no site covers; of one forward, or of one token if estimated.
-        counted: true if `macs` was counted in a forward, false if it was estimated from the sizes
-            of the weights.
+        counted: whether `macs` was counted in a forward, not estimated from the sizes of weights.
         uncovered: the largest modules that no site covers, and their MACs.
     """
 
@@ -106,16 +101,15 @@ class Sites(Mapping[str, nn.Module]):
         lines = [f"{r[0]:{name}}  {r[1]:{kind}}  {r[2]:>{macs}}  {r[3]:>{share}}" for r in rows]
         one = "estimated per token from the weights of the blocks"
         how = "counted in one forward" if self.counted else one
-        share_of_all = f"{len(self)} sites cover {100 * self.macs.covered:.1f} % of the MACs"
-        return "\n".join([*lines, f"{share_of_all}, {how}"])
+        lines += [f"{len(self)} sites cover {100 * self.macs.covered:.1f} % of the MACs, {how}"]
+        return "\n".join(lines)
 
 
 def sites(transformer: nn.Module, inputs: Mapping[str, Any] | None = None) -> Sites:
     """Find the sites of a transformer by the rule of this module, and what they cost.
 
     Args:
-        transformer: of a diffusers pipeline, or any model whose blocks stand in lists and name
-            their parts.
+        transformer: any model whose blocks stand in lists and name their parts.
         inputs: keyword arguments of one forward. With them MACs are counted, attention products
             included, and a module that this forward never calls (the audio half of a model run on
             video) is no site. Without, MACs per token are estimated from the weights of the blocks
@@ -187,7 +181,7 @@ def _inside(block: nn.Module, path: str) -> Iterator[tuple[str, str]]:
         yield path, of_list
         return
     children = dict(block.named_children())
-    twice, unless = _TWICE.get(type(block).__name__, ("", ""))
+    twice, unless = TWICE.get(type(block).__name__, ("", ""))
     if unless not in children:
         children.pop(twice, None)
     linear = dict.fromkeys(_INLINED, FEED_FORWARD)

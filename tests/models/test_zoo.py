@@ -155,7 +155,7 @@ def test_a_wrong_rule_is_caught(monkeypatch):
     """The laws can fail: a block that is taken for a site, one that is called twice, a site whose output is changed."""
     model, inputs = ZOO["CogView4Transformer2DModel"]()
     module = import_module("harmonica.models.sites")
-    monkeypatch.setattr(module, "_TWICE", {})
+    monkeypatch.setattr(module, "TWICE", {})
     with refused(r"transformer_blocks.0.ff is called 2 times in a forward"):
         sites(model, inputs)
     with pytest.raises(RuntimeError, match="size of tensor"):

@@ -22,19 +22,12 @@ import torch
 from torch import Generator, Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from harmonica.calls import in_call
+from harmonica.models.pipelines import recorded as record
 from harmonica.models.pipelines.inputs import Inputs, Sample
-from harmonica.models.pipelines.recorded import (
-    Arrival,
-    NotFollowedError,
-    Recorded,
-    State,
-    global_generators,
-    random_states,
-    zeros,
-)
+from harmonica.models.pipelines.recorded import Arrival, NotFollowedError, Recorded, State
 from harmonica.models.pipelines.runs import Arrive, Memo, Method, Whole
 from harmonica.models.pipelines.standin import StandIns, plain_scheduler
 from harmonica.override import overridden
@@ -87,7 +80,7 @@ class PipelineDenoiser:
         samples, device = samples_of(cond), self.stand_ins.device
         run = Whole(recorded, device, self._remembered(samples), run_once)
         before = self._seeds(samples)
-        with random_states(device, before) as after:
+        with record.random_states(device, before) as after:
             self.stand_ins.run(run, self.inputs.of(samples))
         if not recorded.steps:
             raise NotFollowedError("it never steps its scheduler, or steps a copy of it")
@@ -200,7 +193,7 @@ class PipelineDenoiser:
 
         arguments = tree_map_only(Generator, again, {**a.arguments, **given})
         arguments |= arguments.pop("kwargs", {})
-        with random_states(self.stand_ins.device, start.random) as random:
+        with record.random_states(self.stand_ins.device, start.random) as random:
             result = scheduler.step(**arguments)
         after, *carried = tree_leaves(result)
         state = State(vars(scheduler), carried, [g.get_state() for g in mine], random)
@@ -212,7 +205,7 @@ class PipelineDenoiser:
         """Run the pipeline to step k, where the models answer by `forward`, if it is given."""
         memos, device = self._remembered(samples), self.stand_ins.device
         run = Arrive(self._recorded_of(len(samples)), device, memos, k, x, forward)
-        with random_states(device, self._seeds(samples)):
+        with record.random_states(device, self._seeds(samples)):
             self.stand_ins.run(run, self.inputs.of(samples))
         if run.arrival is None:
             raise NotFollowedError(f"the pipeline ends before step {k}")
@@ -232,7 +225,7 @@ class PipelineDenoiser:
                 return module(*args, **kwargs)
             output = _ran(module, first_call + call, args, kwargs, modes)
             fake = any(isinstance(leaf, FakeTensor) for leaf in tree_leaves(output))
-            return tree_map(zeros, answers.get((name, call))) if fake else output
+            return record.zeros(answers.get((name, call))) if fake else output
 
         return forward
 
@@ -249,7 +242,7 @@ class PipelineDenoiser:
         """Return states of torch's global generators for a run of these samples, seeded by the
         first of them; none if the pipeline does not draw from them.
         """
-        own = global_generators(self.stand_ins.device) if self.recorded[1].random else []
+        own = record.global_generators(self.stand_ins.device) if self.recorded[1].random else []
         return [Generator(g.device).manual_seed(samples[0][1]).get_state() for g in own]
 
 

@@ -3,8 +3,6 @@
     Recorded   what a whole run showed: shapes of each model's output, what each step was given
     Arrival    what reached the scheduler at one step of one run
     State      what the sampler of one run remembers between two steps
-    digest     a number that tells two trees of tensors apart, to the bit
-    pretended  an answer that has a model's shapes, depends on all its inputs, and costs nothing
 
 This file does not know pipelines or denoisers.
 """
@@ -70,19 +68,14 @@ class Recorded:
         """
 
         def grown(leaf: Tensor) -> Tensor:
-            if not leaf.dim():
-                return leaf
-            return leaf.new_empty(()).expand(len(leaf) * batch, *leaf.shape[1:])
-
-        def of_lists(answer: Any) -> Any:
-            if isinstance(answer, list):
-                return answer * batch
-            many = isinstance(answer, tuple)
-            return tuple(map(of_lists, answer)) if many else tree_map_only(Tensor, grown, answer)
+            rows = leaf.shape[:1].numel() * batch
+            return leaf.new_empty(()).expand(rows, *leaf.shape[1:]) if leaf.dim() else leaf
 
         def of(name: str, answer: Any) -> Any:
-            loops = name == "transformer"
-            return of_lists(answer) if loops else tree_map_only(Tensor, grown, answer)
+            if name != "transformer" or not isinstance(answer, list | tuple):
+                return tree_map_only(Tensor, grown, answer)
+            many = isinstance(answer, list)
+            return answer * batch if many else tuple(of(name, part) for part in answer)
 
         return {key: of(key[0], answer) for key, answer in self.answers.items()}
 
@@ -149,14 +142,14 @@ def random_states(device: torch.device, states: list[Tensor]) -> Iterator[list[T
             generator.set_state(state)
 
 
-def same(leaf: Any) -> Any:
-    """Return what is given: a tree mapped by it is another tree of the same leaves."""
-    return leaf
+def copied(tree: Any) -> Any:
+    """Return another tree of the same leaves: transformers take what they read out of a list."""
+    return tree_map(lambda leaf: leaf, tree)
 
 
-def zeros(leaf: Any) -> Any:
-    """Return zeros of a tensor's shape, and anything else as it is."""
-    return torch.zeros_like(leaf) if isinstance(leaf, Tensor) else leaf
+def zeros(tree: Any) -> Any:
+    """Return zeros in place of the tensors."""
+    return tree_map_only(Tensor, torch.zeros_like, tree)
 
 
 def pretended(answer: Any, name: str, call: int, inputs: Any) -> Any:
@@ -164,12 +157,11 @@ def pretended(answer: Any, name: str, call: int, inputs: Any) -> Any:
     share = digest(inputs) % 10_007 / 10_007
     generator = Generator().manual_seed(len(name) + 1000 * call)
 
-    def drawn(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
-            return leaf
-        return (torch.randn(leaf.shape, generator=generator) * (0.5 + share)).to(leaf)
+    def drawn(leaf: Tensor) -> Tensor:
+        noise = torch.randn(leaf.shape, generator=generator) * (0.5 + share)
+        return noise.to(leaf) if leaf.is_floating_point() else leaf
 
-    return tree_map(drawn, answer)
+    return tree_map_only(Tensor, drawn, answer)
 
 
 def digest(value: Any) -> int:
@@ -180,16 +172,12 @@ def digest(value: Any) -> int:
     """
     total = 0
     for leaf in tree_leaves(value):
-        total = (total * 31 + _digest(leaf)) % (2**61 - 1)
+        one = hash(leaf) if isinstance(leaf, int | float | str | bool) else 0
+        if isinstance(leaf, Tensor):
+            flat = leaf.detach().contiguous().flatten()
+            flat = torch.view_as_real(flat).flatten() if flat.is_complex() else flat
+            whole = (torch.uint8, torch.int16, torch.int32, torch.int64)
+            bits = flat.view(whole[flat.element_size().bit_length() - 1]).to(torch.int64)
+            one = int((bits * (2 * torch.arange(len(bits), device=bits.device) + 1)).sum())
+        total = (total * 31 + one) % (2**61 - 1)
     return total
-
-
-def _digest(leaf: Any) -> int:
-    if not isinstance(leaf, Tensor):
-        return hash(leaf) if isinstance(leaf, int | float | str | bool) else 0
-    flat = leaf.detach().contiguous().flatten()
-    if flat.is_complex():
-        flat = torch.view_as_real(flat).flatten()
-    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
-    bits = flat.view(whole).to(torch.int64)
-    return int((bits * (2 * torch.arange(len(bits), device=bits.device) + 1)).sum())

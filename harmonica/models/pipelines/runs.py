@@ -3,8 +3,7 @@ prediction.
 
     Run       is told of latents, encoders, models and steps, and says what each answers
     Whole     runs all steps on answers that cost nothing, and records what it sees
-    Arrive    skips to step k, puts x in, lets the transformer run there, and leaves with what the
-              scheduler is given
+    Arrive    skips to step k, puts x in, and leaves with what the scheduler is given
 
 At a skipped step no model runs: the transformer answers zeros of its output's shapes, and the
 scheduler its own input, the one before step k answers x. What the pipeline reads off the scheduler
@@ -20,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from harmonica.models.pipelines import recorded as record
 from harmonica.models.pipelines.recorded import Arrival, Leave, NotFollowedError, Recorded, State
@@ -76,7 +75,7 @@ class Run:
         answer, after = memo[key]
         if after is not None:
             torch.set_rng_state(after)
-        return tree_map(record.same, answer)
+        return record.copied(answer)
 
     def called(self, name: str, module: Any, *args: Any, **kwargs: Any) -> Any:
         """Return what a call of a model answers, whose own answer would be `module(…)`."""
@@ -84,12 +83,11 @@ class Run:
             return module(*args, **kwargs)
         if name.endswith(".decode") and self.k > 0:
             raise Leave(self)
-        if name in self.recorded.looping:
-            return self._looping(name, self._count(name), module, args, kwargs)
-        return self._once(name, module, args, kwargs)
+        if name not in self.recorded.looping:  # it runs before the loop
+            return self._once(name, module, args, kwargs)
+        return self._looping(name, self._count(name), module, args, kwargs)
 
     def _once(self, name: str, module: Any, args: Any, kwargs: Any) -> Any:
-        """Answer a model that runs before the loop."""
         return self._remembered(self.memos[1], name, partial(module, *args, **kwargs))
 
     def _looping(self, name: str, call: int, module: Any, args: Any, kwargs: Any) -> Any:
@@ -130,8 +128,7 @@ class Whole(Run):
             self._counts.pop(name, None)
             return self._looping(name, self._count(name), module, args, kwargs)
         answer = super()._once(name, module, args, kwargs)
-        # A tree of its own: some transformers take what they read out of a list.
-        self.recorded.answers.setdefault((name, self._counts[name]), tree_map(record.same, answer))
+        self.recorded.answers.setdefault((name, self._counts[name]), record.copied(answer))
         return answer
 
     def _looping(self, name: str, call: int, module: Any, args: Any, kwargs: Any) -> Any:
@@ -159,11 +156,9 @@ class Whole(Run):
                 f"the transformer is called {calls} times, {len(recorded.inputs)} times at step 0 "
                 "(guidance that begins or ends midway, or a step without the transformer)"
             )
-        sample = given.get("sample")
+        sample, none = given.get("sample"), "its scheduler steps no noisy image, a tensor `sample`"
         if not isinstance(sample, Tensor) or not sample.is_floating_point():
-            raise NotFollowedError(
-                "its scheduler does not step a noisy image, a tensor called sample"
-            )
+            raise NotFollowedError(none)
         if self.k == 0:
             self._enter(sample)
         out = recorded.fold_out(given["model_output"], sample)
@@ -225,7 +220,7 @@ class Arrive(Run):
         if (name, call) not in known and not (arrived and name == "transformer"):
             raise NotFollowedError(f"{name} is called more often than in the first run")
         if not arrived:
-            return tree_map(record.zeros, known[name, call])
+            return record.zeros(known[name, call])
         if self.forward is None:
             return record.pretended(known[name, call], name, call, (args, kwargs))
         torch.set_grad_enabled(self._grad)
@@ -242,30 +237,19 @@ class Arrive(Run):
                 sample = torch.cat([self.x, self.x]) if recorded.doubled else self.x
             return self._answer(sample)
         others = {name: it for name, it in given.items() if name not in ("sample", "model_output")}
-        carried = {
-            name: i
-            for name, value in others.items()
-            for i, placeholder in enumerate(self._placeholders)
-            if value is placeholder and isinstance(value, Tensor)
-        }
+        places = {id(it): i for i, it in enumerate(self._placeholders) if isinstance(it, Tensor)}
+        carried = {name: places[id(it)] for name, it in others.items() if id(it) in places}
         own = record.global_generators(self.device) if recorded.random else []
-        start = State(
-            record.state_of(vars(self.scheduler)) if self.at == 0 else {},
-            [],
-            [generator.get_state() for generator in record.generators_in(others)],
-            [generator.get_state() for generator in own],
-        )
-        mine = None if sample is self.x else sample
+        generators = ([g.get_state() for g in some] for some in (record.generators_in(others), own))
+        scheduler = record.state_of(vars(self.scheduler)) if self.at == 0 else {}
+        start, mine = State(scheduler, [], *generators), None if sample is self.x else sample
         self.arrival = Arrival(others, mine, given["model_output"], carried, start)
         raise Leave(self)
 
     def _answer(self, sample: Tensor) -> Any:
         """Return what the scheduler would, around this sample."""
         (like, *others), spec = tree_flatten(self.recorded.returned)
-        self._placeholders = [
-            torch.zeros_like(sample)
-            if isinstance(leaf, Tensor) and leaf.shape[1:] == like.shape[1:]
-            else leaf
-            for leaf in others
-        ]
+        alike = (isinstance(leaf, Tensor) and leaf.shape[1:] == like.shape[1:] for leaf in others)
+        pairs = zip(others, alike, strict=True)
+        self._placeholders = [torch.zeros_like(sample) if same else leaf for leaf, same in pairs]
         return tree_unflatten([sample, *self._placeholders], spec)

@@ -21,8 +21,8 @@ from math import isclose
 from typing import Any
 from weakref import ref
 
-from torch import nn
-from torch.utils._pytree import tree_map
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from harmonica.cache import called_by
 from harmonica.columns import fit
@@ -33,7 +33,7 @@ from harmonica.models.pipelines.checks import TRANSFORMERS, check_pipeline, tran
 from harmonica.models.pipelines.taps import tapped
 from harmonica.models.pipelines.tracker import Counts, Rows, Tracker, current
 from harmonica.models.precompute import precomputed
-from harmonica.models.site_costs import cost_of_call, without_numbers
+from harmonica.models.site_costs import cost_of_call
 from harmonica.models.sites import sites
 from harmonica.override import Method, overridden
 from harmonica.router import Schedule
@@ -111,7 +111,8 @@ class Session:
         """Answer a call of a transformer."""
         if current.get() is tracker:
             if name not in self._inputs:
-                self._inputs[name] = tree_map(without_numbers, (args, kwargs))
+                shapes_alone = partial(Tensor.to, device="meta")
+                self._inputs[name] = tree_map_only(Tensor, shapes_alone, (args, kwargs))
             tracker.call(name, (args, kwargs))
         return forward(*args, **kwargs)
 
