@@ -5,8 +5,8 @@
     keys and values of the text            every step and block   once a walk and block  same bits
     equal copies of an embedding, in all   every step and block   every step             same bits
         blocks of diffusers' DiT
-    timestep embedding                     every step             once, all T steps      rounding
-    modulation (adaLN)                     every step and block   W steps in a product   rounding
+    timestep embedding of a DiT            every step             once, all T steps      rounding
+    modulation (adaLN) of a DiT            every step and block   W steps in a product   rounding
 
 One `Memo` holds what a walk knows. `once` keeps an output as long as its inputs and weights are the
 same tensors, unchanged. `Condition` computes several steps in one product; W is as many as fit into
@@ -68,8 +68,12 @@ class Condition:
         """Return time(t) of this step, one row for all of t (B,), which are equal: (1, D)."""
         if self.memo.k is None:
             return self._time(t)  # type: ignore[no-any-return]
-        rows = self._recall("times", lambda: self._time(all_timesteps(self.memo.timesteps, t)))
-        return rows[self.memo.k, None]
+        times = self.memo.timesteps
+
+        def make() -> Any:  # a list of them would be copied to the device, and waited for
+            return self._time(torch.cat([t.new_full((1,), time) for time in times]))
+
+        return self._recall("times", make)[self.memo.k, None]
 
     def labels(self, y: Tensor) -> Tensor:
         """Return label(y), (B, D)."""
@@ -112,40 +116,11 @@ class Condition:
         return answer
 
 
-def all_timesteps(timesteps: Sequence[float], like: Tensor) -> Tensor:
-    """Return (T,) timesteps as the model is given them, without a copy from the CPU."""
-    return torch.cat([like.new_full((1,), t) for t in timesteps])
-
-
 def rows_that_fit(model: nn.Module, products: Sequence[Any]) -> int:
     """Return for how many samples the outputs of these layers fit a fiftieth of the model."""
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     a_row = sum(layer.out_features * layer.weight.element_size() for layer in products)
     return int(max(LEAST_ROOM, size // 50) // a_row)
-
-
-def adaln_single(memo: Memo, module: nn.Module) -> Answer:
-    """Answer for PixArt's one modulation of all blocks, for all T steps and images of one size."""
-    watch = Watch(module)
-
-    def answer(forward: Method, args: Any, kwargs: Any) -> Any:
-        state, steps = watch.state(), len(memo.timesteps)
-        if memo.k is None or state is None:
-            return forward(*args, **kwargs)
-        timestep, added = (*args, None)[:2]
-        batch, dtype = kwargs["batch_size"], kwargs["hidden_dtype"]
-
-        def make() -> Any:
-            sizes = {
-                n: s if s is None else s[:1].expand(steps, -1) for n, s in (added or {}).items()
-            }
-            times = all_timesteps(memo.timesteps, timestep)
-            return forward(times, sizes, batch_size=steps, hidden_dtype=dtype)
-
-        modulation, embedded = memo.recall(module, make, dtype, state=state)  # (T, 6D), (T, D)
-        return modulation[memo.k].expand(batch, -1), embedded[memo.k].expand(batch, -1)
-
-    return answer
 
 
 Answers = list[tuple[nn.Module, Answer]]
@@ -197,9 +172,7 @@ def _pixart(model: Any, memo: Memo) -> Answers:
     # The text does not change along a walk, nor do its keys and values in a block.
     attentions = [block.attn2 for block in model.transformer_blocks if block.attn2 is not None]
     text = [model.caption_projection, *(x for attn in attentions for x in (attn.to_k, attn.to_v))]
-    answers = [(module, once(memo, module)) for module in text if module is not None]
-    single = model.adaln_single
-    return answers if memo.exact else [*answers, (single, adaln_single(memo, single))]
+    return [(module, once(memo, module)) for module in text if module is not None]
 
 
 MODELS: dict[str, Callable[[Any, Memo], Answers]] = {

@@ -175,7 +175,6 @@ def test_the_text_is_projected_once_a_walk():
     ]
     assert count_calls(text, lambda: sample(d, x, cond)) == [4] * 5
     assert count_calls(text, lambda: Walk(d, exact=True)(x, cond)) == [1] * 5
-    assert count_calls([d.model.adaln_single], lambda: Walk(d)(x, cond)) == [1]
 
 
 class Foreign:

@@ -25,23 +25,17 @@ from harmonica.models.pipelines.taps import patched
 from harmonica.override import Method
 from harmonica.router import Schedule
 
+# Open sessions of each pipeline, outermost first, and pipelines under `enable_cache`.
 _sessions: WeakKeyDictionary[Any, list[Session]] = WeakKeyDictionary()
-"""Open sessions of each pipeline, outermost first."""
-
 _enabled: WeakKeyDictionary[Any, tuple[ExitStack, Session]] = WeakKeyDictionary()
-"""Pipelines under `enable_cache`."""
 
 
 @contextmanager
 def cached(
-    pipe: Any,
-    schedules: Schedule | Sequence[Schedule],
-    *,
-    sites: Mapping[str, nn.Module] | None = None,
-    exact: bool = True,
-    otherwise: Literal["raise", "compute"] = "raise",
-    offload: bool = False,
-) -> Iterator[Session]:
+    pipe: Any, schedules: Schedule | Sequence[Schedule], *,
+    sites: Mapping[str, nn.Module] | None = None, exact: bool = True,
+    otherwise: Literal["raise", "compute"] = "raise", offload: bool = False,
+) -> Iterator[Session]:  # fmt: skip
     """Run a stock diffusers pipeline under a schedule for as long as the `with` is open.
 
     A schedule that computes everything gives the pipeline's own images, bit for bit. Several
@@ -54,8 +48,8 @@ def cached(
         schedules: one for each set of timesteps that will run, or one alone. Other names of sites
             are understood (`harmonica.site_names`).
         sites: cacheable modules by name; None finds them (`harmonica.models.sites`).
-        exact: False, for DiT and PixArt pipelines, modulates many steps in one product and fuses
-            sums: faster, and other by rounding.
+        exact: False, for DiT and PixArt pipelines, fuses sums, and DiT's modulation of many steps
+            is one product: faster, and other by rounding.
         otherwise: what to do at timesteps that no schedule is for.
         offload: keep features in pinned host memory; exact, at two copies for each feature.
 
@@ -75,11 +69,8 @@ def cached(
         finally:
             mine.remove(session)
     if session.skipped == 0 and any(schedule.cur > 0 for schedule in given):
-        warnings.warn(
-            f"no site was skipped while cached was open ({session.walks} walks were begun); call "
-            "this very pipeline inside the with",
-            stacklevel=3,
-        )
+        walks = f"no site was skipped while cached was open ({session.walks} walks were begun)"
+        warnings.warn(f"{walks}; call this very pipeline inside the with", stacklevel=3)
 
 
 def _walked(call: Method, pipe: Any, /, *args: Any, **kwargs: Any) -> Any:

@@ -46,10 +46,8 @@ def _check_not_compiled(name: str, model: Any) -> None:
         f"for site in harmonica.models.sites.sites(pipe.{name}).values(): site.compile()"
     )
     if not isinstance(model, nn.Module) or hasattr(model, "_orig_mod"):
-        raise TypeError(
-            f"pipe.{name} is compiled, and compiled code cannot skip a site. Set pipe.{name} to "
-            f"the module that was compiled, and {instead}"
-        )
+        todo = f"Set pipe.{name} to the module that was compiled, and {instead}"
+        raise TypeError(f"pipe.{name} is compiled, and compiled code cannot skip a site. {todo}")
     compiled = [path for path, part in model.named_modules() if part._compiled_call_impl]
     inside = tuple(f"{site}." for site in sites(model)) if compiled else ()
     for path in compiled:
@@ -62,8 +60,7 @@ def _check_not_compiled(name: str, model: Any) -> None:
 
 def _other_cache(pipe: Any, model: nn.Module) -> str:
     """Return the name of another cache on this transformer, empty if there is none."""
-    config = getattr(model, "_cache_config", None)
-    if config is not None:
+    if (config := getattr(model, "_cache_config", None)) is not None:
         return f"diffusers' {type(config).__name__}"
     for part in model.modules():
         for hook in getattr(getattr(part, "_diffusers_hook", None), "hooks", ()):

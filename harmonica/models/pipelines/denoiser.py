@@ -1,15 +1,15 @@
 """from_pipeline: a pipeline as a `Denoiser`, to learn a schedule on the walk that it runs.
 
-One run of the pipeline is watched, and the denoiser made from it must then walk as the pipeline
-does. The transformer runs once, for the shapes of its outputs. After that every model of the loop
-answers numbers that depend on all its inputs and cost nothing, so a difference in anything that
-reaches a model or the scheduler is seen at the next step. What differs is named with the step's
-number. How a pipeline's `__call__` becomes a walk is in `harmonica.models.pipelines.general`.
+One run of the pipeline is watched, and the denoiser made from it (`general.py`) must then walk as the
+pipeline does. The transformer runs once, for the shapes of its outputs. After that every model of
+the loop answers numbers that depend on all its inputs and cost nothing, so a difference in anything
+that reaches a model or the scheduler is seen at the next step, and named with its number.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -30,14 +30,9 @@ SEEDS = 20_000_003, 20_000_005
 
 
 def from_pipeline(
-    pipe: Any,
-    *,
-    steps: int | None = None,
-    prompts: StrPath | Sequence[str] | None = None,
-    each: Mapping[str, Any] | None = None,
-    guidance: float | None = None,
-    **call: Any,
-) -> PipelineDenoiser:
+    pipe: Any, *, steps: int | None = None, prompts: StrPath | Sequence[str] | None = None,
+    each: Mapping[str, Any] | None = None, guidance: float | None = None, **call: Any,
+) -> PipelineDenoiser:  # fmt: skip
     """Return a denoiser whose walk is the pipeline's own, bit for bit.
 
         denoiser = from_pipeline(pipe, steps=28, prompts="prompts.txt", guidance=3.5, height=1024)
@@ -69,10 +64,11 @@ def from_pipeline(
     try:
         _verify_one(denoiser)
     except NotFollowedError as mismatch:
+        can = "harmonica.tune can still choose whole steps from runs of the pipeline, and "
+        can += "cached(pipe, schedule) runs any table"
+        name = type(pipe).__name__
         raise NotFollowedError(
-            f"{type(pipe).__name__} cannot be followed step by step: {mismatch}. harmonica.tune "
-            "can still choose whole steps from runs of the pipeline, and cached(pipe, schedule) "
-            "runs any table"
+            f"{name} cannot be followed step by step: {mismatch}. {can}"
         ) from None
     # With one generator for a whole batch, a sample would depend on its neighbours.
     if not denoiser.recorded[1].random:
@@ -106,8 +102,8 @@ def _verify_one(denoiser: PipelineDenoiser) -> None:
 
 
 def _takes_two(denoiser: PipelineDenoiser) -> bool:
-    """Tell whether two samples in a run start from the noise that each starts from alone; raise
-    NotFollowedError unless their walk is the pipeline's.
+    """Tell whether two samples in a run start from the noise that each starts from alone, and their
+    walk is the pipeline's (or raise NotFollowedError).
     """
     two = denoiser.recorded[1].again(2)
     cond = torch.tensor([[0, SEEDS[0]], [min(1, denoiser.inputs.rows - 1), SEEDS[1]]])
@@ -127,23 +123,23 @@ def _ran_once(sites: Mapping[str, nn.Module]) -> Callable[..., Any]:
     """Return what runs the transformer for real: (module, args, kwargs) -> its output's shapes."""
 
     def run(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        asked: set[int] = set()
+        calls = Counter[int]()
 
         def gate(site: int, compute: Callable[[], Any]) -> Any:
-            if site in asked:
-                raise NotFollowedError(
-                    f"{list(sites)[site]} is called more than once in one call of the transformer, "
-                    "and has one feature (if its feed-forward runs in chunks, call "
-                    "set_chunk_feed_forward(None, 0) on the blocks)"
-                )
-            asked.add(site)
+            calls[site] += 1
             return compute()
 
         with gated(sites, gate):
             output = module(*args, **kwargs)
-        if not asked:
+        if not calls:
+            none = "its transformer ran and asked no site"
+            raise NotFollowedError(f"{none}; something else has replaced its modules")
+        [(site, count)] = calls.most_common(1)
+        if count > 1:
             raise NotFollowedError(
-                "its transformer ran and asked no site; something else has replaced its modules"
+                f"{list(sites)[site]} is called more than once in one call of the transformer, and "
+                "has one feature (if its feed-forward runs in chunks, call "
+                "set_chunk_feed_forward(None, 0) on the blocks)"
             )
         return tree_map_only(Tensor, lambda x: x.new_empty(()).expand(x.shape), output)
 
@@ -171,6 +167,5 @@ def _verify(denoiser: PipelineDenoiser, recorded: Recorded, cond: Tensor) -> Non
                 )
         x = denoiser.step(x, out, k, memory)
         if digest(x) != after:
-            raise NotFollowedError(
-                f"at {at} a copy of the scheduler steps elsewhere than the pipeline's own"
-            )
+            elsewhere = "a copy of the scheduler steps elsewhere than the pipeline's own"
+            raise NotFollowedError(f"at {at} {elsewhere}")

@@ -5,8 +5,8 @@
     step(x, out, k, …)    steps a copy of the scheduler with the arguments that predict saw there
     cond                  (B, 2) int64: the row of the prompt, the seed of that sample's generator
 
-Nothing here knows a model. That the pipeline can be followed is verified when the denoiser is made
-(`harmonica.models.pipelines.denoiser`); what cannot be followed is refused there.
+Nothing here knows a model. `harmonica.models.pipelines.denoiser` verifies, when a denoiser is made,
+that its pipeline can be followed.
 """
 
 from __future__ import annotations
@@ -39,10 +39,9 @@ CONDITIONS, ARRIVALS = 64, 8
 
 
 class PipelineDenoiser:
-    """What `from_pipeline` returns.
+    """What `from_pipeline` returns: a `Denoiser`.
 
     Attributes:
-        steps, sites, about: as `Denoiser` says.
         batched: whether the pipeline takes several samples at once; otherwise they run one by one,
             and a site has a feature for each.
         recorded: batch size -> what is known of its runs; of others than 1 it may be guessed.
@@ -73,9 +72,8 @@ class PipelineDenoiser:
 
     @torch.no_grad()
     def watch(self, cond: Tensor, recorded: Recorded, run_once: Method | None = None) -> None:
-        """Run the pipeline once and fill in `recorded`, which says what is known from now on.
-
-        The transformer runs by `run_once`, if it is given: (module, args, kwargs) -> output.
+        """Run the pipeline once and fill in `recorded`, which says what is known from now on; see
+        `Whole` for `run_once`.
         """
         samples, device = samples_of(cond), self.stand_ins.device
         run = Whole(recorded, device, self._remembered(samples), run_once)
@@ -132,8 +130,8 @@ class PipelineDenoiser:
 
     def _check(self, x: Tensor, k: int, cond: Tensor) -> None:
         (n, *shape), rows = self.recorded[1].first.shape, self.inputs.rows
-        last = self.steps - 1
-        require(0 <= k <= last, f"step {k} of a walk of {self.steps} steps, 0 to {last}")
+        within = f"step {k} of a walk of {self.steps} steps, 0 to {self.steps - 1}"
+        require(0 <= k < self.steps, within)
         fits = cond.dim() == 2 and cond.shape[1] == 2 and not cond.is_floating_point() and len(cond)
         require(
             bool(fits) and x.shape == (len(cond) * n, *shape),
@@ -149,11 +147,9 @@ class PipelineDenoiser:
         """Return the model's output for x at step k, which the arrival need not keep."""
         recorded = self.recorded[1]
         sample = x if arrival.sample is None else arrival.sample
-        if k == 0 and recorded.entry is None and not torch.equal(recorded.fold(sample), x):
-            raise ValueError(
-                f"{self.about['model']} starts from noise of its own and lets none be put in; pass "
-                "x and cond as `draw` returned them"
-            )
+        own = f"{self.about['model']} starts from noise of its own and lets none be put in"
+        mine = k > 0 or recorded.entry is not None or torch.equal(recorded.fold(sample), x)
+        require(mine, f"{own}; pass x and cond as `draw` returned them")
         out: Tensor = recorded.fold_out(arrival.out, sample)
         arrival.out = None
         return out
@@ -165,13 +161,11 @@ class PipelineDenoiser:
         """
         known, arrivals = self._arrivals.get((id(x), k), (None, []))
         if known is None or known() is not x:
-            raise RuntimeError(
-                f"step {k} of an x that was not predicted; call predict(x, {k}, …) before step"
-            )
+            todo = f"call predict(x, {k}, …) before step"
+            raise RuntimeError(f"step {k} of an x that was not predicted; {todo}")
         if k > 0 and "walks" not in memory:
-            raise RuntimeError(
-                f"step {k} needs what the steps before it left in `memory`; pass a copy"
-            )
+            left = "what the steps before it left in `memory`"
+            raise RuntimeError(f"step {k} needs {left}; pass a copy")
         starts = memory.get("walks", [arrival.start for arrival in arrivals])
         parts = zip(arrivals, starts, x.chunk(len(arrivals)), out.chunk(len(arrivals)), strict=True)
         ends = [self._take(*part) for part in parts]
@@ -239,9 +233,7 @@ class PipelineDenoiser:
         return memos[0], memos[1]
 
     def _seeds(self, samples: Sequence[Sample]) -> list[Tensor]:
-        """Return states of torch's global generators for a run of these samples, seeded by the
-        first of them; none if the pipeline does not draw from them.
-        """
+        """Return states of torch's global generators for a run of these samples, if it draws."""
         own = record.global_generators(self.stand_ins.device) if self.recorded[1].random else []
         return [Generator(g.device).manual_seed(samples[0][1]).get_state() for g in own]
 
@@ -252,10 +244,8 @@ def samples_of(cond: Tensor) -> list[Sample]:
 
 
 def _ran(module: nn.Module, call: int, args: Any, kwargs: Any, modes: Sequence[Any]) -> Any:
-    """Run the transformer under the dispatch modes that were on when the prediction was asked for.
-
-    What counts operations on fake tensors sees the transformer; the pipeline goes on with zeros.
-    Checkpointed blocks, which backward runs again, know the call that they belong to.
+    """Run the transformer under the dispatch modes that were on when the prediction was asked for,
+    such as a count on fake tensors. Blocks that backward runs again know their call.
     """
 
     def again(run: Method, args: Any, kwargs: Any) -> Any:

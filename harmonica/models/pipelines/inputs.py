@@ -25,16 +25,10 @@ Sample = tuple[int, int]
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the pipeline is called with.
+    """What the pipeline is called with."""
 
-    Attributes:
-        call: arguments that are the same for every sample.
-        each: arguments that each row has its own of, by name: tensors (rows, …) or lists.
-        rows: how many.
-    """
-
-    call: Mapping[str, Any]
-    each: Mapping[str, Any]
+    call: Mapping[str, Any]  # arguments that are the same for every sample
+    each: Mapping[str, Any]  # those that each row has its own of, tensors (rows, …) or lists
     rows: int
     takes_generator: bool
 
@@ -57,12 +51,9 @@ class Inputs:
 
 
 def inputs_of(
-    pipe: Any,
-    steps: int | None,
-    prompts: StrPath | Sequence[str] | None,
-    each: Mapping[str, Any] | None,
-    call: Mapping[str, Any],
-) -> Inputs:
+    pipe: Any, steps: int | None, prompts: StrPath | Sequence[str] | None,
+    each: Mapping[str, Any] | None, call: Mapping[str, Any],
+) -> Inputs:  # fmt: skip
     """Return what the pipeline is called with; raises as `from_pipeline` does."""
     check_pipeline(pipe)
     name, parameters = type(pipe).__name__, inspect.signature(type(pipe).__call__).parameters
@@ -89,9 +80,8 @@ def _check_arguments(
 ) -> None:
     for argument in (*each, *call, "num_inference_steps"):
         if argument not in parameters:
-            near = get_close_matches(argument, parameters, 3)
-            takes = f"it takes {', '.join(list(parameters)[1:])}"
-            hint = f"did you mean {' or '.join(near)}?" if near else takes
+            takes, near = list(parameters)[1:], get_close_matches(argument, parameters, 3)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"it takes {', '.join(takes)}"
             raise TypeError(f"{name} does not take {argument}; {hint}")
     for argument in {"generator", "latents"} & {*each, *call}:
         raise ValueError(f"{argument} is given; x and its seeds take its place, leave it out")

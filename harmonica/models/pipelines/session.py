@@ -92,14 +92,12 @@ class Session:
         both = nn.ModuleList()
         both._modules.update(models)  # not added one by one, which would look like a change
         taps = ((m, called_by(m), partial(self._tap, tracker, name)) for name, m in models.items())
+        blocks = gated_blocks(both, self._modules(pipe), tracker.ask, exact=self._exact)
+        ahead = (precomputed(model, tracker.memo) for model in models.values())
         with ExitStack() as stack:
             stack.callback(self._close, tracker)
-            stack.enter_context(tapped(pipe.scheduler))
-            stack.enter_context(overridden(taps))
-            blocks = gated_blocks(both, self._modules(pipe), tracker.ask, exact=self._exact)
-            stack.enter_context(blocks)
-            for model in models.values():
-                stack.enter_context(precomputed(model, tracker.memo))
+            for context in (tapped(pipe.scheduler), overridden(taps), blocks, *ahead):
+                stack.enter_context(context)
             with self._lock:
                 self.walks += 1
                 self._live.append(tracker)
@@ -108,7 +106,6 @@ class Session:
             yield
 
     def _tap(self, tracker: Tracker, name: str, forward: Method, args: Any, kwargs: Any) -> Any:
-        """Answer a call of a transformer."""
         if current.get() is tracker:
             if name not in self._inputs:
                 shapes_alone = partial(Tensor.to, device="meta")
@@ -124,10 +121,9 @@ class Session:
             try:
                 modules.append(models[name].get_submodule(path))
             except (AttributeError, KeyError):
-                raise ValueError(
-                    f"pipe.{name} has no {path} any more, which is a site of this table; after "
-                    "changing the model's parts, open cached(pipe, schedule) again"
-                ) from None
+                gone = f"pipe.{name} has no {path} any more, which is a site of this table"
+                todo = "after changing the model's parts, open cached(pipe, schedule) again"
+                raise ValueError(f"{gone}; {todo}") from None
         return modules
 
     def _choose(self, scheduler: Any, times: tuple[float, ...]) -> tuple[Rows, int] | None:
@@ -161,10 +157,8 @@ class Session:
             if tracker in self._live:
                 self._live.remove(tracker)
             self._ended += tracker.counts
-        for reason, count in tracker.counts.beyond.items():
-            self._say_once(
-                f"a walk computed {count} sites although the table reuses them: {reason}", reason
-            )
+        for why, n in tracker.counts.beyond.items():
+            self._say_once(f"a walk computed {n} sites although the table reuses them: {why}", why)
 
     def _say_once(self, text: str, key: str = "") -> None:
         if (key or text) not in self._told:
@@ -181,10 +175,9 @@ class Session:
         return self._counts().skipped.total()
 
     def report(self) -> dict[str, Any]:
-        """Return what has happened, in numbers, for a server's metrics.
-
-        `asked` counts the answers of sites, and `skipped` those without computing. `beyond` counts
-        for each reason the sites that were computed although the table reuses them.
+        """Return what has happened, in numbers, for a server's metrics: `asked` counts the answers
+        of sites, `skipped` those without computing, and `beyond`, for each reason, those computed
+        although the table reuses them.
         """
         counts, report = self._counts(), {"walks": self.walks, "in_flight": len(self._live)}
         asked, skipped = counts.asked, counts.skipped.total()
@@ -192,11 +185,11 @@ class Session:
         return {**report, "asked": asked, "skipped": skipped, **shares}
 
     def __str__(self) -> str:
-        told, n = self.report(), len(self.sites)
-        lines = [
-            f"{self._kind}, {each.steps} steps × {n} sites, CUR {each.cur:.1%}"
-            for each in self.schedules
-        ]
+        told, head = (
+            self.report(),
+            f"{self._kind}, {{}} steps × {len(self.sites)} sites, CUR {{:.1%}}",
+        )
+        lines = [head.format(each.steps, each.cur) for each in self.schedules]
         lines += [f"{told['reused_share']:.1%} of the sites reused so far, walks: {told['walks']}"]
         lines += [f"computed beyond the table: {n} ({why})" for why, n in told["beyond"].items()]
         if (speedup := self.speedup()) is not None:

@@ -1,12 +1,9 @@
 """Stand-in: an object that runs a pipeline's own `__call__`, and tells a `Run` what happens in it.
 
-    stand-in   an object of a class derived from the pipeline's, which has the same components, but
-               a copy of the scheduler, and shallow copies of the models
-    run        is told: latents were prepared, a model is called, the scheduler is stepped
-
-The pipeline itself, its scheduler and its models are never changed, so there is nothing to put
-back. What the pipeline sets on itself during a call is set on the stand-in. This file does not know
-denoisers, schedules or gates.
+A stand-in is of a class derived from the pipeline's. It has the same components, but a copy of the
+scheduler and shallow copies of the models, which tell the run when they are called. The pipeline
+itself, its scheduler and its models are never changed, so there is nothing to put back. This file
+does not know denoisers, schedules or gates.
 """
 
 from __future__ import annotations
@@ -70,7 +67,10 @@ class StandIns:
         module = sys.modules[type(self.pipe).__module__]
         with ExitStack() as stack:
             if hasattr(module, "randn_tensor"):
-                drawn = partial(_drawn, run)
+
+                def drawn(draw: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+                    return run.prepared("randn_tensor", draw(*args, **kwargs))
+
                 stack.enter_context(overridden([(module, "randn_tensor", drawn)]))
             try:
                 stand_in(**call)
@@ -97,21 +97,13 @@ def _tap(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
     return tap
 
 
-def _drawn(run: Run, draw: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    return run.prepared("randn_tensor", draw(*args, **kwargs))
-
-
 def _model(module: nn.Module, run: Run, name: str) -> nn.Module:
-    """Return a shallow copy whose forward, and encode and decode if it has them, tell first.
-
-    The copy has the same parameters and sub-modules. Hooks belong to the original, which is what
-    runs in the end.
+    """Return a shallow copy whose forward, and encode and decode if it has them, tell first. Hooks
+    belong to the original, which is what runs in the end.
     """
     stand_in = copy.copy(module)
     own = vars(stand_in)
-    for key, value in own.items():
-        if "_hooks" in key and isinstance(value, dict):
-            own[key] = type(value)()
+    own |= {key: type(it)() for key, it in own.items() if "_hooks" in key and isinstance(it, dict)}
     own["forward"] = partial(run.called, name, module)
     for method in ("encode", "decode"):
         if callable(getattr(module, method, None)):

@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import ref
 
@@ -52,15 +52,14 @@ SPOILT = "changed in place"
 
 @dataclass
 class Counts:
-    """What has happened: how often any site was asked and each was answered without computing, how
-    often each transformer was called, and for each reason how many sites were computed although the
-    table reuses them.
-    """
+    """What has happened."""
 
-    asked: int = 0
-    skipped: Counter[int] = field(default_factory=Counter)
-    calls: Counter[str] = field(default_factory=Counter)
-    beyond: Counter[str] = field(default_factory=Counter)
+    asked: int = 0  # how often a site was asked
+    skipped: Counter[int] = field(
+        default_factory=Counter
+    )  # and answered without computing, by site
+    calls: Counter[str] = field(default_factory=Counter)  # of each transformer
+    beyond: Counter[str] = field(default_factory=Counter)  # reason -> computed, though to be reused
 
     def __add__(self, other: Counts) -> Counts:
         skipped, calls = self.skipped + other.skipped, self.calls + other.calls
@@ -69,23 +68,14 @@ class Counts:
 
 @dataclass
 class Call:
-    """One of the calls that a step makes of a transformer, and what is kept for it.
-
-    Attributes:
-        transformer: name of the one that is called.
-        shapes: of its input tensors.
-        inputs: these tensors at the last step, not kept alive.
-        kept: site -> its last outputs, newest first.
-        known: what is known ahead for this call (`Memo.known`).
-        used: whether the step that runs has made this call.
-    """
+    """One of the calls that a step makes of a transformer, and what is kept for it."""
 
     transformer: str
-    shapes: list[torch.Size]
-    inputs: list[ref[Tensor]] = field(default_factory=list)
-    kept: dict[int, tuple[Output, ...]] = field(default_factory=dict)
-    known: dict[Any, Any] = field(default_factory=dict)
-    used: bool = False
+    shapes: list[torch.Size]  # of its input tensors
+    inputs: list[ref[Tensor]] = field(default_factory=list)  # these at the last step
+    kept: dict[int, tuple[Output, ...]] = field(default_factory=dict)  # by site, newest first
+    known: dict[Any, Any] = field(default_factory=dict)  # ahead, as `Memo.known`
+    used: bool = False  # in the step that runs
 
     def alike(self, tensors: Sequence[Tensor]) -> int:
         """Count the inputs that are the same objects as at the last step: the text, as a rule."""
@@ -97,8 +87,8 @@ class Tracker:
 
     Args:
         choose: timesteps -> (a table, the row of the first of them), or None to compute everything.
-        exact: see `Memo`.
-        offload: keep features in host memory.
+        exact: as in `cached`.
+        offload: as in `cached`.
     """
 
     def __init__(
@@ -163,7 +153,9 @@ class Tracker:
             self._k = self._row_at(timestep)
             if self._k is None:  # nobody knows where this walk is
                 return self.end()
-            self._keep_what_is_read(self._k)
+            for call in self._open:  # what the first step kept is of this row, and may not be read
+                row, kept = self._rows[self._k], call.kept.items()
+                call.kept = {i: (replace(own, step=self._k),) for i, (own,) in kept if row[i].keep}
         self._k += 1
         self._called = False
         self._open = [call for call in self._open if call.used]
@@ -173,13 +165,6 @@ class Tracker:
             return self.end()
         self._row = self._rows[self._k]
         return None
-
-    def _keep_what_is_read(self, k: int) -> None:
-        """Of what the first step kept, keep what later rows read, and say which row it is from."""
-        for call in self._open:
-            call.kept = {i: each for i, each in call.kept.items() if self._rows[k][i].keep}
-            for (output,) in call.kept.values():
-                output.step = k
 
     def _row_at(self, timestep: Any) -> int | None:
         """Return the row of a timestep; one of the scheduler's own is known by where it lies, so
@@ -205,9 +190,9 @@ class Tracker:
             return compute()
         if before:
             raise RuntimeError(
-                f"site {site} was reused and is now called again in the same call of the "
-                "transformer: its feed-forward began to run in chunks? Call "
-                "set_chunk_feed_forward(None, 0) on the blocks, and run the pipeline again"
+                f"site {site} was reused and is now called again in the same call of the transformer "
+                "(its feed-forward began to run in chunks?); call set_chunk_feed_forward(None, 0) "
+                "on the blocks, and run the pipeline again"
             )
         entry, kept = self._row[site], call.kept.pop(site, ())
         valid = kept if all(output.intact() for output in kept) else ()

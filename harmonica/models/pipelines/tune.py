@@ -38,26 +38,17 @@ from harmonica.storage.files import StrPath
 from harmonica.table import require
 from harmonica.training.train import train_sdt
 
-WALKS, NOISES, FACTOR = 1000, 4, 10
+WALKS, NOISES, FACTOR, SEED = 1000, 4, 10, 20_000_007
 """The budget in walks if none is given; noises that tables are judged on, and how many times T
-steps the walk has whose image they should become."""
-
-SEED = 20_000_007
+steps the walk has whose image they should become; what the noises are drawn with."""
 
 
 def tune(  # noqa: D417 (some arguments are described together)
-    pipe: Any,
-    prompts: StrPath | Sequence[str] | None = None,
-    *,
-    speedup: float,
-    order: int = 0,
-    method: Literal["auto", "sdt"] = "auto",
-    budget: int | None = None,
-    cost: Literal["milliseconds"] | None = None,
-    each: Mapping[str, Any] | None = None,
-    progress: bool = True,
-    **call: Any,
-) -> Schedule:
+    pipe: Any, prompts: StrPath | Sequence[str] | None = None, *, speedup: float, order: int = 0,
+    method: Literal["auto", "sdt"] = "auto", budget: int | None = None,
+    cost: Literal["milliseconds"] | None = None, each: Mapping[str, Any] | None = None,
+    progress: bool = True, **call: Any,
+) -> Schedule:  # fmt: skip
     """Return a schedule that makes this pipeline `speedup` times as fast, in theory.
 
         schedule = tune(pipe, prompts, speedup=1.5, num_inference_steps=28, guidance_scale=3.5)
@@ -153,14 +144,14 @@ def _from_runs(pipe: Any, inputs: Inputs, speedup: float, progress: bool) -> Sch
             for k, after in enumerate(steps_of_run(pipe, inputs.of([(0, SEED)]))):
                 errors[j, k] = float((after.double() - plain[k].double()).square().mean())
     path = cheapest_path(errors, count)
-    about: dict[str, str | float] = {"method": "tune, whole steps from runs", "speedup": speedup}
-    return Schedule(
-        torch.tensor([[k in path] * width for k in range(steps)]),
-        sites=tuple(columns),
-        model=type(pipe).__name__,
-        sampler=type(pipe.scheduler).__name__,
-        provenance=about | {"runs": steps},
-    )
+    about: dict[str, str | float] = {
+        "method": "tune, whole steps from runs",
+        "speedup": speedup,
+        "runs": steps,
+    }
+    names: dict[str, Any] = {"model": type(pipe).__name__, "sampler": type(pipe.scheduler).__name__}
+    rows = torch.tensor([[k in path] * width for k in range(steps)])
+    return Schedule(rows, sites=tuple(columns), provenance=about, **names)
 
 
 def steps_of_run(pipe: Any, call: Mapping[str, Any]) -> list[Tensor]:
