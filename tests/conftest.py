@@ -12,11 +12,9 @@ from harmonica import Schedule
 from harmonica.models.dit import DiT, DiTDenoiser
 from harmonica.samplers import DDIM
 
+function_scoped = [HealthCheck.function_scoped_fixture]
 settings.register_profile(
-    "laws",
-    deadline=None,
-    max_examples=10,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    "laws", deadline=None, max_examples=10, suppress_health_check=function_scoped
 )
 settings.load_profile("laws")
 torch.set_num_threads(1)  # the models here are too small to share
@@ -31,33 +29,28 @@ class TwoStep(DDIM):
         return super().step(x, 1.5 * out - 0.5 * last, k, memory)
 
 
+SMALL = {"input_size": 4, "patch_size": 2, "in_channels": 2, "hidden_size": 8, "num_heads": 2}
+SMALL |= {"num_classes": 3}
+
+
 def make(
-    steps: int = 4,
-    depth: int = 2,
-    *,
-    guidance: float = 1.5,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float64,
-    remembers: bool = False,
+    steps=4, depth=2, *, guidance=1.5, seed=0, dtype=torch.float64, remembers=False
 ) -> DiTDenoiser:
     """Return a denoiser with random weights, adaLN gates included, so that every site matters.
 
     With `remembers`, its sampler is a two-step one, whose memory is the last output.
     """
-    model = DiT(
-        input_size=4,
-        patch_size=2,
-        in_channels=2,
-        hidden_size=8,
-        depth=depth,
-        num_heads=2,
-        num_classes=3,
-    ).to(dtype)
-    generator = seeded(seed)
-    for parameter in model.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=generator, dtype=dtype) * 0.3
+    model = redrawn(DiT(**SMALL, depth=depth).to(dtype), seed)
     sampler = TwoStep(steps) if remembers else DDIM(steps)
     return DiTDenoiser(model, sampler, guidance=guidance, guided_channels=1, name="small")
+
+
+def redrawn(model, seed: int):
+    """Draw all weights of a model anew in its precision, and return it."""
+    generator = seeded(seed)
+    for p in model.parameters():
+        p.data = torch.randn(p.shape, generator=generator, dtype=p.dtype) * 0.3
+    return model
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -67,6 +60,30 @@ def seeded(seed: int) -> torch.Generator:
 def start(denoiser, batch: int = 2, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw noise and conditions."""
     return denoiser.draw(batch, seeded(seed))
+
+
+def equal(one, other) -> bool:
+    """Tell whether two sequences of as many tensors are equal bit for bit."""
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def noting(log):
+    """Return a gate that computes every site and notes it in `log`."""
+    return lambda site, compute: log.append(site) or compute()
+
+
+def raising(error):
+    """Return a function that raises, whatever it is given."""
+
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
+def attributes(model) -> dict:
+    """Return what stands on each module: names set by whoever overrides, hooks, everything."""
+    return {name: dict(vars(module)) for name, module in model.named_modules()}
 
 
 def said(module, options, capsys):
@@ -104,17 +121,11 @@ def small() -> DiTDenoiser:
     return make()
 
 
-@st.composite
-def tables(draw: st.DrawFn, steps: int = 4, sites: int = 4) -> Schedule:
+def tables(steps: int = 4, sites: int = 4) -> st.SearchStrategy[Schedule]:
     """Draw a schedule: any decisions, a first row of true."""
-    rows = draw(
-        st.lists(
-            st.lists(st.booleans(), min_size=sites, max_size=sites),
-            min_size=steps - 1,
-            max_size=steps - 1,
-        )
-    )
-    return Schedule([[True] * sites, *rows])
+    row = st.lists(st.booleans(), min_size=sites, max_size=sites)
+    rows = st.lists(row, min_size=steps - 1, max_size=steps - 1)
+    return rows.map(lambda rows: Schedule([[True] * sites, *rows]))
 
 
 seeds = st.integers(0, 2**31)
