@@ -4,8 +4,9 @@ The device is a sham (tests/sham.py), so these laws hold, or fail, on any machin
 """
 
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
-from pipes import StockDiT, dit_pipe, dit_transformer, pixart_pipe, run, vae, walked, walks
+from pipes import WALKS, dit_pipe, pixart_pipe, run, stock_dit, vae, walked
 from types import SimpleNamespace
 
 import pytest
@@ -16,28 +17,23 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from sham import Sham, ShamDevice
 from smoothcache import smoothcache
 from test_blocks import table
-from test_every_model import loaded, small  # noqa: F401 (small is a fixture: every model on a small configuration)
+from test_every_model import loaded, small  # noqa: F401 (a fixture: every model is small)
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from harmonica import Router, Schedule, image_error, macs, references, sample, sdt, train_sdt
+from harmonica import demo, image_error, image_sets, macs, references, sample, sdt, train
+from harmonica import Router, Schedule, train_sdt
 from harmonica.command_line import dtype_of
-from harmonica.demo import main as demo_main
-from harmonica.image_sets import main as image_sets_main
 from harmonica.inference.timing import milliseconds
 from harmonica.inference.walk import Walk
 from harmonica.models import autoencoder, load
-from harmonica.models.dit import DiTDenoiser
 from harmonica.models.pipelines import cached, from_pipeline, general
 from harmonica.models.sites import sites
-from harmonica.samplers import DDIM
 from harmonica.search import baselines
 from harmonica.search.flip_effects import flip_effects_at
 from harmonica.search.in_turn import learn_in_turn
 from harmonica.search.references import Pool
 from harmonica.search.target import Target
-from harmonica.train import main as train_main
-from harmonica.train import parser as train_parser
 
 MODELS = ["tiny", "dit-xl", "pixart-alpha-256", "pixart-alpha-1024", "uvit-h"]
 
@@ -50,8 +46,7 @@ def device():
 
 def numbers(result):
     """Return the tensors and numbers of a result, on the CPU."""
-    leaves = tree_leaves(result)
-    return [leaf.held if isinstance(leaf, Sham) else leaf for leaf in leaves]
+    return [leaf.held if isinstance(leaf, Sham) else leaf for leaf in tree_leaves(result)]
 
 
 def same_on_both(work) -> None:
@@ -64,11 +59,10 @@ def same_on_both(work) -> None:
 
 
 def ordered(d, order=0):
-    schedule = table(d)
-    return Schedule(schedule.compute, sites=schedule.sites, order=order)
+    return replace(table(d), order=order)
 
 
-WALKS = {
+WAYS = {
     "plain": lambda d: lambda x, cond: sample(d, x, cond),
     "cached": lambda d: lambda x, cond: sample(d, x, cond, ordered(d)),
     "first order": lambda d: lambda x, cond: sample(d, x, cond, ordered(d, 1)),
@@ -85,11 +79,11 @@ def test_a_deterministic_walk_waits_for_nothing_and_gives_the_cpus_image(name, s
     with sdpa_kernel(SDPBackend.MATH):
         d = loaded(name, sampler)
         x, cond = start(d, 2, 0)
-        expected = {way: make(d)(x, cond) for way, make in WALKS.items()}
+        expected = {way: make(d)(x, cond) for way, make in WAYS.items()}
     with ShamDevice() as device:
         d = loaded(name, sampler, device="cuda")
         x, cond = start(d, 2, 0)
-        for way, make in WALKS.items():
+        for way, make in WAYS.items():
             walk = make(d)
             with device.watched(strict=True):
                 image = walk(x, cond)
@@ -97,7 +91,7 @@ def test_a_deterministic_walk_waits_for_nothing_and_gives_the_cpus_image(name, s
             torch.testing.assert_close(image.held, expected[way], rtol=1e-5, atol=1e-6, msg=way)
 
 
-STOCK = {"dit": dit_pipe, "alpha": pixart_pipe, "sigma": partial(pixart_pipe, "sigma")}
+STOCK = {"dit": dit_pipe, "alpha": pixart_pipe, "sigma": partial(pixart_pipe, "Sigma")}
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -118,18 +112,14 @@ def test_under_a_schedule_a_pipelines_walk_waits_no_more_than_alone(name, exact,
 
 
 def test_a_stock_dits_walk_waits_for_nothing(device):
-    transformer = dit_transformer().to("cuda")
-    model = StockDiT(transformer)
-    d = DiTDenoiser(model, DDIM(4), sites=sites(transformer))
+    d = stock_dit()
+    d.model.to("cuda")
     x, cond = start(d, 2, 0)
-    for make in WALKS.values():
+    for make in WAYS.values():
         walk = make(d)
         walk(x, cond)  # looks for equal embeddings, once
         with device.watched(strict=True):
             walk(x, cond)
-
-
-GENERAL = walks()
 
 
 @pytest.mark.parametrize("name", ["dit", "pixart", "flux", "wan"])
@@ -137,15 +127,11 @@ def test_a_denoiser_of_a_pipeline_waits_no_more_than_a_run_of_it_at_every_step(n
     """Each of its predictions runs the pipeline's own code, which waits; under a schedule nothing is added."""
 
     def prepared(place):
-        make, arguments = GENERAL[name]
+        make, arguments = WALKS[name]
         pipe = make().to(place)
         arguments = tree_map_only(torch.Tensor, lambda tensor: tensor.to(place), arguments)
         d = from_pipeline(pipe, steps=3, **arguments)
-        return (
-            pipe,
-            d,
-            Schedule(torch.tensor([1, 0, 1])[:, None].expand(3, len(d.sites)) > 0, tuple(d.sites)),
-        )
+        return pipe, d, Schedule([[k != 1] * len(d.sites) for k in range(3)], tuple(d.sites))
 
     with sdpa_kernel(SDPBackend.MATH):
         _, d, schedule = prepared("cpu")
@@ -170,9 +156,8 @@ def test_random_weights_are_drawn_on_the_device(name, device):
     with device.watched() as waits:
         model = load(name, weights="random", device="cuda").model
     assert all(parameter.is_cuda for parameter in model.parameters())
-    assert not [line for line in waits if "copy" in line and "pixart.py" not in line], (
-        waits
-    )  # prompts
+    copies = [line for line in waits if "copy" in line]
+    assert all("pixart.py" in line for line in copies), copies  # prompts
 
 
 @pytest.mark.parametrize("name", ["dit-xl", "pixart-alpha-256"])
@@ -197,15 +182,13 @@ def trained(place, name="dit-xl", **settings):
 REFINED = {"target_speedup": 1.3, "refine": 150, "batch_size": 32, "iterations": 2}
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {}, {"proxy": None}, {"proxy": "telescoping"}, {"again": True}, {"name": "pixart-alpha-256"}, {"name": "uvit-h"},
-        {"target_speedup": 1.3, "refine": 0}, {"target_cur": 0.3, "refine": 0}, REFINED, REFINED | {"order": 1},
-        REFINED | {"toward": "reference"},
-    ],
-    ids=str,
-)  # fmt: skip
+SETTINGS = [{}, {"proxy": None}, {"proxy": "telescoping"}, {"again": True}, {"name": "uvit-h"}]
+SETTINGS += [{"name": "pixart-alpha-256"}, {"target_speedup": 1.3, "refine": 0}]
+SETTINGS += [{"target_cur": 0.3, "refine": 0}, REFINED, REFINED | {"order": 1}]
+SETTINGS += [REFINED | {"toward": "reference"}]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_training_gives_the_cpus_router(settings):
     same_on_both(lambda place: trained(place, **settings))
 
@@ -213,22 +196,19 @@ def test_training_gives_the_cpus_router(settings):
 def test_resuming_gives_the_cpus_router(tmp_path):
     def resumed(place):
         checkpoint = tmp_path / f"{place}.safetensors"
-        for iterations in (3, 5):
-            logits = trained(
-                place, target_speedup=1.3, refine=0, checkpoint=checkpoint, iterations=iterations, resume=iterations == 5
-            )  # fmt: skip
-        return logits
+        how = {"target_speedup": 1.3, "refine": 0, "checkpoint": checkpoint}
+        trained(place, iterations=3, **how)
+        return trained(place, iterations=5, resume=True, **how)
 
     same_on_both(resumed)
 
 
+L2C = {"speedup": 1.1, "updates": 4, "batch_size": 2}
 BASELINES = {
     "FORA": lambda d, x, y: baselines.every(d, speedup=1.5),
     "SmoothCache": lambda d, x, y: smoothcache(d, x, y, speedup=1.5),
     "delta-DiT": lambda d, x, y: rivals.delta_dit(d, speedup=1.2),
-    "L2C": lambda d, x, y: baselines.learning_to_cache(
-        d, x, y, speedup=1.1, updates=4, batch_size=2
-    ),
+    "L2C": lambda d, x, y: baselines.learning_to_cache(d, x, y, **L2C),
     "path": lambda d, x, y: baselines.dynamic_programming(d, x, y, speedup=1.5),
     "greedy": lambda d, x, y: rivals.greedy(d, x, y, speedup=1.5, budget=400),
     "chance": lambda d, x, y: rivals.random_table(d, speedup=1.5, generator=seeded(0)),
@@ -237,12 +217,11 @@ BASELINES = {
 
 @pytest.mark.parametrize("name", BASELINES)
 def test_a_baseline_makes_the_cpus_table(name):
-    def made(place):
+    def table_on(place):
         d = loaded("dit-xl", steps=3, device=place)
-        x, y = start(d, 2, 0)
-        return BASELINES[name](d, x, y).compute
+        return BASELINES[name](d, *start(d, 2, 0)).compute
 
-    same_on_both(made)
+    same_on_both(table_on)
 
 
 def flip_effects(place, order=0):
@@ -275,26 +254,28 @@ def test_milliseconds_are_measured_on_the_device(device):
     assert measured.rest > 0
 
 
+TRAIN = "--steps 3 --iterations 2 --batch-size 2"
 COMMANDS = {
-    "train": (train_main, ["--model", "tiny", "--steps", "3", "--iterations", "2", "--batch-size", "2", "--out", "OUT"]),
-    "train to a target": (
-        train_main, ["--steps", "3", "--iterations", "2", "--batch-size", "2", "--target", "1.3", "--refine", "0", "--out", "OUT"],
-    ),
-    "demo": (demo_main, ["--steps", "3", "--method", "sdt", "--iterations", "2", "--images", "2", "--out", "OUT"]),
-    "image_sets": (image_sets_main, ["--model", "tiny", "--steps", "3", "--count", "4", "--batch-size", "2", "--out", "OUT"]),
-}  # fmt: skip
+    "train": (train, f"--model tiny {TRAIN}"),
+    "train to a target": (train, f"{TRAIN} --target 1.3 --refine 0"),
+    "demo": (demo, "--steps 3 --method sdt --iterations 2 --images 2"),
+    "image_sets": (image_sets, "--model tiny --steps 3 --count 4 --batch-size 2"),
+}
+
+
+def command(name, place, out):
+    """Return the exit code of a command that runs on a device and writes to a folder."""
+    module, options = COMMANDS[name]
+    return module.main([*options.split(), "--device", place, "--out", str(out)])
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_runs_on_the_device(name, tmp_path, capsys, monkeypatch):
     # Whether it fits is counted on meta tensors, which the sham device cannot have beside its own.
-    monkeypatch.setattr(
-        "harmonica.train.count", lambda args: SimpleNamespace(check=lambda *_, **__: None)
-    )
-    main, arguments = COMMANDS[name]
-    arguments = [str(tmp_path / "out") if word == "OUT" else word for word in arguments]
+    fits = SimpleNamespace(check=lambda *_, **__: None)
+    monkeypatch.setattr("harmonica.train.count", lambda args: fits)
     with ShamDevice():
-        code = main([*arguments, "--device", "cuda"])
+        code = command(name, "cuda", tmp_path / "out")
     assert (code, capsys.readouterr().err) == (0, "")
 
 
@@ -307,7 +288,7 @@ def test_a_command_runs_on_the_device(name, tmp_path, capsys, monkeypatch):
     ],
 )
 def test_weights_are_bfloat16_on_cuda_unless_the_command_line_names_a_type(options, expected):
-    args = train_parser().parse_args(options.split())
+    args = train.parser().parse_args(options.split())
     assert dtype_of(args, args.device) == getattr(torch, expected)
 
 
@@ -316,22 +297,19 @@ def test_latents_are_decoded_a_few_at_a_time_to_the_images_of_one_at_a_time(
     dtype, tmp_path, monkeypatch
 ):
     vae().save_pretrained(tmp_path)
-    monkeypatch.setattr(
-        autoencoder, "ROOM", 5 * 3 * 2 * 64**2 * (2 if dtype == torch.bfloat16 else 4)
-    )
+    size, half = (
+        5 * 3 * 2 * 64**2,
+        dtype == torch.bfloat16,
+    )  # float16 overflows there: it is float32
+    monkeypatch.setattr(autoencoder, "ROOM", size * (2 if half else 4))
+    run, x, sizes = AutoencoderKL.decode, torch.randn(5, 4, 8, 8, generator=seeded(0)), []
+    noted = lambda self, z: sizes.append(len(z)) or run(self, z)  # noqa: E731
+    monkeypatch.setattr(AutoencoderKL, "decode", noted)
     decode = autoencoder.decoder("dit-xl", vae=tmp_path, dtype=dtype)
-    x = torch.randn(5, 4, 8, 8, generator=seeded(0))
-    sizes = []
-    original = AutoencoderKL.decode
-    monkeypatch.setattr(
-        AutoencoderKL, "decode", lambda self, z: sizes.append(z.shape[0]) or original(self, z)
-    )
     images = decode(x)
     assert (sizes, images.dtype) == ([2, 2, 1], torch.float32)
-    rounding = 0.05 if dtype == torch.bfloat16 else 1e-5  # float16 overflows there: it is float32
-    torch.testing.assert_close(
-        images, torch.cat([decode(one[None]) for one in x]), atol=rounding, rtol=0
-    )
+    alone = torch.cat([decode(one[None]) for one in x])
+    torch.testing.assert_close(images, alone, atol=0.05 if half else 1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("place", ["cuda", "cuda:7", "gpu"])
@@ -340,9 +318,7 @@ def test_a_device_that_is_not_there_is_one_line_and_exit_code_2(
     name, place, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    main, arguments = COMMANDS[name]
-    arguments = [str(tmp_path / "out") if word == "OUT" else word for word in arguments]
-    assert main([*arguments, "--device", place]) == 2
+    assert command(name, place, tmp_path / "out") == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert f"--device {place}" in said
@@ -350,26 +326,15 @@ def test_a_device_that_is_not_there_is_one_line_and_exit_code_2(
 
 def test_whatever_is_reduced_over_processes_lies_on_the_device(monkeypatch, device):
     """Two processes that have drawn the same: a sum is twice what one has."""
-    reduced = []
-
-    def all_reduce(tensor):
-        reduced.append(tensor.device.type)
-        tensor.mul_(2)
-
-    fakes = {
-        "is_available": True,
-        "is_initialized": True,
-        "get_rank": 0,
-        "get_world_size": 2,
-        "get_backend": "nccl",
-    }
-    for name, value in fakes.items():
-        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    places = []
+    fakes = {"is_available": True, "is_initialized": True, "get_rank": 0, "get_world_size": 2}
+    for name, value in {**fakes, "get_backend": "nccl", "broadcast_object_list": None}.items():
+        monkeypatch.setattr(torch.distributed, name, lambda *_, value=value: value)
+    all_reduce = lambda tensor: places.append(tensor.device.type) or tensor.mul_(2)  # noqa: E731
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
-    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda objects: None)
     trained("cuda", **REFINED)
-    assert len(reduced) >= 10
-    assert set(reduced) == {"cuda"}
+    assert len(places) >= 10
+    assert set(places) == {"cuda"}
 
 
 def lambda_of(place):
@@ -379,9 +344,7 @@ def lambda_of(place):
 
 
 def written(place, out):
-    main, arguments = COMMANDS["image_sets"]
-    arguments = [str(out / place) if word == "OUT" else word for word in arguments]
-    assert main([*arguments, "--device", place]) == 0
+    assert command("image_sets", place, out / place) == 0
     return len(list((out / place).rglob("*.png")))
 
 
@@ -401,7 +364,7 @@ ON_A_CARD = {
 @pytest.mark.parametrize("name", ON_A_CARD)
 def test_a_real_card_gives_the_cpus_numbers_to_rounding(name, tmp_path):
     result, expected = (
-        [leaf.cpu() if isinstance(leaf, torch.Tensor) else leaf for leaf in tree_leaves(each)]
-        for each in (ON_A_CARD[name]("cuda", tmp_path), ON_A_CARD[name]("cpu", tmp_path))
+        tree_map_only(torch.Tensor, torch.Tensor.cpu, ON_A_CARD[name](place, tmp_path))
+        for place in ("cuda", "cpu")
     )
     torch.testing.assert_close(result, expected, rtol=1e-2, atol=1e-3)

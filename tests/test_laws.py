@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import make, refused, seeded, seeds, start, tables
+from conftest import equal, make, raising, refused, seeded, seeds, start, tables
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -17,6 +17,7 @@ from harmonica import Router, Schedule, check_denoiser, sample, sdt
 from harmonica.cache import blend, gated, reuse
 from harmonica.denoise import denoise, final_image, gates_of
 from harmonica.iepo import image_error, objective
+from harmonica.models import load
 
 
 def walk(d, x, y, schedule, cache=None, **more):
@@ -27,10 +28,6 @@ def walk(d, x, y, schedule, cache=None, **more):
 def drawn(steps=4, seed=3):
     """Return a router for a small denoiser, in its precision."""
     return Router(steps, 4, generator=seeded(seed)).double()
-
-
-def same(one, other):
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def state_of(denoiser):
@@ -44,14 +41,9 @@ def state_of(denoiser):
 
 def counted(denoiser):
     """Count predictions and note for each whether the sites were gated and gradients on."""
-    calls, predict = [], denoiser.predict
-
-    def count(x, k, cond):
-        site = next(iter(denoiser.sites.values()))
-        calls.append((k, "forward" in site.__dict__, torch.is_grad_enabled()))
-        return predict(x, k, cond)
-
-    denoiser.predict = count
+    calls, predict, site = [], denoiser.predict, next(iter(denoiser.sites.values()))
+    told = lambda k: (k, "forward" in vars(site), torch.is_grad_enabled())  # noqa: E731
+    denoiser.predict = lambda x, k, cond: calls.append(told(k)) or predict(x, k, cond)
     return calls
 
 
@@ -59,7 +51,7 @@ def counted(denoiser):
 def test_computing_everything_is_the_plain_model_bit_for_bit(steps, depth, batch, guidance, seed):
     d = make(steps, depth, guidance=guidance, seed=seed % 100)
     x, y = start(d, batch, seed)
-    assert same(denoise(d, x, y), walk(d, x, y, Schedule([[True] * 2 * depth] * steps)))
+    assert equal(denoise(d, x, y), walk(d, x, y, Schedule([[True] * 2 * depth] * steps)))
 
 
 @given(tables(), seeds)
@@ -68,7 +60,7 @@ def test_blend_at_a_saturated_router_is_reuse_bit_for_bit(schedule, seed):
     x, y = start(d, seed=seed)
     hard, soft, r = {}, {}, schedule.compute.double()
     blended = denoise(d, x, y, lambda k: blend(r[k], soft, 0.1))
-    assert same(walk(d, x, y, schedule, hard), blended)
+    assert equal(walk(d, x, y, schedule, hard), blended)
     assert all(torch.equal(hard[site], soft[site]) for site in hard)
 
 
@@ -98,14 +90,14 @@ def test_reusing_what_was_never_computed_is_refused(small):
         next(walk)
 
 
-def test_blending_into_an_empty_cache_is_refused():
+def test_gates_refuse_an_empty_cache_scores_for_decisions_and_a_module_at_two_sites():
     with pytest.raises(RuntimeError, match="first step of a walk computes"):
         blend(torch.tensor([1.0, 0.5]), {}, 0.1)
-
-
-def test_scores_are_not_taken_for_decisions():
     with pytest.raises(TypeError, match="reuse takes bools"):
         reuse(torch.tensor([0.2, 0.9]), {})
+    linear = nn.Linear(1, 1)
+    with refused("a module stands at two sites"), gated([linear] * 2, reuse([True] * 2, {})):
+        pass
 
 
 def test_a_feature_may_be_a_tree_of_tensors_and_what_is_none_passes_through():
@@ -119,10 +111,9 @@ def test_a_feature_may_be_a_tree_of_tensors_and_what_is_none_passes_through():
 
 def test_the_blended_feature_replaces_the_cached_one_only_above_tau():
     cache = {}
-    gate = blend(torch.ones(2), cache, 0.1)
-    gate(0, lambda: torch.tensor(4.0)), gate(1, lambda: torch.tensor(4.0))
-    gate = blend(torch.tensor([0.5, 0.05]), cache, 0.1)
-    gate(0, lambda: torch.tensor(0.0)), gate(1, lambda: torch.tensor(0.0))
+    for r, fresh in (([1.0, 1.0], 4.0), ([0.5, 0.05], 0.0)):
+        gate = blend(torch.tensor(r), cache, 0.1)
+        gate(0, lambda: torch.tensor(fresh)), gate(1, lambda: torch.tensor(fresh))
     assert (cache[0].item(), cache[1].item()) == (2.0, 4.0)
 
 
@@ -136,39 +127,25 @@ def test_gated_puts_back_what_stood_there(small):
     assert module.__dict__["forward"] is theirs
 
 
-def test_one_module_at_two_sites_is_refused():
-    linear = nn.Linear(1, 1)
-    with refused("a module stands at two sites"):
-        with gated([linear, linear], reuse([True] * 2, {})):
-            pass
-
-
 def test_the_bundled_and_a_random_denoiser_keep_the_laws(small):
-    from harmonica.models import load
-
     check_denoiser(small)
     check_denoiser(load("tiny", steps=3))
 
 
-@pytest.mark.parametrize(
-    ("fault", "law"),
-    [
-        (lambda d: d.model.train(), "training mode"),
-        (lambda d: d.model.requires_grad_(True), "asks for a gradient"),
-        (lambda d: setattr(d, "steps", 3), "a walk has"),
-        (
-            lambda d: d.model.blocks[0].attn.register_forward_hook(lambda m, i, o: o.add_(1)),
-            "in place",
-        ),
-        (lambda d: setattr(d, "sites", {**d.sites, "unused": nn.Linear(1, 1)}), "asked once"),
-        (lambda d: setattr(d, "step", lambda x, *_: x + torch.randn_like(x)), "global generator"),
-        (lambda d: setattr(d, "step", lambda x, *_: x - x.mean()), "neighbours"),
-    ],
-)
-def test_check_denoiser_names_the_law_that_is_broken(small, fault, law):
-    fault(small)
-    if law == "a walk has":
-        small.step = lambda x, out, k, memory: (setattr(small, "steps", 9), x)[1]
+FAULTS = {
+    "training mode": lambda d: d.model.train(),
+    "asks for a gradient": lambda d: d.model.requires_grad_(True),
+    "a walk has": lambda d: setattr(d, "step", lambda x, *_: setattr(d, "steps", 9) or x),
+    "in place": lambda d: d.model.blocks[0].attn.register_forward_hook(lambda m, i, o: o.add_(1)),
+    "asked once": lambda d: setattr(d, "sites", {**d.sites, "unused": nn.Linear(1, 1)}),
+    "global generator": lambda d: setattr(d, "step", lambda x, *_: x + torch.randn_like(x)),
+    "neighbours": lambda d: setattr(d, "step", lambda x, *_: x - x.mean()),
+}
+
+
+@pytest.mark.parametrize("law", FAULTS)
+def test_check_denoiser_names_the_law_that_is_broken(small, law):
+    FAULTS[law](small)
     with pytest.raises(AssertionError, match=law):
         check_denoiser(small)
 
@@ -191,15 +168,15 @@ def test_two_trajectories_share_nothing(one, other, seed):
     d = make()
     (x1, y1), (x2, y2) = start(d, seed=seed), start(d, seed=seed + 1)
     in_turn = list(zip(walk(d, x1, y1, one), walk(d, x2, y2, other), strict=True))[-1]
-    assert same(in_turn, (sample(d, x1, y1, one), sample(d, x2, y2, other)))
+    assert equal(in_turn, (sample(d, x1, y1, one), sample(d, x2, y2, other)))
 
 
 @given(tables(), seeds)
 def test_an_image_does_not_depend_on_its_neighbours(schedule, seed):
     d = make()
     x, y = start(d, batch=3, seed=seed)
-    all_three, alone = sample(d, x, y, schedule), sample(d, x[:1], y[:1], schedule)
-    torch.testing.assert_close(all_three[:1], alone, rtol=1e-9, atol=1e-9)
+    three, alone = sample(d, x, y, schedule), sample(d, x[:1], y[:1], schedule)
+    torch.testing.assert_close(three[:1], alone, rtol=1e-9, atol=1e-9)
 
 
 def test_an_interrupted_walk_leaves_nothing_behind(small):
@@ -209,12 +186,8 @@ def test_an_interrupted_walk_leaves_nothing_behind(small):
     next(steps)
     assert state_of(small) == before  # between two steps
     steps.close()
-
-    def broken(site, compute):
-        raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        next(denoise(small, x, y, lambda k: broken))
+        next(denoise(small, x, y, lambda k: raising(KeyboardInterrupt)))
     assert state_of(small) == before
     assert torch.equal(plain, sample(small, x, y))
 
@@ -285,8 +258,14 @@ def test_a_sampler_with_a_memory_is_forked_with_it(mode):
     x, y = start(d)
     r = drawn(5)().detach()
     assert torch.equal(image_error(d, r, x, y, mode=mode), brute_force(d, r, x, y, 0.1, mode))
-    noise = [start(d, seed=1), start(d, batch=3, seed=2)]  # a memory left over would not fit
-    assert len(list(sdt(d, drawn(5), noise, proxy=None))) == 8
+
+
+@pytest.mark.parametrize("remembers", [False, True])
+def test_each_trajectory_begins_with_an_empty_cache_and_memory(remembers):
+    """What was left of another trajectory would be of another batch, and not fit."""
+    d = make(remembers=remembers)
+    noise = [start(d, batch=2), start(d, batch=3)]
+    assert len(list(sdt(d, drawn(), noise, proxy=None))) == 6
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -308,14 +287,6 @@ def test_lambda_leaves_every_random_generator_as_it_found_it(small):
     assert states() == before
 
 
-def test_lambda_refuses_what_it_does_not_know(small):
-    x, y = start(small)
-    with refused(r"leave-one-out.*telescoping"):
-        image_error(small, torch.ones(4, 4), x, y, mode="other")
-    with refused("r has 3 rows and the denoiser 4 steps"):
-        image_error(small, torch.ones(3, 4), x, y)
-
-
 def trained(d, *, n=2, **options):
     router = drawn(d.steps)
     noise = [start(d, seed=i) for i in range(n)]
@@ -331,19 +302,11 @@ def test_one_update_for_each_step_but_the_first(small):
         assert u.loss == pytest.approx(u.lam * u.mse + price, rel=1e-9)
 
 
-def test_each_trajectory_begins_with_an_empty_cache(small):
-    """A feature left from another trajectory would be of another batch, and not blend."""
-    noise = [start(small, batch=2), start(small, batch=3)]
-    assert len(list(sdt(small, drawn(), noise, proxy=None))) == 6
-
-
 def test_the_student_takes_the_step(small):
-    walked, step = [], small.step
+    walked, step, cache = [], small.step, {}
     small.step = lambda x, out, k, memory: walked.append((k, x)) or step(x, out, k, memory)
-    router = drawn()
-    x, y = start(small)
+    router, (x, y) = drawn(), start(small)
     list(sdt(small, router, [(x, y)], lr=0.0, proxy=None))
-    cache = {}
     soft = [x, *denoise(small, x, y, lambda k: blend(router.row(k).detach(), cache, 0.1))]
     assert all(torch.equal(x, soft[k]) for k, x in walked[:4])
     assert not torch.equal(walked[3][1], list(denoise(small, x, y))[2])
@@ -364,7 +327,7 @@ def test_training_moves_the_router_and_nothing_else(small):
     router, _ = trained(small)
     assert not torch.equal(router.logits, drawn().logits)
     assert state_of(small) == before
-    assert same(weights.values(), small.model.state_dict().values())
+    assert equal(weights.values(), small.model.state_dict().values())
     assert torch.equal(image, sample(small, x, y))
 
 
@@ -376,15 +339,12 @@ def test_no_weight_ever_gets_a_gradient_even_if_it_asks(small):
 
 def test_gradients_never_cross_steps(small):
     router = drawn()
-    x, y = start(small)
-    for update in sdt(small, router, [(x, y)], proxy=None):
+    for update in sdt(small, router, [start(small)], proxy=None):
         assert [row.grad is not None for row in router.rows] == [k == update.k for k in range(1, 4)]
 
 
 def test_cached_features_carry_no_history(small):
-    cache = {}
-    x, y = start(small)
-    router = drawn()
+    cache, (x, y), router = {}, start(small), drawn()
     for k in (0, 1):
         with gated(small.sites, blend(router.row(k), cache, 0.0)):
             out = small.predict(x, k, y)
@@ -393,16 +353,12 @@ def test_cached_features_carry_no_history(small):
 
 
 def test_blend_is_right_under_activation_checkpointing():
-    d = make()
-    forwards = [block.forward for block in d.model.blocks]
-
-    def gradients(*, checkpointed):
-        for block, forward in zip(d.model.blocks, forwards, strict=True):
-            again = partial(checkpoint, forward, use_reentrant=False)
-            block.forward = again if checkpointed else forward
-        return trained(d, proxy=None)[0].logits
-
-    assert torch.equal(gradients(checkpointed=True), gradients(checkpointed=False))
+    d, routers = make(), []
+    for again in (False, True):
+        for block in d.model.blocks if again else ():
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        routers.append(trained(d, proxy=None)[0].logits)
+    assert torch.equal(*routers)
 
 
 @given(st.integers(0, 30), seeds)
@@ -411,16 +367,17 @@ def test_cur_falls_as_tau_falls(percent, seed):
     assert router.schedule(percent / 100).cur <= router.schedule(percent / 100 + 0.01).cur
 
 
-def test_a_loss_that_is_not_finite_stops_training(small):
+def test_training_and_lambda_refuse_what_they_cannot_use(small):
+    x, y = start(small)
+    with refused(r"leave-one-out.*telescoping"):
+        image_error(small, torch.ones(4, 4), x, y, mode="other")
+    with refused("r has 3 rows and the denoiser 4 steps"):
+        image_error(small, torch.ones(3, 4), x, y)
+    with refused("the router is 3 × 4"):
+        next(sdt(small, Router(3, 4), [(x, y)]))
     small.model.final_layer.linear.weight.data.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="step 1 is nan; look for NaN in the weights"):
         trained(small, proxy=None)
-
-
-def test_a_router_of_another_shape_is_refused(small):
-    x, y = start(small)
-    with refused("the router is 3 × 4"):
-        next(sdt(small, Router(3, 4), [(x, y)]))
 
 
 def test_lambda_weighs_the_loss(small):
