@@ -62,6 +62,11 @@ def start(denoiser, batch: int = 2, seed: int = 1) -> tuple[torch.Tensor, torch.
     return denoiser.draw(batch, seeded(seed))
 
 
+def with_noise(denoiser, batch: int = 2, seed: int = 1) -> tuple:
+    """Return a denoiser, and noise and conditions drawn for it."""
+    return denoiser, *start(denoiser, batch, seed)
+
+
 def equal(one, other) -> bool:
     """Tell whether two sequences of as many tensors are equal bit for bit."""
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))

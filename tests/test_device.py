@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import rivals
 import torch
-from conftest import seeded, start
+from conftest import seeded, start, with_noise
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from sham import Sham, ShamDevice
 from smoothcache import smoothcache
@@ -77,12 +77,10 @@ WAYS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_a_deterministic_walk_waits_for_nothing_and_gives_the_cpus_image(name, sampler):
     with sdpa_kernel(SDPBackend.MATH):
-        d = loaded(name, sampler)
-        x, cond = start(d, 2, 0)
+        d, x, cond = with_noise(loaded(name, sampler), 2, 0)
         expected = {way: make(d)(x, cond) for way, make in WAYS.items()}
     with ShamDevice() as device:
-        d = loaded(name, sampler, device="cuda")
-        x, cond = start(d, 2, 0)
+        d, x, cond = with_noise(loaded(name, sampler, device="cuda"), 2, 0)
         for way, make in WAYS.items():
             walk = make(d)
             with device.watched(strict=True):
@@ -225,8 +223,7 @@ def test_a_baseline_makes_the_cpus_table(name):
 
 
 def flip_effects(place, order=0):
-    d = loaded("dit-xl", steps=3, device=place)
-    x, y = start(d, 2, 0)
+    d, x, y = with_noise(loaded("dit-xl", steps=3, device=place), 2, 0)
     pool = Pool(x, y, sample(d, x, y))
     model = flip_effects_at(d, ordered(d, order), pool, torch.ones_like(x))
     return model.gradient, model.curvature

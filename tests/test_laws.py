@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import equal, make, raising, refused, seeded, seeds, start, tables
+from conftest import equal, make, raising, refused, seeded, seeds, start, tables, with_noise
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -49,15 +49,13 @@ def counted(denoiser):
 
 @given(st.integers(1, 5), st.integers(1, 3), st.integers(1, 3), st.sampled_from([1.0, 1.5]), seeds)
 def test_computing_everything_is_the_plain_model_bit_for_bit(steps, depth, batch, guidance, seed):
-    d = make(steps, depth, guidance=guidance, seed=seed % 100)
-    x, y = start(d, batch, seed)
+    d, x, y = with_noise(make(steps, depth, guidance=guidance, seed=seed % 100), batch, seed)
     assert equal(denoise(d, x, y), walk(d, x, y, Schedule([[True] * 2 * depth] * steps)))
 
 
 @given(tables(), seeds)
 def test_blend_at_a_saturated_router_is_reuse_bit_for_bit(schedule, seed):
-    d = make()
-    x, y = start(d, seed=seed)
+    d, x, y = with_noise(make(), seed=seed)
     hard, soft, r = {}, {}, schedule.compute.double()
     blended = denoise(d, x, y, lambda k: blend(r[k], soft, 0.1))
     assert equal(walk(d, x, y, schedule, hard), blended)
@@ -66,8 +64,7 @@ def test_blend_at_a_saturated_router_is_reuse_bit_for_bit(schedule, seed):
 
 @given(tables())
 def test_reuse_runs_exactly_the_scheduled_sites(schedule):
-    d = make()
-    x, y = start(d)
+    d, x, y = with_noise(make())
     ran = []
     for site, module in enumerate(d.sites.values()):
         forward = module.forward
@@ -152,8 +149,7 @@ def test_check_denoiser_names_the_law_that_is_broken(small, law):
 
 @given(tables(), st.integers(0, 3), seeds)
 def test_a_forked_walk_ends_where_the_original_does(schedule, at, seed):
-    d = make()
-    x, y = start(d, seed=seed)
+    d, x, y = with_noise(make(), seed=seed)
     cache, memory, fork = {}, {}, (x, {}, {})
     for k, end in enumerate(walk(d, x, y, schedule, cache, memory=memory), start=1):
         if k == at:
@@ -173,8 +169,7 @@ def test_two_trajectories_share_nothing(one, other, seed):
 
 @given(tables(), seeds)
 def test_an_image_does_not_depend_on_its_neighbours(schedule, seed):
-    d = make()
-    x, y = start(d, batch=3, seed=seed)
+    d, x, y = with_noise(make(), batch=3, seed=seed)
     three, alone = sample(d, x, y, schedule), sample(d, x[:1], y[:1], schedule)
     torch.testing.assert_close(three[:1], alone, rtol=1e-9, atol=1e-9)
 
@@ -233,8 +228,7 @@ both_modes = pytest.mark.parametrize("mode", ["leave-one-out", "telescoping"])
 @both_modes
 @given(st.integers(1, 5), seeds)
 def test_lambda_by_shared_prefixes_equals_brute_force_at_half_the_predictions(mode, steps, seed):
-    d = make(steps)
-    x, y = start(d, seed=seed)
+    d, x, y = with_noise(make(steps), seed=seed)
     r = drawn(steps, seed)().detach()
     expected = brute_force(d, r, x, y, 0.1, mode)
     calls = counted(d)
@@ -245,8 +239,7 @@ def test_lambda_by_shared_prefixes_equals_brute_force_at_half_the_predictions(mo
 @both_modes
 @given(tables(), seeds)
 def test_lambda_is_zero_for_a_step_that_reuses_nothing(mode, schedule, seed):
-    d = make()
-    x, y = start(d, seed=seed)
+    d, x, y = with_noise(make(), seed=seed)
     lam = image_error(d, schedule.compute.double(), x, y, mode=mode)
     assert lam[schedule.compute.all(dim=1)].abs().sum() == 0
 

@@ -6,7 +6,7 @@ from dataclasses import FrozenInstanceError, replace
 
 import pytest
 import torch
-from conftest import make, refused, seeded, seeds, start, tables
+from conftest import make, refused, seeded, seeds, tables, with_noise
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -109,8 +109,7 @@ def test_a_router_without_steps_sites_or_numbers_is_refused():
 
 
 def test_a_schedule_refuses_another_run():
-    d = make()
-    x, y = start(d)
+    d, x, y = with_noise(make())
     router = Router(4, d.sites, about=d.about)
     fits = router.schedule()
     sample(d, x, y, fits)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import make, refused, seeded, start
+from conftest import make, refused, seeded, start, with_noise
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -39,8 +39,7 @@ def under(name: str, steps: int, *, learn_sigma: bool = True, betas: str = "line
 
 @given(names, st.integers(2, 12), st.data())
 def test_a_fork_ends_where_the_original_does_at_every_k(name, steps, data):
-    d = under(name, steps)
-    x, y = start(d)
+    d, x, y = with_noise(under(name, steps))
     memory, forks = {}, []
     for k, x in enumerate(denoise(d, x, y, memory=memory), start=1):  # noqa: B020
         forks.append((k, x, memory.copy()))
@@ -63,8 +62,7 @@ def test_two_walks_of_one_sampler_share_nothing(name, steps):
 
 @pytest.mark.parametrize("name", STOCHASTIC)
 def test_noise_differs_between_samples_steps_and_walks_but_not_between_runs(name):
-    d = under(name, 6)
-    x, y = start(d, batch=3)
+    d, x, y = with_noise(under(name, 6), batch=3)
     before = torch.get_rng_state()
     one, again = final_image(denoise(d, x, y)), final_image(denoise(d, x, y))
     assert torch.equal(one, again)
@@ -83,8 +81,7 @@ def test_noise_differs_between_samples_steps_and_walks_but_not_between_runs(name
 
 @pytest.mark.parametrize("name", STOCHASTIC)
 def test_a_sample_under_noise_does_not_depend_on_its_neighbours(name):
-    d = under(name, 5)
-    x, y = start(d, batch=3)
+    d, x, y = with_noise(under(name, 5), batch=3)
     torch.testing.assert_close(
         final_image(denoise(d, x[1:2], y[1:2])), final_image(denoise(d, x, y))[1:2]
     )
@@ -92,8 +89,7 @@ def test_a_sample_under_noise_does_not_depend_on_its_neighbours(name):
 
 @pytest.mark.parametrize("name", sorted(SAMPLERS))
 def test_lambda_works_on_every_sampler_and_is_zero_where_nothing_is_reused(name):
-    d = under(name, 5)
-    x, y = start(d)
+    d, x, y = with_noise(under(name, 5))
     r = torch.full((5, 4), 0.4, dtype=torch.float64)
     r[0] = r[2] = 1.0
     lam = image_error(d, r, x, y)
@@ -169,8 +165,7 @@ def test_no_sampler_clips_latents():
 
 
 def test_a_multistep_walk_cannot_start_in_the_middle_without_its_memory():
-    d = under("dpm-solver++", 5)
-    x, y = start(d)
+    d, x, y = with_noise(under("dpm-solver++", 5))
     with pytest.raises(
         RuntimeError, match=r"step 2 of dpm-solver\+\+ needs what the steps before it left"
     ):
@@ -194,8 +189,7 @@ def test_every_sampler_has_one_timestep_for_each_prediction(name, betas, steps):
 
 @pytest.mark.parametrize("name", sorted(SAMPLERS))
 def test_a_model_without_variance_channels_walks_under_every_sampler(name):
-    d = under(name, 4, learn_sigma=False, betas="scaled-linear")
-    x, y = start(d)
+    d, x, y = with_noise(under(name, 4, learn_sigma=False, betas="scaled-linear"))
     assert final_image(denoise(d, x, y)).isfinite().all()
 
 

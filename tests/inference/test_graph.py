@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from conftest import make, refused, start
+from conftest import make, refused, start, with_noise
 from sham import ShamDevice
 from test_blocks import table
 from test_every_model import loaded, small  # noqa: F401 (small is a fixture: every model on a small configuration)
@@ -78,8 +78,7 @@ def test_a_key_is_shapes_types_and_what_is_no_tensor():
 
 
 def test_without_a_cuda_device_the_walk_runs_and_says_why():
-    d = make()
-    x, y = start(d)
+    d, x, y = with_noise(make())
     walk = Walk(d, table(d))
     draw = GraphWalk(walk)
     assert torch.equal(draw(x, y), walk(x, y))
@@ -147,8 +146,7 @@ def test_a_capture_is_refused_or_fails_with_its_first_cause_and_the_stream_is_pu
 
 
 def test_a_capture_that_fails_falls_back_and_is_not_tried_again_but_for_memory():
-    d = make()
-    x, y = start(d)
+    d, x, y = with_noise(make())
     walk = Walk(d, table(d))
     for error, reason in (
         (

@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import make, seeds, start, tables
+from conftest import make, seeds, tables, with_noise
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,8 +19,7 @@ any_table = st.tuples(st.integers(1, 6), st.integers(1, 2)).flatmap(
 
 @given(any_table, seeds)
 def test_a_plan_gives_the_images_of_reuse_bit_for_bit(schedule, seed):
-    d = make(schedule.steps, depth=len(schedule.sites) // 2)
-    x, y = start(d, seed=seed)
+    d, x, y = with_noise(make(schedule.steps, depth=len(schedule.sites) // 2), seed=seed)
     plan, kept, all_kept = Plan.of(schedule), {}, {}
     planned = denoise(d, x, y, lambda k: plan.gate(k, kept))
     plain = denoise(d, x, y, lambda k: reuse(schedule.compute[k], all_kept))
@@ -63,8 +62,7 @@ def test_every_kept_feature_is_read_and_let_go_once():
 
 
 def test_nothing_of_a_walk_is_alive_after_it():
-    d = make(4)
-    x, y = start(d)
+    d, x, y = with_noise(make(4))
     schedule = Schedule([[1] * 4, [0] * 4, [1, 0, 1, 0], [0] * 4])
     gc.collect()
     before = sum(type(thing) is torch.Tensor for thing in gc.get_objects())

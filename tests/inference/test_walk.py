@@ -5,7 +5,7 @@ from pipes import StockDiT, count_calls, dit_transformer, randomised
 
 import pytest
 import torch
-from conftest import make, refused, seeds, start, tables
+from conftest import make, refused, seeds, start, tables, with_noise
 from hypothesis import given
 from test_blocks import MADE, in_double, table
 from test_every_model import (
@@ -31,15 +31,13 @@ def relative(a, b):
 
 @given(tables(), seeds)
 def test_an_exact_walk_is_sample_bit_for_bit(schedule, seed):
-    d = make()
-    x, y = start(d, seed=seed)
+    d, x, y = with_noise(make(), seed=seed)
     assert torch.equal(Walk(d, schedule, exact=True)(x, y), sample(d, x, y, schedule))
 
 
 @given(tables(), seeds)
 def test_a_walk_is_sample_to_rounding(schedule, seed):
-    d = make()
-    x, y = start(d, seed=seed)
+    d, x, y = with_noise(make(), seed=seed)
     assert relative(Walk(d, schedule)(x, y), sample(d, x, y, schedule)) < 1e-11
 
 
@@ -47,8 +45,7 @@ def test_a_walk_is_sample_to_rounding(schedule, seed):
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.usefixtures("small")
 def test_every_model_under_every_sampler(name, sampler):
-    d = in_double(loaded(name, sampler))
-    x, cond = start(d, 2, 0)
+    d, x, cond = with_noise(in_double(loaded(name, sampler)), 2, 0)
     schedule = table(d)
     plain = sample(d, x, cond, schedule)
     assert torch.equal(Walk(d, schedule, exact=True)(x, cond), plain)
@@ -57,8 +54,7 @@ def test_every_model_under_every_sampler(name, sampler):
 
 
 def test_the_bundled_model_agrees_to_1e_5_in_float32():
-    d = load("tiny")
-    x, y = start(d, 64, 0)
+    d, x, y = with_noise(load("tiny"), 64, 0)
     for seed in range(3):
         assert (
             relative(Walk(d, table(d, seed=seed))(x, y), sample(d, x, y, table(d, seed=seed)))
@@ -67,16 +63,14 @@ def test_the_bundled_model_agrees_to_1e_5_in_float32():
 
 
 def test_half_precision_agrees_to_its_rounding():
-    d = load("tiny", dtype=torch.bfloat16)
-    x, y = start(d, 16, 0)
+    d, x, y = with_noise(load("tiny", dtype=torch.bfloat16), 16, 0)
     assert relative(Walk(d, table(d))(x, y), sample(d, x, y, table(d))) < 0.05
     assert torch.equal(Walk(d, table(d), exact=True)(x, y), sample(d, x, y, table(d)))
 
 
 @pytest.mark.parametrize("name", MADE)
 def test_nothing_is_left_on_the_model_exception_or_not(name):
-    d = MADE[name]()
-    x, cond = start(d, 1, 0)
+    d, x, cond = with_noise(MADE[name](), 1, 0)
     before = {name: dict(vars(module)) for name, module in d.model.named_modules()}
     Walk(d, table(d))(x, cond)
     assert {name: dict(vars(module)) for name, module in d.model.named_modules()} == before
@@ -103,8 +97,7 @@ def test_a_walk_remembers_nothing_of_the_one_before(name):
 
 
 def test_modulations_of_all_steps_are_one_product_per_block():
-    d = make(5)
-    x, y = start(d)
+    d, x, y = with_noise(make(5))
     linears = [block.adaLN_modulation[1] for block in d.model.blocks] + [
         d.model.final_layer.adaLN_modulation[1]
     ]
@@ -118,8 +111,7 @@ def test_modulations_of_all_steps_are_one_product_per_block():
 def test_modulations_are_made_for_as_many_steps_as_fit(monkeypatch):
     from harmonica.models import precompute as module
 
-    d = make(5)
-    x, y = start(d)
+    d, x, y = with_noise(make(5))
     linears = [block.adaLN_modulation[1] for block in d.model.blocks] + [
         d.model.final_layer.adaLN_modulation[1]
     ]
@@ -166,8 +158,7 @@ def test_embeddings_of_other_settings_are_not_the_same():
 
 
 def test_the_text_is_projected_once_a_walk():
-    d = MADE["pixart"]()
-    x, cond = start(d, 2, 0)
+    d, x, cond = with_noise(MADE["pixart"](), 2, 0)
     blocks = d.model.transformer_blocks
     text = [
         d.model.caption_projection,
@@ -187,8 +178,7 @@ class Foreign:
 
 
 def test_an_unknown_denoiser_walks_by_overriding_sites():
-    d = Foreign(make())
-    x, y = start(d)
+    d, x, y = with_noise(Foreign(make()))
     assert not isinstance(d, Accelerated)
     assert torch.equal(Walk(d, table(d))(x, y), sample(d, x, y, table(d)))
 
@@ -205,8 +195,7 @@ def test_a_schedule_that_does_not_fit_is_refused():
 
 
 def test_weights_changed_between_two_walks_are_seen():
-    d = make()
-    x, y = start(d)
+    d, x, y = with_noise(make())
     walk = Walk(d, table(d))
     walk(x, y)
     randomised(d.model, seed=9)
@@ -219,8 +208,7 @@ def test_weights_changed_between_two_walks_are_seen():
 @pytest.mark.parametrize("sampler", ["ddim", "dpm-solver++"])
 @pytest.mark.usefixtures("small")
 def test_a_walk_waits_for_nothing(name, sampler):
-    d = loaded(name, sampler, device="cuda")
-    x, cond = start(d, 2, 0)
+    d, x, cond = with_noise(loaded(name, sampler, device="cuda"), 2, 0)
     walk = Walk(d, table(d))
     walk(x, cond)  # libraries start
     torch.cuda.synchronize()

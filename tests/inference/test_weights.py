@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import make, refused, seeded, seeds, start, tables
+from conftest import make, refused, seeded, seeds, tables, with_noise
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -37,8 +37,7 @@ def schedules(steps=6):
 
 @given(table=tables(), seed=seeds)
 def test_order_0_is_reuse_bit_for_bit(table, seed):
-    d = make()
-    x, cond = start(d, 2, seed)
+    d, x, cond = with_noise(make(), 2, seed)
     rows, weights, cache = table.compute.tolist(), taylor_weights(table.compute, 0).tolist(), {}
     walk = denoise(d, x, cond, lambda k: weighted(rows[k], weights[k], cache))
     assert torch.equal(final_image(walk), sample(d, x, cond, table))
@@ -46,16 +45,14 @@ def test_order_0_is_reuse_bit_for_bit(table, seed):
 
 @given(order=st.integers(0, 9), seed=seeds)
 def test_where_everything_computes_nothing_is_weighted(order, seed):
-    d = make()
-    x, cond = start(d, 2, seed)
+    d, x, cond = with_noise(make(), 2, seed)
     everything = Schedule(torch.ones(4, 4), order=order)
     assert torch.equal(sample(d, x, cond, everything), sample(d, x, cond))
 
 
 @given(schedule=schedules(), exact=st.booleans(), seed=seeds)
 def test_a_walk_follows_weights_as_sample_does(schedule, exact, seed):
-    d = make(steps=6)
-    x, cond = start(d, 2, seed)
+    d, x, cond = with_noise(make(steps=6), 2, seed)
     image, fast = sample(d, x, cond, schedule), Walk(d, schedule, exact=exact)(x, cond)
     assert torch.equal(image, fast) if exact else torch.allclose(image, fast, rtol=1e-9, atol=1e-9)
 

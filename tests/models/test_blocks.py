@@ -5,7 +5,7 @@ from pipes import StockDiT, dit_transformer, pixart_transformer, randomised
 
 import pytest
 import torch
-from conftest import make, seeded, seeds, start, tables
+from conftest import make, seeded, seeds, start, tables, with_noise
 from hypothesis import given
 from test_uvit import make as make_uvit
 from torch import nn
@@ -64,8 +64,7 @@ def table(d, share=0.5, seed=0):
 
 @pytest.mark.parametrize("name", MADE)
 def test_overridden_blocks_give_the_images_of_overridden_sites_bit_for_bit(name):
-    d = MADE[name]()
-    x, cond = start(d, 2, 3)
+    d, x, cond = with_noise(MADE[name](), 2, 3)
     for seed in range(5):
         schedule = table(d, seed=seed)
         assert torch.equal(walk(d, schedule, x, cond), sample(d, x, cond, schedule))
@@ -73,8 +72,7 @@ def test_overridden_blocks_give_the_images_of_overridden_sites_bit_for_bit(name)
 
 @pytest.mark.parametrize("name", MADE)
 def test_fused_arithmetic_differs_by_rounding_alone(name):
-    d = in_double(MADE[name]())
-    x, cond = start(d, 2, 3)
+    d, x, cond = with_noise(in_double(MADE[name]()), 2, 3)
     schedule = table(d)
     fused, exact = walk(d, schedule, x, cond, exact=False), sample(d, x, cond, schedule)
     assert float((fused - exact).norm() / exact.norm()) < 1e-11
@@ -82,8 +80,7 @@ def test_fused_arithmetic_differs_by_rounding_alone(name):
 
 @given(tables(), seeds)
 def test_it_holds_for_any_schedule(schedule, seed):
-    d = make()
-    x, y = start(d, seed=seed)
+    d, x, y = with_noise(make(), seed=seed)
     assert torch.equal(walk(d, schedule, x, y), sample(d, x, y, schedule))
 
 
@@ -109,8 +106,7 @@ def calls_of(d, run):
 
 @pytest.mark.parametrize("name", MADE)
 def test_a_skipped_site_runs_neither_its_norm_nor_anything_else_of_its_branch(name):
-    d = MADE[name](2)
-    x, cond = start(d, 1, 0)
+    d, x, cond = with_noise(MADE[name](2), 1, 0)
     nothing = Schedule([[True] * len(d.sites), [False] * len(d.sites)], sites=tuple(d.sites))
     with torch.no_grad():
         whole = calls_of(d, lambda: d.predict(x, 0, cond))
@@ -230,8 +226,7 @@ def test_a_module_that_is_no_site_computes():
 
 
 def test_nothing_is_left_on_the_model_exception_or_not():
-    d = make(2)
-    x, y = start(d)
+    d, x, y = with_noise(make(2))
     before = {name: dict(vars(module)) for name, module in d.model.named_modules()}
 
     def broken(site, compute):
@@ -243,8 +238,7 @@ def test_nothing_is_left_on_the_model_exception_or_not():
 
 
 def test_a_model_copied_while_overridden_runs_its_own_weights():
-    d = make(2)
-    x, y = start(d)
+    d, x, y = with_noise(make(2))
     with torch.no_grad(), gated_blocks(d.model, d.sites, _compute):
         twin = copy.deepcopy(d.model)
         randomised(twin.blocks[0].attn, seed=5)
@@ -261,8 +255,7 @@ def _compute(site, compute):
 
 
 def test_overriding_blocks_inside_overridden_sites_asks_both():
-    d = make(2)
-    x, y = start(d)
+    d, x, y = with_noise(make(2))
     asked = []
 
     def gate(name):

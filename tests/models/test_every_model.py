@@ -8,7 +8,7 @@ from pipes import dit_transformer, pixart_pipe, pixart_transformer, randomised, 
 
 import pytest
 import torch
-from conftest import refused, seeded, start
+from conftest import refused, seeded, with_noise
 
 from harmonica import Router, check_denoiser, image_error, sample, sdt, train_sdt
 from harmonica.inference.walk import Walk
@@ -111,8 +111,7 @@ def test_activation_checkpointing_gives_the_same_gradients_bit_for_bit(name):
 
 @pytest.mark.parametrize("name", ["tiny", "dit-xl", "pixart-alpha-1024", "uvit-h"])
 def test_half_precision_weights_train_a_router_in_full_precision(name):
-    d = loaded(name, dtype=torch.bfloat16)
-    x, cond = start(d, 2, 0)
+    d, x, cond = with_noise(loaded(name, dtype=torch.bfloat16), 2, 0)
     assert x.dtype == torch.float32
     assert next(d.model.parameters()).dtype == torch.bfloat16
     assert d.predict(x, 1, cond).dtype == torch.float32
@@ -123,8 +122,7 @@ def test_half_precision_weights_train_a_router_in_full_precision(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_guidance_of_one_runs_one_half_and_is_not_guided(name):
-    d = loaded(name, guidance=1.0, steps=2)
-    x, cond = start(d, 2, 0)
+    d, x, cond = with_noise(loaded(name, guidance=1.0, steps=2), 2, 0)
     assert len(d.predict(x, 0, cond)) == 2
     guided = loaded(name, guidance=1.0 + 1e-6, steps=2)
     torch.testing.assert_close(
@@ -134,8 +132,7 @@ def test_guidance_of_one_runs_one_half_and_is_not_guided(name):
 
 @pytest.mark.parametrize("name", ["tiny", "dit-xl", "pixart-alpha-256", "uvit-h"])
 def test_inputs_that_do_not_fit_the_model_are_named_and_leave_no_trace(name):
-    d = loaded(name, steps=2)
-    x, cond = start(d, 2, 0)
+    d, x, cond = with_noise(loaded(name, steps=2), 2, 0)
     plain = sample(d, x, cond)
     wrong = [(x, cond[:1]), (x[:1], cond), (x[:, :-1], cond), (x[0], cond), (x, cond.float())]
     wrong += [(x.to("meta"), cond), (x[:0], cond[:0])]

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import make, refused, seeded, start
+from conftest import make, refused, seeded, start, with_noise
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -60,8 +60,7 @@ def test_every_original_size_has_its_original_number_of_parameters(name):
 
 
 def test_guidance_mixes_the_channels_it_is_told_to_and_returns_both_halves():
-    d = make(guidance=3.0)
-    x, y = start(d)
+    d, x, y = with_noise(make(guidance=3.0))
     out = d.predict(x, 1, y)
     assert out.shape == (4, 4, 4, 4)  # both halves, two noise and two variance channels
     plain = make(guidance=1.0)
@@ -77,8 +76,7 @@ def test_a_model_of_any_number_of_classes_has_its_own_null_class(classes):
     assert model.y_embedder.embedding_table.num_embeddings == classes + 1
     asked = []
     model.y_embedder.register_forward_hook(lambda _, inputs, __: asked.append(inputs[0].tolist()))
-    d = DiTDenoiser(model, DDIM(2), guidance=2.0)
-    x, y = start(d, 3, 0)
+    d, x, y = with_noise(DiTDenoiser(model, DDIM(2), guidance=2.0), 3, 0)
     d.predict(x, 0, y)
     assert asked == [[*y.tolist(), *[classes] * 3]]
     assert max(y.tolist()) < classes

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import refused, seeded, seeds, start, tables
+from conftest import refused, seeded, seeds, start, tables, with_noise
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -87,8 +87,7 @@ def test_the_sites_are_those_of_every_block_in_the_order_they_run():
     blocks = [*sides[0], "mid_block", *sides[1]]
     assert sites == [f"{block}.{kind}" for block in blocks for kind in ("attn", "mlp")]
     asked = []
-    d = make(depth=4)
-    x, y = start(d)
+    d, x, y = with_noise(make(depth=4))
     with gated(d.sites, lambda site, compute: asked.append(site) or compute()):
         d.predict(x, 0, y)
     assert asked == list(range(10))
@@ -233,8 +232,7 @@ def two_calls(d, gate_of, x, k, y):
 
 @given(tables(sites=SITES), st.booleans(), seeds)
 def test_one_cache_of_streams_is_a_cache_for_each_call_of_the_original(schedule, soft, seed):
-    d = make()
-    x, y = start(d, seed=seed)
+    d, x, y = with_noise(make(), seed=seed)
     caches = {}, {}, {}
     r = torch.where(schedule.compute, random_scores(SITES, seed), 0.01)
     r[0] = 1.0

@@ -4,21 +4,12 @@ import itertools
 import math
 
 import pytest
+import rivals
 import torch
-from conftest import make, refused, seeded, seeds, start
+from conftest import make, refused, seeded, seeds, start, with_noise
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rivals import (
-    delta_dit,
-    fewer_steps,
-    front_and_rear,
-    greedy,
-    invardiff,
-    l2p,
-    random_table,
-    ratios,
-    switches,
-)
+from rivals import delta_dit, greedy, invardiff, l2p, random_table, switches
 from smoothcache import drift, smoothcache
 from test_laws import counted, state_of
 
@@ -38,16 +29,12 @@ def real(denoiser, count=6):
     return x.tanh(), labels
 
 
-def trained(denoiser, speedup):
-    few = {"updates": 6, "batch_size": 2}
-    return learning_to_cache(denoiser, *real(denoiser), speedup=speedup, **few)
-
-
+FEW = {"updates": 6, "batch_size": 2}
 METHODS = {
     "FORA": lambda d, s: every(d, speedup=s),
     "SmoothCache": lambda d, s: smoothcache(d, *start(d), speedup=s),
     "Δ-DiT": lambda d, s: delta_dit(d, speedup=s),
-    "Learning-to-Cache": trained,
+    "Learning-to-Cache": lambda d, s: learning_to_cache(d, *real(d), speedup=s, **FEW),
     "dynamic programming": lambda d, s: dynamic_programming(d, *start(d), speedup=s),
     "greedy": lambda d, s: greedy(d, *start(d), speedup=s, budget=400),
     "InvarDiff": lambda d, s: invardiff(d, *start(d), speedup=s),
@@ -85,7 +72,12 @@ def test_a_table_lands_on_its_target_or_just_above(walker, method, speedup):
 
 
 @every_method
-def test_what_is_out_of_reach_is_refused_with_a_maximum_that_can_be_met(walker, method):
+def test_what_is_below_one_or_out_of_reach_is_refused_with_a_maximum_that_can_be_met(
+    walker, method
+):
+    for speedup in (0.5, math.nan, -1.0):
+        with refused("must be 1"):
+            METHODS[method](walker, speedup)
     calls = counted(walker)
     with refused("speedup is 50; the maximum of this method") as refusal:
         METHODS[method](walker, 50.0)
@@ -93,13 +85,6 @@ def test_what_is_out_of_reach_is_refused_with_a_maximum_that_can_be_met(walker, 
         assert len(calls) <= 2, "refused only after the work was done"  # macs, which predicts once
     most = 0.999 * float(str(refusal.value).split()[-1])
     assert METHODS[method](walker, most).speedup(macs(walker)) >= most
-
-
-@every_method
-@pytest.mark.parametrize("speedup", [0.5, math.nan, -1.0])
-def test_a_speedup_below_one_is_refused(walker, method, speedup):
-    with refused("must be 1"):
-        METHODS[method](walker, speedup)
 
 
 @every_method
@@ -127,12 +112,9 @@ def test_a_table_says_how_it_was_made_and_runs_after_saving(walker, method, tmp_
 
 
 @given(st.integers(1, 12), st.integers(1, 14))
-def test_fora_computes_all_sites_at_every_nth_step(steps, n):
+def test_fora_computes_all_sites_at_every_nth_step_a_fraction_at_the_first_after_it(steps, n):
     compute = every(make(steps), n).compute
     assert compute.tolist() == [[k % n == 0] * 4 for k in range(steps)]
-
-
-def test_a_fractional_interval_computes_at_the_first_steps_after_its_multiples():
     assert every(make(11), 2.5).compute[:, 0].nonzero().flatten().tolist() == [0, 3, 5, 8, 10]
 
 
@@ -148,13 +130,10 @@ def test_a_target_of_fora_spreads_its_steps_evenly(steps, data):
     assert int(gaps.max() - gaps.min()) <= 1
 
 
-@pytest.mark.parametrize("n", [0, 0.5, -2, math.inf, math.nan])
-def test_an_interval_below_one_is_refused(small, n):
-    with refused("n is .*; it must be 1"):
-        every(small, n)
-
-
-def test_neither_or_both_of_a_setting_and_a_speedup_is_refused(small):
+def test_an_interval_below_one_and_neither_or_both_of_it_and_a_speedup_are_refused(small):
+    for n in (0, 0.5, -2, math.inf, math.nan):
+        with refused("n is .*; it must be 1"):
+            every(small, n)
     for both in ({}, {"n": 1, "speedup": 1.0}):
         with refused("n is .* and speedup .*; give one of the two"):
             every(small, **both)
@@ -197,32 +176,24 @@ def test_smoothcache_reuses_exactly_what_has_drifted_less_than_alpha(seed, alpha
 
 
 def test_delta_dit_reuses_the_rear_first_and_the_front_afterwards():
-    compute = front_and_rear(make(8, depth=3), 3, 2)
+    compute = rivals.front_and_rear(make(8, depth=3), 3, 2)
     rear, front, full = [True] * 2 + [False] * 4, [False] * 4 + [True] * 2, [True] * 6
     assert compute.tolist() == [full, rear, rear, full, front, front, full, front]
 
 
-@given(st.integers(2, 7), st.floats(0.0, 0.99))
-def test_learning_to_cache_never_reuses_at_even_steps(steps, tau):
-    d = make(steps)
-    compute = learning_to_cache(d, *real(d), tau=tau, updates=2, batch_size=1).compute
-    assert compute[::2].all()
-
-
-def test_learning_to_cache_looks_at_pairs_and_takes_no_walk(walker):
+def test_learning_to_cache_looks_at_pairs_and_takes_no_walk_and_never_reuses_at_even_steps(walker):
     walker.step = lambda *_: pytest.fail("a walk")
     calls = counted(walker)
-    learning_to_cache(walker, *real(walker), updates=5, batch_size=2)
+    assert learning_to_cache(walker, *real(walker), tau=0.99, **FEW).compute[::2].all()
     for (k, *before), target, student in zip(*[iter(calls)] * 3, strict=True):
         assert (k % 2, *before) == (0, True, False)
         assert (target, student) == ((k + 1, False, False), (k + 1, True, True))
 
 
 def test_learning_to_cache_noises_a_pair_to_its_timesteps_with_one_noise(walker):
-    seen, predict = [], walker.predict
+    seen, predict, alphas = [], walker.predict, alphas_cumprod()
     walker.predict = lambda x, k, cond: seen.append((k, x)) or predict(x, k, cond)
     images, labels = torch.zeros(1, 2, 4, 4, dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
-    alphas = alphas_cumprod()
     learning_to_cache(walker, images, labels, updates=3, batch_size=1)
     for (k, x), _, (after, y) in zip(*[iter(seen)] * 3, strict=True):
         at, then = (1 - alphas[walker.about["timesteps"][step]] for step in (k, after))
@@ -261,15 +232,13 @@ def test_no_other_path_is_cheaper(steps, seed, data):
 
 @pytest.mark.parametrize("remembers", [False, True])
 def test_a_reuse_errors_what_a_walk_of_its_own_says(remembers):
-    d = make(5, remembers=remembers)
-    x, labels = start(d)
-    plain, costs = [], reuse_errors(d, x, labels)
-    full, (k, j) = torch.ones(5, 4, dtype=torch.bool), (3, 1)
-    for after, _, _ in continue_walk(d, labels, full, (x, {}, {}), 0):
-        plain.append(after)
-    table = full.clone()
-    table[j + 1 :] = False
-    walk = [after for after, _, _ in continue_walk(d, labels, table, (x, {}, {}), 0)]
+    d, x, labels = with_noise(make(5, remembers=remembers))
+    costs, full, (k, j) = reuse_errors(d, x, labels), torch.ones(5, 4, dtype=torch.bool), (3, 1)
+    table = torch.arange(5)[:, None].expand(5, 4) <= j
+    plain, walk = (
+        [after for after, _, _ in continue_walk(d, labels, rows, (x, {}, {}), 0)]
+        for rows in (full, table)
+    )
     assert float(costs[j, k]) == pytest.approx(image_mse(walk[k], plain[k]), rel=1e-9)
     assert float(costs[j, k]) > 0
     assert torch.equal(costs.tril(), torch.zeros_like(costs))
@@ -280,10 +249,8 @@ def test_a_reuse_errors_what_a_walk_of_its_own_says(remembers):
 def test_dynamic_programming_is_never_dearer_than_fora_at_as_many_steps(seed, speedup):
     d = make(STEPS, seed=seed % 100)
     costs = reuse_errors(d, *start(d))
-    path, spread = (
-        s.compute[:, 0].nonzero().flatten().tolist()
-        for s in (dynamic_programming(d, *start(d), speedup=speedup), every(d, speedup=speedup))
-    )
+    tables = dynamic_programming(d, *start(d), speedup=speedup), every(d, speedup=speedup)
+    path, spread = (s.compute[:, 0].nonzero().flatten().tolist() for s in tables)
     assert len(path) == len(spread)
     assert summed(costs, path) <= summed(costs, spread)
 
@@ -313,25 +280,19 @@ def test_the_first_switch_is_the_best_of_all(walker):
 
 @pytest.mark.parametrize("budget", [120, 150, 1000])
 def test_switches_spend_no_more_than_they_say_and_give_every_entry_once(walker, budget):
-    calls = counted(walker)
-    entries = []
+    calls, entries = counted(walker), []
     for k, i, spent in switches(walker, *start(walker), prices=torch.ones(4), budget=budget):
         assert len(calls) == spent <= budget
         entries.append((k, i))
     assert sorted(entries) == list(itertools.product(range(1, STEPS), range(4)))
 
 
-def test_more_predictions_find_a_better_table():
+def test_more_predictions_find_a_better_table_and_too_few_are_refused():
     walker = make(STEPS, seed=1)
-    least, most = (
-        greedy(walker, *start(walker), speedup=1.3, budget=budget) for budget in (120, 5000)
-    )
-    assert compared(walker, most) < compared(walker, least)
-
-
-def test_a_budget_that_cannot_score_every_entry_is_refused(walker):
+    find = lambda budget: greedy(walker, *start(walker), speedup=1.3, budget=budget)  # noqa: E731
+    assert compared(walker, find(5000)) < compared(walker, find(120))
     with refused("budget is 119 predictions; scoring each entry once takes 120"):
-        greedy(walker, *start(walker), speedup=1.2, budget=119)
+        find(119)
 
 
 def test_random_tables_differ_by_their_generator_only(walker):
@@ -344,43 +305,41 @@ def test_random_tables_differ_by_their_generator_only(walker):
 def test_fewer_steps_are_the_most_that_are_fast_enough(steps, speedup):
     if speedup > steps:
         with refused("speedup is"):
-            fewer_steps(steps, speedup)
+            rivals.fewer_steps(steps, speedup)
         return
-    fewer = fewer_steps(steps, speedup)
+    fewer = rivals.fewer_steps(steps, speedup)
     assert steps / fewer >= speedup
     assert fewer == steps or steps / (fewer + 1) < speedup
 
 
-def test_invardiff_computes_where_nothing_was_measured(walker):
-    assert bool(invardiff(walker, *start(walker), speedup=1.25).compute[[0, 1, -1]].all())
+def outputs_of(d, x, cond, steps):
+    """Return the outputs of all sites at the first steps, one after the other."""
+    outputs, memory = [], {}
+    for k in range(steps):
+        with gated(d.sites, lambda i, f: outputs.append(f()) or outputs[-1]):
+            x = d.step(x, d.predict(x, k, cond), k, memory)
+    return outputs
 
 
 def test_a_ratio_is_the_change_now_over_the_change_before():
-    d = make(steps=5)
-    x, cond = start(d, 2)
-    sites, steps = ratios(d, torch.ones(5, 4).bool(), x, cond)
-    outputs, memory = [], {}
-    for k in range(5):
-        with gated(d.sites, lambda i, f: outputs.append(f()) or outputs[-1]):
-            x = d.step(x, d.predict(x, k, cond), k, memory)
-    first = outputs[1::4]  # of the second site, at each step
+    d, x, cond = with_noise(make(steps=5), 2)
+    sites, steps = rivals.ratios(d, torch.ones(5, 4).bool(), x, cond)
+    first = outputs_of(d, x, cond, 5)[1::4]  # of the second site, at each step
     changes = [float((a - b).abs().sum()) for a, b in zip(first[1:], first, strict=False)]
     for k in (2, 3):
         assert float(sites[k, 1]) == pytest.approx(changes[k - 1] / changes[k - 2], rel=1e-9)
     assert bool(sites[[0, 1, 4]].isinf().all())
     assert steps.isfinite().tolist() == [False, False, True, True, False]
+    computes_where_nothing_was_measured = invardiff(d, x, cond, speedup=1.25).compute[[0, 1, -1]]
+    assert computes_where_nothing_was_measured.all()
 
 
 @pytest.mark.parametrize("history", [1, 3])
 def test_weights_of_l2p_are_the_least_squares_of_a_step(history):
-    d = make(steps=5)
-    x, cond = start(d, 4)
+    d, x, cond = with_noise(make(steps=5), 4)
     table = Schedule(whole_steps(d, (0, 1, 3)), sites=tuple(d.sites))
     schedule = l2p(d, x, cond, schedule=table, history=history)
-    outputs, memory = [], {}
-    for k in range(3):
-        with gated(d.sites, lambda i, f: outputs.append(f()) or outputs[-1]):
-            x = d.step(x, d.predict(x, k, cond), k, memory)
+    outputs = outputs_of(d, x, cond, 3)
     first, second, wanted = (torch.stack(outputs[4 * k : 4 * k + 4]) for k in range(3))
     past = [second, first][:history]
     weights = schedule.weights[2, 0, 1 : 1 + len(past)].double()
@@ -392,8 +351,7 @@ def test_weights_of_l2p_are_the_least_squares_of_a_step(history):
 
 
 def test_l2p_spreads_its_steps_or_takes_a_table_of_whole_steps():
-    d = make(steps=6)
-    x, cond = start(d, 2)
+    d, x, cond = with_noise(make(steps=6), 2)
     schedule = l2p(d, x, cond, speedup=1.5)
     assert schedule.speedup(macs(d)) >= 1.5
     assert sample(d, x, cond, schedule).isfinite().all()

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import make, seeded, seeds, start, tables
+from conftest import make, seeded, seeds, start, tables, with_noise
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -60,16 +60,14 @@ def along(d, x, cond, e, by=1e-5, order=0):
 def test_the_walk_that_is_differentiated_is_the_tables_own_bit_for_bit(
     table, remembers, order, seed
 ):
-    d = make(remembers=remembers)
-    x, cond = start(d, 3, seed)
+    d, x, cond = with_noise(make(remembers=remembers), 3, seed)
     schedule = replace(table, order=order)
     assert torch.equal(walk(d, torch.zeros(12), x, cond, schedule), sample(d, x, cond, schedule))
 
 
 @given(table=tables(), order=st.integers(0, 2), past=st.integers(0, 3), e=st.integers(0, 11))
 def test_an_entry_that_is_turned_all_the_way_gives_the_walk_of_that_table(table, order, past, e):
-    d = make()
-    x, cond = start(d, 2)
+    d, x, cond = with_noise(make(), 2)
     schedule = replace(table, order=order)
     schedule = weigh(schedule, past, e) if past else schedule
     z = torch.arange(12) == e
@@ -82,8 +80,7 @@ def test_an_entry_that_is_turned_all_the_way_gives_the_walk_of_that_table(table,
 @pytest.mark.parametrize(("remembers", "order"), [(False, 0), (True, 2)])
 def test_h_and_g_are_derivatives_of_the_image(remembers, order, monkeypatch):
     monkeypatch.setattr(quadratic, "CAP", 1e9)
-    d = make(remembers=remembers)
-    x, cond = start(d, 3)
+    d, x, cond = with_noise(make(remembers=remembers), 3)
     plain = sample(d, x, cond)
     v = torch.stack([along(d, x, cond, e, order=order) for e in range(12)])  # (E, B, C, H, W)
     away = sample(d, x, cond, Schedule(TABLE, order=order)) - plain
@@ -102,8 +99,7 @@ def test_h_and_g_are_derivatives_of_the_image(remembers, order, monkeypatch):
 
 def test_random_signs_give_g_on_average(monkeypatch):
     monkeypatch.setattr(quadratic, "CAP", 1e9)
-    d = make()
-    x, cond = start(d, 600)
+    d, x, cond = with_noise(make(), 600)
     plain, generator = sample(d, x, cond), seeded(0)
     v = torch.stack([along(d, x, cond, e) for e in range(12)]).flatten(1)
     signs = torch.randint(2, x.shape, generator=generator) * 2 - 1
@@ -113,8 +109,7 @@ def test_random_signs_give_g_on_average(monkeypatch):
 
 def test_a_noise_that_went_elsewhere_counts_no_more_than_cap_times_the_median():
     """Its plain image is put far away: h grows with the distance d, and w·d with w ~ 1/d² falls."""
-    d = make()
-    x, cond = start(d, 3)
+    d, x, cond = with_noise(make(), 3)
     image = sample(d, x, cond, Schedule(TABLE))
     plain, hs = image - 0.1, []
     for away in (0.2, 100.0):
@@ -135,8 +130,7 @@ def test_a_noise_that_went_elsewhere_counts_no_more_than_cap_times_the_median():
 
 
 def test_portions_of_a_pool_give_the_same_effects_to_rounding():
-    d = make()
-    x, cond = start(d, 5)
+    d, x, cond = with_noise(make(), 5)
     images, schedule = sample(d, x, cond) + 0.1, Schedule(TABLE, order=1)
     whole = effects(d, schedule, x, cond, images, torch.ones_like(x))
     parts = effects(d, schedule, x, cond, images, torch.ones_like(x), portion=2)
@@ -148,8 +142,7 @@ def test_portions_of_a_pool_give_the_same_effects_to_rounding():
 def test_another_table_keeps_learned_weights_where_its_decisions_are_the_same(
     table, other, past, seed
 ):
-    d = make()
-    x, cond = start(d, 2, seed)
+    d, x, cond = with_noise(make(), 2, seed)
     learned = weigh(table, past, seed)
     moved = with_table(learned, other.compute)
     assert torch.equal(moved.compute, other.compute)  # and its weights are legal, or it would raise
@@ -165,8 +158,7 @@ def past_of(table):
 
 
 def test_where_nothing_is_reused_yet_the_curvature_is_known():
-    d = make()
-    x, cond = start(d, 2)
+    d, x, cond = with_noise(make(), 2)
     model = effects(d, Schedule(torch.ones(4, 4)), x, cond, sample(d, x, cond), torch.ones_like(x))
     assert float(model.gradient.abs().max()) == 0.0
     assert bool((model.curvature.diagonal() > 0).all())
@@ -184,8 +176,7 @@ def test_every_sampler_passes_gradients_on(sampler):
 
 
 def test_batches_in_half_precision_keep_small_gradients():
-    d = make(dtype=torch.bfloat16)
-    x, cond = start(d, 2)
+    d, x, cond = with_noise(make(dtype=torch.bfloat16), 2)
     x = x.bfloat16()
     near = sample(d, x, cond) * (1 - 2**-6)
     gradient = effects(d, Schedule(torch.ones(4, 4)), x, cond, near, torch.ones_like(x)).gradient
@@ -194,8 +185,7 @@ def test_batches_in_half_precision_keep_small_gradients():
 
 
 def test_weights_get_no_gradient_and_the_model_is_left_as_it_was():
-    d = make()
-    x, cond = start(d, 2)
+    d, x, cond = with_noise(make(), 2)
     before = {name: vars(site).get("forward") for name, site in d.sites.items()}
     effects(d, Schedule(TABLE), x, cond, sample(d, x, cond), torch.ones_like(x))
     assert all(p.grad is None for p in d.model.parameters())

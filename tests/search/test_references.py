@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import make, refused, seeded, start, tables
+from conftest import make, refused, seeded, start, tables, with_noise
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -125,8 +125,7 @@ def test_outliers_count_in_proportion_less():
 
 @given(table=tables(), order=st.integers(0, 3))
 def test_the_walk_that_is_differentiated_is_the_schedules_own(table, order):
-    d = make()
-    x, cond = start(d, 2)
+    d, x, cond = with_noise(make(), 2)
     schedule = replace(table, order=order)
     weights = schedule.gate_weights
     if weights is not None:
@@ -136,8 +135,7 @@ def test_the_walk_that_is_differentiated_is_the_schedules_own(table, order):
 
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_the_gradient_is_that_of_finite_differences(checkpointing):
-    d = make(remembers=True)
-    x, cond = start(d, 2)
+    d, x, cond = with_noise(make(remembers=True), 2)
     weights = replace(TABLE, order=1).gate_weights.requires_grad_()
     direction = torch.randn(x.shape, generator=seeded(0)).to(x)
     image = weighted_walk(d, TABLE.compute.tolist(), weights, x, cond, checkpointing=checkpointing)
