@@ -21,8 +21,8 @@ from test_every_model import loaded, small  # noqa: F401 (a fixture: every model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from harmonica import demo, image_error, image_sets, macs, references, sample, sdt, train
-from harmonica import Router, Schedule, train_sdt
+from harmonica import Router, Schedule, demo, image_error, image_sets, macs, sample, sdt, train
+from harmonica import train_sdt
 from harmonica.command_line import dtype_of
 from harmonica.inference.timing import milliseconds
 from harmonica.inference.walk import Walk

@@ -3,12 +3,20 @@
 `python -m pytest tests/models/test_every_model.py -vv` prints the table.
 """
 
+import gc
+import json
+import shutil
 import sys
 from pipes import dit_transformer, pixart_pipe, pixart_transformer, randomised, vae
 
+import diffusers
+import huggingface_hub
 import pytest
 import torch
 from conftest import refused, seeded, with_noise
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import save_file
+from transformers import T5EncoderModel
 
 from harmonica import Router, check_denoiser, image_error, sample, sdt, train_sdt
 from harmonica.inference.walk import Walk
@@ -24,8 +32,7 @@ from harmonica.search.references import Pool
 SMALL_DIT = {"input_size": 8, "patch_size": 2, "hidden_size": 16, "depth": 2, "num_heads": 2}
 SMALL_PIXART = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2}
 SMALL_PIXART |= {"cross_attention_dim": 24, "caption_channels": 12}
-SMALL_UVIT = SMALL_DIT | {"in_channels": 4}
-SMALL_UVIT |= {"num_classes": 5}
+SMALL_UVIT = SMALL_DIT | {"in_channels": 4, "num_classes": 5}
 
 
 @pytest.fixture(autouse=True)
@@ -56,15 +63,12 @@ NAMES = [name for name in MODELS if name != "garments"]  # it is tiny's class, a
 @pytest.mark.parametrize("name", NAMES)
 def test_it_walks_is_exact_trains_and_has_a_lambda(name, sampler):
     d = loaded(name, sampler)
-    check_denoiser(
-        d
-    )  # computing everything is the plain model bit for bit, forks, frozen, neighbours …
+    check_denoiser(d)  # computing everything is the plain model bit for bit, forks, frozen …
     generator = seeded(0)
     x, cond = d.draw(2, generator)
     router = Router(d.steps, d.sites, generator=generator, about=d.about)
     lam = image_error(d, router(), x, cond)
-    assert lam[0] == 0.0
-    assert bool((lam[1:] > 0).all())
+    assert (lam > 0).tolist() == [False, True, True, True]
     before = router.logits
     updates = list(sdt(d, router, [(x, cond)]))
     assert [update.k for update in updates] == [1, 2, 3]
@@ -77,8 +81,8 @@ def test_it_walks_is_exact_trains_and_has_a_lambda(name, sampler):
     assert not torch.equal(image, plain)
     pool = Pool(x, cond, plain)
     model = flip_effects_at(d, schedule, pool, torch.ones_like(x))  # a walk can be differentiated
-    assert bool((model.gradient.view(3, -1) != 0).any(1).all())
-    assert bool(model.gradient.isfinite().all())
+    assert (model.gradient.view(3, -1) != 0).any(1).all()
+    assert model.gradient.isfinite().all()
     schedule.check(d.steps, tuple(d.sites), d.about["timesteps"])
     longer = d.with_steps(6)  # the same weights and conditions; the sampler of a load with 6 steps
     assert (longer.steps, d.steps, longer.draws_noise) == (6, 4, d.draws_noise)
@@ -87,17 +91,17 @@ def test_it_walks_is_exact_trains_and_has_a_lambda(name, sampler):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_random_weights_are_zero_nowhere_so_that_every_site_matters(name):
-    d = load(name, weights="random", steps=2)
-    assert all(bool(parameter.any()) for parameter in d.model.parameters())
-
-
-@pytest.mark.parametrize("name", MODELS)
 def test_the_defaults_are_the_models_own(name):
-    d = loaded(name, steps=2)
+    """Random weights are zero nowhere, so that every site matters, and a guidance of one is none."""
+    d, x, cond = with_noise(loaded(name, steps=2, guidance=1.0), 2, 0)
+    assert all(bool(p.any()) for p in load(name, weights="random", steps=2).model.parameters())
     own = {"p": ("dpm-solver++", 4.5), "u": ("dpm-solver++", 1.4)}
-    assert (d.about["sampler"], d.about["guidance"]) == own.get(name[0], ("ddim", 1.5))
-    assert d.about["model"] == {"dit-xl-256": "dit-xl"}.get(name, name)
+    about = loaded(name, steps=2).about
+    assert (about["sampler"], about["guidance"]) == own.get(name[0], ("ddim", 1.5))
+    assert about["model"] == {"dit-xl-256": "dit-xl"}.get(name, name)
+    unguided, guided = d.predict(x, 0, cond), loaded(name, guidance=1.0 + 1e-6, steps=2)
+    assert len(unguided) == 2
+    torch.testing.assert_close(guided.predict(x, 0, cond)[:2], unguided, rtol=1e-3, atol=1e-2)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -112,22 +116,10 @@ def test_activation_checkpointing_gives_the_same_gradients_bit_for_bit(name):
 @pytest.mark.parametrize("name", ["tiny", "dit-xl", "pixart-alpha-1024", "uvit-h"])
 def test_half_precision_weights_train_a_router_in_full_precision(name):
     d, x, cond = with_noise(loaded(name, dtype=torch.bfloat16), 2, 0)
-    assert x.dtype == torch.float32
+    r = train_sdt(d, iterations=3, batch_size=2, progress=False)()
     assert next(d.model.parameters()).dtype == torch.bfloat16
-    assert d.predict(x, 1, cond).dtype == torch.float32
-    router = train_sdt(d, iterations=3, batch_size=2, progress=False)
-    assert router().dtype == torch.float32
-    assert router().isfinite().all()
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_guidance_of_one_runs_one_half_and_is_not_guided(name):
-    d, x, cond = with_noise(loaded(name, guidance=1.0, steps=2), 2, 0)
-    assert len(d.predict(x, 0, cond)) == 2
-    guided = loaded(name, guidance=1.0 + 1e-6, steps=2)
-    torch.testing.assert_close(
-        guided.predict(x, 0, cond)[:2], d.predict(x, 0, cond), rtol=1e-3, atol=1e-2
-    )
+    assert {x.dtype, d.predict(x, 1, cond).dtype, r.dtype} == {torch.float32}
+    assert r.isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["tiny", "dit-xl", "pixart-alpha-256", "uvit-h"])
@@ -155,12 +147,8 @@ def test_bad_input_is_refused_before_anything_is_read():
         load("pixart-alpha-256", prompts=[], weights="random")
 
 
-@pytest.fixture
-def offline(monkeypatch):
-    """No hub, and nothing of it on this machine."""
-    import huggingface_hub
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in BUNDLED])
+def test_offline_without_weights_is_one_sentence_with_the_ways_out(name, monkeypatch):
     asked = []
 
     def nothing(repository, **_):
@@ -168,31 +156,19 @@ def offline(monkeypatch):
         raise LocalEntryNotFoundError("offline")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", nothing)
-    return asked
-
-
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in BUNDLED])
-def test_offline_without_weights_is_one_sentence_with_the_ways_out(name, offline):
     errors = (ValueError, FileNotFoundError)
     with pytest.raises(errors, match='pass weights=.*or weights="random" to time it') as error:
         load(name)
-    assert "\n" not in str(error.value)
-    assert name == "uvit-h" or f"{offline[0]} is not on this machine and cannot be fetched" in str(
-        error.value
-    )
+    said = str(error.value)
+    assert "\n" not in said
+    assert name == "uvit-h" or f"{asked[0]} is not on this machine and cannot be fetched" in said
 
 
 def test_the_hub_is_asked_for_the_parts_that_are_needed(monkeypatch, tmp_path):
-    import huggingface_hub
-
     pixart_pipe().save_pretrained(tmp_path)
     asked = []
-
-    def downloaded(repository, allow_patterns, **_):
-        asked.append((repository, allow_patterns))
-        return tmp_path
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", downloaded)
+    download = lambda name, allow_patterns, **_: asked.append((name, allow_patterns)) or tmp_path  # noqa: E731
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     d = load("pixart-alpha-256", prompts=["a blue boat"], steps=2)
     assert asked == [
         ("PixArt-alpha/PixArt-XL-2-1024-MS", ["tokenizer/*", "text_encoder/*"]),
@@ -202,59 +178,48 @@ def test_the_hub_is_asked_for_the_parts_that_are_needed(monkeypatch, tmp_path):
 
 
 def test_a_diffusers_folder_of_dit_becomes_the_original(tmp_path):
-    """The whole pipeline's folder or the transformer's alone; parameters are renamed, numerics are the original's."""
-    from diffusers.pipelines.dit.pipeline_dit import DiTPipeline
-    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-
-    transformer = dit_transformer()
-    for block in transformer.transformer_blocks[
-        1:
-    ]:  # as in a converted checkpoint, where they are copies
-        block.norm1.emb.load_state_dict(transformer.transformer_blocks[0].norm1.emb.state_dict())
-    DiTPipeline(transformer, vae(), DDIMScheduler()).save_pretrained(tmp_path)
+    """The whole pipeline's folder or the transformer's alone; numerics are the original's."""
+    transformer = dit_transformer(equal=True)
+    pipe = diffusers.DiTPipeline(transformer, vae(), diffusers.DDIMScheduler())
+    pipe.save_pretrained(tmp_path)
     for block in transformer.transformer_blocks:  # the original's numerics
         block.norm1.emb.time_proj.downscale_freq_shift, block.norm3.eps = 0, 1e-6
-    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([999, 17]), torch.tensor([3, 1000])
+    call = torch.randn(2, 4, 8, 8), torch.tensor([999, 17]), torch.tensor([3, 1000])
     for folder in (tmp_path, tmp_path / "transformer"):
         ours = load("dit-xl", weights=folder, steps=2).model
         with torch.no_grad():
-            torch.testing.assert_close(
-                ours(x, t, y), transformer(x, t, y).sample, rtol=1e-4, atol=1e-3
-            )
-    with pytest.raises(
-        FileNotFoundError, match="has no transformer/config.json; expected a folder saved"
-    ):
+            expected = transformer(*call).sample
+            torch.testing.assert_close(ours(*call), expected, rtol=1e-4, atol=1e-3)
+    message = "has no transformer/config.json; expected a folder saved"
+    with pytest.raises(FileNotFoundError, match=message):
         load("dit-xl", weights=tmp_path / "scheduler")
 
 
 def test_a_diffusers_folder_of_pixart_is_the_stock_pipeline(tmp_path):
-    """T5 encodes the prompts once; the walk is the pipeline's, bit for bit."""
+    """T5 encodes the prompts once and is gone then; the walk is the pipeline's, bit for bit."""
+    encoders = lambda: sum(isinstance(thing, T5EncoderModel) for thing in gc.get_objects())  # noqa: E731
     pipe = pixart_pipe()
     pipe.save_pretrained(tmp_path)
     prompts = ["a blue boat at night", "the cat in the house"]
+    gc.collect()
+    before = encoders()
     d = load("pixart-alpha-256", weights=tmp_path, prompts=prompts, steps=4)
-    assert d.prompts.texts == tuple(prompts)
+    assert (d.prompts.texts, encoders()) == (tuple(prompts), before)
     x = torch.randn(2, 4, 8, 8, generator=seeded(1))
-    theirs = pipe(
-        prompts, latents=x, num_inference_steps=4, output_type="latent", use_resolution_binning=False,
-        clean_caption=False, max_sequence_length=6,
-    ).images  # fmt: skip
-    assert torch.equal(sample(d, x, torch.tensor([0, 1])), theirs)
+    options = {"latents": x, "use_resolution_binning": False, "clean_caption": False}
+    options |= {"num_inference_steps": 4, "output_type": "latent", "max_sequence_length": 6}
+    assert torch.equal(sample(d, x, torch.tensor([0, 1])), pipe(prompts, **options).images)
 
 
 def test_the_tokenizer_is_read_as_the_hub_has_it(tmp_path):
     """The original's folder holds a sentencepiece model and no converted tokenizer."""
-    import json
-    import shutil
-
     import sentencepiece
 
     pixart_pipe().save_pretrained(tmp_path)
     shutil.rmtree(tmp_path / "tokenizer")
     (tmp_path / "tokenizer").mkdir()
-    (tmp_path / "words.txt").write_text(
-        "a blue boat at night\nthe cat in the house\na river under the tree\n" * 20
-    )
+    text = "a blue boat at night\nthe cat in the house\na river under the tree\n"
+    (tmp_path / "words.txt").write_text(text * 20)
     sentencepiece.SentencePieceTrainer.train(
         input=str(tmp_path / "words.txt"), model_prefix=str(tmp_path / "tokenizer" / "spiece"), vocab_size=20,
         pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2, hard_vocab_limit=False,
@@ -273,38 +238,14 @@ def test_what_t5_needs_is_named_if_it_is_missing(tmp_path, monkeypatch):
         load("pixart-alpha-256", weights=tmp_path, prompts=["a river"])
 
 
-def test_the_text_encoder_is_gone_before_training(tmp_path):
-    import gc
-
-    from transformers import T5EncoderModel
-
-    pixart_pipe().save_pretrained(tmp_path)
-    gc.collect()
-    before = sum(isinstance(thing, T5EncoderModel) for thing in gc.get_objects())
-    load("pixart-alpha-256", weights=tmp_path, prompts=["a river"], steps=2)
-    assert sum(isinstance(thing, T5EncoderModel) for thing in gc.get_objects()) == before
-
-
-def test_a_transformer_of_another_size_is_refused(tmp_path, monkeypatch):
-    pixart_pipe().save_pretrained(tmp_path)
-    pixart_transformer(sample_size=16).save_pretrained(tmp_path / "transformer")
-    with refused(r"is for a latent of 16 × 16; pixart-alpha-256 has 8"):
-        load("pixart-alpha-256", weights=tmp_path, prompts=["a river"])
-
-
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_an_original_uvit_file_loads_strictly(tmp_path, suffix):
-    from safetensors.torch import save_file
-
+    save, path = (torch.save if suffix == ".pth" else save_file), tmp_path / f"uvit_huge{suffix}"
     model = UViT(**SMALL_UVIT)
-    path = tmp_path / f"imagenet256_uvit_huge{suffix}"
-    (torch.save if suffix == ".pth" else save_file)(model.state_dict(), path)
+    save(model.state_dict(), path)
     d = load("uvit-h", weights=path, steps=2)
-    assert all(
-        torch.equal(a, b) for a, b in zip(d.model.parameters(), model.parameters(), strict=True)
-    )
-    other = DiT(**SMALL_DIT).state_dict()
-    (torch.save if suffix == ".pth" else save_file)({k: v.clone() for k, v in other.items()}, path)
+    assert all(map(torch.equal, d.model.parameters(), model.parameters()))
+    save({k: v.clone() for k, v in DiT(**SMALL_DIT).state_dict().items()}, path)
     with refused("does not fit the model"):
         load("uvit-h", weights=path)
 
@@ -317,32 +258,33 @@ def test_prompts_come_from_a_file_or_a_list_or_are_bundled(tmp_path):
     assert len(loaded("pixart-alpha-256").prompts.texts) == 64
 
 
-@pytest.mark.parametrize(
-    ("name", "folder", "message"),
-    [
-        ("pixart-alpha-256", "nowhere", "has no transformer/config.json"),
-        (
-            "pixart-alpha-256",
-            "dit",
-            "holds a DiTTransformer2DModel; a PixArtTransformer2DModel was expected",
-        ),
-        (
-            "pixart-alpha-256",
-            "pixart/transformer",
-            "has no text_encoder/config.json; expected the folder of a whole",
-        ),
-        (
-            "dit-xl",
-            "pixart",
-            "holds a PixArtTransformer2DModel; a DiTTransformer2DModel was expected",
-        ),
-        ("dit-xl", "large", "is for a latent of 16 × 16; this model has 8"),
-        ("uvit-h", "dit", "is a folder; uvit-h takes the original file"),
-    ],
-)
-def test_the_folder_of_another_model_is_refused_by_name(tmp_path, name, folder, message):
-    pixart_pipe().save_pretrained(tmp_path / "pixart")
-    dit_transformer().save_pretrained(tmp_path / "dit" / "transformer")
-    dit_transformer(sample_size=16).save_pretrained(tmp_path / "large" / "transformer")
+OF_ANOTHER_MODEL = [
+    ("pixart-alpha-256", "nowhere", "has no transformer/config.json"),
+    ("pixart-alpha-256", "dit", "holds a DiTTransformer2DModel; a PixArtTransformer2DModel was"),
+    (
+        "pixart-alpha-256",
+        "pixart/transformer",
+        "has no text_encoder/config.json; expected the folde",
+    ),
+    ("pixart-alpha-256", "wide", "is for a latent of 16 × 16; pixart-alpha-256 has 8"),
+    ("dit-xl", "pixart", "holds a PixArtTransformer2DModel; a DiTTransformer2DModel was expected"),
+    ("dit-xl", "large", "is for a latent of 16 × 16; this model has 8"),
+    ("uvit-h", "dit", "is a folder; uvit-h takes the original file"),
+]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    place = tmp_path_factory.mktemp("folders")
+    for name in ("pixart", "wide"):
+        pixart_pipe().save_pretrained(place / name)
+    pixart_transformer(sample_size=16).save_pretrained(place / "wide/transformer")
+    dit_transformer().save_pretrained(place / "dit/transformer")
+    dit_transformer(sample_size=16).save_pretrained(place / "large/transformer")
+    return place
+
+
+@pytest.mark.parametrize(("name", "folder", "message"), OF_ANOTHER_MODEL)
+def test_the_folder_of_another_model_is_refused_by_name(folders, name, folder, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        load(name, weights=tmp_path / folder, prompts=["a river"] if "pixart" in name else None)
+        load(name, weights=folders / folder, prompts=["a river"] if "pixart" in name else None)
