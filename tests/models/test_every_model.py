@@ -177,8 +177,11 @@ def test_the_hub_is_asked_for_the_parts_that_are_needed(monkeypatch, tmp_path):
     check_denoiser(d)
 
 
-def test_a_diffusers_folder_of_dit_becomes_the_original(tmp_path):
-    """The whole pipeline's folder or the transformer's alone; numerics are the original's."""
+def test_dit_is_diffusers_dit_once_its_two_deviations_are_patched(tmp_path):
+    """Loaded from the folder of the whole pipeline or of the transformer alone.
+
+    Diffusers shifts the timestep rates by one and gives the second norm an epsilon of 1e-5.
+    """
     transformer = dit_transformer(equal=True)
     pipe = diffusers.DiTPipeline(transformer, vae(), diffusers.DDIMScheduler())
     pipe.save_pretrained(tmp_path)

@@ -1,46 +1,21 @@
-"""Models, samplers and cost: DiT against diffusers' own, DDIM against its definition, MACs against published counts."""
+"""Models, samplers and cost: DiT and DDIM against their definitions, MACs against published ones."""
 
 import argparse
 import pickle
 
 import pytest
 import torch
-from conftest import make, refused, seeded, start, with_noise
+from conftest import attributes, make, refused, seeded, start, with_noise
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
-from harmonica import Router, Schedule, gated, macs, reuse, sample
+from harmonica import Router, Schedule, macs, sample
+from harmonica.inference import timing as timing_module
 from harmonica.inference.timing import measure
 from harmonica.models import DITS, load
 from harmonica.models.dit import SIZES, DiT, DiTDenoiser, sincos_positions
-from harmonica.models.weights import dit_to_diffusers
 from harmonica.samplers import DDIM, alphas_cumprod, make_sampler, spaced_timesteps
-
-
-def test_dit_is_diffusers_dit_once_its_two_deviations_are_patched():
-    """Its timestep rates are shifted by one and its second norm has an epsilon of 1e-5; the original's are not so."""
-    from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
-
-    theirs = DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
-        patch_size=2, num_embeds_ada_norm=5, norm_type="ada_norm_zero", activation_fn="gelu-approximate",
-    ).eval()  # fmt: skip
-    ours = DiT(
-        input_size=8, in_channels=4, hidden_size=16, depth=2, num_heads=2, num_classes=5
-    ).eval()
-    generator = seeded(0)
-    for name, parameter in ours.named_parameters():
-        if name != "pos_embed":
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
-    theirs.load_state_dict(dit_to_diffusers(ours.state_dict()))
-    for block in theirs.transformer_blocks:
-        block.norm1.emb.time_proj.downscale_freq_shift = 0
-        block.norm3.eps = 1e-6
-    x = torch.randn(3, 4, 8, 8, generator=generator)
-    t, y = torch.tensor([999, 500, 3]), torch.tensor([0, 5, 2])
-    with torch.no_grad():
-        expected = theirs(x, t, y).sample
-        torch.testing.assert_close(ours(x, t, y), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_positions_are_columns_first():
@@ -72,9 +47,8 @@ def test_guidance_mixes_the_channels_it_is_told_to_and_returns_both_halves():
 @given(st.integers(1, 12))
 def test_a_model_of_any_number_of_classes_has_its_own_null_class(classes):
     """The released code has 1000 written into it."""
-    model = DiT(**{**DITS["tiny"], "num_classes": classes})
+    model, asked = DiT(**{**DITS["tiny"], "num_classes": classes}), []
     assert model.y_embedder.embedding_table.num_embeddings == classes + 1
-    asked = []
     model.y_embedder.register_forward_hook(lambda _, inputs, __: asked.append(inputs[0].tolist()))
     d, x, y = with_noise(DiTDenoiser(model, DDIM(2), guidance=2.0), 3, 0)
     d.predict(x, 0, y)
@@ -82,35 +56,25 @@ def test_a_model_of_any_number_of_classes_has_its_own_null_class(classes):
     assert max(y.tolist()) < classes
 
 
-def test_a_denoiser_freezes_its_model():
+BAD = [
+    ({"name": "dalle"}, "model is 'dalle'; this version has tiny, garments, dit-xl"),
+    ({"sampler": "euler"}, "sampler is 'euler'; this version has ddim"),
+    ({"steps": 0}, "steps is 0"),
+    ({"guidance": 0.5}, "guidance is 0.5"),
+]
+
+
+def test_a_denoiser_freezes_its_model_and_what_cannot_be_is_refused_by_name():
     model = DiT(**DITS["tiny"]).train()
     DiTDenoiser(model, DDIM(2))
     assert not model.training
     assert not any(p.requires_grad for p in model.parameters())
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"patch_size": 3}, "patch_size 3"),
-        ({"num_heads": 3}, "num_heads 3"),
-        ({"hidden_size": 6}, "num_heads 4"),
-    ],
-)
-def test_sizes_that_do_not_divide_are_refused(changes, message):
-    with refused(message):
-        DiT(**{**DITS["tiny"], **changes})
-
-
-def test_load_names_what_there_is():
-    with refused("model is 'dalle'; this version has tiny, garments, dit-xl"):
-        load("dalle")
-    with refused("sampler is 'euler'; this version has ddim"):
-        load("tiny", sampler="euler")
-    with refused("steps is 0"):
-        load("tiny", steps=0)
-    with refused(r"guidance is 0.5"):
-        load("tiny", guidance=0.5)
+    for changes, message in BAD:
+        with refused(message):
+            load(**{"name": "tiny", **changes})
+    for size, number in (("patch_size", 3), ("num_heads", 3), ("hidden_size", 6)):
+        with refused("patch_size 3" if size == "patch_size" else "num_heads"):
+            DiT(**{**DITS["tiny"], size: number})
 
 
 @pytest.fixture
@@ -121,30 +85,22 @@ def small_xl(monkeypatch):
     return DiT(**small)
 
 
-@pytest.mark.parametrize(
-    "wrap",
-    [lambda s: s, lambda s: {"model": s, "ema": s, "opt": {}, "args": argparse.Namespace(lr=1e-4)}],
-    ids=["bare", "training checkpoint"],
-)
-def test_an_original_checkpoint_loads_strictly(tmp_path, small_xl, wrap):
-    torch.save(wrap(small_xl.state_dict()), tmp_path / "DiT-XL-2-256x256.pt")
-    d = load("dit-xl", weights=tmp_path / "DiT-XL-2-256x256.pt", steps=2)
-    assert all(
-        torch.equal(a, b) for a, b in zip(d.model.parameters(), small_xl.parameters(), strict=True)
-    )
+@pytest.mark.parametrize("around", [{}, {"opt": {}, "args": argparse.Namespace(lr=1e-4)}], ids=len)
+def test_an_original_checkpoint_loads_strictly(tmp_path, small_xl, around):
+    state, path = small_xl.state_dict(), tmp_path / "DiT-XL-2-256x256.pt"
+    torch.save({"model": state, "ema": state, **around} if around else state, path)
+    d = load("dit-xl", weights=path, steps=2)
+    assert all(map(torch.equal, d.model.parameters(), small_xl.parameters()))
     assert d.guided_channels == 3
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path, small_xl):
-    state = small_xl.state_dict()
-    path = tmp_path / "w.pt"
+    state, path = small_xl.state_dict(), tmp_path / "w.pt"
+    nan = torch.full((1, 4, 8), float("nan"))
     for change, message in (
-        (
-            {"pos_embed": torch.zeros(1, 9, 8)},
-            "does not fit the model: size mismatch for pos_embed",
-        ),
+        ({"pos_embed": torch.zeros(1, 9, 8)}, "not fit the model: size mismatch for pos_embed"),
         ({"stranger": torch.zeros(1)}, "does not fit the model: Unexpected key"),
-        ({"pos_embed": torch.full((1, 4, 8), float("nan"))}, "pos_embed that is not finite"),
+        ({"pos_embed": nan}, "pos_embed that is not finite"),
         ({"args": "text"}, "does not hold tensors by parameter name"),
     ):
         torch.save({**state, **change}, path)
@@ -154,6 +110,11 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path, small_xl):
         path.write_bytes(data)
         with refused("is damaged, or holds more than tensors and settings"):
             load("dit-xl", weights=path)
+    save_file(state, tmp_path / "w.safetensors", metadata={"format": "pt"})  # which is theirs
+    assert load("dit-xl", weights=tmp_path / "w.safetensors", steps=2).steps == 2
+    (tmp_path / "w.safetensors").write_bytes(b"junk")
+    with refused("is not a safetensors file"):
+        load("dit-xl", weights=tmp_path / "w.safetensors")
 
 
 def test_a_hostile_checkpoint_executes_nothing(tmp_path, small_xl):
@@ -169,22 +130,12 @@ def test_a_hostile_checkpoint_executes_nothing(tmp_path, small_xl):
     assert not (tmp_path / "executed").exists()
 
 
-def test_what_others_write_in_the_metadata_of_safetensors_is_theirs(tmp_path, small_xl):
-    from safetensors.torch import save_file
-
-    save_file(small_xl.state_dict(), tmp_path / "w.safetensors", metadata={"format": "pt"})
-    assert load("dit-xl", weights=tmp_path / "w.safetensors", steps=2).steps == 2
-    (tmp_path / "w.safetensors").write_bytes(b"junk")
-    with refused("is not a safetensors file"):
-        load("dit-xl", weights=tmp_path / "w.safetensors")
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_cached_walk_on_cuda_is_the_cpus():
-    x, y = start(load("tiny", steps=5))
-    schedule = Router(5, load("tiny").sites, generator=seeded(0)).schedule(0.5)
-    one = sample(load("tiny", steps=5), x, y, schedule)
+    d, x, y = with_noise(load("tiny", steps=5))
+    schedule = Router(5, d.sites, generator=seeded(0)).schedule(0.5)
+    one = sample(d, x, y, schedule)
     other = sample(load("tiny", steps=5, device="cuda"), x.cuda(), y.cuda(), schedule)
     torch.testing.assert_close(one, other.cpu(), rtol=1e-3, atol=1e-3)
 
@@ -192,16 +143,10 @@ def test_a_cached_walk_on_cuda_is_the_cpus():
 @given(st.integers(2, 1000))
 def test_timesteps_run_from_the_first_to_the_last_without_repeats(steps):
     timesteps = spaced_timesteps(steps)
-    assert len(set(timesteps)) == steps
-    assert (timesteps[0], timesteps[-1]) == (999, 0)
-    assert list(timesteps) == sorted(timesteps, reverse=True)
-
-
-def test_timesteps_on_a_half_round_as_the_originals_sum_does():
-    assert (
-        spaced_timesteps(21)[10] == 499
-    )  # 10 · 49.95 is 499.5; the original's sum falls short of it
-    assert spaced_timesteps(31)[15] == 500
+    assert list(timesteps) == sorted(set(timesteps), reverse=True)
+    assert (timesteps[0], timesteps[-1], len(timesteps)) == (999, 0, steps)
+    # On a half, as the original's sum: 10 · 49.95 is 499.5, and its sum falls short of that.
+    assert (spaced_timesteps(21)[10], spaced_timesteps(31)[15]) == (499, 500)
 
 
 def test_one_step_starts_from_pure_noise_and_zero_steps_are_refused():
@@ -232,10 +177,10 @@ def test_ddim_recovers_an_image_from_its_true_noise(steps, seed):
         torch.testing.assert_close(x, expected, rtol=1e-7, atol=1e-7)
 
 
-@pytest.mark.parametrize(
-    ("name", "total", "attention", "feed_forward"),
-    [("dit-xl-256", 118.65e9, 0.356, 0.641), ("dit-xl-512", 524.6e9, 0.419, 0.580)],
-)
+SHARES = [("dit-xl-256", 118.65e9, 0.356, 0.641), ("dit-xl-512", 524.6e9, 0.419, 0.580)]
+
+
+@pytest.mark.parametrize(("name", "total", "attention", "feed_forward"), SHARES)
 def test_macs_of_dit_xl_are_the_published_ones(name, total, attention, feed_forward):
     with torch.device("meta"):
         model = DiT(**DITS[name])
@@ -245,9 +190,11 @@ def test_macs_of_dit_xl_are_the_published_ones(name, total, attention, feed_forw
     assert float(count.sites[1::2].sum()) / count.total == pytest.approx(feed_forward, abs=0.001)
 
 
-def test_macs_by_hand():
+def test_macs_by_hand_and_counting_leaves_nothing():
     d = load("tiny", steps=2, guidance=1.0)
+    before = attributes(d.model)
     count, tokens, width = macs(d), 16, 64
+    assert attributes(d.model) == before
     assert count.sites[0].item() == tokens * 4 * width**2 + 2 * tokens**2 * width
     assert count.sites[1].item() == tokens * 8 * width**2
     patches, time = 2 * tokens * 4 * width, 256 * width + width**2
@@ -256,48 +203,24 @@ def test_macs_by_hand():
     assert macs(load("tiny", steps=2, guidance=2.0)).total == 2 * count.total
 
 
-def test_counting_runs_nothing_and_leaves_nothing(small):
-    before = {name: set(module.__dict__) for name, module in small.model.named_modules()}
-    macs(small)
-    assert {name: set(module.__dict__) for name, module in small.model.named_modules()} == before
-    x, y = start(small)
-    assert sample(small, x, y).isfinite().all()
-
-
 def test_the_clock_warms_up_takes_turns_and_gives_medians(small, monkeypatch):
-    from harmonica.inference import timing as module
-
-    walked, now = [], iter(range(0, 10_000, 10))
+    walked, ticks, now = [], [], iter(range(0, 10_000, 10))
     durations = iter([99, 99, 5, 1, 50, 2, 6, 30])  # the first turn is thrown away
-    monkeypatch.setattr(module, "sample", lambda _, __, ___, table=None: walked.append(table))
-    ticks = []
+    walk = lambda _, __, ___, table=None: walked.append(table)  # noqa: E731
+    monkeypatch.setattr(timing_module, "sample", walk)
 
     def clock():
         ticks.append(next(now) if len(ticks) % 2 == 0 else ticks[-1] + next(durations))
         return ticks[-1]
 
-    monkeypatch.setattr(module.time, "perf_counter", clock)
-    x, y = start(small)
+    monkeypatch.setattr(timing_module.time, "perf_counter", clock)
     schedule = Router(4, small.sites).schedule()
-    timing = measure(small, schedule, x, y, repeats=3)
+    timing = measure(small, schedule, *start(small), repeats=3)
     assert walked == [None, schedule] * 4
     assert (timing.plain, timing.cached) == (6, 2)
 
 
 def test_measured_time_is_of_both_walks(small):
-    x, y = start(small)
-    timing = measure(small, Schedule([[1] * 4, [0] * 4, [0] * 4, [0] * 4]), x, y, repeats=3)
+    timing = measure(small, Schedule([[1] * 4, *[[0] * 4] * 3]), *start(small), repeats=3)
     assert timing.plain > 0
     assert timing.speedup == timing.plain / timing.cached
-
-
-def test_a_gate_that_never_computes_needs_no_model(small):
-    """The skipped sites of a walk could be missing altogether: nothing of theirs is called."""
-    x, y = start(small)
-    cache = {}
-    with torch.no_grad(), gated(small.sites, reuse([True] * 4, cache)):
-        kept = small.predict(x, 0, y)
-    for site in small.sites.values():
-        site.forward = lambda *a: pytest.fail("a skipped site was called")
-    with torch.no_grad(), gated(small.sites, reuse([False] * 4, cache)):
-        assert torch.equal(small.predict(x, 0, y), kept)

@@ -4,7 +4,18 @@ import math
 
 import pytest
 import torch
-from conftest import refused, seeded, seeds, start, tables, with_noise
+from conftest import (
+    SMALL,
+    equal,
+    noting,
+    redrawn,
+    refused,
+    seeded,
+    seeds,
+    start,
+    tables,
+    with_noise,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,24 +26,22 @@ from harmonica.models.layers import sinusoids
 from harmonica.models.uvit import UVIT_H, UViT, UViTDenoiser
 from harmonica.samplers import DDIM
 
-SMALL = {"input_size": 4, "patch_size": 2, "in_channels": 2}
-SMALL |= {"hidden_size": 8, "num_heads": 2, "num_classes": 3}
 SITES = 6  # of the small one: attn and mlp of three blocks
 
 
-def small_model(*, dtype=torch.float64, depth=2, seed=0, **options):
+def small_model(*, dtype=torch.float64, depth=2, seed=0):
     """Return a model whose every weight is random, so that every site and every skip matters."""
-    model = UViT(**SMALL, depth=depth, **options).to(dtype)
-    generator = seeded(seed)
-    for parameter in model.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=generator).to(dtype) * 0.3
-    return model
+    return redrawn(UViT(**SMALL, depth=depth), seed).to(dtype)
 
 
-def make(steps=4, *, guidance=1.4, dtype=torch.float64, **options):
-    return UViTDenoiser(
-        small_model(dtype=dtype, **options), DDIM(steps), guidance=guidance, name="small"
-    )
+def make(steps=4, *, guidance=1.4, **options):
+    return UViTDenoiser(small_model(**options), DDIM(steps), guidance=guidance, name="small")
+
+
+def of_full_size(**options):
+    with torch.device("meta"):
+        model = UViT(**UVIT_H)
+    return UViTDenoiser(model, DDIM(2), **options)
 
 
 @pytest.fixture
@@ -59,44 +68,33 @@ def block_shapes(name, d, *, skip=False):
 def test_h2_has_the_names_and_shapes_of_the_original_checkpoint():
     d = 1152
     expected = {
-        "patch_embed.proj.weight": (d, 4, 2, 2),
-        "patch_embed.proj.bias": (d,),
-        "label_emb.weight": (1001, d),
-        "pos_embed": (1, 258, d),
-        **{"norm.weight": (d,), "norm.bias": (d,)},
-        **{"decoder_pred.weight": (16, d), "decoder_pred.bias": (16,)},
-        **block_shapes("mid_block", d),
-    }
+        "patch_embed.proj.weight": (d, 4, 2, 2), "patch_embed.proj.bias": (d,), "label_emb.weight": (1001, d),
+        "pos_embed": (1, 258, d), "norm.weight": (d,), "norm.bias": (d,), "decoder_pred.weight": (16, d),
+        "decoder_pred.bias": (16,), **block_shapes("mid_block", d),
+    }  # fmt: skip
     for i in range(14):
-        expected |= block_shapes(f"in_blocks.{i}", d) | block_shapes(
-            f"out_blocks.{i}", d, skip=True
-        )
-    with torch.device("meta"):
-        model = UViT(**UVIT_H)
+        expected |= block_shapes(f"in_blocks.{i}", d)
+        expected |= block_shapes(f"out_blocks.{i}", d, skip=True)
+    model = of_full_size().model
     assert {name: tuple(value.shape) for name, value in model.state_dict().items()} == expected
-    assert (
-        sum(p.numel() for p in model.parameters()) == 500_832_016
-    )  # Bao et al. 2023, table 1: 501 M
+    count = sum(p.numel() for p in model.parameters())
+    assert count == 500_832_016  # Bao et al. 2023, table 1: 501 M
 
 
 def test_the_sites_are_those_of_every_block_in_the_order_they_run():
-    with torch.device("meta"):
-        model = UViT(**UVIT_H)
-    sites = list(UViTDenoiser(model, DDIM(2)).sites)
     sides = [[f"{side}_blocks.{i}" for i in range(14)] for side in ("in", "out")]
     blocks = [*sides[0], "mid_block", *sides[1]]
-    assert sites == [f"{block}.{kind}" for block in blocks for kind in ("attn", "mlp")]
-    asked = []
-    d, x, y = with_noise(make(depth=4))
-    with gated(d.sites, lambda site, compute: asked.append(site) or compute()):
+    sites = [f"{block}.{kind}" for block in blocks for kind in ("attn", "mlp")]
+    assert list(of_full_size().sites) == sites
+    d, asked = make(depth=4), []
+    x, y = start(d)
+    with gated(d.sites, noting(asked)):
         d.predict(x, 0, y)
     assert asked == list(range(10))
 
 
 def test_macs_of_h2_are_the_published_ones_and_guidance_doubles_them():
-    with torch.device("meta"):
-        model = UViT(**UVIT_H)
-    one, two = (macs(UViTDenoiser(model, DDIM(2), guidance=g)) for g in (1.0, 1.4))
+    one, two = (macs(of_full_size(guidance=g)) for g in (1.0, 1.4))
     assert one.total == pytest.approx(133e9, rel=0.005)
     assert float(one.sites[0::2].sum()) / one.total == pytest.approx(0.332, abs=0.001)
     assert float(one.sites[1::2].sum()) / one.total == pytest.approx(0.596, abs=0.001)
@@ -111,16 +109,14 @@ def test_macs_of_h2_are_the_published_ones_and_guidance_doubles_them():
 def waves(t, dim):
     """All cosines, then all sines, number by number."""
     rates = [10000 ** (-2 * i / dim) for i in range(dim // 2)]
-    return torch.tensor(
-        [[f(float(n) * rate) for f in (math.cos, math.sin) for rate in rates] for n in t]
-    )
+    angles = [[float(n) * rate for rate in rates] for n in t]
+    return torch.tensor([[f(a) for f in (math.cos, math.sin) for a in row] for row in angles])
 
 
 def test_a_timestep_becomes_cosines_then_sines():
     t = torch.tensor([1000.0, 333.3, 1.0, 0.5])
-    torch.testing.assert_close(
-        sinusoids(t, 1152), waves(t, 1152), rtol=0, atol=2e-4
-    )  # 1000 radians in float32
+    # Up to 1000 radians in float32.
+    torch.testing.assert_close(sinusoids(t, 1152), waves(t, 1152), rtol=0, atol=2e-4)
 
 
 def written_again(w, x, t, y, *, heads=2, patch=2):
@@ -175,11 +171,10 @@ def written_again(w, x, t, y, *, heads=2, patch=2):
     return noise
 
 
-@pytest.mark.parametrize("options", [{}, {"depth": 4}], ids=str)
-def test_the_model_is_the_one_written_again(options):
-    model = small_model(**options)
-    generator = seeded(1)
-    x = torch.randn(3, 2, 4, 4, generator=generator, dtype=torch.float64)
+@pytest.mark.parametrize("depth", [2, 4])
+def test_the_model_is_the_one_written_again(depth):
+    model = small_model(depth=depth)
+    x = torch.randn(3, 2, 4, 4, generator=seeded(1), dtype=torch.float64)
     y, t = torch.tensor([0, 3, 2]), torch.tensor([0.0, 1.0, 0.5])  # which float32 holds well
     with torch.no_grad():
         expected = written_again(model.state_dict(), x, t, y)
@@ -187,21 +182,18 @@ def test_the_model_is_the_one_written_again(options):
     torch.testing.assert_close(noise, expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"patch_size": 3}, "input_size is 4; it must be divisible by patch_size 3"),
-        ({"num_heads": 3}, "hidden_size is 8; it must be divisible by num_heads 3"),
-        (
-            {"hidden_size": 7, "num_heads": 7},
-            "hidden_size is 7; it must be divisible by the two halves",
-        ),
-        (
-            {"depth": 3},
-            "depth is 3; it must be divisible by the two sides of the middle block, which is not counted",
-        ),
-    ],
-)
+INDIVISIBLE = [
+    ({"patch_size": 3}, "input_size is 4; it must be divisible by patch_size 3"),
+    ({"num_heads": 3}, "hidden_size is 8; it must be divisible by num_heads 3"),
+    (
+        {"hidden_size": 7, "num_heads": 7},
+        "hidden_size is 7; it must be divisible by the two halves",
+    ),
+    ({"depth": 3}, "depth is 3; it must be divisible by the two sides of the middle block, which"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), INDIVISIBLE)
 def test_sizes_that_do_not_divide_are_refused(changes, message):
     with refused(message):
         UViT(**{**SMALL, "depth": 2, **changes})
@@ -217,7 +209,7 @@ def test_two_streams_are_two_calls_bit_for_bit(batch, dtype, seed):
     with torch.no_grad():
         together = model(x, t, (y, torch.full_like(y, 3)))
         apart = [model(x, t, (labels,))[0] for labels in (y, torch.full_like(y, 3))]
-    assert all(torch.equal(one, other) for one, other in zip(together, apart, strict=True))
+    assert equal(together, apart)
 
 
 def two_calls(d, gate_of, x, k, y):
@@ -265,10 +257,8 @@ def test_guidance_is_the_originals_with_one_added_to_its_scale(small):
 @pytest.mark.parametrize("guidance", [1.0, 1.4])
 def test_the_model_counts_timesteps_from_one(guidance):
     d, seen = make(guidance=guidance), []
-    forward = d.model.forward
-    d.model.forward = lambda x, t, labels: (
-        seen.append((t.tolist(), len(labels))) or forward(x, t, labels)
-    )
+    note = lambda _, call: seen.append((call[1].tolist(), len(call[2])))  # noqa: E731
+    d.model.register_forward_pre_hook(note)
     sample(d, *start(d))
     streams = 1 if guidance == 1.0 else 2
     assert seen == [([n, n], streams) for n in (1000.0, 667.0, 334.0, 1.0)]
@@ -280,8 +270,7 @@ def test_the_model_counts_timesteps_from_one(guidance):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_x_stays_float32_although_the_weights_are_half(dtype):
     d, entered = make(dtype=dtype), []
-    forward = d.model.forward
-    d.model.forward = lambda x, t, labels: entered.append(x.dtype) or forward(x, t, labels)
+    d.model.register_forward_pre_hook(lambda _, call: entered.append(call[0].dtype))
     x, y = start(d)
     assert x.dtype == torch.float32
     assert torch.equal(x, start(make(dtype=torch.float32))[0])
@@ -309,14 +298,12 @@ def test_a_denoiser_freezes_its_model_and_says_what_a_table_belongs_to(small):
     about = {"model": "small", "sampler": "ddim", "guidance": 1.4, "timesteps": (999, 666, 333, 0)}
     assert small.about == about
     schedule = Router(4, small.sites, about=small.about).schedule(0.5)
-    x, y = start(small)
-    assert sample(small, x, y, schedule).isfinite().all()
+    assert sample(small, *start(small), schedule).isfinite().all()
 
 
 def test_the_long_skips_compute_where_every_site_is_reused(small):
     ran = []
     for block in small.model.out_blocks:
         block.skip_linear.register_forward_hook(lambda *_: ran.append(1))
-    x, y = start(small)
-    sample(small, x, y, Schedule([[True] * SITES, *[[False] * SITES] * 3]))
+    sample(small, *start(small), Schedule([[True] * SITES, *[[False] * SITES] * 3]))
     assert len(ran) == 4 * 2  # steps × streams, one pair of blocks
