@@ -6,6 +6,7 @@ The device is a sham (tests/sham.py), so these laws hold, or fail, on any machin
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from pipes import WALKS, dit_pipe, pixart_pipe, run, stock_dit, vae, walked
 from types import SimpleNamespace
 
@@ -21,8 +22,7 @@ from test_every_model import loaded, small  # noqa: F401 (a fixture: every model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from harmonica import Router, Schedule, demo, image_error, image_sets, macs, sample, sdt, train
-from harmonica import train_sdt
+from harmonica import Router, Schedule, image_error, macs, sample, sdt, train_sdt
 from harmonica.command_line import dtype_of
 from harmonica.inference.timing import milliseconds
 from harmonica.inference.walk import Walk
@@ -32,7 +32,7 @@ from harmonica.models.sites import sites
 from harmonica.search import baselines
 from harmonica.search.flip_effects import flip_effects_at
 from harmonica.search.in_turn import learn_in_turn
-from harmonica.search.references import Pool
+from harmonica.search.references import Pool, references
 from harmonica.search.target import Target
 
 MODELS = ["tiny", "dit-xl", "pixart-alpha-256", "pixart-alpha-1024", "uvit-h"]
@@ -253,17 +253,19 @@ def test_milliseconds_are_measured_on_the_device(device):
 
 TRAIN = "--steps 3 --iterations 2 --batch-size 2"
 COMMANDS = {
-    "train": (train, f"--model tiny {TRAIN}"),
-    "train to a target": (train, f"{TRAIN} --target 1.3 --refine 0"),
-    "demo": (demo, "--steps 3 --method sdt --iterations 2 --images 2"),
-    "image_sets": (image_sets, "--model tiny --steps 3 --count 4 --batch-size 2"),
+    "train": ("train", f"--model tiny {TRAIN}"),
+    "train to a target": ("train", f"{TRAIN} --target 1.3 --refine 0"),
+    "demo": ("demo", "--steps 3 --method sdt --iterations 2 --images 2"),
+    "image_sets": ("image_sets", "--model tiny --steps 3 --count 4 --batch-size 2"),
 }
 
 
 def command(name, place, out):
     """Return the exit code of a command that runs on a device and writes to a folder."""
     module, options = COMMANDS[name]
-    return module.main([*options.split(), "--device", place, "--out", str(out)])
+    return import_module(f"harmonica.{module}").main(
+        [*options.split(), "--device", place, "--out", str(out)]
+    )
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -285,7 +287,7 @@ def test_a_command_runs_on_the_device(name, tmp_path, capsys, monkeypatch):
     ],
 )
 def test_weights_are_bfloat16_on_cuda_unless_the_command_line_names_a_type(options, expected):
-    args = train.parser().parse_args(options.split())
+    args = import_module("harmonica.train").parser().parse_args(options.split())
     assert dtype_of(args, args.device) == getattr(torch, expected)
 
 
