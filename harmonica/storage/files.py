@@ -30,9 +30,6 @@ LARGEST_TEXT = 2**26
 """Bytes of JSON or prompts; a table of 1000 steps and 10 000 sites takes a sixth of it."""
 
 
-# ------------------------------------------------------------------------------------------ errors
-
-
 def existing(path: StrPath) -> Path:
     """Return path as a Path; raise FileNotFoundError if there is no such file."""
     path = Path(path)
@@ -53,6 +50,17 @@ def refused(path: StrPath, verdict: str, error: BaseException | str) -> ValueErr
     return ValueError(f"{path} {verdict}: {reason if len(reason) <= 300 else reason[:299] + '…'}")
 
 
+@contextmanager
+def decoding(path: StrPath, verdict: str) -> Iterator[None]:
+    """Turn whatever bad bytes raise, in any code, into a ValueError that names the file."""
+    try:
+        yield
+    except (FileNotFoundError, PermissionError):
+        raise
+    except Exception as error:
+        raise refused(path, verdict, error) from None
+
+
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """Return how settings differ from those of a file, in short; nothing if they are the same.
 
@@ -63,28 +71,11 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return "; ".join(f"{name} {a!s:.80} -> {b!s:.80}" for name, a, b in pairs if a != b)
 
 
-@contextmanager
-def decoding(path: StrPath, verdict: str) -> Iterator[None]:
-    """Turn whatever bad bytes raise, in our code or another's, into a ValueError that names the
-    file.
-    """
-    try:
-        yield
-    except (FileNotFoundError, PermissionError):
-        raise
-    except Exception as error:
-        raise refused(path, verdict, error) from None
-
-
-# ------------------------------------------------------------------------------------------ writing
-
-
 def write_whole(path: StrPath, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a file beside `path`, then rename it to `path`.
+    """Let `write` fill a file beside `path`, under a new name each time, then rename it to `path`.
 
-    The other name is a new one each time, so two runs that write one file do not disturb each
-    other, and the last one stays. Raises FileNotFoundError if the folder does not exist, and an
-    OSError that names `path` if the disk is full, say.
+    Of two runs that write one file, the last one stays. Raises FileNotFoundError if the folder does
+    not exist, and an OSError that names `path` if the disk is full, say.
     """
     path = Path(path)
     if not path.parent.is_dir():
@@ -108,20 +99,21 @@ def exclusive_lock(folder: StrPath) -> Iterator[None]:
     The lock is the system's and ends with the process, so none is ever left over. Where there are
     no such locks (Windows, some network disks) nobody is refused.
     """
-    try:
-        import fcntl
-    except ModuleNotFoundError:
+    if os.name == "nt":
         yield
         return
+    import fcntl
+
     handle = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            busy = f"{folder} is being written to by another run; wait for it, or choose another"
-            raise BlockingIOError(busy) from None
-        except OSError:  # a disk that knows no locks
-            pass
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        busy = f"{folder} is being written to by another run; wait for it, or choose another"
+        raise BlockingIOError(busy) from None
+    except OSError:  # a disk that knows no locks
+        pass
+    try:
         yield
     finally:
         os.close(handle)
@@ -135,15 +127,13 @@ def write_text(path: StrPath, text: str) -> None:
 def write_json(path: StrPath, data: Mapping[str, Any]) -> None:
     """Write JSON a person can read: one line for each key, and for each key of inner mappings."""
 
-    def lines(mapping: Mapping[str, Any], indent: str) -> str:
-        inner = (f"{indent}{json.dumps(key)}: {value}" for key, value in mapping.items())
+    def lines(value: Any, indent: str) -> str:
+        if not isinstance(value, Mapping) or not value or len(indent) > 2:
+            return json.dumps(value)
+        inner = (f"{indent}{json.dumps(key)}: {lines(v, indent + ' ')}" for key, v in value.items())
         return "{\n" + ",\n".join(inner) + f"\n{indent[1:]}}}"
 
-    entries = {key: json.dumps(value) for key, value in data.items()}
-    for key, value in data.items():
-        if isinstance(value, Mapping) and value:
-            entries[key] = lines({k: json.dumps(v) for k, v in value.items()}, "  ")
-    write_text(path, lines(entries, " ") + "\n")
+    write_text(path, lines(data, " ") + "\n")
 
 
 def write_tensors(path: StrPath, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
@@ -153,17 +143,10 @@ def write_tensors(path: StrPath, tensors: Mapping[str, Tensor], facts: Mapping[s
 
     dense = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     metadata = {key: json.dumps(value) for key, value in facts.items()}
-
-    def write(beside: Path) -> None:
-        try:
-            save_file(dense, beside, metadata)
-        except SafetensorError as error:  # such as a full disk
-            raise OSError(f"{path} could not be written: {error}") from None
-
-    write_whole(path, write)
-
-
-# ------------------------------------------------------------------------------------------ reading
+    try:
+        write_whole(path, lambda beside: save_file(dense, beside, metadata))
+    except SafetensorError as error:  # such as a full disk
+        raise OSError(f"{path} could not be written: {error}") from None
 
 
 def read_text(path: StrPath) -> str:
@@ -191,10 +174,8 @@ def read_tensors(path: StrPath) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `write_tensors` wrote; raise FileNotFoundError, or ValueError for another file."""
     from safetensors import safe_open
 
-    with (
-        decoding(path, "is not a safetensors file of ours"),
-        safe_open(existing(path), framework="pt") as file,
-    ):
+    verdict = "is not a safetensors file of ours"
+    with decoding(path, verdict), safe_open(existing(path), framework="pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no dict)
         facts = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
     return tensors, facts

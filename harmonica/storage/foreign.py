@@ -19,7 +19,7 @@ import argparse
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,22 +45,8 @@ def _fields(path: StrPath, table: Tensor, names: Sequence[str], source: str) -> 
     return {"compute": table, "sites": names, "provenance": provenance}
 
 
-# ------------------------------------------------------------------------------------- SmoothCache
-
-
-class Table(Protocol):
-    """What is written of a schedule."""
-
-    @property
-    def compute(self) -> Tensor: ...  # noqa: D102
-    @property
-    def gate_weights(self) -> Tensor | None: ...  # noqa: D102
-    @property
-    def sites(self) -> tuple[str, ...]: ...  # noqa: D102
-
-
-def write_smoothcache(path: StrPath, schedule: Table) -> None:
-    """Write a schedule as SmoothCache's JSON, one list of 0 and 1 for each site.
+def write_smoothcache(path: StrPath, schedule: Any) -> None:
+    """Write a `Schedule` as SmoothCache's JSON, one list of 0 and 1 for each site.
 
     blocks.3.attn and transformer_blocks.3.attn1 become attn-3, .attn2 attn2-3, .mlp and .ff mlp-3.
     Read back, the table is the same; names, timesteps and the rest are not in that format. Raises
@@ -92,7 +78,7 @@ def read_smoothcache(path: StrPath, data: Mapping[str, list[Any]]) -> dict[str, 
     lengths = ", ".join(f"{name:.20} {len(column)}" for name, column in data.items())
     uneven = f"{path} has lists of different lengths, not one entry for each step: {lengths:.80}"
     require(len(set(map(len, data.values()))) == 1, uneven)
-    columns: list[tuple[int, bool, str, list[bool]]] = []
+    columns = []
     for name, match in matches.items():
         binary = all(isinstance(entry, int) and entry in (0, 1) for entry in data[name])
         require(binary, f"{path} has {name:.40} with entries other than 0 and 1, true and false")
@@ -105,45 +91,36 @@ def read_smoothcache(path: StrPath, data: Mapping[str, list[Any]]) -> dict[str, 
     return _fields(path, table, [site for _, _, site, _ in columns], f"SmoothCache, {shape}")
 
 
-# --------------------------------------------------------------------------------------- InvarDiff
-
-BOOKS: Mapping[str, Mapping[str, str]] = {
-    "msa_cache_book": {"": "blocks.{}.attn"},
-    "mlp_cache_book": {"": "blocks.{}.mlp"},
-    "transformer_cache_book": {
-        "attn": "transformer_blocks.{}.attn",
-        "context_attn": "transformer_blocks.{}.attn",
-        "ff": "transformer_blocks.{}.ff",
-        "context_ff": "transformer_blocks.{}.ff_context",
-    },
-    "single_transformer_cache_book": {
-        "attn": "single_transformer_blocks.{}.attn",
-        "mlp": "single_transformer_blocks.{}.proj_mlp",
-    },
+_DOUBLE, _SINGLE = "transformer_blocks.{}.", "single_transformer_blocks.{}."
+BOOKS = {
+    ("msa_cache_book", ""): ["blocks.{}.attn"],
+    ("mlp_cache_book", ""): ["blocks.{}.mlp"],
+    ("transformer_cache_book", "attn"): [f"{_DOUBLE}attn"],
+    ("transformer_cache_book", "context_attn"): [f"{_DOUBLE}attn"],
+    ("transformer_cache_book", "ff"): [f"{_DOUBLE}ff"],
+    ("transformer_cache_book", "context_ff"): [f"{_DOUBLE}ff_context"],
+    ("single_transformer_cache_book", "attn"): [f"{_SINGLE}attn", f"{_SINGLE}proj_out"],
+    ("single_transformer_cache_book", "mlp"): [f"{_SINGLE}proj_mlp", f"{_SINGLE}proj_out"],
 }
-"""Which of our sites an entry of a plan decides; where two decide one, it computes if either does.
-The projection that ends a single block reads both, and computes if either does."""
+"""Which of our sites a book of a plan decides; where two decide one, it computes if either does."""
 
 
 def read_invardiff(path: StrPath, data: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of the schedule in InvarDiff's plan, sorted by block."""
     steps = _plan(path, "step_cache_book", [data["step_cache_book"]]).T  # (T, 1), true = reuse
     columns: dict[str, Tensor] = {}
-    for book, kinds in BOOKS.items():
-        for kind, name in kinds.items():
-            entries = data.get(book) if not kind else (data.get(book) or {}).get(kind)
-            if entries is None:
-                continue
-            plan = _plan(path, f"{book} {kind}".strip(), entries)
-            uneven = f"{path}: {book} has {len(plan)} steps and step_cache_book {len(steps)}"
-            require(len(plan) == len(steps), uneven)
-            for block, reuses in enumerate((plan | steps).T):
-                names = [name.format(block)]
-                if names[0].startswith("single"):
-                    names.append(f"single_transformer_blocks.{block}.proj_out")
-                for site in names:
-                    columns[site] = columns.get(site, torch.zeros(len(steps)).bool()) | ~reuses
-    require(bool(columns), f"{path} has no book of sites; expected one of {', '.join(BOOKS)}")
+    for (book, kind), sites in BOOKS.items():
+        entries = data.get(book) if not kind else (data.get(book) or {}).get(kind)
+        if entries is None:
+            continue
+        plan = _plan(path, f"{book} {kind}".strip(), entries)
+        uneven = f"{path}: {book} has {len(plan)} steps and step_cache_book {len(steps)}"
+        require(len(plan) == len(steps), uneven)
+        for block, reuses in enumerate((plan | steps).T):
+            for site in (name.format(block) for name in sites):
+                columns[site] = columns.get(site, torch.zeros(len(steps)).bool()) | ~reuses
+    books = ", ".join(dict.fromkeys(book for book, _ in BOOKS))
+    require(bool(columns), f"{path} has no book of sites; expected one of {books}")
     order = {site: (site.startswith("single"), int(site.split(".")[1])) for site in columns}
     names = sorted(columns, key=lambda site: order[site])  # stable: attention first
     return _fields(path, torch.stack([columns[site] for site in names], 1), names, "InvarDiff")
@@ -156,9 +133,6 @@ def _plan(path: StrPath, book: str, entries: Any) -> Tensor:
     plan = len(widths) == 1 and 0 not in widths and all(type(e) is bool for r in rows for e in r)
     require(plan, f"{path}: {book} is not a list of steps with true and false for each block")
     return torch.tensor(rows)
-
-
-# ------------------------------------------------------------------------------------ router files
 
 
 def read_router_file(path: StrPath, tau: float) -> dict[str, Any]:

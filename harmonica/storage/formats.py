@@ -14,7 +14,7 @@ people are read by harmonica.storage.foreign.
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -35,11 +35,9 @@ FACTS |= {"order": int, "timesteps": (list, tuple), "provenance": dict}
 T = TypeVar("T")
 
 
-def build(cls: Callable[..., T], path: StrPath, fields: Mapping[str, Any]) -> T:
-    """Return cls(**fields), the fields having been read from `path`; raise ValueError naming the
-    file if they do not fit each other.
-    """
-    with decoding(path, f"is not a valid {getattr(cls, '__name__', 'table').lower()}"):
+def build(cls: type[T], path: StrPath, fields: Mapping[str, Any]) -> T:
+    """Return cls(**fields); raise ValueError naming the file they are of if they do not fit."""
+    with decoding(path, f"is not a valid {cls.__name__.lower()}"):
         return cls(**fields)
 
 
@@ -48,9 +46,6 @@ def is_router(path: StrPath) -> bool:
     with existing(path).open("rb") as file:
         head = file.read(9)
     return head.endswith(b"{") and int.from_bytes(head[:8], "little") < 2**32
-
-
-# ---------------------------------------------------------------------------------------- schedule
 
 
 def write_schedule(path: StrPath, fields: Mapping[str, Any]) -> None:
@@ -89,16 +84,17 @@ def read_schedule(path: StrPath, tau: float = 0.1) -> dict[str, Any]:
     ours = data.pop("format", None) == FORMAT
     require(ours, f'{path} is not a schedule: it has no "format": "{FORMAT}"')
     with decoding(path, "is not a valid schedule"):
-        prefix, columns = data.pop("prefix"), data.pop("compute")
-        table = [_decisions(site, digits) for site, digits in columns.items()]
-        names = tuple(prefix + site for site in columns)
-        packed = data.pop("weights", None)
-        return {
-            "weights": None if packed is None else _weights(packed, len(table), len(table[0])),
-            "compute": torch.tensor(table, dtype=torch.bool).reshape(len(table), -1).T,
-            "sites": names,
-            **_facts(data),
-        }
+        prefix, columns, packed = data.pop("prefix"), data.pop("compute"), data.pop("weights", None)
+        for site, digits in columns.items():
+            binary = isinstance(digits, str) and not set(digits) - set("01")
+            what = f"site {site:.80} has {digits!r:.40}"
+            require(binary, f"{what}; a string of 0 and 1 was expected")
+        table = [[digit == "1" for digit in digits] for digits in columns.values()]  # (N, T)
+        fields = {"sites": tuple(prefix + site for site in columns), **_facts(data)}
+        fields["compute"] = torch.tensor(table, dtype=torch.bool).reshape(len(table), -1).T
+        if packed is not None:
+            fields["weights"] = _weights(packed, len(table), len(table[0]))
+        return fields
 
 
 def _weights(texts: Any, n_sites: int, steps: int) -> Tensor:
@@ -114,12 +110,6 @@ def _weights(texts: Any, n_sites: int, steps: int) -> Tensor:
     return torch.from_numpy(np.stack(numbers, axis=1))
 
 
-def _decisions(site: str, digits: Any) -> list[bool]:
-    binary = isinstance(digits, str) and not set(digits) - set("01")
-    require(binary, f"site {site:.80} has {digits!r:.40}; a string of 0 and 1 was expected")
-    return [digit == "1" for digit in digits]
-
-
 def _facts(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Return the facts; raise ValueError if one is none of a schedule's, or not of its type."""
     for name, value in facts.items():
@@ -129,9 +119,6 @@ def _facts(facts: Mapping[str, Any]) -> dict[str, Any]:
     times = tuple(facts.get("timesteps", ()))
     require(all(isinstance(t, NUMBER) for t in times), "timesteps must be numbers")
     return {**facts, "timesteps": times} if times else dict(facts)
-
-
-# ------------------------------------------------------------------------------------------ router
 
 
 def write_router(

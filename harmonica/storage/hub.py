@@ -7,8 +7,9 @@
     Schedule.load(fetch("me/table"))                 read it again; a folder will do as well
     Router.load(fetch("me/table", ROUTER))           the scores, to go on from
 
-The tables are the files that `save` writes. The Hub's client is imported when it is needed; who may
-read and write is decided by its login or HF_TOKEN. This file does not know what stands in a table.
+The Hub's client is imported when it is needed; who may read and write is decided by its login or
+HF_TOKEN. This file does not know what stands in a table: a schedule is what has `model` and `save`
+and is drawn by `str`, a router what has `save`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 from harmonica.storage.files import StrPath, write_text
 
@@ -50,22 +51,7 @@ schedule = Schedule.load(fetch("{name}"))
 """
 
 
-class Saved(Protocol):
-    """What can write itself to a file: a router."""
-
-    def save(self, path: StrPath) -> None: ...  # noqa: D102
-
-
-class Drawn(Saved, Protocol):
-    """What a page shows as well: a schedule, which is for a model and which `str` draws."""
-
-    @property
-    def model(self) -> str: ...  # noqa: D102
-
-
-def write_folder(
-    folder: StrPath, schedule: Drawn, router: Saved | None = None, name: str = ""
-) -> None:
+def write_folder(folder: StrPath, schedule: Any, router: Any = None, name: str = "") -> None:
     """Write a table's folder, which is made if it is new, in a folder that exists.
 
     Each file is whole or not there; files of the same names are replaced, others stay. The page
@@ -85,9 +71,7 @@ def write_folder(
             folder.rmdir()
 
 
-def push(
-    repo_id: str, schedule: Drawn, router: Saved | None = None, *, private: bool = False
-) -> str:
+def push(repo_id: str, schedule: Any, router: Any = None, *, private: bool = False) -> str:
     """Upload the folder that `write_folder` writes as one commit; return the repository's address.
 
     `repo_id` is owner/name, or a name among one's own. The repository is made if it is new, private
@@ -107,10 +91,8 @@ def push(
 
 def fetch(source: StrPath, file: str = SCHEDULE, revision: str | None = None) -> Path:
     """Return the path of a file in a folder here, or in a repository on the Hub as `download`."""
-    folder = Path(source)
-    if not folder.is_dir():
-        folder = download(os.fspath(source), [file], revision=revision)
-    return folder / file
+    here = Path(source).is_dir()
+    return (Path(source) if here else download(os.fspath(source), [file], revision=revision)) / file
 
 
 def download(
@@ -120,21 +102,17 @@ def download(
     revision: str | None = None,
     otherwise: str = "pass a folder",
 ) -> Path:
-    """Return the local copy of a repository's files, downloaded if need be.
+    """Return the local copy of the files of a repository, such as facebook/DiT-XL-2-256, that match
+    patterns, such as transformer/*; they are downloaded if need be.
 
-    Args:
-        repo_id: such as facebook/DiT-XL-2-256.
-        patterns: files wanted, such as transformer/*.
-        revision: branch, tag or commit; the main branch if None.
-        otherwise: what else the user can do, for the error.
-
-    Raises FileNotFoundError if there is no such repository or revision, or it is neither on this
-    machine nor in reach, and ValueError if repo_id cannot be the name of a repository.
+    `revision` is a branch, tag or commit, the main branch if None; `otherwise` tells in an error
+    what else the user can do. Raises FileNotFoundError if there is no such repository or revision,
+    or it is neither on this machine nor in reach, ValueError if repo_id is no repository's name.
     """
     from huggingface_hub import errors, snapshot_download
 
     try:
-        folder = snapshot_download(repo_id, revision=revision, allow_patterns=list(patterns))
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(patterns)))
     except errors.HFValidationError:
         problem = "is no folder here and no name of a repository on the Hub, which is owner/name"
         raise ValueError(f"{repo_id} {problem}") from None
@@ -145,4 +123,3 @@ def download(
         problem = f"is not on this machine and cannot be fetched ({type(error).__name__})"
         todo = f"connect to the Hub once, or {otherwise}"
         raise FileNotFoundError(f"{repo_id} {problem}; {todo}") from None
-    return Path(folder)
