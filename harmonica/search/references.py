@@ -13,10 +13,10 @@ A pool is made once and shared by whatever is tuned towards it. This file does n
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -28,7 +28,9 @@ from harmonica.memory import in_portions
 from harmonica.router import Schedule
 from harmonica.search.errors import PORTION, image_errors
 from harmonica.storage.files import StrPath, read_tensors, write_tensors
+from harmonica.table import require
 
+R = TypeVar("R")
 Toward = Literal["reference", "uncached"]
 """What images should be near: the reference of a finer walk, or the uncached walk's image."""
 
@@ -51,9 +53,9 @@ class Pool:
     images: Tensor
 
     def __post_init__(self) -> None:
-        if self.x.shape != self.images.shape or len(self.x) == 0:
-            shapes = f"x is {tuple(self.x.shape)} and images are {tuple(self.images.shape)}"
-            raise ValueError(f"{shapes}; a pool has one image for each noise, and at least one")
+        shapes = f"x is {tuple(self.x.shape)} and images are {tuple(self.images.shape)}"
+        fit = self.x.shape == self.images.shape and len(self.x) > 0
+        require(fit, f"{shapes}; a pool has one image for each noise, and at least one")
 
     def __len__(self) -> int:
         return len(self.x)
@@ -64,26 +66,25 @@ class Pool:
         cond = tree_map_only(Tensor, lambda leaf: leaf[rows], self.cond)
         return Pool(self.x[rows], cond, self.images[rows])
 
+    def portions(self, run: Callable[[Pool], R], size: int | None = None) -> Iterator[R]:
+        """Yield run(part) for parts of `size` noises, PORTION if None, fewer where memory runs out."""
+        parts = lambda first, last: run(self[slice(first, last)])  # noqa: E731
+        return in_portions(parts, len(self), PORTION if size is None else size)
+
 
 def with_images(denoiser: Denoiser, x: Tensor, cond: Any) -> Pool:
     """Return a pool of the noises x (M, C, H, W) and the images that the denoiser makes of them."""
-    noises = Pool(x, cond, x)
-
-    def run(first: int, last: int) -> Tensor:
-        part = noises[slice(first, last)]
-        return sample(denoiser, part.x, part.cond)
-
-    return Pool(x, cond, torch.cat(list(in_portions(run, len(x), PORTION))))
+    images = Pool(x, cond, x).portions(lambda part: sample(denoiser, part.x, part.cond))
+    return Pool(x, cond, torch.cat(list(images)))
 
 
 def pool_errors(denoiser: Denoiser, pool: Pool, schedule: Schedule | None = None) -> Tensor:
     """Return how far the images under a schedule are from the pool's, (M,) float64."""
 
-    def run(first: int, last: int) -> Tensor:
-        part = pool[slice(first, last)]
+    def run(part: Pool) -> Tensor:
         return image_errors(sample(denoiser, part.x, part.cond, schedule), part.images)
 
-    return torch.cat(list(in_portions(run, len(pool), PORTION)))
+    return torch.cat(list(pool.portions(run)))
 
 
 def references(
@@ -111,21 +112,15 @@ def references(
     Raises ValueError if a number is below 1, the denoiser has no finer walk, or the file at `path`
     is of other noises or steps.
     """
-    if noises < 1 or factor < 1:
-        raise ValueError(f"noises is {noises} and factor {factor}; both must be 1 or more")
+    given = f"noises is {noises} and factor {factor}"
+    require(min(noises, factor) >= 1, f"{given}; both must be 1 or more")
     finer = finer_walk(denoiser, factor)
     generator = torch.Generator().manual_seed(SEED) if generator is None else generator
     x, cond = denoiser.draw(noises, generator)
-    drawn = Pool(x, cond, x)
     parts = [] if path is None else _kept(path, x, finer.steps)
     done = sum(map(len, parts))
-    rest = drawn[slice(done, None)] if done < noises else None
-
-    def run(first: int, last: int) -> Tensor:
-        portion = drawn[slice(done + first, done + last)]
-        return sample(finer, portion.x, portion.cond)
-
-    for images in in_portions(run, 0 if rest is None else len(rest), PORTION):
+    rest = Pool(x, cond, x)[slice(done, None)] if done < noises else None
+    for images in rest.portions(lambda part: sample(finer, part.x, part.cond)) if rest else ():
         parts.append(images)
         if path is not None:
             tensors = {"x": x.cpu(), "images": torch.cat(parts).cpu()}
@@ -157,14 +152,11 @@ def finer_walk(denoiser: Denoiser, factor: int = 10) -> Denoiser:
         raise ValueError(f"no walk of {factor} × {denoiser.steps} steps: {error}; {todo}") from None
 
 
-def factor_of(toward: Toward, factor: int = 10) -> int:
-    """Return the factor of a target: `factor`, or 1 for the uncached walk.
-
-    Raises ValueError for another word.
-    """
-    if toward not in ("reference", "uncached"):
-        raise ValueError(f"toward is {toward!r}; it must be 'reference' or 'uncached'")
-    return factor if toward == "reference" else 1
+def factor_of(toward: Toward) -> int:
+    """Return the factor of a target: 10, or 1 for the uncached walk; ValueError for another word."""
+    known = toward in get_args(Toward)
+    require(known, f"toward is {toward!r}; it must be 'reference' or 'uncached'")
+    return 10 if toward == "reference" else 1
 
 
 def _kept(path: StrPath, x: Tensor, steps: int) -> list[Tensor]:
@@ -172,13 +164,11 @@ def _kept(path: StrPath, x: Tensor, steps: int) -> list[Tensor]:
     if not Path(path).exists():
         return []
     tensors, facts = read_tensors(path)
-    images, before = tensors.get("images"), tensors.get("x")
-    if images is None or before is None or facts.get("steps") != steps:
-        held = f"{facts.get('steps', 'unknown')} steps"
-        raise ValueError(
-            f"{path} holds no references of {steps} steps (found {held}); name another file"
-        )
+    whole = {"x", "images"} <= tensors.keys() and facts.get("steps") == steps
+    held = f"{path} holds no references of {steps} steps (found {facts.get('steps', 'unknown')}"
+    require(whole, f"{held} steps); name another file")
+    images, before = tensors["images"], tensors["x"]
     same = before.shape == x.shape and torch.equal(before, x.cpu())
-    if not same or images.shape[1:] != x.shape[1:] or len(images) > len(x):
-        raise ValueError(f"{path} holds references of other noises; name another file")
+    same = same and images.shape[1:] == x.shape[1:] and len(images) <= len(x)
+    require(same, f"{path} holds references of other noises; name another file")
     return [images.to(x)]

@@ -15,7 +15,7 @@ from harmonica.models import load
 from harmonica.search.learn import learn_weights
 from harmonica.search.paths import whole_steps
 from harmonica.search.references import pool_errors, references, with_images
-from harmonica.search.refine import PAIRS, WALKS_PER_ROUND, _Judge, few_of, refine
+from harmonica.search.refine import PAIRS, WALKS_PER_ROUND, Search, few_of, refine
 from harmonica.search.refine_router import NOISES, ROUNDS, refine_router
 from harmonica.search.target import Target, target_of
 
@@ -129,7 +129,7 @@ def test_where_the_search_ends_no_exchange_of_two_rows_and_no_single_flip_on_tar
     """The quadratic ranks what is walked; with so few steps all pairs are."""
     d = make(steps=5)
     target, pool = Target(1.5, macs(d), 5), with_images(d, *start(d, 3))
-    judge = _Judge(d, pool, repeat(pool), target, 0)
+    judge = Search(d, pool, repeat(pool), target)
     table = judge.paths()[0]
     *_, end = refine(d, [table], pool, repeat(pool), target, budget=10**6)
     pairs = list(combinations(range(1, 5), 2))
@@ -145,7 +145,7 @@ def test_a_table_that_is_too_slow_is_brought_on_target():
     d = make(steps=5)
     target = Target(1.6, macs(d), 5)
     pool = with_images(d, *start(d, 3))
-    judge = _Judge(d, pool, repeat(pool), target, 0)
+    judge = Search(d, pool, repeat(pool), target)
     after = judge.improve(judge.judge(torch.ones(5, 4, dtype=torch.bool)))
     while after is not None and not after.on_target:
         after = judge.improve(after)
@@ -157,9 +157,7 @@ def test_a_search_towards_the_reference_ends_nearer_to_it_than_any_start():
     d = make(steps=5)
     target, pool = Target(1.5, macs(d), 5), references(d, noises=4, factor=4)
     found = list(refine(d, [], pool, repeat(pool), target, budget=4000))
-    starts = [
-        judge.error for judge in map(_Judge(d, pool, repeat(pool), target, 0).judge, _paths(d))
-    ]
+    starts = [judge.error for judge in map(Search(d, pool, repeat(pool), target).judge, _paths(d))]
     assert found[-1].error <= min(starts)
 
 
@@ -179,7 +177,7 @@ def test_learned_weights_are_kept_while_the_table_is_refined():
 def test_a_candidate_that_is_worse_on_few_noises_is_not_walked_on_all(monkeypatch):
     d = make()
     pool = with_images(d, *start(d, 40))
-    judge = _Judge(d, pool, repeat(pool), Target(1.4, macs(d), 4), 0)
+    judge = Search(d, pool, repeat(pool), Target(1.4, macs(d), 4))
     at = judge.judge(torch.ones(4, 4).bool())
     spent = judge.spent
     worse = torch.tensor([[True] * 4, *[[False] * 4] * 3])
