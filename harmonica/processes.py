@@ -45,8 +45,14 @@ def processes(device: str = "cpu") -> Iterator[torch.device]:
     if started_as()[1] == 1:
         yield torch.device(device)
         return
-    mine = _device_of_this_process(device)
-    if mine.type == "cuda":
+    todo = "say 'cuda' (each takes its own GPU) or 'cpu'"
+    require(device in ("cpu", "cuda"), f"device is {device!r} for several processes; {todo}")
+    mine = torch.device(device)
+    if device == "cuda":
+        local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        lacks = f"process {local} of this machine has no GPU, there are {count}"
+        require(local < count, f"{lacks}; start at most {count} here")
+        mine = torch.device("cuda", local)
         torch.cuda.set_device(mine)  # nccl talks from the current one
     # Loading a model imports this module. Its functions have the group as a default argument, so if
     # it is imported while the group lives, the group and its threads live until Python ends. A
@@ -63,17 +69,6 @@ def processes(device: str = "cpu") -> Iterator[torch.device]:
             dist.destroy_process_group()
 
 
-def _device_of_this_process(device: str) -> torch.device:
-    todo = "say 'cuda' (each takes its own GPU) or 'cpu'"
-    require(device in ("cpu", "cuda"), f"device is {device!r} for several processes; {todo}")
-    if device == "cpu":
-        return torch.device("cpu")
-    local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-    lacks = f"process {local} of this machine has no GPU, there are {count}"
-    require(local < count, f"{lacks}; start at most {count} here")
-    return torch.device("cuda", local)
-
-
 def rank() -> int:
     """Return this process's number; 0 when alone."""
     return dist.get_rank() if world() > 1 else 0
@@ -82,6 +77,13 @@ def rank() -> int:
 def world() -> int:
     """Return the number of processes; 1 when alone."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def progress_bar(shown: bool, **how: Any) -> Any:
+    """Return a bar of tqdm, which rank 0 alone shows, and only where stderr is a terminal."""
+    from tqdm.auto import tqdm
+
+    return tqdm(disable=None if shown and rank() == 0 else True, **how)
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:
@@ -134,10 +136,11 @@ def local_part(batch: Any, batch_size: int) -> Any:
     def take(value: Any) -> Any:
         if value is None or isinstance(value, int | float):
             return value  # the same for every sample
-        if isinstance(value, Tensor) and value.shape[:1] == (batch_size,):
-            return value[rank() :: world()].contiguous()
         kind = type(value).__name__
-        kind = f"tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else kind
+        if isinstance(value, Tensor):
+            if value.shape[:1] == (batch_size,):
+                return value[rank() :: world()].contiguous()
+            kind = f"tensor of shape {tuple(value.shape)}"
         rule = "several processes share tensors by their first dimension, the batch"
         raise ValueError(f"found a {kind} in a joint batch of {batch_size}; {rule}")
 

@@ -7,18 +7,19 @@ This file does not know how the router was trained.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
-from itertools import repeat
+from itertools import cycle, repeat
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from harmonica.denoise import Denoiser
-from harmonica.processes import local_part, rank, world
+from harmonica.processes import local_part, progress_bar, world
 from harmonica.router import Router
 from harmonica.search.references import Pool, Toward, factor_of, finer_walk, with_images
-from harmonica.search.refine import WALKS_PER_ROUND, JudgedTable, few_of, refine
+from harmonica.search.refine import WALKS_PER_ROUND, few_of, refine
 from harmonica.search.target import Target, logit
+from harmonica.table import require
 
 NOISES = 128
 """Noises that tables are judged on, unless the budget is larger than the default."""
@@ -27,7 +28,7 @@ ROUNDS = 12
 """Rounds of the search that the default budget is enough for."""
 
 NOISES_SEED = 20_000_003
-"""Seed of the noises."""
+"""Seed of the noises, so that resuming a run does not change them."""
 
 MARGIN = 0.5
 """Distance from τ, in logits, at which a flipped decision is placed."""
@@ -46,10 +47,7 @@ def refine_router(
     progress: bool = False,
 ) -> None:
     """Flip entries of the router's table until it is on target, refine the table, and set the
-    scores so that freezing at τ gives it.
-
-    A score whose decision changed is set just beyond τ, the others stay. The noises are drawn from
-    a seed of their own, so that resuming a run does not change them.
+    scores so that freezing at τ gives it: one whose decision changed just beyond τ.
 
     Args:
         denoiser: model, sampler, guidance.
@@ -65,40 +63,32 @@ def refine_router(
             budget.
         progress: show a bar.
     """
-    if not 0.0 < tau < 1.0:
-        raise ValueError(f"tau is {tau}; a target needs 0 < tau < 1, since nothing is reused at 0")
+    rule = "a target needs 0 < tau < 1, since nothing is reused at 0"
+    require(0.0 < tau < 1.0, f"tau is {tau}; {rule}")
     r = router().detach().cpu()  # (T, N)
-    best, facts = target.fit_budget(r, r > tau), {"refined_for": 0.0}
+    table, facts = target.fit_budget(r, r > tau), dict[str, Any](refined_for=0.0)
     one = ROUNDS * WALKS_PER_ROUND * denoiser.steps  # predictions of a whole search, a noise
-    allowed = NOISES * one if budget is None else float(budget * batch_size)
+    allowed = NOISES * one if budget is None else float(budget * batch_size)  # of all processes
     if allowed > 0:
-        noises = world() * max(NOISES, int(allowed / one)) // world()
-        for judged in _searched(denoiser, best, target, noises, allowed, order, toward, progress):
-            best = judged.table
-            facts = {"refined_for": round(judged.spent / batch_size), "image_error": judged.error}
-    _adopt(router, best, tau)
-    router.about["order"] = order
-    before = router.about.get("provenance", {})
-    router.about["provenance"] = before | facts | {"target_speedup": target.speedup}
-    if toward == "reference":
-        router.about["provenance"] |= {"toward": toward}
+        noises = max(NOISES, int(allowed / one))
+        pool, others = _pools(denoiser, noises, toward)
+        total, budget_here = round(allowed / noises), allowed / world()
+        search = refine(denoiser, [table], pool, others, target, budget=budget_here, gate=order)
+        with progress_bar(progress, total=total, unit="prediction", desc="refine") as bar:
+            for judged in search:
+                table, spent = judged.table, judged.spent * world()
+                bar.set_postfix(error=f"{judged.error:.2e}", refresh=False)
+                bar.update(round(spent / noises) - bar.n)
+                facts = {"refined_for": round(spent / batch_size), "image_error": judged.error}
+    _adopt(router, table, tau)
+    facts |= {"target_speedup": target.speedup}
+    facts |= {"toward": toward} if toward == "reference" else {}
+    provenance = router.about.get("provenance", {}) | facts
+    router.about |= {"order": order, "provenance": provenance}
 
 
-def _searched(
-    denoiser: Denoiser,
-    table: Tensor,
-    target: Target,
-    noises: int,
-    budget: float,
-    order: int,
-    toward: Toward,
-    progress: bool,
-) -> Iterator[JudgedTable]:
-    """Yield the tables of a search on noises of its own, under a bar; `budget` and `spent` are
-    predictions of one noise, of all processes.
-    """
-    from tqdm.auto import tqdm
-
+def _pools(denoiser: Denoiser, noises: int, toward: Toward) -> tuple[Pool, Iterator[Pool]]:
+    """Return this process's part of a pool of so many noises, and of fresh pools of fewer."""
     generator = torch.Generator().manual_seed(NOISES_SEED)
     finer = finer_walk(denoiser, factor_of(toward))
 
@@ -106,21 +96,10 @@ def _searched(
         joint = -(-count // world()) * world()
         return with_images(finer, *local_part(denoiser.draw(joint, generator), joint))
 
-    pool, share = draw(noises), few_of(noises)
+    pool, few = draw(noises), few_of(noises)
     if finer is denoiser:
-        others = (draw(share) for _ in repeat(None))
-    else:  # references are dear: two pools that are used again and again
-        pools = [draw(share), draw(share)]
-        others = (each for _ in repeat(None) for each in pools)
-    quiet = None if progress and rank() == 0 else True
-    spent, scale = 0.0, 1.0 / noises
-    with tqdm(total=round(budget * scale), unit="prediction", desc="refine", disable=quiet) as bar:
-        local = budget / world()
-        for judged in refine(denoiser, [table], pool, others, target, budget=local, gate=order):
-            bar.set_postfix(error=f"{judged.error:.2e}", refresh=False)
-            bar.update(round(judged.spent * world() * scale) - round(spent * scale))
-            spent = judged.spent * world()
-            yield replace(judged, spent=spent)
+        return pool, (draw(few) for _ in repeat(None))
+    return pool, cycle([draw(few), draw(few)])  # references are dear: two pools, again and again
 
 
 @torch.no_grad()

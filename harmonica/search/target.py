@@ -38,7 +38,7 @@ class Target:
     steps: int
 
     def __post_init__(self) -> None:
-        _check_speedup(self.speedup)
+        check_target(self.speedup)
         rows = torch.arange(self.steps)[:, None].expand(-1, len(self.cost.sites)) == 0
         most = self.speed(rows)  # computes at its first step only
         why = f"the first of {self.steps} steps computes, and sites are {self.cost.covered:.1%}"
@@ -65,8 +65,7 @@ class Target:
         Where it is too slow, computing entries with the lowest scores are reused. Then reusing
         entries with the highest scores compute, as long as the target is still met.
         """
-        table, costs = compute.clone(), self.cost.sites.tolist()
-        spent = self.spent(table)
+        table, costs, spent = compute.clone(), self.cost.sites.tolist(), self.spent(compute)
         order = scores.flatten().argsort(stable=True).tolist()
         entries = [divmod(entry, len(costs)) for entry in order]  # (k, i), lowest score first
         for k, i in entries:
@@ -78,31 +77,21 @@ class Target:
         return table
 
 
-def check_target(speedup: float | None, beta: float | None, order: int) -> None:
+def check_target(speedup: float | None, beta: float | None = None, order: int = 0) -> None:
     """Raise ValueError for a target that no model could meet, or that comes with a β, or for an
     order without a target; what needs the model is checked by `Target`.
     """
+    given, most = f"the target speedup is {speedup}", 0 if speedup is None else 9
     if speedup is not None:
-        _check_speedup(speedup)
+        require(1 <= speedup < math.inf, f"{given}; it must be 1 (compute all) or more")
         todo = "training to a target chooses beta by itself, leave it out"
-        require(beta is None, f"beta is {beta} and the target speedup is {speedup}; {todo}")
+        require(beta is None, f"beta is {beta} and {given}; {todo}")
     todo = "expected an order from 0 to 9, and a target for an order above 0"
-    holds = 0 <= order <= (0 if speedup is None else 9)
-    require(holds, f"order is {order} and the target speedup {speedup}; {todo}")
-
-
-def _check_speedup(speedup: float) -> None:
-    given = f"the target speedup is {speedup}"
-    require(1 <= speedup < math.inf, f"{given}; it must be 1 (compute all) or more")
+    require(0 <= order <= most, f"order is {order} and the target speedup {speedup}; {todo}")
 
 
 def target_of(
-    denoiser: Denoiser,
-    speedup: float | None,
-    cur: float | None,
-    cost: Macs | None,
-    beta: float | None,
-    order: int,
+    denoiser: Denoiser, speedup: float | None, cur: float | None, cost: Macs | None
 ) -> Target | None:
     """Return what `train_sdt` is to reach, None without a target; ValueError on contradictions.
 
@@ -113,7 +102,6 @@ def target_of(
         todo = "expected a target CUR from 0 to below 1 and neither of the others"
         require(speedup is None and cost is None and 0.0 <= cur < 1.0, f"{given}; {todo}")
         speedup, cost = 1 / (1 - cur), Macs(torch.ones(len(denoiser.sites)).double(), 0.0)
-    check_target(speedup, beta, order)
     if speedup is None:
         require(cost is None, "cost is given without a target; give target_speedup as well")
         return None

@@ -16,7 +16,7 @@ from typing import Any
 from harmonica.memory import is_out_of_memory
 from harmonica.processes import from_rank_0, rank
 from harmonica.router import Router
-from harmonica.storage.files import StrPath, changes, refused
+from harmonica.storage.files import StrPath, changes, decoding
 from harmonica.storage.formats import build, read_router, write_router
 from harmonica.table import require
 from harmonica.training.state import Captured, TrainingState
@@ -51,13 +51,16 @@ class Checkpoint:
         if state.updates - self.written >= self.every:
             self.write()
 
-    def write(self, *, router: Router | None = None) -> None:
-        """Write the state noted last, and the router, which may be further."""
-        self.written = self.captured[1]["updates"]
+    def write(self, *, further: bool = True) -> None:
+        """Write the state noted last, and the router: as it is now, perhaps further, or as noted."""
+        (tensors, counts), about, logits = self.captured, self.router.about, self.router.logits
+        self.written = counts["updates"]
+        if not further:
+            logits, counted = tensors["state.logits"].clone(), {"iterations": self.written}
+            about = {**about, "provenance": {**about["provenance"], **counted}}
         if self.path is not None and rank() == 0:
-            tensors, counts = self.captured
-            table, facts = router or self.router, {**counts, **self.facts}
-            write_router(self.path, table.logits, table.sites, table.about, tensors, facts)
+            facts = {**counts, **self.facts}
+            write_router(self.path, logits, self.router.sites, about, tensors, facts)
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -67,13 +70,12 @@ class Checkpoint:
     ) -> None:
         if not isinstance(error, KeyboardInterrupt) and not is_out_of_memory(error):
             return
-        tensors, counts = self.captured
-        router, logits, about = self.router, tensors["state.logits"], dict(self.router.about)
-        about["provenance"] = {**about["provenance"], "iterations": counts["updates"]}
-        self.write(router=Router(router.steps, router.sites, logits=logits, about=about))
-        kept = f"{self.path} continues it with resume=True" if self.path else "nothing was saved"
+        self.write(further=False)
         if isinstance(error, KeyboardInterrupt):
-            raise KeyboardInterrupt(f"stopped after {counts['updates']} updates; {kept}") from None
+            kept = (
+                f"{self.path} continues it with resume=True" if self.path else "nothing was saved"
+            )
+            raise KeyboardInterrupt(f"stopped after {self.written} updates; {kept}") from None
 
     def _first(self, state: TrainingState, iterations: int, resume: bool) -> Captured:
         if resume:
@@ -98,12 +100,9 @@ class Checkpoint:
         other = changes({key: then.get(key) for key in now}, now)  # a search adds its order
         what = f"{path} was trained with other settings ({other:.400})"
         require(not other, f"{what}; resume with the same")
-        try:
+        with decoding(path, "is a damaged checkpoint"):
             done = int(router.about.get("provenance", {}).get("iterations", 0))
             state.restore(tensors, facts)
-        except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise refused(path, "is a damaged checkpoint", reason) from None
         enough = f"{path} has {done} updates already and {iterations} were asked for; ask for more"
         require(done <= iterations, enough)
 

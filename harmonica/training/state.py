@@ -16,12 +16,9 @@ from harmonica.processes import batch_per_rank
 from harmonica.router import Router
 from harmonica.sdt import Update
 from harmonica.search.target import Target
-from harmonica.storage.files import refused
+from harmonica.storage.files import decoding
 from harmonica.table import require
 from harmonica.training.beta import BetaController
-
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-"""What AdamW keeps of a row."""
 
 Captured = tuple[dict[str, Tensor], dict[str, Any]]
 """A state as tensors and numbers by name."""
@@ -89,10 +86,10 @@ class TrainingState:
         logits = _tensor(tensors, "state.logits", self.router.logits)
         for k, row in enumerate(self.router.rows):
             row.copy_(logits[k])
-            names = {name: f"state.optimizer.{k}.{name}" for name in MOMENTS}
-            if any(name in tensors for name in names.values()):
+            start = f"state.optimizer.{k}."
+            if any(name.startswith(start) for name in tensors):
                 likes = {"step": torch.zeros(()), "exp_avg": row, "exp_avg_sq": row}  # step: CPU
-                moments = {key: _tensor(tensors, names[key], like) for key, like in likes.items()}
+                moments = {key: _tensor(tensors, start + key, like) for key, like in likes.items()}
                 self.optimizer.state[row] = moments
         self.lam.copy_(_tensor(tensors, "state.lam", self.lam))
         if self.controller is not None:
@@ -118,23 +115,19 @@ def start(
     if not isinstance(denoiser, Denoiser):
         name = type(denoiser).__name__
         raise TypeError(f"{name} lacks a member of harmonica.Denoiser; see its docstring")
-    batch, trained = settings.batch_size, denoiser.steps >= 2
-    require(trained, "the denoiser has 1 step, which always computes; nothing can be trained")
+    batch, target, T = settings.batch_size, settings.target, denoiser.steps
+    require(T >= 2, "the denoiser has 1 step, which always computes; nothing can be trained")
     require(batch >= 1, f"found batch_size {batch}; it must be 1 or more")
     batch_per_rank(batch)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     provenance = {"method": "HarmoniCa", "iterations": 0, **settings.facts()}
-    about = {**denoiser.about, "provenance": provenance}
-    router = Router(denoiser.steps, denoiser.sites, generator=generator, about=about)
-    try:
-        router.schedule()  # before hours of work, not after
-    except (TypeError, ValueError) as error:
-        raise refused("denoiser.about", "does not describe a schedule", error) from None
+    with decoding("denoiser.about", "does not describe a schedule"):  # before hours, not after
+        about = {**denoiser.about, "provenance": provenance}
+        router = Router(T, denoiser.sites, generator=generator, about=about)
     device = denoiser.draw(1, torch.Generator())[0].device
     optimizer = AdamW(router.to(device).parameters(), lr=settings.lr, weight_decay=0.0)
-    target = settings.target
     controller = None if target is None else BetaController(target, settings.tau, device)
-    return TrainingState(router, optimizer, torch.ones(denoiser.steps), controller, generator)
+    return TrainingState(router, optimizer, torch.ones(T), controller, generator)
 
 
 def fingerprint(denoiser: Denoiser) -> str:

@@ -14,12 +14,12 @@ from harmonica.cost import Macs, macs
 from harmonica.denoise import Denoiser
 from harmonica.iepo import Proxy
 from harmonica.memory import is_out_of_memory
-from harmonica.processes import local_part, mean_over_ranks, rank, world
+from harmonica.processes import local_part, mean_over_ranks, progress_bar, world
 from harmonica.router import Router
 from harmonica.sdt import BETA, sdt
 from harmonica.search.references import Toward, factor_of, finer_walk
 from harmonica.search.refine_router import refine_router
-from harmonica.search.target import Target, target_of
+from harmonica.search.target import check_target, target_of
 from harmonica.storage.files import StrPath
 from harmonica.table import require
 from harmonica.training.checkpoint import Checkpoint
@@ -64,7 +64,12 @@ def train_sdt(  # noqa: D417 (some arguments are described together)
 
     Raises TypeError or ValueError if an argument does not fit, OSError if `checkpoint` does not.
     """
-    target = _target(denoiser, target_speedup, target_cur, cost, beta, order, toward)
+    target = target_of(denoiser, target_speedup, target_cur, cost)
+    speedup = None if target is None else target.speedup
+    check_target(speedup, None if beta == BETA else beta, order)
+    finer_walk(denoiser, factor_of(toward))  # raises now what the search would raise after training
+    needed = target is not None or toward != "reference"
+    require(needed, "toward='reference' is for the search; give target_speedup as well")
     settings = Settings(batch_size, tau, beta, lr, refresh_every, proxy, target)
     state = start(denoiser, settings, generator)
     facts = {"settings": settings.facts(), "weights": fingerprint(denoiser)}
@@ -72,27 +77,11 @@ def train_sdt(  # noqa: D417 (some arguments are described together)
         saved.begin(state, iterations, resume=resume)
         _train(denoiser, settings, state, saved, iterations, progress)
         if target is not None:
-            search = partial(refine_router, denoiser, state.router, target, tau=tau, order=order)
-            _refine(partial(search, toward=toward), batch_size, refine, progress)
+            how: dict[str, Any] = {"tau": tau, "batch_size": batch_size, "order": order}
+            how |= {"toward": toward, "progress": progress}
+            _refine(partial(refine_router, denoiser, state.router, target, **how), refine)
             saved.write()
     return state.router
-
-
-def _target(
-    denoiser: Denoiser,
-    speedup: float | None,
-    cur: float | None,
-    cost: Macs | None,
-    beta: float,
-    order: int,
-    toward: Toward,
-) -> Target | None:
-    """Return the target; raise before training what the search would raise after it."""
-    target = target_of(denoiser, speedup, cur, cost, None if beta == BETA else beta, order)
-    finer_walk(denoiser, factor_of(toward))
-    needed = target is not None or toward != "reference"
-    require(needed, "toward='reference' is for the search; give target_speedup as well")
-    return target
 
 
 def _train(
@@ -105,14 +94,16 @@ def _train(
 ) -> None:
     """Draw, update, steer, show, save, a trajectory at a time."""
     control, router, batch, tau = state.controller, state.router, settings.batch_size, settings.tau
-    how: dict[str, Any] = {"tau": tau, "beta": settings.beta if control is None else control.beta}
-    how |= {"refresh_every": settings.refresh_every, "proxy": settings.proxy}
-    how |= {"optimizer": state.optimizer, "lam": state.lam, "mean": mean_over_ranks}
-    bar = _bar(progress, total=iterations, initial=state.updates, unit="update")
+    beta = settings.beta if control is None else control.beta
+    how: dict[str, Any] = {"tau": tau, "beta": beta, "refresh_every": settings.refresh_every}
+    how |= {"proxy": settings.proxy, "optimizer": state.optimizer, "lam": state.lam}
+    bar = progress_bar(progress, total=iterations, initial=state.updates, unit="update")
     cost = None if bar.disable else macs(denoiser)
     while state.updates < iterations:
-        noise = local_part(denoiser.draw(batch, state.generator), batch)
-        updates = sdt(denoiser, router, [noise], trajectory=state.trajectory, **how)
+        noise = [local_part(denoiser.draw(batch, state.generator), batch)]
+        updates = sdt(
+            denoiser, router, noise, trajectory=state.trajectory, mean=mean_over_ranks, **how
+        )
         for update in islice(updates, iterations - state.updates):
             state.count(update)
             if control is not None:
@@ -126,12 +117,10 @@ def _train(
     saved.write()
 
 
-def _refine(
-    search: Callable[..., None], batch_size: int, budget: int | None, progress: bool
-) -> None:
+def _refine(search: Callable[..., None], budget: int | None) -> None:
     """Put the router on target and refine it; without enough memory for that, only put it there."""
     try:
-        search(batch_size=batch_size, budget=budget, progress=progress)
+        search(budget=budget)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error) or world() > 1:
             raise
@@ -139,10 +128,3 @@ def _refine(
         what = "the search ran out of memory; the router is on its target without it, and so is its"
         todo = "To search, resume it on a device with more free memory"
         warnings.warn(f"{what} file. {todo}", stacklevel=3)
-
-
-def _bar(shown: bool, **how: Any) -> Any:
-    """Return a progress bar, of rank 0 and where stderr is a terminal."""
-    from tqdm.auto import tqdm
-
-    return tqdm(disable=None if shown and rank() == 0 else True, **how)

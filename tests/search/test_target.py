@@ -73,7 +73,7 @@ def test_requests_that_contradict_are_refused(asked):
 
 def test_without_a_target_beta_stays_as_it_is_given():
     d = make(dtype=torch.float32)
-    assert target_of(d, None, None, None, 1e-4, 0) is None
+    assert target_of(d, None, None, None) is None
     assert router_of(d, 3, beta=0.0).about["provenance"]["beta"] == 0.0
 
 
