@@ -29,10 +29,8 @@ import torch
 from torch import Tensor, nn
 
 from harmonica.cache import Compute, Feature, Gate, called_by, gated
+from harmonica.calls import of_call
 from harmonica.override import Answer, is_overridden, overridden
-
-Streams = tuple[Tensor, ...]
-"""What a U-ViT runs side by side."""
 
 Ask = Callable[[str, Compute], Feature]
 """(name of a block's site, branch) -> feature; a module that is no site computes."""
@@ -66,13 +64,12 @@ def dit_block(block: Any, ask: Ask, math: Arithmetic, h: Tensor, c: Tensor) -> T
     return math.add(h, gate2, out)
 
 
-def uvit_block(block: Any, ask: Ask, math: Arithmetic, h: Streams, skip: Streams = ()) -> Streams:
+def uvit_block(block: Any, ask: Ask, _: Arithmetic, h: Tensor, skip: Tensor | None = None) -> Any:
     """Do what `uvit.Block.forward` does."""
-    if block.skip_linear is not None:
-        pairs = zip(h, skip, strict=True)
-        h = tuple(block.skip_linear(torch.cat(pair, dim=-1)) for pair in pairs)
-    h = tuple(map(torch.add, h, ask("attn", lambda: block.attn(tuple(map(block.norm1, h))))))
-    return tuple(map(torch.add, h, ask("mlp", lambda: block.mlp(tuple(map(block.norm2, h))))))
+    if block.skip_linear is not None and skip is not None:
+        h = block.skip_linear(torch.cat([h, skip], dim=-1))
+    h = h + ask("attn", lambda: block.attn(block.norm1(h)))
+    return h + ask("mlp", lambda: block.mlp(block.norm2(h)))
 
 
 def ada_zero_block(
@@ -209,7 +206,7 @@ def gated_blocks(
 
 
 def _renamed(gate: Gate, columns: Sequence[int]) -> Gate:
-    return lambda site, compute: gate(columns[site], compute)
+    return lambda site, compute: gate(of_call(columns[site]), compute)
 
 
 def _answer(
@@ -221,7 +218,7 @@ def _answer(
 
     def ask(name: str, compute: Compute) -> Feature:
         site = columns.get(name)
-        return compute() if site is None else gate(site, compute)
+        return compute() if site is None else gate(of_call(site), compute)
 
     def answer(forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         named = _arguments(block, form, args, kwargs)

@@ -10,13 +10,7 @@ in pairs by long skips, the first with the last, as in a U-Net:
 `attn` and `mlp` of each block are the cacheable sites. Nothing scales their output afterwards: it
 is added as it is. `skip_linear` always computes, 7 % of U-ViT-H/2.
 
-The original guides with two calls of the model, one for each label, and a cache for each call. Here
-both calls run side by side, block by block, as *streams*. A site is asked once and answers for all
-streams, so its feature is a tuple and one cache holds what two would; each stream is computed as in
-a call of its own, bit for bit.
-
     B batch   C latent channels   H, W latent size   P patch size   N patches   D hidden size
-    S streams, one for each label that the model is asked about: 2 with guidance, 1 without
 
 A checkpoint of the original (`imagenet256_uvit_huge.pth`) loads strictly. This file does not know
 caches.
@@ -24,13 +18,13 @@ caches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import torch
 from torch import Tensor, nn
 
+from harmonica.calls import in_call
 from harmonica.models import layers
 from harmonica.models.guided import Guided, check_inputs
+from harmonica.models.layers import Attention, Mlp
 from harmonica.run_again import run_again
 from harmonica.samplers import Sampler
 
@@ -38,42 +32,8 @@ UVIT_H = {"input_size": 32, "patch_size": 2, "in_channels": 4, "hidden_size": 11
 UVIT_H |= {"num_heads": 16, "num_classes": 1000}
 """Arguments of `UViT` for U-ViT-H/2 on ImageNet 256×256: 58 sites, 501 million parameters."""
 
-Streams = tuple[Tensor, ...]
-"""S tensors of one shape that go through the model side by side and never meet."""
-
 EXTRAS = 2
 """Tokens before the patches: the label's, then the timestep's."""
-
-
-def each(function: Callable[..., Tensor], *streams: Streams) -> Streams:
-    """Apply `function` to every stream by itself, with the matching parts of further ones, if any.
-
-    >>> each(torch.sub, (torch.tensor(5), torch.tensor(7)), (torch.tensor(1), torch.tensor(2)))
-    (tensor(4), tensor(5))
-    """
-    return tuple(function(*parts) for parts in zip(*streams, strict=True))
-
-
-class Attention(layers.Attention):
-    """Multi-head self-attention within each stream: S × (B, L, D) -> S × (B, L, D)."""
-
-    def __init__(self, dim: int, num_heads: int) -> None:
-        super().__init__(dim, num_heads, bias=False)
-
-    def forward(self, h: Streams) -> Streams:  # type: ignore[override]
-        """Attend over the L tokens."""
-        return each(super().forward, h)
-
-
-class Mlp(layers.Mlp):
-    """Feed-forward network with exact GELU: S × (B, L, D) -> S × (B, L, D)."""
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__(dim, hidden, approximate="none")
-
-    def forward(self, h: Streams) -> Streams:  # type: ignore[override]
-        """Transform each token by itself."""
-        return each(super().forward, h)
 
 
 class Block(nn.Module):
@@ -82,17 +42,17 @@ class Block(nn.Module):
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, *, skip: bool = False) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
-        self.attn = Attention(dim, num_heads)
+        self.attn = Attention(dim, num_heads, bias=False)
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), approximate="none")
         self.skip_linear = nn.Linear(2 * dim, dim) if skip else None
 
-    def forward(self, h: Streams, skip: Streams = ()) -> Streams:
-        """Update tokens h, S × (B, L, D), with those of the long skip, if the block has one."""
-        if self.skip_linear is not None:
-            h = each(self.skip_linear, each(lambda *pair: torch.cat(pair, dim=-1), h, skip))
-        h = each(torch.add, h, self.attn(each(self.norm1, h)))
-        return each(torch.add, h, self.mlp(each(self.norm2, h)))
+    def forward(self, h: Tensor, skip: Tensor | None = None) -> Tensor:
+        """Update tokens h (B, 2 + N, D) with those of the long skip, if the block has one."""
+        if self.skip_linear is not None and skip is not None:
+            h = self.skip_linear(torch.cat([h, skip], dim=-1))
+        h = h + self.attn(self.norm1(h))
+        return h + self.mlp(self.norm2(h))  # type: ignore[no-any-return]
 
 
 class UViT(nn.Module):
@@ -104,11 +64,6 @@ class UViT(nn.Module):
 
     Raises ValueError if a size does not divide another.
 
-    >>> model = UViT(input_size=4, in_channels=1, hidden_size=8, depth=2, num_heads=2,
-    ...     num_classes=3)
-    >>> x, t, y = torch.zeros(5, 1, 4, 4), torch.ones(5), torch.zeros(5, dtype=torch.long)
-    >>> [noise.shape for noise in model(x, t, (y, y + 3))]
-    [torch.Size([5, 1, 4, 4]), torch.Size([5, 1, 4, 4])]
     """
 
     def __init__(
@@ -148,15 +103,14 @@ class UViT(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def forward(self, x: Tensor, t: Tensor, labels: Sequence[Tensor]) -> Streams:
-        """Predict the noise in x (B, C, H, W) at times t (B,), above 0 up to 1000, once for each of
-        S labels (B,): S × (B, C, H, W).
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Predict the noise (B, C, H, W) in x (B, C, H, W) at times t (B,), above 0 up to 1000, for
+        labels y (B,).
         """
         patches = self.patch_embed(x)  # (B, N, D)
         time = layers.sinusoids(t, patches.shape[2]).to(patches.dtype)[:, None]  # (B, 1, D)
-        named = (self.label_emb(y)[:, None] for y in labels)  # S × (B, 1, D)
-        h: Streams = tuple(torch.cat([y, time, patches], dim=1) + self.pos_embed for y in named)
-        skips: list[Streams] = []
+        h = torch.cat([self.label_emb(y)[:, None], time, patches], dim=1) + self.pos_embed
+        skips: list[Tensor] = []
         run = run_again if self.activation_checkpointing else lambda block, *inputs: block(*inputs)
         for block in self.in_blocks:
             h = run(block, h)
@@ -164,16 +118,13 @@ class UViT(nn.Module):
         h = run(self.mid_block, h)
         for block in self.out_blocks:
             h = run(block, h, skips.pop())
-        return each(self._decode, h)
-
-    def _decode(self, h: Tensor) -> Tensor:
-        """Project each patch token to its patch, (B, 2 + N, D) -> (B, C, H, W)."""
         flat = self.decoder_pred(self.norm(h))[:, EXTRAS:]  # (B, N, P·P·C)
         return layers.unpatchify(flat, self.patch_size, self.in_channels)
 
 
 class UViTDenoiser(Guided):
-    """A frozen U-ViT. Guidance asks for two streams and mixes all channels.
+    """A frozen U-ViT. Guidance calls it for the labels and for the null class, as the original
+    does, and mixes all channels; a site has a feature for each call (`harmonica.calls`).
 
     The original writes it as ε_cond + s·(ε_cond − ε_null), so g = 1 + s; its s is 0.4. The model
     counts the sampler's timesteps 0 … 999 from 1.
@@ -182,15 +133,18 @@ class UViTDenoiser(Guided):
     def __init__(
         self, model: UViT, sampler: Sampler, *, guidance: float = 1.4, name: str = "uvit-h"
     ) -> None:
-        kinds = (Attention, Mlp)
-        sites = {name: part for name, part in model.named_modules() if isinstance(part, kinds)}
+        modules, kinds = model.named_modules(), (Attention, Mlp)
+        sites = {path: module for path, module in modules if isinstance(module, kinds)}
         shape = (model.in_channels, model.input_size, model.input_size)
         super().__init__(model, sampler, guidance, name, sites, shape, model.num_classes)
 
     def predict(self, x: Tensor, k: int, cond: Tensor) -> Tensor:
         """Return the guided noise (B, C, H, W) at step k for class labels (B,)."""
         check_inputs(x, cond, self.shape)
-        labels = (cond, torch.full_like(cond, self.conditions))[: 1 if self.guidance == 1.0 else 2]
-        streams = self.model(x.to(self.model.pos_embed.dtype), self.clock(x, k, first=1.0), labels)
-        outs = [noise.to(x.dtype) for noise in streams]  # (B, C, H, W) each
-        return outs[0] if len(outs) == 1 else self.mix(*outs)
+        t, narrow, outs = self.clock(x, k, first=1.0), x.to(self.model.pos_embed.dtype), []
+        for call, y in enumerate((cond, torch.full_like(cond, self.conditions))):
+            with in_call(call):
+                outs.append(self.model(narrow, t, y).to(x.dtype))  # (B, C, H, W)
+            if self.guidance == 1.0:
+                return outs[0]  # type: ignore[no-any-return]
+        return self.mix(*outs)

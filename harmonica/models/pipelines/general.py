@@ -245,21 +245,12 @@ def samples_of(cond: Tensor) -> list[Sample]:
 
 def _ran(module: nn.Module, call: int, args: Any, kwargs: Any, modes: Sequence[Any]) -> Any:
     """Run the transformer under the dispatch modes that were on when the prediction was asked for,
-    such as a count on fake tensors. Blocks that backward runs again know their call.
+    such as a count on fake tensors; `run_again` checkpoints the blocks that shall be.
     """
-
-    def again(run: Method, args: Any, kwargs: Any) -> Any:
-        block, *inputs = args
-
-        def forward(*inputs: Any) -> Any:
-            with in_call(call):
-                return block(*inputs)
-
-        return run_again(forward, *inputs)
-
     name, parts = "_gradient_checkpointing_func", module.modules()
     blocks = [part for part in parts if getattr(part, "gradient_checkpointing", False)]
-    told = ((block, name, again) for block in blocks if callable(getattr(block, name, None)))
+    able = (block for block in blocks if callable(getattr(block, name, None)))
+    told = ((block, name, lambda _, args, kwargs: run_again(*args)) for block in able)
     with ExitStack() as stack:
         for mode in modes:
             stack.enter_context(mode)
