@@ -39,7 +39,7 @@ from harmonica.override import Method, overridden
 from harmonica.router import Schedule
 from harmonica.table import require
 
-PIPELINES = ("DiTPipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline")
+PIPELINES = "DiTPipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline"
 """What `cached(…, exact=False)` knows."""
 
 log = logging.getLogger(__name__)
@@ -48,12 +48,8 @@ log = logging.getLogger(__name__)
 class Session:
     """The tables of one open `cached`, and the counts of its walks; `report()` and `str()` tell.
 
-    Takes what `cached` takes; the pipeline is not kept alive.
-
-    Attributes:
-        sites: names of the sites.
-        schedules: in the names of these sites.
-        walks: begun so far.
+    Takes what `cached` takes; the pipeline is not kept alive. `sites` are the names of the sites,
+    which the `schedules` are brought into.
     """
 
     def __init__(
@@ -89,10 +85,8 @@ class Session:
         check_pipeline(pipe)
         models, choose = transformers_of(pipe), partial(self._choose, pipe.scheduler)
         tracker = Tracker(choose, exact=self._exact, offload=self._offload)
-        both = nn.ModuleList()
-        both._modules.update(models)  # not added one by one, which would look like a change
         taps = ((m, called_by(m), partial(self._tap, tracker, name)) for name, m in models.items())
-        blocks = gated_blocks(both, self._modules(pipe), tracker.ask, exact=self._exact)
+        blocks = gated_blocks(_both(pipe), self._modules(pipe), tracker.ask, exact=self._exact)
         ahead = (precomputed(model, tracker.memo) for model in models.values())
         with ExitStack() as stack:
             stack.callback(self._close, tracker)
@@ -116,15 +110,11 @@ class Session:
     def _modules(self, pipe: Any) -> list[nn.Module]:
         if self._given is not None:
             return list(self._given.values())
-        models, modules = transformers_of(pipe), []
-        for name, path in map(_place, self.sites):
-            try:
-                modules.append(models[name].get_submodule(path))
-            except (AttributeError, KeyError):
-                gone = f"pipe.{name} has no {path} any more, which is a site of this table"
-                todo = "after changing the model's parts, open cached(pipe, schedule) again"
-                raise ValueError(f"{gone}; {todo}") from None
-        return modules
+        try:
+            return [_both(pipe).get_submodule(_path(site)) for site in self.sites]
+        except AttributeError as error:
+            todo = "after changing the model's parts, open cached(pipe, schedule) again"
+            raise ValueError(f"a site of this table is gone ({error}); {todo}") from None
 
     def _choose(self, scheduler: Any, times: tuple[float, ...]) -> tuple[Rows, int] | None:
         """Return the table for these timesteps, and the row of the first of them."""
@@ -145,10 +135,9 @@ class Session:
             except ValueError as error:
                 message = str(error)
         if getattr(scheduler.config, "use_dynamic_shifting", False):
-            message += (
-                f". {type(scheduler).__name__} shifts its timesteps with the resolution "
-                "(use_dynamic_shifting): a table belongs to the resolution it was made at"
-            )
+            shifts = "shifts its timesteps with the resolution (use_dynamic_shifting)"
+            message += f". {type(scheduler).__name__} {shifts}: a table belongs to the resolution "
+            message += "it was made at"
         raise ValueError(message)
 
     def _close(self, tracker: Tracker) -> None:
@@ -185,11 +174,9 @@ class Session:
         return {**report, "asked": asked, "skipped": skipped, **shares}
 
     def __str__(self) -> str:
-        told, head = (
-            self.report(),
-            f"{self._kind}, {{}} steps × {len(self.sites)} sites, CUR {{:.1%}}",
-        )
-        lines = [head.format(each.steps, each.cur) for each in self.schedules]
+        told, of_all = self.report(), f"{len(self.sites)} sites, CUR"
+        sizes = ((f"{self._kind}, {each.steps} steps ×", each.cur) for each in self.schedules)
+        lines = [f"{size} {of_all} {cur:.1%}" for size, cur in sizes]
         lines += [f"{told['reused_share']:.1%} of the sites reused so far, walks: {told['walks']}"]
         lines += [f"computed beyond the table: {n} ({why})" for why, n in told["beyond"].items()]
         if (speedup := self.speedup()) is not None:
@@ -203,7 +190,8 @@ class Session:
         """
         counts, full, saved = self._counts(), 0.0, 0.0
         for name, calls in counts.calls.items():
-            mine = [i for i, site in enumerate(self.sites) if _place(site)[0] == name]
+            paths = enumerate(map(_path, self.sites))
+            mine = [i for i, path in paths if path.startswith(f"{name}.")]
             if (cost := self._cost(name, mine)) is None:
                 return None
             full += calls * cost.total
@@ -215,13 +203,13 @@ class Session:
         """Count one call like the first one, with zeros for its tensors; None if torch cannot."""
         pipe = self.pipe()
         if name not in self._costs and pipe is not None:
+            self._costs[name] = None
             try:
                 modules = self._modules(pipe)
                 mine = {self.sites[i]: modules[i] for i in columns}
                 self._costs[name] = cost_of_call(getattr(pipe, name), mine, self._inputs[name])
             except Exception as error:  # a summary must not fail where the pipeline ran
                 self._say_once(f"the operations of {name} cannot be counted: {error}")
-                self._costs[name] = None
         return self._costs.get(name)
 
 
@@ -242,10 +230,16 @@ def _sites_of(pipe: Any) -> list[str]:
     return [*sites(own[1]), *(f"{name}.{site}" for name, model in others for site in sites(model))]
 
 
-def _place(site: str) -> tuple[str, str]:
-    """Return the name of a site's transformer, and where it is in there."""
-    name, _, path = site.partition(".")
-    return (name, path) if name in TRANSFORMERS[1:] else (TRANSFORMERS[0], site)
+def _path(site: str) -> str:
+    """Return where a site is in the pipeline."""
+    return site if site.split(".")[0] in TRANSFORMERS[1:] else f"{TRANSFORMERS[0]}.{site}"
+
+
+def _both(pipe: Any) -> nn.Module:
+    """Return a module that holds all transformers of a pipeline."""
+    both = nn.Module()
+    both._modules.update(transformers_of(pipe))  # not added one by one: that looks like a change
+    return both
 
 
 def _span(times: Sequence[float]) -> str:
