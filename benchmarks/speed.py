@@ -32,7 +32,7 @@ import contextlib
 import gc
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -157,6 +157,16 @@ def of_denoiser(case: Case, device: str, dtype: torch.dtype) -> Bench:
     )
 
 
+def peak(plan: Plan, sizes: Sequence[float]) -> float:
+    """Return the most that is alive in a walk's cache at once, for features of these sizes."""
+    alive, most = [0] * len(sizes), 0.0  # features of each site
+    for row in plan.rows:
+        for site, entry in enumerate(row):
+            alive[site] = len(entry.keep)
+            most = max(most, sum(n * size for n, size in zip(alive, sizes, strict=True)))
+    return most
+
+
 def cache_facts(
     sites: Any, schedule: Schedule, run: Callable[[], Any], model: nn.Module
 ) -> dict[str, Any]:
@@ -166,18 +176,18 @@ def cache_facts(
     def gate(site: int, compute: Callable[[], Any]) -> Any:
         feature = compute()
         tensors = feature if isinstance(feature, tuple) else (feature,)
-        sizes[site] = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        sizes[site] += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         return feature
 
     with torch.no_grad(), gated(sites, gate):
         run()
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    peak = Plan.of(schedule).peak(sizes)
+    most = peak(Plan.of(schedule), sizes)
     return {
         "model_mib": round(weights / 2**20, 1),
         "features_mib": round(sum(sizes) / 2**20, 1),
-        "features_alive_mib": round(peak / 2**20, 1),
-        "cache_share_of_model": round(peak / weights, 4),
+        "features_alive_mib": round(most / 2**20, 1),
+        "cache_share_of_model": round(most / weights, 4),
     }
 
 

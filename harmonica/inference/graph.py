@@ -48,36 +48,34 @@ class Captured(NamedTuple):
         return self.output.clone()
 
 
-class CudaCapture:
-    """Captures CUDA graphs, which share one pool of memory: no two of them run at once."""
+Pools = dict[torch.device, Any]
+"""Memory that the graphs of one walk share, since no two of them run at once."""
 
-    def __init__(self) -> None:
-        self._pools: dict[torch.device, Any] = {}
 
-    def __call__(
-        self, run: Callable[[], Tensor], device: torch.device
-    ) -> tuple[Callable[[], None], Tensor]:
-        """Capture `run` on a device, after runs on a side stream in which libraries start.
+def cuda_graph(
+    pools: Pools, run: Callable[[], Tensor], device: torch.device
+) -> tuple[Callable[[], None], Tensor]:
+    """Capture `run` on a device, after runs on a side stream in which libraries start.
 
-        A run that waits for the device raises RuntimeError before anything is captured.
-        """
-        with torch.cuda.device(device):
-            current = torch.cuda.current_stream()
-            side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            side.wait_stream(current)
-            try:
-                torch.cuda.set_stream(side)
+    A run that waits for the device raises RuntimeError before anything is captured.
+    """
+    with torch.cuda.device(device):
+        current = torch.cuda.current_stream()
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(current)
+        try:
+            torch.cuda.set_stream(side)
+            run()
+            with _waiting_raises():
                 run()
-                with _waiting_raises():
-                    run()
-                pool = self._pools.setdefault(device, torch.cuda.graph_pool_handle())
-                graph, mode = torch.cuda.CUDAGraph(), "thread_local"
-                with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode=mode):
-                    output = run()
-            finally:
-                torch.cuda.set_stream(current)  # a capture that fails would leave its own
-            current.wait_stream(side)
-            return graph.replay, output
+            pool = pools.setdefault(device, torch.cuda.graph_pool_handle())
+            graph, mode = torch.cuda.CUDAGraph(), "thread_local"
+            with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode=mode):
+                output = run()
+        finally:
+            torch.cuda.set_stream(current)  # a capture that fails would leave its own
+        current.wait_stream(side)
+        return graph.replay, output
 
 
 @contextmanager
@@ -102,37 +100,32 @@ class GraphWalk:
     Args:
         walk: what is captured.
         most: graphs kept, at least 1; the one that was not used for longest makes room.
-        capture: how to capture; `CudaCapture()` if None.
+        capture: how to capture; as a CUDA graph if None.
     """
 
     def __init__(self, walk: Walk, *, most: int = 4, capture: Capture | None = None) -> None:
         require(most >= 1, f"most is {most}; it must be 1 graph or more")
         self.walk, self.most = walk, most
         self.reason: str | None = None
-        self._capture = capture or CudaCapture()
-        self._graphs: OrderedDict[Any, Captured] = OrderedDict()
+        self._for_cuda, self._capture = capture is None, capture or partial(cuda_graph, Pools())
+        self.graphs: OrderedDict[Any, Captured] = OrderedDict()
         self._refused: dict[Any, str] = {}
-
-    @property
-    def graphs(self) -> int:
-        """How many graphs are kept."""
-        return len(self._graphs)
 
     def __call__(self, x: Tensor, cond: Any) -> Tensor:
         """Return the images that noise x becomes, both (B, C, H, W), under conditions for it."""
         leaves, shape = tree_flatten((x, cond))
         key = key_of(x, cond)
         self.reason = self.why_not(x) or self._refused.get(key)
-        if self.reason is None and key not in self._graphs:
+        if self.reason is None and key not in self.graphs:
             self.reason = self._add(key, leaves, shape)
         if self.reason is not None:
             return self.walk(x, cond)
-        self._graphs.move_to_end(key)
-        return self._graphs[key].run([leaf for leaf in leaves if isinstance(leaf, Tensor)])
+        self.graphs.move_to_end(key)
+        return self.graphs[key].run([leaf for leaf in leaves if isinstance(leaf, Tensor)])
 
     def why_not(self, x: Tensor) -> str | None:
-        """Return why a batch like x cannot run as a graph, or None."""
-        if isinstance(self._capture, CudaCapture) and not x.is_cuda:
+        """Return why no batch like x runs as a graph, or None."""
+        if self._for_cuda and not x.is_cuda:
             return f"x is on {x.device}; graphs are for CUDA devices"
         if self.walk.draws_noise:
             return "the sampler draws noise at every step; a graph would repeat its first batch's"
@@ -152,9 +145,9 @@ class GraphWalk:
             if not isinstance(cause, torch.OutOfMemoryError):  # there may be more room next time
                 self._refused[key] = reason
             return reason
-        self._graphs[key] = Captured(tensors, replay, output)
-        if len(self._graphs) > self.most:
-            self._graphs.popitem(last=False)
+        self.graphs[key] = Captured(tensors, replay, output)
+        if len(self.graphs) > self.most:
+            self.graphs.popitem(last=False)
         return None
 
 

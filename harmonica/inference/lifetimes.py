@@ -89,22 +89,6 @@ class Plan:
 
         return gate
 
-    def peak(self, sizes: Sequence[float] | None = None) -> float:
-        """Return the most that is alive in the cache at once: features, or N sizes of theirs.
-
-        >>> from harmonica import Schedule
-        >>> plan = Plan.of(Schedule([[True, True], [False, False], [True, False]]))
-        >>> plan.peak(), plan.peak([10, 1])
-        (2, 11)
-        """
-        size_of = [1] * len(self.rows[0]) if sizes is None else sizes
-        alive, most = [0] * len(size_of), 0.0  # features of each site
-        for row in self.rows:
-            for site, entry in enumerate(row):
-                alive[site] = len(entry.keep)
-                most = max(most, sum(n * size for n, size in zip(alive, size_of, strict=True)))
-        return most
-
 
 def fused_sum(weights: Sequence[float], features: History) -> Feature:
     """Return what `weighted_sum` returns, rounded less often: each feature is added in one pass."""

@@ -20,6 +20,7 @@ or are "random". A stock diffusers pipeline that is already in memory becomes a 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,24 +56,17 @@ BUNDLED = {name: Path(__file__).with_name(f"{name}.safetensors") for name in ("t
 MODELS = (*DITS, *PIXART, "uvit-h")
 """The names that `load` knows."""
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-"""Of the weights."""
+DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
 __all__ = ["BUNDLED", "DITS", "MODELS", "PIXART", "PixArtDenoiser", "load"]
 
 
 def load(
-    name: str = "tiny",
-    *,
-    sampler: str | None = None,
-    steps: int = 20,
-    guidance: float | None = None,
-    weights: StrPath | None = None,
-    prompts: StrPath | Sequence[str] | None = None,
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
-    activation_checkpointing: bool = False,
-) -> Guided:
+    name: str = "tiny", *, sampler: str | None = None, steps: int = 20,
+    guidance: float | None = None, weights: StrPath | None = None,
+    prompts: StrPath | Sequence[str] | None = None, dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu", activation_checkpointing: bool = False,
+) -> Guided:  # fmt: skip
     """Return a frozen model with its sampler and guidance.
 
     Raises ValueError if a name, a number or the weights do not fit, or the weights cannot be had,
@@ -97,7 +91,7 @@ def load(
     10
     """
     require(name in MODELS, f"model is {name!r}; this version has {', '.join(MODELS)}")
-    own_sampler, own_guidance, build = _FAMILIES[name.split("-")[0]]
+    own_sampler, own_guidance, build = _FAMILIES.get(name.split("-")[0], _DIT)
     betas: Betas = "scaled-linear" if name == "uvit-h" else "linear"
     walk = make_sampler(sampler or own_sampler, steps, betas)
     no_prompts = prompts is None or name in PIXART
@@ -123,8 +117,8 @@ class _How(NamedTuple):
 
     @property
     def birthplace(self) -> torch.device:
-        """Where a model is made: where random weights are drawn, or nowhere if a file replaces
-        them. Positions are made in float64, which mps does not have.
+        """Where random weights are drawn, or nowhere if a file replaces them. Positions are made in
+        float64, which mps does not have.
         """
         device = torch.device(self.device if self.weights == "random" else "meta")
         return torch.device("cpu") if device.type == "mps" else device
@@ -188,8 +182,11 @@ def _pixart(how: _How) -> PixArtDenoiser:
         # diffusers' own `to` warns of modules that it does not have
         torch.nn.Module.to(transformer, how.dtype)
     else:
-        text_folder = _pixart_folder(variant.rest, ["tokenizer/*", "text_encoder/*"], how)
-        folder = _pixart_folder(variant.transformer, ["transformer/*"], how)
+        ways = f"pass weights=FOLDER of a diffusers pipeline, {OR_RANDOM}"
+        fetch = partial(download, otherwise=ways)
+        given = None if how.weights is None else Path(how.weights)
+        text_folder = given or fetch(variant.rest, ["tokenizer/*", "text_encoder/*"])
+        folder = given or fetch(variant.transformer, ["transformer/*"])
         folder = component(folder, "transformer", "PixArtTransformer2DModel", "Transformer2DModel")
         encoded = pixart.encode(text_folder, texts, variant.text_tokens, how.dtype, how.device)
         transformer = pixart.read_transformer(folder, variant, how.name, how.dtype)
@@ -200,20 +197,13 @@ def _pixart(how: _How) -> PixArtDenoiser:
     return PixArtDenoiser(transformer, how.sampler, encoded, guidance=guidance, name=name)
 
 
-def _pixart_folder(repository: str, patterns: list[str], how: _How) -> Path:
-    if how.weights is not None:
-        return Path(how.weights)
-    ways = f"pass weights=FOLDER of a diffusers pipeline, {OR_RANDOM}"
-    return download(repository, patterns, otherwise=ways)
-
-
 def _uvit(how: _How) -> UViTDenoiser:
     name, weights, file = how.name, how.weights, "imagenet256_uvit_huge.pth"
     if weights is None:
-        raise ValueError(
-            f"the weights of {name} are on no hub that we know; pass weights=PATH of the original "
-            f"{file} (or the same in .safetensors), {OR_RANDOM}"
+        ways = (
+            f"pass weights=PATH of the original {file} (or the same in .safetensors), {OR_RANDOM}"
         )
+        raise ValueError(f"the weights of {name} are on no hub that we know; {ways}")
     takes = f"{weights} is a folder; {name} takes the original file, {file}"
     require(not Path(weights).is_dir(), takes)
     with how.birthplace:
@@ -224,11 +214,9 @@ def _uvit(how: _How) -> UViTDenoiser:
 
 OR_RANDOM = 'or weights="random" to time it'
 
-_FAMILIES: dict[str, tuple[str, float, Callable[[_How], Guided]]] = {
-    "tiny": ("ddim", 1.5, _dit),
-    "garments": ("ddim", 1.5, _dit),
-    "dit": ("ddim", 1.5, _dit),
-    "pixart": ("dpm-solver++", 4.5, _pixart),
-    "uvit": ("dpm-solver++", 1.4, _uvit),
-}
-"""Default sampler, default guidance and builder, by the first word of a model's name."""
+_Family = tuple[str, float, Callable[[_How], Guided]]
+"""Default sampler, default guidance and builder."""
+
+_FAMILIES: dict[str, _Family] = {"pixart": ("dpm-solver++", 4.5, _pixart)}
+_FAMILIES["uvit"] = "dpm-solver++", 1.4, _uvit
+_DIT: _Family = "ddim", 1.5, _dit

@@ -8,7 +8,7 @@ to see: the first three channels of the latent stand in for one. This file does 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,19 +54,13 @@ def decoder(
 
     def decode(x: Tensor) -> Tensor:
         latents = (x.float() / model.config.scaling_factor).to(dtype)  # (B, C, H, W)
-        chunks = latents.split(_images_at_once(model.config.block_out_channels, latents))
+        # At full size a decoder holds three features of the second of its widths.
+        pixels, width = 64 * x.shape[2:].numel(), max(model.config.block_out_channels[:2])
+        chunks = latents.split(max(1, ROOM // (3 * width * pixels * latents.element_size())))
         with torch.no_grad():
             return torch.cat([model.decode(some).sample.float().clamp(-1, 1) for some in chunks])
 
     return decode
-
-
-def _images_at_once(widths: Sequence[int], latents: Tensor) -> int:
-    """Return how many latents (B, C, H, W) are decoded at once: at full size a decoder holds three
-    features of the second of its widths.
-    """
-    pixels = 64 * latents.shape[2] * latents.shape[3]
-    return max(1, ROOM // (3 * max(widths[:2]) * pixels * latents.element_size()))
 
 
 def _read(name: str, weights: StrPath | None, vae: StrPath | None) -> Any:

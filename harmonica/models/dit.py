@@ -30,15 +30,10 @@ from harmonica.models.layers import Attention, Mlp, PatchEmbedder
 from harmonica.run_again import run_again
 from harmonica.samplers import Sampler
 
-_WIDTHS = {
-    "S": {"depth": 12, "hidden_size": 384, "num_heads": 6},
-    "B": {"depth": 12, "hidden_size": 768, "num_heads": 12},
-    "L": {"depth": 24, "hidden_size": 1024, "num_heads": 16},
-    "XL": {"depth": 28, "hidden_size": 1152, "num_heads": 16},
-}
+_WIDTHS = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 SIZES: dict[str, dict[str, int]] = {
-    f"DiT-{name}/{patch}": {**sizes, "patch_size": patch}
-    for name, sizes in _WIDTHS.items()
+    f"DiT-{name}/{patch}": {"depth": d, "hidden_size": w, "num_heads": h, "patch_size": patch}
+    for name, (d, w, h) in _WIDTHS.items()
     for patch in (2, 4, 8)
 }
 """Arguments of `DiT` for the original twelve sizes, `DiT-S/8` to `DiT-XL/2`."""

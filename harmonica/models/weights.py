@@ -94,17 +94,10 @@ def _must_be_finite(model: nn.Module, path: StrPath) -> None:
         require(bool(value.isfinite().all()), message)
 
 
-_OUTSIDE = {
-    "x_embedder.proj": "pos_embed.proj",
-    "final_layer.adaLN_modulation.1": "proj_out_1",
-    "final_layer.linear": "proj_out_2",
-}
-_INSIDE = {
-    "adaLN_modulation.1": "norm1.linear",
-    "attn.proj": "attn1.to_out.0",
-    "mlp.fc1": "ff.net.0.proj",
-    "mlp.fc2": "ff.net.2",
-}
+_OUTSIDE = {"x_embedder.proj": "pos_embed.proj", "final_layer.linear": "proj_out_2"}
+_OUTSIDE["final_layer.adaLN_modulation.1"] = "proj_out_1"
+_INSIDE = {"adaLN_modulation.1": "norm1.linear", "attn.proj": "attn1.to_out.0"}
+_INSIDE |= {"mlp.fc1": "ff.net.0.proj", "mlp.fc2": "ff.net.2"}
 _EMBEDDERS = {
     "t_embedder.mlp.0": "timestep_embedder.linear_1",
     "t_embedder.mlp.2": "timestep_embedder.linear_2",
