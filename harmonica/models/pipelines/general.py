@@ -11,11 +11,10 @@ that its pipeline can be followed.
 
 from __future__ import annotations
 
-import weakref
-from collections import OrderedDict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from torch import Generator, Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.weak import WeakIdKeyDictionary
 
 from harmonica.calls import in_call
 from harmonica.models.pipelines import recorded as record
@@ -34,8 +34,8 @@ from harmonica.override import overridden
 from harmonica.run_again import run_again
 from harmonica.table import require
 
-CONDITIONS, ARRIVALS = 64, 8
-"""How many conditions' encodings, and steps' arguments, are remembered."""
+CONDITIONS = 64
+"""How many conditions' encodings are remembered."""
 
 
 class PipelineDenoiser:
@@ -53,8 +53,8 @@ class PipelineDenoiser:
         self.sites, self.about, self.inputs = sites, dict(about), inputs
         self.steps, self.batched = 0, False
         self.stand_ins, self.recorded = stand_ins, {1: Recorded(batch=1)}
-        self._memos: OrderedDict[Hashable, Memo] = OrderedDict()
-        self._arrivals: OrderedDict[tuple[int, int], tuple[Any, list[Arrival]]] = OrderedDict()
+        self._memo: Callable[[Hashable], Memo] = lru_cache(CONDITIONS)(lambda _: {})
+        self._arrivals: Any = WeakIdKeyDictionary()  # x -> step -> what reached the scheduler
 
     @property
     def draws_noise(self) -> bool:
@@ -102,15 +102,14 @@ class PipelineDenoiser:
             return torch.cat([self.recorded[1].fold(first) for first in firsts])
 
     def predict(self, x: Tensor, k: int, cond: Tensor) -> Tensor:
-        """Return the output that the pipeline hands to its scheduler at step k, for x (B, …).
-
-        Raises ValueError if x or cond do not fit, or k is no step.
+        """Return the output that the pipeline hands to its scheduler at step k, for x (B, …); raise
+        ValueError if x or cond do not fit, or k is no step.
         """
         return self._predict(x, k, cond, pretend=False)
 
     def pretend(self, x: Tensor, k: int, cond: Tensor) -> tuple[Tensor, Arrival]:
         """Predict without running a model, and return what reached the scheduler as well."""
-        return self._predict(x, k, cond, pretend=True), self._arrivals[id(x), k][1][0]
+        return self._predict(x, k, cond, pretend=True), self._arrivals[x][k][0]
 
     def _predict(self, x: Tensor, k: int, cond: Tensor, *, pretend: bool) -> Tensor:
         self._check(x, k, cond)
@@ -123,9 +122,7 @@ class PipelineDenoiser:
                 forward = None if pretend else self._forward(len(group), first_call, modes)
                 arrivals.append(self._run(group, part, k, forward))
                 outs.append(self._left(arrivals[-1], part, k))
-        self._arrivals[id(x), k] = weakref.ref(x), arrivals
-        while len(self._arrivals) > ARRIVALS:
-            self._arrivals.popitem(last=False)
+        self._arrivals.setdefault(x, {})[k] = arrivals
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     def _check(self, x: Tensor, k: int, cond: Tensor) -> None:
@@ -155,12 +152,11 @@ class PipelineDenoiser:
         return out
 
     def step(self, x: Tensor, out: Tensor, k: int, memory: dict[str, Any]) -> Tensor:
-        """Return x after step k, where `predict` was asked with this x and k before.
-
-        Raises RuntimeError if it was not, or if `memory` lacks what the steps before left in it.
+        """Return x after step k; raise RuntimeError unless `predict` was asked with this x and k
+        before, and `memory` holds what the steps before left in it.
         """
-        known, arrivals = self._arrivals.get((id(x), k), (None, []))
-        if known is None or known() is not x:
+        arrivals: list[Arrival] = self._arrivals.get(x, {}).get(k, [])
+        if not arrivals:
             todo = f"call predict(x, {k}, …) before step"
             raise RuntimeError(f"step {k} of an x that was not predicted; {todo}")
         if k > 0 and "walks" not in memory:
@@ -225,12 +221,7 @@ class PipelineDenoiser:
 
     def _remembered(self, samples: Sequence[Sample]) -> tuple[Memo, Memo]:
         """Return what is remembered for these rows, and for these rows with these seeds."""
-        keys = tuple(row for row, _ in samples), tuple(samples)
-        memos = [self._memos.pop(key, {}) for key in keys]
-        self._memos.update(zip(keys, memos, strict=True))
-        while len(self._memos) > CONDITIONS:
-            self._memos.popitem(last=False)
-        return memos[0], memos[1]
+        return self._memo(tuple(row for row, _ in samples)), self._memo(tuple(samples))
 
     def _seeds(self, samples: Sequence[Sample]) -> list[Tensor]:
         """Return states of torch's global generators for a run of these samples, if it draws."""
