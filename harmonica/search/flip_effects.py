@@ -76,24 +76,18 @@ def flip_effects_at(
 ) -> Quadratic:
     """Return the quadratic around a schedule's table, mean over a pool's noises, on their device.
 
-    Noises whose error is far above the median count less (CAP). Memory is that of one step's
-    gradient and the features at T steps, for `portion` noises at a time. Guidance's halves are
-    taken to follow one another, as in cat([x, x]); under another order h stays right and G mixes
-    noises.
-
-    Args:
-        denoiser: model, sampler, guidance.
-        schedule: table, order and weights; `with_table` says what a flip does to the weights.
-        pool: M noises, and the images that they should become.
-        signs: (M, C, H, W) of ±1, ξ of each noise.
-        portion: noises at a time, fewer where memory runs out; the same result to rounding.
+    `signs`, (M, C, H, W) of ±1, are ξ of each of the M noises. Noises whose error is far above the
+    median count less (CAP). Memory is that of one step's gradient and the features at T steps, for
+    `portion` noises at a time, fewer where it runs out; the result is the same to rounding.
+    Guidance's halves are taken to follow one another, as in cat([x, x]); under another order h
+    stays right and G mixes noises.
     """
-    sums, wide = _Sums(schedule, pool.x.device), torch.promote_types(pool.x.dtype, torch.float32)
+    sums, wide = Sums(schedule, pool.x.device), torch.promote_types(pool.x.dtype, torch.float32)
 
     def run(first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
         part = pool[slice(first, last)]
         z = part.x.new_zeros(*sums.entries, last - first, dtype=wide).requires_grad_()
-        image = _walk(denoiser, z, part.x, part.cond, sums)
+        image = walk_with_flips(denoiser, sums, z, part.x, part.cond)
         away = (image - part.images).detach()
         scale = away.square().mean().sqrt().clamp_min(1e-30)  # half precision would lose small ones
         dots: list[Tensor] = []
@@ -123,12 +117,12 @@ def reads(schedule: Schedule) -> Tensor:
     return read + torch.diag_embed(weights[:, :, 0].T).transpose(0, 1)
 
 
-class _Sums:
+class Sums:
     """The sums R of a schedule, and how much they change when an entry is flipped."""
 
     def __init__(self, schedule: Schedule, device: torch.device) -> None:
         table, own = schedule.compute, reads(schedule)
-        read, entries, changes = own != 0, [], []
+        read, entries, changes = own != 0, [own.new_zeros(4, 0).long()], [own[:0, 0, 0]]
         for e in range(len(table) - 1):  # sites do not mix, so a row's entries are flipped together
             other = table.clone()
             other[1 + e] = ~other[1 + e]
@@ -137,10 +131,7 @@ class _Sums:
             read[tuple(where)] = True
             entries.append(F.pad(where, (0, 0, 1, 0), value=e))
             changes.append(change[tuple(where)])
-        columns = (
-            torch.cat([own.new_zeros(4, 0).long(), *entries], 1),
-            torch.cat([own[:0, 0, 0], *changes]),
-        )
+        columns = torch.cat(entries, 1), torch.cat(changes)
         at = [columns[0][1] == k for k in range(len(table))]
         self.changes = [[each[..., here].to(device) for each in columns] for here in at]
         # of each step and site, the steps c whose outputs are read, newest first
@@ -155,10 +146,10 @@ class _Sums:
         return own.index_put((site, c), change[:, None].to(z) * z[e, site], accumulate=True)
 
 
-def _walk(denoiser: Denoiser, z: Tensor, x: Tensor, cond: Any, sums: _Sums) -> Tensor:
-    """Return the image (B, C, H, W), differentiable in z (T−1, N, B) at 0."""
-    outputs: dict[int, History] = {}  # of each site, one for each step so far
-    memory: dict[str, Any] = {}
+def walk_with_flips(denoiser: Denoiser, sums: Sums, z: Tensor, x: Tensor, cond: Any) -> Tensor:
+    """Return the image (B, C, H, W) of a walk in which each entry of each noise is flipped by z,
+    (T−1, N, B): the table's own image at 0, and differentiable there.
+    """
 
     def step(
         x: Tensor, z: Tensor, k: int, outputs: dict[int, History], memory: dict[str, Any]
@@ -177,6 +168,7 @@ def _walk(denoiser: Denoiser, z: Tensor, x: Tensor, cond: Any, sums: _Sums) -> T
             out = denoiser.predict(x, k, cond)
         return denoiser.step(x, out, k, memory), after, memory
 
+    outputs, memory = dict[int, History](), dict[str, Any]()  # of each site, one output a step
     for k in range(denoiser.steps):  # a step's activations live only while it is differentiated
         x, outputs, memory = run_again(step, x, z, k, outputs, memory)
     return x
@@ -190,13 +182,9 @@ def _sum(weights: Tensor, features: list[Feature]) -> Feature:
             return leaves[0]  # attention may return (output, None)
         twice = len(leaves[0]) // weights.shape[1]  # guidance has each noise twice
         shape = (len(leaves), -1, *[1] * (leaves[0].dim() - 1))
-        total, *terms = (
-            w * f
-            for w, f in zip(weights.repeat(1, twice).to(leaves[0]).view(shape), leaves, strict=True)
-        )
-        for term in terms:
-            total = total + term
-        return total
+        scales = weights.repeat(1, twice).to(leaves[0]).view(shape)
+        terms = [w * f for w, f in zip(scales, leaves, strict=True)]
+        return sum(terms[1:], terms[0])
 
     return tree_map(add, *features)
 

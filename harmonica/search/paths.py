@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from fractions import Fraction
+from functools import partial
 from math import ceil, inf
 from typing import Any
 
@@ -29,16 +30,13 @@ Fork = tuple[Tensor, Cache, dict[str, Any]]
 def continue_walk(
     denoiser: Denoiser, cond: Any, table: Tensor, fork: Fork, start: int
 ) -> Iterator[Fork]:
-    """Walk on from a fork before step `start` under a table (T, N), yielding a fork after each
-    step.
-
-    The fork that it starts from stays as it is.
+    """Walk on from a fork before step `start`, which stays as it is, under a table (T, N); yield a
+    fork after each step.
     """
     x, cache, memory = fork[0], fork[1].copy(), fork[2].copy()
     rows = table.tolist()
-    for after in denoise(
-        denoiser, x, cond, lambda k: reuse(rows[k], cache), start=start, memory=memory
-    ):
+    gates = lambda k: reuse(rows[k], cache)  # noqa: E731
+    for after in denoise(denoiser, x, cond, gates, start=start, memory=memory):
         yield after, cache.copy(), memory.copy()
 
 
@@ -63,23 +61,20 @@ def reuse_errors(denoiser: Denoiser, x: Tensor, cond: Any) -> Tensor:
     It is the mean squared difference to the plain walk after step k; zero for k ≤ j. The plain walk
     is forked once after each j: 2T predictions, and T(T−1)/2 in which every site reuses.
     """
-    steps = denoiser.steps
-    start: Fork = (x, {}, {})
+    steps, start = denoiser.steps, (x, Cache(), dict[str, Any]())
     everything = torch.ones(steps, len(denoiser.sites), dtype=torch.bool)
-    plain = [after for after, _, _ in continue_walk(denoiser, cond, everything, start, 0)]
+    walk = partial(continue_walk, denoiser, cond)
+    plain = [after for after, _, _ in walk(everything, start, 0)]
     errors = torch.zeros(steps, steps, dtype=torch.float64)
-    for j, fork in enumerate(continue_walk(denoiser, cond, everything, start, 0)):
-        for k, (after, _, _) in enumerate(
-            continue_walk(denoiser, cond, ~everything, fork, j + 1), start=j + 1
-        ):
+    for j, fork in enumerate(walk(everything, start, 0)):
+        for k, (after, _, _) in enumerate(walk(~everything, fork, j + 1), start=j + 1):
             errors[j, k] = image_mse(after, plain[k])
     return errors
 
 
 def cheapest_path(errors: Tensor, count: int) -> list[int]:
-    """Return the `count` steps to compute, 0 among them, whose runs of reuse add up to the
-    least error
-    (Bellman 1957).
+    """Return the `count` steps to compute, 0 among them, whose runs of reuse add up to the least
+    error (Bellman 1957).
 
     best(m, k) = min over j of best(m − 1, j − 1) + errors[j, k], where m runs cover steps 0 … k.
 
@@ -88,12 +83,10 @@ def cheapest_path(errors: Tensor, count: int) -> list[int]:
     """
     table = errors.tolist()
     best: list[tuple[float, list[int]]] = [(error, [0]) for error in table[0]]  # [k], of one run
-    for m in range(1, count):
-        best = [
-            min(
-                ((best[j - 1][0] + table[j][k], [*best[j - 1][1], j]) for j in range(m, k + 1)),
-                default=(inf, []),
-            )
+    for m in range(1, count):  # the last run is steps j … k
+        paths = [
+            [(best[j - 1][0] + table[j][k], [*best[j - 1][1], j]) for j in range(m, k + 1)]
             for k in range(len(table))
         ]
+        best = [min(each, default=(inf, [])) for each in paths]
     return best[-1][1]

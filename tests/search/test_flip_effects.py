@@ -14,10 +14,10 @@ from harmonica.samplers import SAMPLERS
 from harmonica.search import flip_effects as quadratic
 from harmonica.search.flip_effects import (
     Quadratic,
-    _Sums,
-    _walk,
+    Sums,
     best_flips,
     flip_effects_at,
+    walk_with_flips,
     with_table,
 )
 from harmonica.search.learn import learn_weights
@@ -45,7 +45,7 @@ def effects(d, schedule, x, cond, images, signs, **how):
 def walk(d, z, x, cond, schedule):
     """Return the image for z (E,) or (T − 1, N, B)."""
     z = z if z.dim() == 3 else z.double().view(3, 4, 1).repeat(1, 1, len(x))
-    return _walk(d, z, x, cond, _Sums(schedule, x.device))
+    return walk_with_flips(d, Sums(schedule, x.device), z, x, cond)
 
 
 def along(d, x, cond, e, by=1e-5, order=0):
