@@ -12,19 +12,21 @@ from __future__ import annotations
 
 import argparse
 import io
+import math
 import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
 from harmonica.denoise import Denoiser
 from harmonica.memory import is_out_of_memory
 from harmonica.processes import started_as
+from harmonica.table import require
 
 DTYPES = ("float32", "bfloat16", "float16")
 """Of the weights; what a router learns is always float32."""
@@ -34,13 +36,36 @@ class Parser(argparse.ArgumentParser):
     """The parser of `python -m harmonica.NAME`; an error is one line on stderr, without usage."""
 
     def __init__(self, name: str, description: str | None) -> None:
-        formatter = argparse.RawTextHelpFormatter
-        prog = f"python -m harmonica.{name}"
-        super().__init__(prog, description=description, formatter_class=formatter)
+        form = argparse.RawTextHelpFormatter
+        super().__init__(
+            f"python -m harmonica.{name}", description=description, formatter_class=form
+        )
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong in one line and exit with code 2."""
         self.exit(2, f"{self.prog}: {message} (--help shows the options)\n")
+
+
+def _number(
+    kind: Callable[[str], Any], expected: str, fits: Callable[[Any], bool]
+) -> Callable[[str], Any]:
+    """Return a `type` of options: the number that a text says, if it fits."""
+
+    def read(text: str) -> Any:
+        with suppress(ValueError):
+            if fits(number := kind(text)):
+                return number
+        raise argparse.ArgumentTypeError(f"found {text[:40]!r}; expected {expected}")
+
+    return read
+
+
+whole = _number(int, "a whole number of at most 31 bits", lambda n: abs(n) < 2**31)
+count = _number(int, "a whole number, 1 or more, of at most 31 bits", lambda n: 1 <= n < 2**31)
+seed = _number(int, "a whole number, 0 or more, of at most 63 bits", lambda n: 0 <= n < 2**63)
+share = _number(float, "a number, 0 or more and below 1", lambda n: 0.0 <= n < 1.0)
+price = _number(float, "a number, 0 or more", lambda n: 0.0 <= n < math.inf)
+rate = _number(float, "a number above 0, 1000 at most", lambda n: 0.0 < n <= 1000.0)
 
 
 def add_model_options(p: argparse.ArgumentParser) -> None:
@@ -60,19 +85,17 @@ def add_model_options(p: argparse.ArgumentParser) -> None:
 
 
 def load_model(
-    args: argparse.Namespace,
-    device: str | torch.device | None = None,
-    *,
-    activation_checkpointing: bool = False,
+    args: argparse.Namespace, device: str | torch.device | None = None, *, again: bool = False
 ) -> Denoiser:
-    """Load the model that `add_model_options` asked for, to `device` or to args.device."""
+    """Load the model that `add_model_options` asked for, to `device` or to args.device; `again`
+    runs its blocks again in backward (activation checkpointing).
+    """
     from harmonica.models import load
 
     place = args.device if device is None else device
     names = ("sampler", "steps", "guidance", "weights", "prompts")
-    options = {name: getattr(args, name) for name in names}
-    again, dtype = activation_checkpointing, dtype_of(args, place)
-    return load(args.model, **options, dtype=dtype, device=place, activation_checkpointing=again)
+    options = {name: getattr(args, name) for name in names} | {"device": place}
+    return load(args.model, **options, dtype=dtype_of(args, place), activation_checkpointing=again)
 
 
 def dtype_of(args: argparse.Namespace, device: str | torch.device) -> torch.dtype:
@@ -80,24 +103,6 @@ def dtype_of(args: argparse.Namespace, device: str | torch.device) -> torch.dtyp
     usual = "bfloat16" if torch.device(device).type == "cuda" else "float32"
     dtype: torch.dtype = getattr(torch, args.dtype or usual)
     return dtype
-
-
-def whole(text: str) -> int:
-    """Return the whole number that an option says, of a size that can be counted to."""
-    with suppress(ValueError):
-        if abs(int(text)) < 2**31:
-            return int(text)
-        raise argparse.ArgumentTypeError(f"{text[:40]} is too large; at most {2**31 - 1}")
-    raise argparse.ArgumentTypeError(f"invalid int value: {text[:40]!r}")
-
-
-def seed(text: str) -> int:
-    """Return the seed that an option says; torch takes 64 bits."""
-    with suppress(ValueError):
-        if 0 <= int(text) < 2**63:
-            return int(text)
-    rule = "expected a whole number, 0 or more, of 63 bits"
-    raise argparse.ArgumentTypeError(f"invalid seed {text[:40]!r}; {rule}")
 
 
 def command(
@@ -123,26 +128,28 @@ def exit_code(prog: str, work: Callable[[], None]) -> int:
             work()
         finally:
             sys.stdout.flush()
-    except KeyboardInterrupt as stop:
-        return _say(f"{prog}: {str(stop) or 'stopped'}", 130)
+        return 0
     except BrokenPipeError:
         with suppress(OSError, ValueError):  # a stream of a test or a notebook has no number
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the rest goes nowhere
         return 141
+    except KeyboardInterrupt as stop:
+        line, code = str(stop) or "stopped", 130
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         said = _first_line(error).rpartition("] ")[2]
-        return _say(f"{prog}: out of memory, {said} Take a smaller batch.", 2)
+        line, code = f"out of memory, {said} Take a smaller batch.", 2
     except (ValueError, OSError, ArithmeticError) as error:
-        return _say(f"{prog}: {error}", 2)
-    return 0
+        line, code = str(error), 2
+    sys.stderr.write(" ".join(f"{prog}: {line}".split("\n")) + "\n")
+    return code
 
 
 def check_device(device: str) -> None:
     """Raise ValueError, saying why, if torch cannot put a tensor on `device`."""
-    if device.split(":")[0] not in ("cpu", "cuda", "mps"):
-        raise ValueError(f"--device {device}: expected cpu, cuda, cuda:N or mps")
+    known = device.split(":")[0] in ("cpu", "cuda", "mps")
+    require(known, f"--device {device}: expected cpu, cuda, cuda:N or mps")
     try:
         torch.empty(1, device=device)
     except (AssertionError, RuntimeError) as error:  # for a device that is not there
@@ -154,11 +161,6 @@ def make_writable(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder) as probe:
         probe.write(b"x")
-
-
-def _say(line: str, code: int) -> int:
-    sys.stderr.write(" ".join(line.split("\n")) + "\n")
-    return code
 
 
 def _first_line(error: BaseException) -> str:

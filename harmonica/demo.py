@@ -54,19 +54,19 @@ def parser() -> cli.Parser:
     """Return the command line of the demo."""
     p = cli.Parser("demo", __doc__)
     cli.add_model_options(p)
-    p.add_argument("--vae", type=Path, metavar="DIR", help="autoencoder saved by diffusers")
+    add, out = p.add_argument, Path("out/demo")
+    add("--vae", type=Path, metavar="DIR", help="autoencoder saved by diffusers")
     images = f"held-out noises ({HELD_OUT} for tiny, else 4)"
-    p.add_argument("--images", type=cli.whole, help=images)
-    p.add_argument("--schedule", type=Path, metavar="FILE", help="use this table, make none")
-    p.add_argument("--method", choices=("weights", "sdt"), default="weights", help="see above")
-    p.add_argument("--target", type=float, metavar="SPEEDUP", help=f"{TARGET} (2 for weights)")
+    add("--images", type=cli.count, help=images)
+    add("--schedule", type=Path, metavar="FILE", help="use this table, make none")
+    add("--method", choices=("weights", "sdt"), default="weights", help="see above")
+    add("--target", type=float, metavar="SPEEDUP", help=f"{TARGET} (2 for weights)")
     updates = f"updates (of weights {UPDATES}; of sdt as in train)"
-    p.add_argument("--iterations", type=cli.whole, help=updates)
-    p.add_argument("--beta", type=float, help="of sdt: price of computing a site, for --target")
-    p.add_argument("--tau", type=float, default=0.1, help="a score above it computes (0.1)")
-    p.add_argument("--seed", type=cli.seed, default=0, help="of what is drawn to tune on (0)")
-    out = Path("out/demo")
-    p.add_argument("--out", type=Path, default=out, metavar="DIR", help=f"for results ({out})")
+    add("--iterations", type=cli.count, help=updates)
+    add("--beta", type=cli.price, help="of sdt: price of computing a site, for --target")
+    add("--tau", type=cli.share, default=0.1, help="a score above it computes (0.1)")
+    add("--seed", type=cli.seed, default=0, help="of what is drawn to tune on (0)")
+    add("--out", type=Path, default=out, metavar="DIR", help=f"for results ({out})")
     return p
 
 
@@ -80,7 +80,10 @@ def run(args: argparse.Namespace) -> None:
     from harmonica.evaluation import pictures
     from harmonica.models.autoencoder import decoder
 
-    _check(args)
+    priced = args.beta is None or args.method == "sdt"
+    require(priced, f"--beta {args.beta}: a price is for --method sdt")
+    check_target(args.target, args.beta)
+    cli.check_device(args.device)
     schedule = Schedule.load(args.schedule, args.tau) if args.schedule else None
     denoiser = cli.load_model(args)
     if schedule is not None:
@@ -105,18 +108,6 @@ def run(args: argparse.Namespace) -> None:
         for name, figure in _pictures(denoiser, schedule, x, cond, images).items():
             pictures.save(figure, args.out / f"{name}.png")
         print(f"schedule.json and pictures are in {args.out}")
-
-
-def _check(args: argparse.Namespace) -> None:
-    """Raise ValueError for numbers out of range, before anything is loaded."""
-    for name in ("iterations", "images"):
-        value = getattr(args, name)
-        require(value is None or value >= 1, f"--{name} {value}: expected 1 or more")
-    require(0.0 <= args.tau < 1.0, f"--tau {args.tau}: expected at least 0 and below 1")
-    priced = args.beta is None or (args.method == "sdt" and 0.0 <= args.beta < float("inf"))
-    require(priced, f"--beta {args.beta}: expected 0 or more, with --method sdt")
-    check_target(args.target, args.beta, 0)
-    cli.check_device(args.device)
 
 
 def _schedule(denoiser: Denoiser, args: argparse.Namespace) -> Schedule:

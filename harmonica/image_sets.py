@@ -170,13 +170,13 @@ def parser() -> cli.Parser:
     """Return the command line."""
     p = cli.Parser("image_sets", __doc__)
     cli.add_model_options(p)
-    p.add_argument("--vae", type=Path, metavar="DIR", help="autoencoder saved by diffusers")
-    p.add_argument("--schedule", type=Path, metavar="FILE", help="table to follow (none: no cache)")
-    p.add_argument("--count", type=cli.whole, default=1000, help="images in all (1000)")
-    p.add_argument("--batch-size", type=cli.whole, default=32, help="images in a walk (32)")
-    p.add_argument("--seed", type=int, default=0, help="of noise and conditions (0)")
-    out = Path("out/images.npz")
-    p.add_argument("--out", type=Path, default=out, help=f"NAME.npz or a folder ({out})")
+    add, out = p.add_argument, Path("out/images.npz")
+    add("--vae", type=Path, metavar="DIR", help="autoencoder saved by diffusers")
+    add("--schedule", type=Path, metavar="FILE", help="table to follow (none: no cache)")
+    add("--count", type=cli.count, default=1000, help="images in all (1000)")
+    add("--batch-size", type=cli.count, default=32, help="images in a walk (32)")
+    add("--seed", type=int, default=0, help="of noise and conditions (0)")
+    add("--out", type=Path, default=out, help=f"NAME.npz or a folder ({out})")
     return p
 
 

@@ -10,7 +10,6 @@ same options:
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -47,8 +46,7 @@ UNSEARCHED = ("pixart-sigma-2k",)
 """Models of which the search does not fit into 80 GiB even for one noise: the default is none."""
 
 TARGET = "theoretical speedup to end on, or just above"
-ORDER = "with --target: 1 … 9 continue skipped outputs by so many differences; 0 repeats them (0)"
-"""What these options are, here and in the demo."""
+"""What --target is, here and in the demo."""
 
 
 def defaults(model: str) -> dict[str, Any]:
@@ -60,45 +58,42 @@ def defaults(model: str) -> dict[str, Any]:
 
 
 def parser() -> cli.Parser:
-    """Return the command line of training."""
+    """Return the command line of training; defaults that depend on the model are None."""
     p = cli.Parser("train", __doc__)
     cli.add_model_options(p)
-    _add_settings(p)
     add = p.add_argument
+    usual = {name: f" ({AUTHORS[name]:g}; bundled models: {QUICK[name]:g})" for name in AUTHORS}
+    updates = f"updates of the router, in all{usual['iterations']}"
+    add("--iterations", type=cli.count, help=updates)
+    noises = f"noises in a walk, of all GPUs together{usual['batch_size']}"
+    add("--batch-size", type=cli.count, help=noises)
+    faster = "price of computing a site; a higher price gives a faster table"
+    add("--beta", type=cli.price, help=faster + usual["beta"])
+    add("--lr", type=cli.rate, help="learning rate of the router" + usual["lr"])
+    walks = "walks between two measurements of lambda"
+    add("--refresh-every", type=cli.count, help=walks + usual["refresh_every"])
+    add("--tau", type=cli.share, default=0.1, help="a score above it computes (0.1)")
+    add("--target", type=float, metavar="SPEEDUP", help=f"{TARGET}, instead of --beta")
+    budget = "to spend on the search after training, for --target (12 rounds)"
+    add("--refine", type=cli.whole, metavar="PREDICTIONS", help=budget)
+    ahead = (
+        "with --target: 1 … 9 continue skipped outputs by so many differences; 0 repeats them (0)"
+    )
+    add("--order", type=cli.whole, default=0, help=ahead)
+    aim = "image that the search aims at (uncached)"
+    add("--toward", choices=get_args(Toward), default="uncached", help=aim)
+    proxies = (*get_args(Proxy), "none")
+    which = f"which lambda; none is 1 ({proxies[0]})"
+    add("--proxy", choices=proxies, default=proxies[0], help=which)
     out = Path("out/train")
     add("--out", type=Path, default=out, metavar="DIR", help=f"folder for results ({out})")
     add("--resume", action="store_true", help="continue the router.safetensors in --out")
-    add("--checkpoint-every", type=cli.whole, default=500, help="updates between two writes (500)")
+    add("--checkpoint-every", type=cli.count, default=500, help="updates between two writes (500)")
     add("--seed", type=cli.seed, default=0, help="draws the first router and the noise (0)")
     again = "run blocks again in backward: less memory, more time (where 80 GiB need it)"
     add("--activation-checkpointing", action=argparse.BooleanOptionalAction, help=again)
     add("--dry-run", action="store_true", help="say what training will take, and stop")
     return p
-
-
-def _add_settings(p: cli.Parser) -> None:
-    """Add what train_sdt takes, without the defaults that depend on the model."""
-
-    def add(name: str, kind: Any, text: str, **more: Any) -> None:
-        key = name.replace("-", "_")
-        if key in AUTHORS:
-            text += f" ({AUTHORS[key]:g}; bundled models: {QUICK[key]:g})"
-        p.add_argument(f"--{name}", type=kind, help=text, **more)
-
-    add("iterations", cli.whole, "updates of the router, in all")
-    add("batch-size", cli.whole, "noises in a walk, of all GPUs together")
-    add("beta", float, "price of computing a site; a higher price gives a faster table")
-    add("lr", float, "learning rate of the router")
-    add("refresh-every", cli.whole, "walks between two measurements of lambda")
-    add("tau", float, "a score above it computes (0.1)", default=0.1)
-    add("target", float, f"{TARGET}, instead of --beta", metavar="SPEEDUP")
-    budget = "to spend on the search after training (12 rounds)"
-    add("refine", cli.whole, budget, metavar="PREDICTIONS")
-    add("order", cli.whole, ORDER, default=0)
-    aim, usual = "image that the search aims at (uncached)", "uncached"
-    add("toward", str, aim, choices=get_args(Toward), default=usual)
-    first, *_ = proxies = (*get_args(Proxy), "none")
-    add("proxy", str, f"which lambda; none is 1 ({first})", choices=proxies, default=first)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -113,7 +108,7 @@ def run(args: argparse.Namespace) -> None:
     What can be checked without the model is checked first: a large one takes minutes to load.
     """
     complete(args)
-    first = started_as()[0] == 0
+    first, again = started_as()[0] == 0, args.activation_checkpointing
     if args.dry_run:
         print(f"{args.model}, T = {args.steps}, {args.iterations} updates\n{count(args)}")
         return
@@ -123,9 +118,8 @@ def run(args: argparse.Namespace) -> None:
         batch_per_rank(args.batch_size)
         if device.type == "cuda":
             available, _ = torch.cuda.mem_get_info(device)
-            count(args).check(available, checkpointing=args.activation_checkpointing)
-        again = args.activation_checkpointing
-        denoiser = cli.load_model(args, device, activation_checkpointing=again)
+            count(args).check(available, checkpointing=again)
+        denoiser = cli.load_model(args, device, again=again)
         router = _train(denoiser, args)
         if rank() == 0:
             _freeze(denoiser, router, args)
@@ -135,7 +129,7 @@ def count(args: argparse.Namespace) -> DryRun:
     """Count what training will take, for this process."""
     dtype = str(cli.dtype_of(args, args.device)).removeprefix("torch.")
     args = argparse.Namespace(**{**vars(args), "weights": "random", "dtype": dtype})
-    denoiser = cli.load_model(args, "meta", activation_checkpointing=args.activation_checkpointing)
+    denoiser = cli.load_model(args, "meta", again=args.activation_checkpointing)
     settings = {name: getattr(args, name) for name in ("iterations", "refresh_every", "refine")}
     batch, target = -(-args.batch_size // started_as()[1]), args.target is not None and args.dry_run
     proxy = args.proxy != "none"
@@ -153,12 +147,6 @@ def complete(args: argparse.Namespace) -> None:
             setattr(args, name, value)
     if args.activation_checkpointing is None:
         args.activation_checkpointing = args.model in CHECKPOINTED
-    holds = 0.0 <= args.tau < 1.0 and 0.0 <= args.beta < math.inf and 0.0 < args.lr <= 1000.0
-    given = f"--tau {args.tau} --beta {args.beta} --lr {args.lr}"
-    require(holds, f"found {given}; expected 0 <= tau < 1, beta >= 0, 0 < lr <= 1000")
-    for name in ("iterations", "batch_size", "refresh_every", "checkpoint_every"):
-        value, option = getattr(args, name), f"--{name.replace('_', '-')}"
-        require(value >= 1, f"{option} is {value}; it must be 1 or more")
     if started_as()[1] == 1 and not args.dry_run:
         cli.check_device(args.device)
     args.prompts = None if args.prompts is None else read_prompts(args.prompts)
@@ -176,13 +164,10 @@ def _check_out(args: argparse.Namespace) -> None:
 
 def _train(denoiser: Denoiser, args: argparse.Namespace) -> Router:
     names = (*AUTHORS, "tau", "refine", "order", "toward", "checkpoint_every", "resume")
-    settings = {name: getattr(args, name) for name in names}
-    settings |= {
-        "proxy": None if args.proxy == "none" else args.proxy,
-        "target_speedup": args.target,
-    }
+    settings = {name: getattr(args, name) for name in names} | {"target_speedup": args.target}
+    settings["proxy"] = None if args.proxy == "none" else args.proxy
     if args.target is not None:
-        settings["beta"] = AUTHORS["beta"]
+        del settings["beta"]
     generator, file = torch.Generator().manual_seed(args.seed), args.out / "router.safetensors"
     try:
         return train_sdt(denoiser, **settings, generator=generator, checkpoint=file)
