@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from harmonica import Schedule
 from harmonica.cache import Compute, Feature, Gate
 from harmonica.denoise import Denoiser, denoise, final_image
-from harmonica.search.baselines import fewest_reused, give_one_of, named
+from harmonica.search.baselines import fewest_reused, named
 from harmonica.table import require
 
 
@@ -32,7 +32,8 @@ def smoothcache(
     reused while its drift since it was last computed is below α, for at most `gap` steps. With a
     speedup, α is the smallest measured drift that reaches it.
     """
-    give_one_of("alpha", alpha, speedup)
+    given = f"alpha is {alpha} and speedup {speedup}"
+    require((alpha is None) != (speedup is None), f"{given}; give one of the two")
     holds, todo = gap >= 1 and (alpha is None or alpha >= 0), "0 (compute all) or more, and 1 step"
     require(holds, f"alpha is {alpha} and gap {gap}; expected {todo} or more")
     drifts = drift(denoiser, x, cond, gap)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_all, tree_map, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from harmonica.cache import Cache, Compute, Feature, gated, reuse
 from harmonica.denoise import Denoiser, denoise, final_image
@@ -29,8 +29,8 @@ def check_denoiser(denoiser: Denoiser, *, batch_size: int = 2, seed: int = 0) ->
     x, cond = denoiser.draw(batch_size, torch.Generator().manual_seed(seed))
     _each_site_is_asked_once(denoiser, x, cond)
     for name, site in denoiser.sites.items():
-        frozen = not any(p.requires_grad for p in site.parameters())
-        assert frozen, f"{name}: a weight asks for a gradient; freeze it"
+        free = any(p.requires_grad for p in site.parameters())
+        assert not free, f"{name}: a weight asks for a gradient; freeze it"
         assert not site.training, f"{name} is in training mode; call eval() on the model"
     _cached_features_are_left_alone(denoiser, x, cond)
     random_state = torch.get_rng_state()
@@ -68,10 +68,8 @@ def _cached_features_are_left_alone(denoiser: Denoiser, x: Tensor, cond: Any) ->
             denoiser.predict(x, 0, cond)
         first = first or tree_map_only(Tensor, torch.clone, cache)
 
-    def equal(a: Any, b: Any) -> bool:
-        return torch.equal(a, b) if isinstance(a, Tensor) else bool(a == b)
-
-    same = tree_all(bool, tree_map(equal, first, cache))
+    pairs = zip(tree_leaves(first), tree_leaves(cache), strict=True)
+    same = all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs)
     assert same, "the model changes a cached feature in place"
 
 

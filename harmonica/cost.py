@@ -48,14 +48,11 @@ class Macs:
 
 
 def macs(denoiser: Denoiser) -> Macs:
-    """Count the MACs of one guided prediction for one image, site by site.
+    """Count the MACs of one guided prediction for one image, which `draw` gives, site by site.
 
     Matrix products, convolutions and attention count; norms, activations and other element-wise
     work do not, as in the field's tables. With guidance a prediction runs the model on two samples,
     so it counts twice the published figures.
-
-    Args:
-        denoiser: `draw` gives it one noise to predict.
     """
     x, cond = denoiser.draw(1, torch.Generator().manual_seed(0))
     return count(lambda: denoiser.predict(x, 0, cond), denoiser.sites).macs
@@ -63,28 +60,17 @@ def macs(denoiser: Denoiser) -> Macs:
 
 @dataclass(frozen=True)
 class Count:
-    """What one run of a model did.
+    """What one run of a model did."""
 
-    Attributes:
-        macs: MACs of the sites and of the rest.
-        calls: how often each site was asked, N numbers; a table of decisions needs each to be 1.
-        modules: MACs of every module, by a name that begins with the class of the outermost module
-            called.
-    """
-
-    macs: Macs
-    calls: tuple[int, ...]
-    modules: Mapping[str, float]
+    macs: Macs  # of the sites and of the rest
+    calls: tuple[int, ...]  # of each site, N numbers; a table of decisions needs each to be 1
+    modules: Mapping[str, float]  # MACs; names begin with the class of the outermost one called
 
 
 def count(run: Callable[[], Any], sites: Mapping[str, nn.Module], *, fake: bool = True) -> Count:
-    """Count the MACs of `run`, which calls a model once, site by site.
+    """Count the MACs of `run`, which calls a model once, site by site; no gradients are taken.
 
-    Args:
-        run: called once, without gradients.
-        sites: modules of the model that `run` calls.
-        fake: shapes only, no arithmetic; a model that looks at the values of its tensors then
-            raises RuntimeError.
+    `fake` computes shapes only; a model that looks at its tensors' values then raises RuntimeError.
     """
     counts, calls = [0.0] * len(sites), [0] * len(sites)
     counter = FlopCounterMode(display=False)

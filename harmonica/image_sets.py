@@ -35,7 +35,15 @@ from harmonica.columns import fit
 from harmonica.denoise import Denoiser
 from harmonica.evaluation import image_files
 from harmonica.inference.walk import Walk
-from harmonica.processes import from_rank_0, mean_over_ranks, processes, rank, started_as, world
+from harmonica.processes import (
+    from_rank_0,
+    mean_over_ranks,
+    processes,
+    progress_bar,
+    rank,
+    started_as,
+    world,
+)
 from harmonica.router import Schedule
 from harmonica.storage.files import StrPath, changes, exclusive_lock, read_json, write_json
 from harmonica.table import require
@@ -102,14 +110,12 @@ def _put_together(denoiser: Denoiser, out: Path, count: int) -> None:
 
 
 def generator_of(seed: int, i: int) -> torch.Generator:
-    """Return the generator of image i.
+    """Return the generator of image i; four billion images have different ones.
 
-    torch's generator on the CPU reads the low 32 bits of its seed. Adding i to a start that depends
-    on the seed gives four billion images different generators; hashing (seed, i) to 32 bits would
-    give two of 50 000 images the same one every third time.
+    torch reads 32 bits of a seed. To hash (seed, i) to 32 bits would give two of 50 000 images the
+    same generator every third time.
     """
-    start = zlib.crc32(str(seed).encode())
-    return torch.Generator().manual_seed((start + i) % 2**32)
+    return torch.Generator().manual_seed((zlib.crc32(str(seed).encode()) + i) % 2**32)
 
 
 def draw_images(denoiser: Denoiser, numbers: Sequence[int], seed: int) -> tuple[Tensor, Tensor]:
@@ -127,13 +133,12 @@ def draw_images(denoiser: Denoiser, numbers: Sequence[int], seed: int) -> tuple[
 
 def _settings(denoiser: Denoiser, schedule: Schedule | None, seed: int) -> dict[str, Any]:
     """Return what all images of one set have in common, as JSON has it."""
-    about: dict[str, Any] = json.loads(json.dumps(denoiser.about))
-    table = "none"
-    if schedule is not None:
-        weights = schedule.gate_weights
-        content = repr((schedule.compute.tolist(), None if weights is None else weights.tolist()))
-        table = hashlib.sha256(content.encode()).hexdigest()
-    return {"seed": seed, **about, "schedule": table}
+    about: dict[str, Any] = {"seed": seed, **json.loads(json.dumps(denoiser.about))}
+    if schedule is None:
+        return about | {"schedule": "none"}
+    weights = schedule.gate_weights
+    content = repr((schedule.compute.tolist(), None if weights is None else weights.tolist()))
+    return about | {"schedule": hashlib.sha256(content.encode()).hexdigest()}
 
 
 def _begin(parts: Path, settings: dict[str, Any], held: ExitStack) -> None:
@@ -151,13 +156,10 @@ def _begin(parts: Path, settings: dict[str, Any], held: ExitStack) -> None:
 
 def _unfinished(batches: list[range], parts: Path, progress: bool) -> Iterator[range]:
     """Yield the batches that are not finished, with a bar."""
-    from tqdm import tqdm
-
     finished = {i for numbers, _ in image_files.finished(parts) for i in numbers}
     left = [numbers for numbers in batches if not finished.issuperset(numbers)]
-    quiet = None if progress and rank() == 0 else True  # None: silent where stderr is no terminal
-    done = len(batches) - len(left)
-    yield from tqdm(left, initial=done, total=len(batches), unit="batch", disable=quiet)
+    bar = {"initial": len(batches) - len(left), "total": len(batches), "unit": "batch"}
+    yield from progress_bar(progress, iterable=left, **bar)
 
 
 def _wait_for_all(denoiser: Denoiser) -> None:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from harmonica.override import overridden
@@ -24,22 +25,7 @@ from harmonica.override import overridden
 R = TypeVar("R")
 
 aten = torch.ops.aten
-ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu
-BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-
-def _forward_flops(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
-    """Two products: of queries and keys, and of scores and values."""
-    return 2 * query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
-
-
-def _backward_flops(gradient: Tensor, *tensors: Tensor, **_: Any) -> float:
-    """Five products of that size: the scores again, and four gradients."""
-    return 2.5 * _forward_flops(*tensors)
-
-
-FLOPS = {**flop_registry, ATTENTION: _forward_flops, BACKWARD: _backward_flops}
-"""Floating-point operations of a call, by operation; two are one multiply-accumulate."""
+ATTENTION = aten._scaled_dot_product_efficient_attention
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
@@ -95,28 +81,23 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        self._follow(args)
-        self._follow(tuple(kwargs.values()))
-        out = _without_numbers(func, args, kwargs)
-        self._follow((out,))
-        if func._overloadpacket in FLOPS:
-            self.macs += FLOPS[func._overloadpacket](*args, **kwargs, out_val=out) / 2
+        self._follow((args, kwargs))
+        out = _without_numbers(func, args, kwargs or {})
+        self._follow(out)
+        if func._overloadpacket in flop_registry:  # two operations are one MAC
+            flops = flop_registry[func._overloadpacket]
+            self.macs += flops(*args, **(kwargs or {}), out_val=out) / 2
         return out
 
     def _follow(self, values: Any) -> None:
-        for value in values:
-            if isinstance(value, Tensor):
-                storage = value.untyped_storage()
-                key = storage._cdata
-                if key not in self._known:
-                    size = storage.nbytes()
-                    self._known.add(key)
-                    weakref.finalize(storage, self._free, key, size)
-                    self.alive += size
-                    self.peak = max(self.peak, self.alive)
-            elif isinstance(value, list | tuple):
-                self._follow(value)
+        for tensor in (leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)):
+            storage = tensor.untyped_storage()
+            key, size = storage._cdata, storage.nbytes()
+            if key not in self._known:
+                self._known.add(key)
+                weakref.finalize(storage, self._free, key, size)
+                self.alive += size
+                self.peak = max(self.peak, self.alive)
 
     def _free(self, key: int, size: int) -> None:
         self._known.remove(key)
@@ -128,8 +109,8 @@ def metered() -> Iterator[Meter]:
     """Count what runs inside, on meta tensors.
 
     A number that is asked of a meta tensor is 1: a score of 1 computes and renews the cache, which
-    is the most that a step can take. Attention is one kernel that does not keep the scores of all
-    pairs of tokens, as it is on a CPU and a GPU.
+    is the most that a step can take. Attention is the kernel that does not keep the scores of all
+    pairs of tokens.
     """
     with overridden([(F, "scaled_dot_product_attention", _fused)]), Meter() as meter:
         yield meter
@@ -139,7 +120,7 @@ def _fused(original: Callable[..., Tensor], args: Any, kwargs: Any) -> Tensor:
     if not args[0].is_meta:
         return original(*args, **kwargs)
     mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
-    result: Tensor = ATTENTION(*args[:3], attn_mask=mask)[0]
+    result: Tensor = ATTENTION(*args[:3], mask, args[0].requires_grad)[0]
     return result
 
 

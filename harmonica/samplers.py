@@ -30,15 +30,9 @@ from torch import Tensor
 
 from harmonica.table import require
 
-Memory = dict[str, Any]
-"""What a sampler remembers along one walk; created by whoever owns the walk, empty at k = 0."""
-
-TRAIN_TIMESTEPS = 1000
-"""Length of the diffusion that all models here were trained with."""
-
-Betas = Literal["linear", "scaled-linear"]
-"""Noise schedules of the training: the second is that of Stable Diffusion and U-ViT."""
-
+Memory = dict[str, Any]  # what a sampler remembers along one walk; empty at k = 0
+TRAIN_TIMESTEPS = 1000  # length of the diffusion that all models here were trained with
+Betas = Literal["linear", "scaled-linear"]  # its noise; the second is Stable Diffusion's, U-ViT's
 _ENDS = {"linear": (1e-4, 0.02), "scaled-linear": (0.00085, 0.012)}
 
 
@@ -87,14 +81,14 @@ def spaced_timesteps(steps: int) -> tuple[int, ...]:
     >>> spaced_timesteps(6)
     (999, 799, 599, 400, 200, 0)
     """
-    last, most = TRAIN_TIMESTEPS - 1, f"{TRAIN_TIMESTEPS}, the number of timesteps"
-    found = f"steps is {steps}; it must be between 1 and {most} that the model was trained on"
-    require(1 <= steps <= TRAIN_TIMESTEPS, found)
+    most = f"{TRAIN_TIMESTEPS}, the number of timesteps that the model was trained on"
+    require(1 <= steps <= TRAIN_TIMESTEPS, f"steps is {steps}; it must be between 1 and {most}")
     if steps == 1:
-        return (last,)
+        return (TRAIN_TIMESTEPS - 1,)
     # Added up, not multiplied: where a timestep falls on a half, as at T = 21, rounding follows the
     # original's sum.
-    sums = accumulate(repeat(last / (steps - 1), steps - 1), initial=0.0)
+    gap = (TRAIN_TIMESTEPS - 1) / (steps - 1)
+    sums = accumulate(repeat(gap, steps - 1), initial=0.0)
     return tuple(round(t) for t in sums)[::-1]
 
 
@@ -143,9 +137,8 @@ class Scheduled:
     """
 
     def __init__(self, scheduler: Any, name: str) -> None:
-        timed = scheduler.num_inference_steps is not None
-        timed = timed or getattr(scheduler, "custom_timesteps", False)
-        kind = type(scheduler).__name__
+        custom, kind = getattr(scheduler, "custom_timesteps", False), type(scheduler).__name__
+        timed = custom or scheduler.num_inference_steps is not None
         require(timed, f"{kind} has no timesteps yet; call its set_timesteps(steps) first")
         self.name = name
         self._scheduler = copy.copy(scheduler)
@@ -208,21 +201,17 @@ class IDDPM:
         from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
         self.timesteps: tuple[float, ...] = spaced_timesteps(steps)
-        self.betas = betas
-
-        def rule(variance: str) -> Scheduled:
+        self.betas, self._rules = betas, {}
+        for channels, variance in ((1, "fixed_small"), (2, "learned_range")):
             # clip_sample defaults to true in diffusers, for images in [−1, 1]; these are latents
             more = {"variance_type": variance, "clip_sample": False}
             scheduler = DDPMScheduler(**_trained_with(betas), **more)
             scheduler.set_timesteps(timesteps=list(self.timesteps))
-            return Scheduled(scheduler, self.name)
-
-        self._learned, self._fixed = rule("learned_range"), rule("fixed_small")
+            self._rules[channels] = Scheduled(scheduler, self.name)
 
     def step(self, x: Tensor, out: Tensor, k: int, memory: Memory) -> Tensor:
         """Take x (B, C, H, W) to step k + 1 with out (B, 2C, H, W), or (B, C, H, W)."""
-        rule = self._learned if out.shape[1] == 2 * x.shape[1] else self._fixed
-        return rule.step(x, out, k, memory)
+        return self._rules[out.shape[1] // x.shape[1]].step(x, out, k, memory)
 
     def with_steps(self, steps: int) -> IDDPM:
         """Return the same rule with another number of steps."""
@@ -268,11 +257,8 @@ def noise_generator(seed: int, k: int) -> torch.Generator:
 
 
 SAMPLERS: dict[str, Callable[[int, Betas], Sampler]] = {
-    "ddim": DDIM,
-    "dpm-solver++": dpm_solver,
-    "iddpm": IDDPM,
-    "sa-solver": sa_solver,
-}
+    "ddim": DDIM, "dpm-solver++": dpm_solver, "iddpm": IDDPM, "sa-solver": sa_solver,
+}  # fmt: skip
 """Samplers by the name that `load(…, sampler=…)` and schedules use."""
 
 

@@ -36,17 +36,12 @@ AUTHORS = {"iterations": 20_000, "batch_size": 32, "beta": 7e-8, "lr": 0.01, "re
 QUICK = {"iterations": 1500, "batch_size": 8, "beta": 1e-7, "lr": 0.1, "refresh_every": 10}
 """Settings for a bundled model: a tenth of the updates on a thousandth of the model."""
 
+# Models of which 32 noises do not fit into 80 GiB, models that run blocks again in backward by
+# default, to fit, and those of which the search does not fit even for one noise: none by default.
 SMALLER = {"pixart-alpha-1024": 8, "pixart-sigma-1024": 8, "pixart-sigma-2k": 2}
-"""Batch sizes of the models of which 32 noises do not fit into 80 GiB."""
-
 CHECKPOINTED = ("pixart-alpha-512", *SMALLER)
-"""Models that run blocks again in backward by default, to fit into 80 GiB."""
-
 UNSEARCHED = ("pixart-sigma-2k",)
-"""Models of which the search does not fit into 80 GiB even for one noise: the default is none."""
-
-TARGET = "theoretical speedup to end on, or just above"
-"""What --target is, here and in the demo."""
+TARGET = "theoretical speedup to end on, or just above"  # the help of --target, as in the demo
 
 
 def defaults(model: str) -> dict[str, Any]:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from harmonica.search.errors import image_mse as image_mse
+from harmonica.table import require
 
-Moments = tuple[Tensor, Tensor]
-"""Mean (D,) and covariance (D, D) of vectors, float64."""
+Moments = tuple[Tensor, Tensor]  # mean (D,) and covariance (D, D) of vectors, float64
 
 
 def moments(vectors: Tensor) -> Moments:
@@ -23,8 +23,8 @@ def moments(vectors: Tensor) -> Moments:
 
     The covariance needs more vectors than they have dimensions.
     """
-    if len(vectors) < 2:
-        raise ValueError(f"there are {len(vectors)} vectors; a covariance takes at least 2")
+    count = len(vectors)
+    require(count >= 2, f"there are {count} vectors; a covariance takes at least 2")
     rows = vectors.detach().flatten(1).double()  # (B, D)
     return rows.mean(0), torch.cov(rows.T).view(rows.shape[1], -1)
 

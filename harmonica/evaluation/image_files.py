@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from numpy.lib import format as npy
 from torch import Tensor
 
 from harmonica.storage.files import read_tensors, write_tensors, write_text, write_whole
@@ -107,26 +108,23 @@ def read_piece(piece: Piece) -> tuple[Tensor, Tensor]:
     start, stop = map(int, piece.path.stem.split("-"))
     count, kinds = stop - start, {name: (t.dtype, *t.shape) for name, t in tensors.items()}
     size = kinds.get("images", ())[2:4]
-    expected = {"images": (torch.uint8, count, *size, 3), "labels": (torch.int64, count)}
-    has, todo = f"{kinds or 'nothing'!s:.200}", "remove the file and run it again"
-    what = f"{piece.path} has {has}; {count} images and their labels were expected; {todo}"
-    require(len(size) == 2 and kinds == expected, what)
+    fit = {"images": (torch.uint8, count, *size, 3), "labels": (torch.int64, count)} == kinds
+    what = f"{piece.path} has {kinds or 'nothing'!s:.200}; {count} images and their labels"
+    require(fit and len(size) == 2, f"{what} were expected; remove the file and run it again")
     wanted = slice(piece.skip, piece.skip + piece.images)
     return tensors["images"][wanted], tensors["labels"][wanted]
 
 
 def write_npz(path: Path, pieces: Sequence[Piece]) -> None:
-    """Write arr_0 and arr_1 piece by piece: 50 000 images of 256 pixels are 10 GB, which need not
-    be in memory.
+    """Write arr_0 and arr_1 as numpy.savez does, but piece by piece: 50 000 images of 256 pixels
+    are 10 GB, which need not be in memory.
     """
-    from numpy.lib import format as npy
-
     count = sum(piece.images for piece in pieces)
     size = read_piece(pieces[0])[0].shape[1:]  # (H, W, 3)
 
     def write(beside: Path) -> None:
         labels = []
-        with zipfile.ZipFile(beside, "w") as archive:  # stored, not packed, as numpy.savez does
+        with zipfile.ZipFile(beside, "w") as archive:  # stored, not packed
             with archive.open("arr_0.npy", "w", force_zip64=True) as file:
                 header = {"descr": "|u1", "fortran_order": False, "shape": (count, *size)}
                 npy.write_array_header_1_0(file, header)
@@ -134,8 +132,7 @@ def write_npz(path: Path, pieces: Sequence[Piece]) -> None:
                     images, some = read_piece(piece)
                     here, there = f"{tuple(images.shape[1:])} in {piece.path}", pieces[0].path
                     other = f"images differ in size: {here}, {tuple(size)} in {there}"
-                    todo = "remove the folder and run it again"
-                    require(images.shape[1:] == size, f"{other}; {todo}")
+                    require(images.shape[1:] == size, f"{other}; remove the folder, run it again")
                     file.write(images.numpy().tobytes())
                     labels.append(some)
             with archive.open("arr_1.npy", "w") as file:
@@ -156,5 +153,5 @@ def write_pngs(folder: Path, pieces: Sequence[Piece]) -> None:
 
 def write_labels(path: Path, pieces: Sequence[Piece]) -> None:
     """Write the conditions of all images, one to a line."""
-    lines = [f"{label}\n" for piece in pieces for label in read_piece(piece)[1].tolist()]
-    write_text(path, "".join(lines))
+    labels = torch.cat([read_piece(piece)[1] for piece in pieces]).tolist()
+    write_text(path, "".join(f"{label}\n" for label in labels))

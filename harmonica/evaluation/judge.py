@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from harmonica.evaluation.distances import frechet_distance, moments
+from harmonica.table import require
 
 DIGITS = tuple("0123456789")
 GARMENTS = (
@@ -50,10 +51,7 @@ class Judge:
         return float((self.classify(images) == labels.to(images.device)).double().mean())
 
     def frechet(self, images: Tensor) -> float:
-        """Return the Fréchet distance of images (B, C, H, W) to the real pictures.
-
-        Raises ValueError for fewer than two images.
-        """
+        """Return the Fréchet distance of 2 or more images (B, C, H, W) to the real pictures."""
         return self.frechet_of_features(self.features(images))
 
     def frechet_of_features(self, features: Tensor) -> float:
@@ -89,9 +87,8 @@ def digits() -> tuple[Tensor, Tensor]:
 def judge_of(model: str) -> Judge:
     """Return the judge of a bundled model's pictures; raise ValueError for another model."""
     judges = {"tiny": _judge_of_digits, "garments": _judge_of_garments}
-    if model not in judges:
-        known = ", ".join(judges)
-        raise ValueError(f"no judge knows the pictures of {model!r}; there is one for {known}")
+    unknown = f"no judge knows the pictures of {model!r}"
+    require(model in judges, f"{unknown}; there is one for {', '.join(judges)}")
     return judges[model]()
 
 
@@ -115,20 +112,16 @@ def _judge_of_garments() -> Judge:
     mean, covariance = state.pop("held_out.mean"), state.pop("held_out.covariance")
     network = Classifier().requires_grad_(False)
     network.load_state_dict(state)
-    return Judge(
-        GARMENTS,
-        _in_parts(network.hidden),
-        lambda images: _in_parts(network)(images).argmax(1),
-        mean.double(),
-        covariance.double(),
-    )
+    features, logits = _in_parts(network.hidden), _in_parts(network)
+    classify = lambda images: logits(images).argmax(1)  # noqa: E731
+    return Judge(GARMENTS, features, classify, mean.double(), covariance.double())
 
 
-def _in_parts(network: nn.Module, size: int = 1000) -> Callable[[Tensor], Tensor]:
-    """Run a network on the CPU, `size` pictures at a time."""
+def _in_parts(network: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Run a network on the CPU, 1000 pictures at a time."""
 
     def run(images: Tensor) -> Tensor:
-        parts = [network(part.float().cpu()) for part in torch.split(images, size)]
+        parts = [network(part.float().cpu()) for part in torch.split(images, 1000)]
         return torch.cat(parts).to(images.device)
 
     return run

@@ -71,15 +71,15 @@ def site_heatmap(
     for i, name in enumerate(site_names):
         kinds.setdefault(word_of(name), []).append(i)
     values = values.detach().float().cpu()
-    finite = [value for value in values.flatten().tolist() if math.isfinite(value)] or [0.0, 1.0]
-    tallest = max(len(columns) for columns in kinds.values())
+    values = values.where(values.isfinite(), torch.nan)
+    finite = values[~values.isnan()].tolist() or [0.0, 1.0]
+    tallest = max(map(len, kinds.values()))
     size = (1.5 + 0.16 * len(values) * len(kinds), 1.6 + 0.16 * tallest)
     fig = Figure(figsize=size, layout="constrained")
     axes = fig.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
     for ax, (kind, columns) in zip(axes, kinds.items(), strict=True):
-        panel = values[:, columns].T.where(values[:, columns].T.isfinite(), torch.nan).numpy()
         colours = colormaps["cividis_r"].resampled(shades)
-        image = ax.imshow(panel, colours, aspect="auto", interpolation="none")
+        image = ax.imshow(values[:, columns].T, colours, aspect="auto", interpolation="none")
         image.set_clim(min(0.0, *finite), max(finite) if most is None else most)
         ax.set(xlabel="executed step k", title=TITLES.get(kind, kind), facecolor="lightgrey")
         for axis, count in ((ax.xaxis, len(values)), (ax.yaxis, len(columns))):
@@ -171,10 +171,8 @@ def error_along_walk(plain: Sequence[Tensor], walks: Mapping[str, Sequence[Tenso
     """Draw the mean squared difference of x (B, C, H, W) to the plain walk after each step, a line
     for each walk (a figure of the paper).
     """
-    pairs = {name: zip(walk, plain, strict=True) for name, walk in walks.items()}
-    errors = {
-        name: [float((a - b).square().mean()) for a, b in each] for name, each in pairs.items()
-    }
+    mse = lambda pair: float((pair[0] - pair[1]).square().mean())  # noqa: E731
+    errors = {name: [*map(mse, zip(walk, plain, strict=True))] for name, walk in walks.items()}
     return per_step(errors, ylabel="mean squared error of x\n(squared pixel units)", log=True)
 
 

@@ -42,7 +42,8 @@ def every(denoiser: Denoiser, n: float | None = None, *, speedup: float | None =
     The computed steps are ⌈i·n⌉: for a whole n those with k % n == 0, for n = 2.5 steps 0, 3, 5, 8,
     10, … With a speedup instead, n = T / (number of steps that may compute).
     """
-    give_one_of("n", n, speedup)
+    one = (n is None) != (speedup is None)
+    require(one, f"n is {n} and speedup {speedup}; give one of the two")
     require(n is None or 1 <= n < inf, f"n is {n}; it must be 1 (compute all) or more steps")
     steps = denoiser.steps
     interval = Fraction(n or Fraction(steps, steps_that_compute(denoiser, speedup or 1.0)))
@@ -79,11 +80,11 @@ def learning_to_cache(
     """Train scores of every second step on real images (Learning-to-Cache, Ma et al. 2024, arXiv
     2406.01733).
 
-    Steps come in pairs (k, k + 1), k even: k computes, k + 1 may reuse. An update draws a pair,
-    images and noise, and lowers ‖ε − ε_router‖² + β·Σᵢ rᵢ by the scores r of step k + 1: ε is the
-    plain prediction at k + 1, ε_router the one that blends with the features of step k. The same
-    noise is added to an image at both steps. No walk is taken, so what earlier reuse did to x is
-    never seen, and no more than half of the steps can reuse.
+    Steps come in pairs (k, k + 1), k even: k computes, k + 1 may reuse. An update draws a pair, and
+    images with one noise at both steps, and lowers ‖ε − ε_router‖² + β·Σᵢ rᵢ by the scores r of
+    step k + 1: ε is the plain prediction there, ε_router the one that blends with the features of
+    step k. No walk is taken, so what earlier reuse did to x is never seen, and no more than half of
+    the steps can reuse.
 
     `images` (M, C, H, W) are scaled as the model was trained on them, `labels` (M, …) are their
     conditions; the sampler must add noise as √ᾱ·x + √(1−ᾱ)·ε. β is the price of computing one site.
@@ -119,11 +120,11 @@ def _pairs(
 ) -> Iterator[tuple[int, list[Tensor], Tensor]]:
     """Yield an even step k, images with one noise at k and k + 1, 2 × (B, C, H, W), and labels."""
     levels = alphas_cumprod()[[round(t) for t in denoiser.about["timesteps"]]].tolist()  # ᾱ of each
-    at, shape = generator.device, (size, *images.shape[1:])
+    here: dict[str, Any] = {"generator": generator, "device": generator.device}
     while True:
-        k = 2 * int(torch.randint(len(levels) // 2, (), generator=generator, device=at))
-        rows = torch.randint(len(images), (size,), generator=generator, device=at).to(images.device)
-        noise = torch.randn(shape, generator=generator, device=at).to(images)
+        k = 2 * int(torch.randint(len(levels) // 2, (), **here))
+        rows = torch.randint(len(images), (size,), **here).to(images.device)
+        noise = torch.randn((size, *images.shape[1:]), **here).to(images)
         noisy = [a**0.5 * images[rows] + (1 - a) ** 0.5 * noise for a in levels[k : k + 2]]
         yield k, noisy, labels[rows]
 
@@ -132,12 +133,11 @@ def _pair_gradient(
     denoiser: Denoiser, pair: Sequence[Tensor], cond: Tensor, k: int, logits: Tensor, beta: float
 ) -> Tensor:
     """Return the gradient (N,) of the loss of step k + 1 by its logits; nothing else gets one."""
-    cache: Cache = {}
+    cache, r = Cache(), logits.sigmoid()
     with torch.no_grad():
         with gated(denoiser.sites, reuse([True] * len(denoiser.sites), cache)):
             denoiser.predict(pair[0], k, cond)
         target = denoiser.predict(pair[1], k + 1, cond)
-    r = logits.sigmoid()
     with gated(denoiser.sites, blend(r, cache, 0.0)):  # any τ: the cache is not read again
         loss = objective(denoiser.predict(pair[1], k + 1, cond), target, r, 1.0, beta)
         return torch.autograd.grad(loss, logits)[0]
@@ -186,9 +186,3 @@ def named(
     """Return a table (T, N) as a schedule for this denoiser that says how it was made."""
     about = {**denoiser.about, "provenance": {"method": method, **settings}}
     return Schedule(table, sites=tuple(denoiser.sites), **about)
-
-
-def give_one_of(name: str, value: float | None, speedup: float | None) -> None:
-    """Raise ValueError unless one of two arguments is given."""
-    given = f"{name} is {value} and speedup {speedup}"
-    require((value is None) != (speedup is None), f"{given}; give one of the two")

@@ -18,19 +18,12 @@ from harmonica.cache import Compute, Feature, gated
 from harmonica.denoise import Denoiser
 from harmonica.memory import free_bytes
 
-CAP = 4.0
-"""A noise whose error is more than so many times the median counts in proportion less."""
-
-PORTION = 64
-"""Noises walked at a time, where there is room."""
+CAP = 4.0  # a noise whose error is more than so many times the median counts less
+PORTION = 64  # noises walked at a time, where there is room
 
 
 def image_errors(images: Tensor, target: Tensor) -> Tensor:
-    """Return the mean squared difference of each image to its target, (B,) float64.
-
-    >>> image_errors(torch.ones(2, 1, 2, 2), torch.zeros(2, 1, 2, 2)).tolist()
-    [1.0, 1.0]
-    """
+    """Return the mean squared difference of each image to its target, (B,) float64."""
     return (images.double() - target.double()).square().flatten(1).mean(1)
 
 
@@ -56,8 +49,7 @@ def noises_that_fit(denoiser: Denoiser, x: Tensor, cond: Any) -> int:
 
     def gate(site: int, compute: Compute) -> Feature:
         feature = compute()
-        leaves = [leaf for leaf in tree_leaves(feature) if isinstance(leaf, Tensor)]
-        features.append(sum(leaf.numel() * leaf.element_size() for leaf in leaves))
+        features.extend(leaf.nbytes for leaf in tree_leaves(feature) if isinstance(leaf, Tensor))
         return feature
 
     with torch.no_grad(), gated(denoiser.sites, gate):

@@ -38,19 +38,11 @@ from harmonica.search.references import Pool, pool_errors
 from harmonica.search.target import Target
 from harmonica.table import require
 
-FLIPS = 32
-"""Entries that flip in one round, at most; farther from the table the quadratic is not believed."""
-
-PAIRS = 10
-"""At most so many pairs of rows are walked in one round."""
-
-SIGNS_SEED = 20_000_003
-"""Seed of the random signs that a quadratic takes."""
-
-SCREENING_SHARE, FEW = 4, 32
-"""A candidate is walked on one noise of SCREENING_SHARE first, and a quadratic sees as many; never
-fewer than FEW, so that chance does not decide."""
-
+FLIPS = 32  # entries that flip in one round, at most; the quadratic is believed no farther away
+PAIRS = 10  # pairs of rows that are walked in one round, at most
+SIGNS_SEED = 20_000_003  # of the random signs that a quadratic takes
+SCREENING_SHARE = 4  # one noise of so many screens candidates, and a quadratic sees as many
+FEW = 32  # never fewer noises than these, so that chance does not decide
 WALKS_PER_ROUND = 2 + (1 + WALKS) / SCREENING_SHARE + PAIRS + FLIPS.bit_length()
 """Walks of one round on all noises, at most."""
 

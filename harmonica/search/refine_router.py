@@ -21,17 +21,10 @@ from harmonica.search.refine import WALKS_PER_ROUND, few_of, refine
 from harmonica.search.target import Target, logit
 from harmonica.table import require
 
-NOISES = 128
-"""Noises that tables are judged on, unless the budget is larger than the default."""
-
-ROUNDS = 12
-"""Rounds of the search that the default budget is enough for."""
-
-NOISES_SEED = 20_000_003
-"""Seed of the noises, so that resuming a run does not change them."""
-
-MARGIN = 0.5
-"""Distance from τ, in logits, at which a flipped decision is placed."""
+NOISES = 128  # that tables are judged on, unless the budget is larger than the default
+ROUNDS = 12  # of the search that the default budget is enough for
+NOISES_SEED = 20_000_003  # of its own, so that resuming a run does not change the noises
+MARGIN = 0.5  # distance from τ, in logits, at which a flipped decision is placed
 
 
 def refine_router(

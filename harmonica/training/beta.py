@@ -22,17 +22,13 @@ from harmonica.search.target import Target, logit
 GAIN, DAMPING = 0.15, 3.0
 """Change of log β in a trajectory: per unit of log (spent / allowed), per unit of its change."""
 
-FASTEST = 1.0
-"""log β changes at most this much in one trajectory."""
+FASTEST = 1.0  # log β changes at most this much in one trajectory
 
 
 class BetaController:
     """Chooses β after each trajectory.
 
-    Args:
-        target: the speedup to end on.
-        tau: τ, at which the router will be frozen.
-        device: of the router.
+    `target` is the speedup to end on, `tau` τ at which the router on `device` will be frozen.
 
     Attributes:
         beta: (N,) float32 on the device, the price of each site; changed in place, so that `sdt`
@@ -59,7 +55,10 @@ class BetaController:
         self._errors.append(update.lam * update.mse)
         if update.k < router.steps - 1:
             return
-        excess = self._excess(router)
+        # an entry near τ is spent in part, so that β changes before the table does
+        cost, near = self.target.cost.sites, router.logits.cpu().double() - logit(self.tau)
+        spent = float(cost.sum() + (torch.sigmoid(near) * cost).sum())
+        excess = math.log(spent / max(self.target.allowed, 1e-30))
         log_beta, last, known = self.state.tolist()
         if known:
             step = GAIN * excess + DAMPING * (excess - last)
@@ -69,11 +68,3 @@ class BetaController:
             log_beta = math.log(max(typical, 1e-30) / len(router.sites))
         self.restore(torch.tensor([log_beta, excess, 1.0], dtype=torch.float64))
         self._errors.clear()
-
-    def _excess(self, router: Router) -> float:
-        """Return log (spent / allowed), counting an entry near τ in part, so that it changes before
-        the table does.
-        """
-        near = torch.sigmoid(router.logits.cpu().double() - logit(self.tau))  # (T−1, N)
-        spent = float(self.target.cost.sites.sum() + (near * self.target.cost.sites).sum())
-        return math.log(spent / max(self.target.allowed, 1e-30))

@@ -30,8 +30,7 @@ from harmonica.search.refine_router import NOISES, ROUNDS
 from harmonica.table import require
 
 GIB = 2**30
-H100 = 400e12
-"""Floating-point operations a second that a large model reaches in bf16 on one H100."""
+H100 = 400e12  # floating-point operations a second that a large model reaches there in bf16
 
 
 @dataclass(frozen=True)
@@ -52,19 +51,17 @@ class DryRun:
     memory: dict[str, int]
     batch_size: int
 
-    def hours(self, flops: float = H100) -> float:
-        """Return the hours at `flops` floating-point operations a second."""
-        return 2 * self.macs / flops / 3600
-
-    def largest_batch(self, available: int) -> int:
-        """Return how many noises fit into `available` bytes."""
-        most = max(self.memory["update"], self.memory["lambda"]) - self.weights
-        return max(0, int((available - self.weights) * self.batch_size / most))
+    def hours(self) -> float:
+        """Return the hours on one H100."""
+        return 2 * self.macs / H100 / 3600
 
     def check(self, available: int, *, checkpointing: bool) -> None:
         """Raise ValueError, saying what to change, if the run does not fit into so many bytes."""
-        most, batch = max(self.memory.values()), self.largest_batch(available)
-        ways = [f"--batch-size {batch}"] if batch else []
+        most = max(self.memory.values())
+        together = [size for name, size in self.memory.items() if name != "search"]
+        each = (max(together) - self.weights) / self.batch_size
+        batch = int((available - self.weights) / each)  # noises that fit
+        ways = [f"--batch-size {batch}"] if batch > 0 else []
         ways += [] if checkpointing else ["--activation-checkpointing"]
         need = f"training needs {most / GIB:.1f} GiB at batch size {self.batch_size}"
         has = f"the device has {available / GIB:.1f}"
@@ -84,7 +81,7 @@ class DryRun:
         return "\n".join(f"  {name:24}{value}" for name, value in rows.items())
 
 
-def dry_run(  # noqa: D417 (some arguments share a line)
+def dry_run(
     denoiser: Denoiser,
     *,
     iterations: int = 20_000,
@@ -96,13 +93,8 @@ def dry_run(  # noqa: D417 (some arguments share a line)
 ) -> DryRun:
     """Count what `train_sdt` with these settings takes; only shapes matter.
 
-    Args:
-        denoiser: on the meta device, with more than one step.
-        iterations, batch_size, refresh_every, refine: as in `train_sdt`.
-        proxy: whether λ is measured.
-        target: whether training ends on a target, and so with a search unless refine is 0.
-
-    Raises ValueError if the denoiser is not on the meta device.
+    `proxy` is whether λ is measured, `target` whether training ends on a target, and so with a
+    search unless refine is 0. Raises ValueError if the denoiser is not on the meta device.
     """
     start = denoiser.draw(batch_size, torch.Generator().manual_seed(0))
     place, how = start[0].device, 'load(name, weights="random", device="meta")'
@@ -116,8 +108,8 @@ def dry_run(  # noqa: D417 (some arguments share a line)
     macs = iterations * update + trajectories * plain
     if proxy:
         memory["lambda"] = _lambda(denoiser, start)
-        predictions += -(-trajectories // refresh_every) * T * (T + 1) // 2
-        macs += -(-trajectories // refresh_every) * T * (T + 1) // 2 * plain
+        walks = -(-trajectories // refresh_every) * T * (T + 1) // 2
+        predictions, macs = predictions + walks, macs + walks * plain
     if target and refine != 0:
         memory["search"] = _search(denoiser)
         whole = NOISES * ROUNDS * int(WALKS_PER_ROUND * T) // batch_size
