@@ -103,9 +103,6 @@ def ada_single_block(
     return math.add(h, gate2, out)
 
 
-# ------------------------------------------------------------ which block is known
-
-
 class Form(NamedTuple):
     """How to run blocks of one class with all of a branch inside the gate.
 
@@ -175,9 +172,6 @@ def _arguments(block: nn.Module, form: Form, args: Any, kwargs: Any) -> dict[str
     usual = len(args) <= len(takes) and not (isinstance(h, Tensor) and h.dim() != 3)
     empty = all(it is None or (isinstance(it, dict) and not it) for it in others)
     return named if usual and empty else None
-
-
-# ------------------------------------------------------------ overriding
 
 
 @contextmanager

@@ -10,10 +10,10 @@
 One rule replaces refusals: *where nothing valid is kept, compute*. So the first step that runs
 computes everything; which row of the table it was is known when the scheduler steps. A call of
 other shapes, a further call in a step, a feature that was changed in place, a second transformer:
-all of them compute, and are reused in their turn. What was computed although the table reuses it is
-counted with its reason.
-
-This file does not know how a pipeline is tapped (`taps.py`), nor which modules are sites.
+all of them compute, and are reused in their turn. An output remembers the step that it comes from,
+and whether anybody has written to it since. What was computed although the table reuses it is
+counted with its reason. This file does not know how a pipeline is tapped (`taps.py`), nor which
+modules are sites.
 """
 
 from __future__ import annotations
@@ -27,13 +27,12 @@ from weakref import ref
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from harmonica.cache import Compute, Feature
 from harmonica.forecast import weighted_sum
 from harmonica.inference.lifetimes import Entry
 from harmonica.models.memo import Memo
-from harmonica.models.pipelines.kept import Output
 
 Rows = Sequence[Sequence[Entry]]
 """Of a table's `Plan`, T of N."""
@@ -64,6 +63,60 @@ class Counts:
     def __add__(self, other: Counts) -> Counts:
         skipped, calls = self.skipped + other.skipped, self.calls + other.calls
         return Counts(self.asked + other.asked, skipped, calls, self.beyond + other.beyond)
+
+
+@dataclass
+class Output:
+    """An output of a site.
+
+    Attributes:
+        step: that it comes from.
+        feature: the output; a copy that nobody else holds where `apart`, because it lies in host
+            memory, or because torch does not count what is written to it (inference mode).
+        tensors, versions: those in it, and how often each was written to when it was kept.
+    """
+
+    step: int
+    feature: Feature
+    apart: bool = False
+    tensors: tuple[Tensor, ...] = ()
+    versions: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, step: int, feature: Feature, offload: bool) -> Output:
+        """Keep a feature, in host memory if it is `offload`ed."""
+        tensors = tuple(leaf for leaf in tree_leaves(feature) if isinstance(leaf, Tensor))
+        if offload or any(tensor.is_inference() for tensor in tensors):
+            return cls(step, tree_map(_to_host if offload else _copied, feature), True)
+        return cls(step, feature, False, tensors, tuple(each._version for each in tensors))
+
+    def intact(self) -> bool:
+        """Tell whether nobody has written to the feature since."""
+        return tuple(tensor._version for tensor in self.tensors) == self.versions
+
+    def value(self) -> Feature:
+        """Return the feature, or a copy of one that is kept apart, on its own device."""
+        return tree_map(_copied, self.feature) if self.apart else self.feature
+
+
+@dataclass(frozen=True)
+class _Hosted:
+    tensor: Tensor
+    device: torch.device
+
+
+def _to_host(leaf: Any) -> Any:
+    if not isinstance(leaf, Tensor):
+        return leaf
+    host = torch.empty_like(leaf, device="cpu", pin_memory=leaf.is_cuda)
+    return _Hosted(host.copy_(leaf, non_blocking=True), leaf.device)
+
+
+def _copied(leaf: Any) -> Any:
+    if isinstance(leaf, _Hosted):
+        there = torch.empty_like(leaf.tensor, device=leaf.device)
+        return there.copy_(leaf.tensor, non_blocking=True)
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
 
 @dataclass
