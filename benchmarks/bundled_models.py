@@ -123,12 +123,24 @@ RECIPES = {
 }
 
 
+def initialised(model: DiT) -> DiT:
+    """Let a new model start as the identity: the gates and the final projection are zero (adaLN-zero)."""
+    for name, weight in model.named_parameters():
+        if name.endswith("bias") or "adaLN" in name or name.startswith("final_layer"):
+            torch.nn.init.zeros_(weight)
+        elif "_embedder" in name and "proj" not in name:
+            torch.nn.init.normal_(weight, std=0.02)
+        elif name != "pos_embed":
+            torch.nn.init.xavier_uniform_(weight.view(len(weight), -1))
+    return model
+
+
 def train(name: str) -> DiT:
     """Train a bundled model as it was trained, and return it with averaged weights."""
     recipe = RECIPES[name]
     with torch.random.fork_rng():
         torch.manual_seed(0)  # parameters are drawn by torch, which takes no generator
-        model = DiT(**DITS[name])
+        model = initialised(DiT(**DITS[name]))
     average = DiT(**DITS[name])
     average.load_state_dict(model.state_dict())
     weights = [p for p in model.parameters() if p.requires_grad]

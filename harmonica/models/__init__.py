@@ -124,18 +124,9 @@ class _How(NamedTuple):
         return torch.device("cpu") if device.type == "mps" else device
 
 
-def _open(model: torch.nn.Module) -> None:
-    """Draw the parameters that are zero in a new model, like DiT's gates: no site would matter."""
-    for parameter in model.parameters():
-        if not parameter.is_meta and not bool(parameter.any()):
-            torch.nn.init.normal_(parameter, std=0.03)
-
-
 def _filled(model: Any, how: _How, read: Callable[[], dict[str, torch.Tensor]]) -> Any:
     """Return a new model with its weights, drawn or `read`, where they shall live."""
-    if how.weights == "random":
-        _open(model)
-    else:
+    if how.weights != "random":
         fill(model, read(), str(how.weights))
     model.activation_checkpointing = how.activation_checkpointing
     return model.to(device=how.device, dtype=how.dtype)
@@ -178,7 +169,6 @@ def _pixart(how: _How) -> PixArtDenoiser:
         encoded = pixart.random_prompts(texts, variant.text_tokens, pixart.XL["caption_channels"])
         with how.birthplace:
             transformer = pixart.transformer_of(variant)
-        _open(transformer)
         # diffusers' own `to` warns of modules that it does not have
         torch.nn.Module.to(transformer, how.dtype)
     else:

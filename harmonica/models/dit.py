@@ -149,17 +149,6 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self.activation_checkpointing = False  # `harmonica.run_again`
-        self._initialise()
-
-    def _initialise(self) -> None:
-        """Start as the identity: the gates and the final projection are zero (adaLN-zero)."""
-        for name, weight in self.named_parameters():
-            if name.endswith("bias") or "adaLN" in name or name.startswith("final_layer"):
-                nn.init.zeros_(weight)
-            elif "_embedder" in name and "proj" not in name:
-                nn.init.normal_(weight, std=0.02)
-            elif name != "pos_embed":
-                nn.init.xavier_uniform_(weight.view(len(weight), -1))
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Predict the noise, then the variance if it is learned, in x (B, C, H, W) at timesteps t

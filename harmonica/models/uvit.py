@@ -83,25 +83,13 @@ class UViT(nn.Module):
         self.patch_embed = layers.PatchEmbedder(in_channels, patch_size, hidden_size)
         self.label_emb = nn.Embedding(num_classes + 1, hidden_size)
         tokens = EXTRAS + (input_size // patch_size) ** 2
-        self.pos_embed = nn.Parameter(torch.zeros(1, tokens, hidden_size))  # (1, 2 + N, D)
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, tokens, hidden_size))  # (1, 2 + N, D)
         sizes = (hidden_size, num_heads, mlp_ratio)
         self.in_blocks = nn.ModuleList(Block(*sizes) for _ in range(depth // 2))
         self.mid_block = Block(*sizes)
         self.out_blocks = nn.ModuleList(Block(*sizes, skip=True) for _ in range(depth // 2))
         self.norm = nn.LayerNorm(hidden_size)
         self.decoder_pred = nn.Linear(hidden_size, patch_size * patch_size * in_channels)
-        self._initialise()
-
-    def _initialise(self) -> None:
-        """Start linear layers and positions small, as the original does, whose normal distribution
-        is cut at ±2, a hundred standard deviations away.
-        """
-        nn.init.normal_(self.pos_embed, std=0.02)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Predict the noise (B, C, H, W) in x (B, C, H, W) at times t (B,), above 0 up to 1000, for
