@@ -1,28 +1,23 @@
 """The fast walk: the images of the plain one, less work, nothing left behind."""
 
 import time
-from pipes import StockDiT, count_calls, dit_transformer, randomised
+from pipes import count_calls, randomised, stock_dit
 
 import pytest
 import torch
-from conftest import make, refused, seeds, start, tables, with_noise
+from conftest import attributes, make, raising, refused, seeds, start, tables, with_noise
 from hypothesis import given
 from test_blocks import MADE, in_double, table
-from test_every_model import (
-    loaded,
-    small,  # noqa: F401 (a fixture: every model on a small configuration)
-)
+from test_every_model import loaded, small  # noqa: F401 (a fixture: every model is small)
 from torch import nn
 
 from harmonica import Macs, Schedule, sample, train_sdt
 from harmonica.inference.timing import milliseconds
 from harmonica.inference.walk import Accelerated, Walk
-from harmonica.models import MODELS, load
-from harmonica.models.dit import DiTDenoiser
+from harmonica.models import MODELS, load, precompute
 from harmonica.models.memo import Memo
-from harmonica.models.precompute import equal_to_the_first, precomputed
-from harmonica.models.sites import sites
-from harmonica.samplers import DDIM, SAMPLERS
+from harmonica.models.precompute import equal_to_the_first
+from harmonica.samplers import SAMPLERS
 
 
 def relative(a, b):
@@ -30,15 +25,11 @@ def relative(a, b):
 
 
 @given(tables(), seeds)
-def test_an_exact_walk_is_sample_bit_for_bit(schedule, seed):
+def test_an_exact_walk_is_sample_bit_for_bit_and_another_to_rounding(schedule, seed):
     d, x, y = with_noise(make(), seed=seed)
-    assert torch.equal(Walk(d, schedule, exact=True)(x, y), sample(d, x, y, schedule))
-
-
-@given(tables(), seeds)
-def test_a_walk_is_sample_to_rounding(schedule, seed):
-    d, x, y = with_noise(make(), seed=seed)
-    assert relative(Walk(d, schedule)(x, y), sample(d, x, y, schedule)) < 1e-11
+    plain = sample(d, x, y, schedule)
+    assert torch.equal(Walk(d, schedule, exact=True)(x, y), plain)
+    assert relative(Walk(d, schedule)(x, y), plain) < 1e-11
 
 
 @pytest.mark.parametrize("sampler", sorted(SAMPLERS))
@@ -53,117 +44,73 @@ def test_every_model_under_every_sampler(name, sampler):
     assert relative(Walk(d)(x, cond), sample(d, x, cond)) < 1e-9
 
 
-def test_the_bundled_model_agrees_to_1e_5_in_float32():
-    d, x, y = with_noise(load("tiny"), 64, 0)
-    for seed in range(3):
-        assert (
-            relative(Walk(d, table(d, seed=seed))(x, y), sample(d, x, y, table(d, seed=seed)))
-            < 1e-5
-        )
-
-
-def test_half_precision_agrees_to_its_rounding():
-    d, x, y = with_noise(load("tiny", dtype=torch.bfloat16), 16, 0)
-    assert relative(Walk(d, table(d))(x, y), sample(d, x, y, table(d))) < 0.05
-    assert torch.equal(Walk(d, table(d), exact=True)(x, y), sample(d, x, y, table(d)))
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_the_bundled_model_agrees_to_the_rounding_of_its_type(dtype, rounding):
+    d, x, y = with_noise(load("tiny", dtype=dtype), 16, 0)
+    for rows in (table(d, seed=seed) for seed in range(3)):
+        plain = sample(d, x, y, rows)
+        assert relative(Walk(d, rows)(x, y), plain) < rounding
+        assert torch.equal(Walk(d, rows, exact=True)(x, y), plain)
 
 
 @pytest.mark.parametrize("name", MADE)
 def test_nothing_is_left_on_the_model_exception_or_not(name):
     d, x, cond = with_noise(MADE[name](), 1, 0)
-    before = {name: dict(vars(module)) for name, module in d.model.named_modules()}
+    before, step = attributes(d.model), d.step
     Walk(d, table(d))(x, cond)
-    assert {name: dict(vars(module)) for name, module in d.model.named_modules()} == before
-    step = d.step
-
-    def broken(x, out, k, memory):
-        if k == 2:
-            raise RuntimeError("broken")
-        return step(x, out, k, memory)
-
-    d.step = broken
+    assert attributes(d.model) == before
+    broken = raising(RuntimeError("broken"))
+    d.step = lambda x, out, k, memory: (broken if k == 2 else step)(x, out, k, memory)
     with pytest.raises(RuntimeError, match="broken"):
         Walk(d, table(d))(x, cond)
-    assert {name: dict(vars(module)) for name, module in d.model.named_modules()} == before
+    assert attributes(d.model) == before
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_a_walk_remembers_nothing_of_the_one_before(name):
+def test_a_walk_remembers_nothing_of_the_one_before_and_sees_weights_changed_since(name):
     d = in_double(MADE[name]())
     walk = Walk(d, table(d))
     first, second = (start(d, b, b) for b in (3, 2))
     walk(*first)
     assert torch.equal(walk(*second), Walk(d, table(d))(*second))
+    randomised(d.model, seed=9)
+    assert relative(walk(*second), sample(d, *second, table(d))) < 1e-9
 
 
-def test_modulations_of_all_steps_are_one_product_per_block():
+def test_modulations_of_all_steps_are_one_product_per_block_or_of_as_many_as_fit(monkeypatch):
     d, x, y = with_noise(make(5))
-    linears = [block.adaLN_modulation[1] for block in d.model.blocks] + [
-        d.model.final_layer.adaLN_modulation[1]
-    ]
+    linears = [block.adaLN_modulation[1] for block in (*d.model.blocks, d.model.final_layer)]
     assert count_calls(linears, lambda: sample(d, x, y)) == [5, 5, 5]
     assert count_calls(linears, lambda: Walk(d)(x, y)) == [1, 1, 1]
     assert count_calls(linears, lambda: Walk(d, exact=True)(x, y)) == [5, 5, 5]
     embedders = [d.model.t_embedder, d.model.y_embedder]
     assert count_calls(embedders, lambda: Walk(d)(x, y)) == [1, 1]
-
-
-def test_modulations_are_made_for_as_many_steps_as_fit(monkeypatch):
-    from harmonica.models import precompute as module
-
-    d, x, y = with_noise(make(5))
-    linears = [block.adaLN_modulation[1] for block in d.model.blocks] + [
-        d.model.final_layer.adaLN_modulation[1]
-    ]
     for steps, products in ((2, 3), (1, 5), (5, 1), (4, 2)):
-        monkeypatch.setattr(module, "rows_that_fit", lambda *_, steps=steps: steps * 4)
+        monkeypatch.setattr(precompute, "rows_that_fit", lambda *_, steps=steps: steps * 4)
         assert count_calls(linears, lambda: Walk(d)(x, y)) == [products] * 3
         assert relative(Walk(d)(x, y), sample(d, x, y)) < 1e-11
 
 
-def test_equal_copies_of_an_embedding_run_once():
-    d, x, cond = _stock(equal=True)
+@pytest.mark.parametrize("equal", [True, False])
+def test_equal_copies_of_an_embedding_run_once_and_different_ones_each(equal):
+    d, x, cond = with_noise(stock_dit(double=True, equal=equal), 2, 0)
     embeddings = [block.norm1.emb for block in d.model.transformer.transformer_blocks]
+    assert equal_to_the_first(embeddings, Memo()) == [True, equal]
     ran = count_calls(embeddings, lambda: Walk(d, exact=True)(x, cond))
-    assert sum(ran) == d.steps  # by whichever asked first
+    assert sum(ran) == d.steps * (1 if equal else 2)  # by whichever asked first
     assert torch.equal(Walk(d, exact=True)(x, cond), sample(d, x, cond))
     assert relative(Walk(d)(x, cond), sample(d, x, cond)) < 1e-10
     labels = [emb.class_embedder for emb in embeddings]
-    assert sum(count_calls(labels, lambda: Walk(d)(x, cond))) == 1
-
-
-def test_different_copies_of_an_embedding_each_run():
-    d, x, cond = _stock(equal=False)
-    embeddings = [block.norm1.emb for block in d.model.transformer.transformer_blocks]
+    assert sum(count_calls(labels, lambda: Walk(d)(x, cond))) == (1 if equal else 2)
+    embeddings[1].time_proj.downscale_freq_shift = 0  # of other settings they are not the same
     assert equal_to_the_first(embeddings, Memo()) == [True, False]
-    assert count_calls(embeddings, lambda: Walk(d, exact=True)(x, cond)) == [d.steps] * 2
-    assert torch.equal(Walk(d, exact=True)(x, cond), sample(d, x, cond))
-
-
-def _stock(*, equal):
-    transformer = dit_transformer().double()
-    first, second = (block.norm1.emb for block in transformer.transformer_blocks)
-    if equal:
-        second.load_state_dict(first.state_dict())
-    d = DiTDenoiser(StockDiT(transformer), DDIM(4), sites=sites(transformer))
-    return d, *start(d, 2, 0)
-
-
-def test_embeddings_of_other_settings_are_not_the_same():
-    first, second = (block.norm1.emb for block in dit_transformer().transformer_blocks)
-    second.load_state_dict(first.state_dict())
-    assert equal_to_the_first([first, second], Memo()) == [True, True]
-    second.time_proj.downscale_freq_shift = 0
-    assert equal_to_the_first([first, second], Memo()) == [True, False]
 
 
 def test_the_text_is_projected_once_a_walk():
     d, x, cond = with_noise(MADE["pixart"](), 2, 0)
     blocks = d.model.transformer_blocks
-    text = [
-        d.model.caption_projection,
-        *(layer for block in blocks for layer in (block.attn2.to_k, block.attn2.to_v)),
-    ]
+    text = [layer for block in blocks for layer in (block.attn2.to_k, block.attn2.to_v)]
+    text.append(d.model.caption_projection)
     assert count_calls(text, lambda: sample(d, x, cond)) == [4] * 5
     assert count_calls(text, lambda: Walk(d, exact=True)(x, cond)) == [1] * 5
 
@@ -177,29 +124,14 @@ class Foreign:
         self.predict, self.step, self.draw = inner.predict, inner.step, inner.draw
 
 
-def test_an_unknown_denoiser_walks_by_overriding_sites():
+def test_what_is_unknown_walks_by_overriding_sites_and_has_nothing_ahead():
     d, x, y = with_noise(Foreign(make()))
     assert not isinstance(d, Accelerated)
     assert torch.equal(Walk(d, table(d))(x, y), sample(d, x, y, table(d)))
-
-
-def test_an_unknown_model_has_nothing_ahead():
-    model = nn.Linear(2, 2)
-    with precomputed(model, Memo()):
+    with precompute.precomputed(model := nn.Linear(2, 2), Memo()):
         assert "forward" not in vars(model)
-
-
-def test_a_schedule_that_does_not_fit_is_refused():
     with refused("this schedule has 2 steps"):
         Walk(make(), Schedule([[1] * 4, [0] * 4]))
-
-
-def test_weights_changed_between_two_walks_are_seen():
-    d, x, y = with_noise(make())
-    walk = Walk(d, table(d))
-    walk(x, y)
-    randomised(d.model, seed=9)
-    assert relative(walk(x, y), sample(d, x, y, table(d))) < 1e-11
 
 
 @pytest.mark.gpu
@@ -241,15 +173,12 @@ def test_milliseconds_are_the_sites_own_and_the_rest_is_what_no_schedule_saves(m
     assert 1.1 < without.speedup(found) < 1.4  # 80 + … a step, or 60 + … in three of four
 
 
-def test_a_table_lands_on_a_target_in_milliseconds():
+def test_a_table_lands_on_a_target_in_milliseconds_of_something():
     d = make(dtype=torch.float32)
     cost = Macs(torch.tensor([1.0, 5.0, 1.0, 1.0], dtype=torch.float64), 2.0)
     how = {"iterations": 12, "batch_size": 2, "lr": 0.2, "refine": 0, "progress": False}
     schedule = train_sdt(d, target_speedup=1.5, cost=cost, **how).schedule(0.1)
     assert schedule.speedup(cost) >= 1.5
-
-
-@pytest.mark.parametrize("bad", [{"batch_size": 0}, {"repeats": 0}])
-def test_milliseconds_of_nothing_are_refused(bad):
-    with refused("expected 1 or more of each"):
-        milliseconds(make(), **bad)
+    for bad in ({"batch_size": 0}, {"repeats": 0}):
+        with refused("expected 1 or more of each"):
+            milliseconds(make(), **bad)

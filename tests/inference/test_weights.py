@@ -42,12 +42,7 @@ def test_order_0_is_reuse_bit_for_bit(table, seed):
     rows, weights, cache = table.compute.tolist(), taylor_weights(table.compute, 0).tolist(), {}
     walk = denoise(d, x, cond, lambda k: weighted(rows[k], weights[k], cache))
     assert torch.equal(final_image(walk), sample(d, x, cond, table))
-
-
-@given(order=st.integers(0, 9), seed=seeds)
-def test_where_everything_computes_nothing_is_weighted(order, seed):
-    d, x, cond = with_noise(make(), 2, seed)
-    everything = Schedule(torch.ones(4, 4), order=order)
+    everything = Schedule(torch.ones(4, 4), order=seed % 10)  # of which nothing is weighted
     assert torch.equal(sample(d, x, cond, everything), sample(d, x, cond))
 
 
@@ -65,8 +60,7 @@ def test_a_plan_keeps_what_will_be_read_and_no_more_than_it_says(schedule):
         for site in range(4):
             plan.gate(k, cache)(site, lambda: torch.zeros(1))
             most = max(most, sum(map(len, cache.values())))
-    assert cache == {}
-    assert peak(plan, [2.0] * 4) == 2.0 * most
+    assert (cache, peak(plan, [2.0] * 4)) == ({}, 2.0 * most)
 
 
 @given(schedule=schedules())
@@ -80,16 +74,13 @@ def test_weights_and_order_are_written_and_read(schedule, tmp_path_factory):
             write_smoothcache(path, schedule)
 
 
-def test_weights_are_part_of_what_a_schedule_is():
+def test_weights_are_part_of_what_a_schedule_is_and_take_little_room_in_a_file(tmp_path):
     table = Schedule([[1], [0], [1], [0]])
     one, other = weigh(table, 1, seed=0), weigh(table, 1, seed=1)
     assert one == replace(one)
     assert one not in (other, table)
     with pytest.warns(UserWarning, match="weights are left out"):
         assert one.resample(8).weights is None
-
-
-def test_weights_in_a_file_take_less_room_than_numbers(tmp_path):
     table = torch.arange(50)[:, None].expand(50, 56) % 2 == 0
     schedule = weigh(Schedule(table), 3)
     schedule.save(tmp_path / "s.json")
@@ -107,30 +98,29 @@ def test_an_order_that_is_none_is_refused(order, tmp_path):
         Schedule.load(path)
 
 
+NONE, FRESH = [[1, 0.0]], [[1, 0.0, 0]]
 BAD = {
     "another table's": (torch.zeros(2, 1, 2), r"weights has shape \(2, 1, 2\); the table is 3 × 1"),
     "of no past output": (torch.zeros(3, 1, 1), r"\(3, 1, 1 \+ m\) for m ≥ 1"),
-    "not finite": ([[[1, 0.0]], [[0, math.inf]], [[1, 0]]], "step 1, site 0 is inf; every weight"),
-    "fresh where skipped": ([[[1, 0.0]], [[0.5, 1]], [[1, 0]]], "fresh output .* entry is skipped"),
-    "of the first step's past": ([[[1, 0.5]], [[0, 1]], [[1, 0]]], "only 0 outputs were computed"),
-    "never computed": ([[[1, 0, 0]], [[0, 1, 2.0]], [[1, 0, 0]]], "last output 2 at step 1, site"),
+    "not finite": ([NONE, [[0, math.inf]], NONE], "step 1, site 0 is inf; every weight"),
+    "fresh where skipped": ([NONE, [[0.5, 1]], NONE], "fresh output .* entry is skipped"),
+    "of the first step's past": ([[[1, 0.5]], [[0, 1]], NONE], "only 0 outputs were computed"),
+    "never computed": ([FRESH, [[0, 1, 2.0]], FRESH], "last output 2 at step 1, site"),
 }
+IN_A_FILE = ([], ["AAAA"], "AAAA", [""], [7], ["?"], ["AACAPwAAAAA="] * 2, {})
 
 
-@pytest.mark.parametrize("bad", BAD)
-def test_weights_that_do_not_fit_the_table_are_refused(bad):
-    weights, message = BAD[bad]
-    with refused(message):
-        Schedule([[1], [0], [1]], weights=weights)
-
-
-@pytest.mark.parametrize("bad", [[], ["AAAA"], "AAAA", [""], [7], ["?"], ["AACAPwAAAAA="] * 2, {}])
-def test_weights_in_a_file_that_do_not_fit_are_refused(bad, tmp_path):
+def test_weights_that_do_not_fit_the_table_are_refused(tmp_path):
+    for weights, message in BAD.values():
+        with refused(message):
+            Schedule([[1], [0], [1]], weights=weights)
     path = tmp_path / "schedule.json"
     weigh(Schedule([[1], [0], [1]]), 1).save(path)
-    path.write_text(json.dumps({**json.loads(path.read_text()), "weights": bad}))
-    with refused("is not a valid schedule"):
-        Schedule.load(path)
+    whole = json.loads(path.read_text())
+    for bad in IN_A_FILE:
+        path.write_text(json.dumps({**whole, "weights": bad}))
+        with refused("is not a valid schedule"):
+            Schedule.load(path)
 
 
 class Passes(TorchDispatchMode):
@@ -143,11 +133,11 @@ class Passes(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
+PASSES = {(1, 0, 0): 0, (0, 1, 0): 0, (0, 0.5, 0): 1, (0, 2, -1): 3, (0.5, 2, -1): 5}
+
+
 @pytest.mark.parametrize("add", [weighted_sum, fused_sum])
-@pytest.mark.parametrize(
-    ("weights", "passes"),
-    [((1, 0, 0), 0), ((0, 1, 0), 0), ((0, 0.5, 0), 1), ((0, 2, -1), 3), ((0.5, 2, -1), 5)],
-)
+@pytest.mark.parametrize(("weights", "passes"), PASSES.items())
 def test_a_weight_of_zero_or_a_single_one_costs_no_pass(weights, passes, add):
     features = [torch.full((2,), float(i)) for i in range(3)]
     with Passes() as mode:
@@ -161,9 +151,9 @@ def test_a_computed_entry_returns_the_fresh_feature_and_keeps_it_by_reference():
     assert weighted([True], [[1.0, 0.0, 0.0]], cache)(0, lambda: fresh) is fresh
     assert cache[0][0] is fresh
     out = weighted([True], [[0.5, 2.0, 0.0]], cache)(0, lambda: fresh)
-    assert out[0].tolist() == [2.5]
-    assert out[1] is None
-    assert fresh[0].tolist() == [1.0]
+    assert (out[0].tolist(), out[1], fresh[0].tolist()) == ([2.5], None, [1.0])
+    with pytest.raises(RuntimeError, match="has not computed it"):  # never computed, not weighted
+        weighted([False], [[0.0, 1.0]], {})(0, lambda: torch.zeros(1))
 
 
 @pytest.mark.parametrize("order", [1, 2])
@@ -190,19 +180,11 @@ def test_differences_are_those_of_the_paper():
     assert float(weights[7] @ past) == 16 + 6 * 3 + 2 * 9 / 2
 
 
-def test_what_was_never_computed_cannot_be_weighted():
-    with pytest.raises(RuntimeError, match="has not computed it"):
-        weighted([False], [[0.0, 1.0]], {})(0, lambda: torch.zeros(1))
-
-
-def test_training_without_a_target_keeps_to_the_paper():
-    with refused("order is 1 and the target"):
-        train_sdt(make(dtype=torch.float32), iterations=1, order=1)
-
-
 def test_a_refined_table_says_how_it_is_to_be_run():
     d = make(dtype=torch.float32)
     how = {"iterations": 6, "batch_size": 2, "lr": 0.2, "refine": 4000, "progress": False}
     schedule = train_sdt(d, target_speedup=1.5, order=1, **how).schedule(0.1)
     assert schedule.order == 1
     assert schedule.speedup(macs(d)) >= 1.5
+    with refused("order is 1 and the target"):  # without one, training keeps to the paper
+        train_sdt(d, iterations=1, order=1)
