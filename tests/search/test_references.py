@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import make, refused, seeded, start, tables, with_noise
+from conftest import attributes, make, refused, seeded, start, tables, with_noise
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -40,7 +40,9 @@ def test_a_reference_is_the_image_of_the_same_sampler_with_more_steps(factor):
     assert torch.equal(part.images, pool.images[[2, 0]])
 
 
-def test_a_pool_that_was_interrupted_is_continued(tmp_path, monkeypatch):
+def test_a_pool_that_was_interrupted_is_continued_and_a_file_of_others_is_refused(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr("harmonica.search.references.PORTION", 4)
     d, path, whole, calls = make(), tmp_path / "pool.safetensors", drawn(), []
 
@@ -56,19 +58,14 @@ def test_a_pool_that_was_interrupted_is_continued(tmp_path, monkeypatch):
         again = references(d, noises=12, factor=2, path=path, progress=lambda *a: calls.append(a))
         assert torch.equal(again.images, whole.images)
     assert calls == [(4, 12), (8, 12), (12, 12)]
-
-
-def test_a_file_of_other_references_is_refused(tmp_path):
-    d, path = make(), tmp_path / "pool.safetensors"
-    references(d, noises=4, factor=2, path=path)
     with refused(r"no references of 12 steps \(found 8 steps\)"):
-        references(d, noises=4, factor=3, path=path)
-    for other in ({"noises": 3}, {"generator": seeded(1), "noises": 4}):
+        references(d, noises=12, factor=3, path=path)
+    for other in ({"noises": 11}, {"generator": seeded(1), "noises": 12}):
         with refused("of other noises; name another file"):
             references(d, factor=2, path=path, **other)
     write_tensors(path, {"logits": torch.zeros(1)}, {})
     with refused(r"found unknown steps"):
-        references(d, noises=4, factor=2, path=path)
+        references(d, noises=12, factor=2, path=path)
 
 
 def test_where_no_finer_walk_can_be_made_it_says_what_to_use():
@@ -90,16 +87,12 @@ def test_where_no_finer_walk_can_be_made_it_says_what_to_use():
     assert (factor_of("reference"), factor_of("uncached")) == (10, 1)
 
 
-def test_a_sampler_that_draws_noise_is_compared_with_its_uncached_walk():
+def test_a_sampler_that_draws_noise_is_compared_with_its_uncached_walk_one_image_a_noise():
     d = harmonica.load("tiny", steps=3, sampler="sa-solver")
-    with pytest.warns(
-        UserWarning, match="draws noise during the walk, so a noise has no reference"
-    ):
+    message = "draws noise during the walk, so a noise has no reference"
+    with pytest.warns(UserWarning, match=message):
         pool = references(d, noises=2)
     assert torch.equal(pool.images, sample(d, pool.x, pool.cond))
-
-
-def test_a_pool_without_an_image_for_each_noise_is_refused():
     with refused("one image for each noise, and at least one"):
         Pool(torch.zeros(2, 1, 2, 2), torch.zeros(2), torch.zeros(1, 1, 2, 2))
 
@@ -117,10 +110,6 @@ def test_portions_halve_where_memory_runs_out_and_other_errors_pass():
     assert asked[:3] == [(0, 7), (0, 4), (0, 2)]
     with pytest.raises(ZeroDivisionError):
         list(in_portions(lambda first, last: 1 / 0, 1, 1))
-
-
-def test_outliers_count_in_proportion_less():
-    assert outlier_weights(torch.tensor([1.0, 4.0, 8.0]), 4.0).tolist() == [1.0, 1.0, 0.5]
 
 
 @given(table=tables(), order=st.integers(0, 3))
@@ -182,37 +171,31 @@ def test_where_memory_is_short_steps_run_again_and_the_weights_are_the_same(monk
     d, pool = make(), drawn(12)
     whole = learn_weights(d, TABLE, pool, **SMALL)
     monkeypatch.setattr("harmonica.search.learn.free_bytes", lambda device: 0)
-    seen = []
-    walk = weighted_walk
-    monkeypatch.setattr(
-        "harmonica.search.learn.weighted_walk",
-        lambda *a, **how: seen.append(how["checkpointing"]) or walk(*a, **how),
-    )
+    seen, walk = [], weighted_walk
+    noted = lambda *a, **how: seen.append(how["checkpointing"]) or walk(*a, **how)  # noqa: E731
+    monkeypatch.setattr("harmonica.search.learn.weighted_walk", noted)
     assert learn_weights(d, TABLE, pool, **SMALL) == whole
     assert all(seen)
 
 
-def test_the_model_is_left_as_it_was():
-    d, pool = make(), drawn(4)
-    learn_weights(d, TABLE, pool, iterations=1)
-    assert all("forward" not in vars(site) for site in d.sites.values())
+BAD = {
+    "history is 0": {"history": 0},
+    "iterations 0": {"iterations": 0},
+    "batch_size 0": {"batch_size": 0},
+    "the pool has 1 noises": {"pool": drawn(1)},
+    "this schedule has 2 steps": {"schedule": Schedule([[1] * 4, [0] * 4])},
+}
+
+
+def test_settings_that_make_no_sense_are_refused_and_the_model_is_left_as_it_was():
+    d, settings = make(), {"schedule": TABLE, "pool": drawn(4)}
+    before = attributes(d.model)
+    learn_weights(d, **settings, iterations=1)
+    assert attributes(d.model) == before
     assert all(p.grad is None for p in d.model.parameters())
-
-
-@pytest.mark.parametrize(
-    ("bad", "message"),
-    [
-        ({"history": 0}, "history is 0"),
-        ({"iterations": 0}, "iterations 0"),
-        ({"batch_size": 0}, "batch_size 0"),
-        ({"pool": drawn(1)}, "the pool has 1 noises"),
-        ({"schedule": Schedule([[1] * 4, [0] * 4])}, "this schedule has 2 steps"),
-    ],
-)
-def test_settings_that_make_no_sense_are_refused(bad, message):
-    settings = {"schedule": TABLE, "pool": drawn(2), **bad}
-    with refused(message):
-        learn_weights(make(), **settings)
+    for message, bad in BAD.items():
+        with refused(message):
+            learn_weights(d, **{**settings, **bad})
 
 
 def test_images_that_are_no_numbers_stop_learning():
@@ -222,11 +205,10 @@ def test_images_that_are_no_numbers_stop_learning():
         learn_weights(make(), TABLE, broken)
 
 
-def test_errors_are_means_over_an_image():
-    images = torch.zeros(2, 1, 2, 2)
-    assert image_errors(
-        images, images + torch.tensor([1.0, 3.0])[:, None, None, None]
-    ).tolist() == [1, 9]
+def test_errors_are_means_over_an_image_and_outliers_count_in_proportion_less():
+    images = torch.tensor([1.0, 3.0]).view(2, 1, 1, 1).expand(2, 1, 2, 2)
+    assert image_errors(torch.zeros(2, 1, 2, 2), images).tolist() == [1, 9]
+    assert outlier_weights(torch.tensor([1.0, 4.0, 8.0]), 4.0).tolist() == [1.0, 1.0, 0.5]
 
 
 def test_table_and_weights_in_turn_end_on_target_and_no_worse_than_weights_alone():
@@ -234,13 +216,7 @@ def test_table_and_weights_in_turn_end_on_target_and_no_worse_than_weights_alone
     pool, target = references(d, noises=12, factor=4), Target(1.4, macs(d), 5)
     start = Schedule(whole_steps(d, (0, 2, 4)), sites=tuple(d.sites))
     how = {"iterations": 6, "batch_size": 4}
-    errors = [
-        float(
-            pool_errors(
-                d, pool[slice(2)], learn_in_turn(d, start, pool, target, turns=n, **how)
-            ).mean()
-        )
-        for n in (0, 2)
-    ]
-    assert errors[1] <= errors[0]
-    assert target.speed(learn_in_turn(d, start, pool, target, turns=1, **how).compute) >= 1.4
+    learned = [learn_in_turn(d, start, pool, target, turns=n, **how) for n in (0, 1, 2)]
+    none, _, two = (float(pool_errors(d, pool[slice(2)], each).mean()) for each in learned)
+    assert two <= none
+    assert target.speed(learned[1].compute) >= 1.4
