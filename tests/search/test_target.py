@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 
 from harmonica import Macs, Router, Schedule, demo, macs, train, train_sdt
 from harmonica.models import load
+from harmonica.sdt import Update
 from harmonica.search.learn import learn_weights
 from harmonica.search.paths import whole_steps
 from harmonica.search.references import pool_errors, references, with_images
 from harmonica.search.refine import PAIRS, WALKS_PER_ROUND, Search, few_of, refine
 from harmonica.search.refine_router import NOISES, ROUNDS, refine_router
 from harmonica.search.target import Target, target_of
+from harmonica.training.beta import BetaController
 
 QUICK = {"batch_size": 2, "lr": 0.2, "refresh_every": 2, "progress": False}
 COST = Macs(torch.tensor([1.0, 2.0, 1.0, 2.0], dtype=torch.float64), 0.5)
@@ -209,3 +211,16 @@ def test_the_commands_land_on_a_target_and_refuse_one_with_a_beta(tmp_path, caps
         name, _, options = command.partition(" ")
         code, _, err = said({"train": train, "demo": demo}[name], f"{size}c {options}", capsys)
         assert (code, message in err) == (2, True), command
+
+
+@pytest.mark.parametrize(("spends_more", "sign"), [(True, 1), (False, -1)])
+def test_beta_rises_while_too_much_is_spent_and_falls_while_too_little(spends_more, sign):
+    control = BetaController(Target(1.5, COST, 4), 0.1, torch.device("cpu"))
+    router = Router(4, 4, logits=torch.full((3, 4), 4.0 if spends_more else -5.0))
+    assert bool((control.beta == 0).all())
+    for trajectory in range(2):
+        before = control.beta.sum()
+        for k in range(1, 4):
+            control.after(router, Update(trajectory, k, 1.0, 1e-3, 1.0, 0.5))
+    assert sign * float(control.beta.sum() - before) > 0
+    assert torch.allclose(control.beta / control.beta[0], torch.tensor([1.0, 2.0, 1.0, 2.0]))

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import make, refused, start
+from test_laws import counted
 
 from harmonica import Router, Schedule, macs, sdt, train, train_sdt
 from harmonica.memory import metered
@@ -46,13 +47,11 @@ def test_the_search_of_a_long_walk_is_told_from_short_ones():
 
 
 def test_it_counts_the_predictions_that_training_makes():
-    d, calls = make(3, 1, dtype=torch.float32), []
-    predict = d.predict
-    d.predict = lambda x, k, cond: calls.append(k) or predict(x, k, cond)
+    d = make(3, 1, dtype=torch.float32)
     how = {"iterations": 12, "batch_size": 2, "refresh_every": 2}
+    meta, calls = on_meta(d), counted(d)
     train_sdt(d, **how, progress=False)
-    d.predict = predict
-    assert dry_run(on_meta(d), **how).predictions == len(calls)
+    assert dry_run(meta, **how).predictions == len(calls)
 
 
 def test_it_counts_the_multiply_accumulates_of_predictions_and_backward_passes():
@@ -73,12 +72,9 @@ def test_a_search_is_counted_only_for_a_target():
     assert "search" not in dry_run(d, target=True, refine=0).memory
 
 
-def test_a_denoiser_that_holds_numbers_is_refused(small):
+def test_what_does_not_fit_is_said_with_the_numbers_and_what_to_change(small):
     with refused("the denoiser is on cpu; a dry run takes one on the meta"):
         dry_run(small)
-
-
-def test_what_does_not_fit_is_said_with_the_numbers_and_what_to_change():
     plan = DryRun(1, 1e15, 2 * GIB, {"update": 34 * GIB, "lambda": 10 * GIB}, 32)
     plan.check(40 * GIB, checkpointing=False)
     with refused(r"needs 34.0 GiB at batch size 32 and the device has 24.0"):

@@ -14,16 +14,8 @@ import torch
 from conftest import make, refused, seeded
 
 from harmonica import Router, train_sdt
-from harmonica.processes import (
-    batch_per_rank,
-    from_rank_0,
-    local_part,
-    mean_over_ranks,
-    processes,
-    rank,
-    started_as,
-    world,
-)
+from harmonica import processes as distributed
+from harmonica.processes import batch_per_rank, from_rank_0, local_part, mean_over_ranks
 from harmonica.storage.files import read_tensors
 
 TESTS = Path(__file__).parents[1]
@@ -110,33 +102,23 @@ assert group() is None, "the group outlived its with"
 
 
 def environment() -> dict[str, str]:
-    clean = {
-        key: value
-        for key, value in os.environ.items()
-        if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    }
+    theirs = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    clean = {key: value for key, value in os.environ.items() if key not in theirs}
     return {**clean, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)}
 
 
 def torchrun(*command):
     """Run two processes on a free port and wait for them, three minutes at most (gloo itself would wait thirty)."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    return subprocess.run(
-        [*launch, *map(str, command)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=180,
-        env=environment(),
-    )
+    how = {"capture_output": True, "text": True, "timeout": 180, "env": environment()}
+    return subprocess.run([*launch, *map(str, command)], check=False, **how)
 
 
 def together(folder, name, work):
     """Run `work` in two processes; return torchrun's end."""
     indented = "\n".join(f"    {line}" for line in work.splitlines())
-    frame = FRAME.format(
-        tests=str(TESTS), root=str(TESTS.parent), folder=str(folder), name=name, work=indented
-    )
+    places = {"tests": str(TESTS), "root": str(TESTS.parent), "folder": str(folder)}
+    frame = FRAME.format(**places, name=name, work=indented)
     (folder / f"{name}.py").write_text(frame, encoding="utf-8")
     return torchrun(folder / f"{name}.py")
 
@@ -149,9 +131,8 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def killed(folder):
     """How runs ended in which rank 0, or rank 1, was killed, and a copy of what the second left."""
-    ends = [
-        together(folder, f"killed{v}", KILLED.format(victim=v, name=f"killed{v}")) for v in (0, 1)
-    ]
+    names = {"killed0": 0, "killed1": 1}
+    ends = [together(folder, n, KILLED.format(victim=v, name=n)) for n, v in names.items()]
     (folder / "left").write_bytes((folder / "killed1").read_bytes())
     return ends
 
@@ -166,42 +147,33 @@ def both(folder, killed):
 
 @pytest.mark.parametrize("name", PROXIES)
 def test_two_processes_train_the_router_of_one_with_the_joint_batch(both, name):
-    alone = train_sdt(
-        make(dtype=torch.float32), iterations=UPDATES, **{**QUICK, "proxy": PROXIES[name]}
-    )
+    settings = {**QUICK, "proxy": PROXIES[name]}
+    alone = train_sdt(make(dtype=torch.float32), iterations=UPDATES, **settings).logits
     for tensors, _ in both:
-        torch.testing.assert_close(tensors[name], alone.logits, rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(
-            tensors[name].sigmoid(), alone.logits.sigmoid(), rtol=1e-4, atol=0
-        )
-    untrained = Router(4, 4, generator=seeded(0)).logits
-    assert (
-        alone.logits - untrained
-    ).abs().min() > 0.1  # every score went somewhere, so the comparison says something
+        r = tensors[name].sigmoid()
+        torch.testing.assert_close(tensors[name], alone, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(r, alone.sigmoid(), rtol=1e-4, atol=0)
+    # Every score went somewhere, so the comparison says something.
+    assert (alone - Router(4, 4, generator=seeded(0)).logits).abs().min() > 0.1
 
 
-def test_all_ranks_hold_the_same_router_bit_for_bit(both):
+def test_all_ranks_hold_the_same_router_bit_for_bit_and_rank_0_alone_writes_it(both, folder):
     (zero, _), (one, _) = both
     for name in (*PROXIES, "seeded"):
         assert torch.equal(zero[name], one[name])
-
-
-def test_rank_0_alone_writes_the_checkpoint(both, folder):
     for name in PROXIES:
-        assert torch.equal(Router.load(folder / name).logits, both[0][0][name])
+        assert torch.equal(Router.load(folder / name).logits, zero[name])
     assert not list(folder.glob("*.part"))
 
 
-def test_each_rank_takes_its_own_samples_and_conditions(both):
+def test_each_rank_takes_its_own_samples_and_the_mean_is_over_ranks(both):
     for number, (tensors, _) in enumerate(both):
         assert tensors["labels"].tolist() == [number, number + 2]
         assert tensors["pairs"].tolist() == [[2 * n, 2 * n + 1] for n in (number, number + 2)]
-        assert tensors["share"] == 2
+        assert (tensors["share"], tensors["mean"].tolist()) == (2, [1.5, 2.5])
 
 
 def test_a_condition_that_cannot_be_shared_out_is_refused(monkeypatch):
-    from harmonica import processes as distributed
-
     monkeypatch.setattr(distributed, "world", lambda: 2)
     monkeypatch.setattr(distributed, "rank", lambda: 1)
     assert local_part((torch.arange(4), None, 0.5), 4)[1:] == (None, 0.5)
@@ -209,27 +181,13 @@ def test_a_condition_that_cannot_be_shared_out_is_refused(monkeypatch):
         local_part((torch.arange(4), ["a", "b", "c", "d"]), 4)
 
 
-def test_the_mean_is_over_ranks(both):
-    assert [tensors["mean"].tolist() for tensors, _ in both] == [[1.5, 2.5]] * 2
-
-
-def test_a_batch_that_cannot_be_shared_evenly_is_refused(both):
+def test_what_one_rank_finds_or_fails_at_stops_all(both):
+    """A loss that is not finite, a batch that cannot be shared evenly, what rank 0 alone reads."""
     for _, facts in both:
-        assert (
-            facts["uneven"]
-            == "ValueError: batch_size is 3 for 2 processes in all; make it a multiple of 2"
-        )
+        uneven = "ValueError: batch_size is 3 for 2 processes in all; make it a multiple of 2"
+        assert (facts["uneven"], facts["heard"]) == (uneven, "from 0")
         assert "a tensor of shape (1, 4) in a joint batch of 4" in facts["joint"]
-
-
-def test_a_loss_that_is_not_finite_on_one_rank_stops_all(both):
-    for _, facts in both:
         assert facts["broken"].startswith("FloatingPointError: the loss of step 1 is nan")
-
-
-def test_what_rank_0_finds_or_fails_at_all_ranks_hear(both):
-    for _, facts in both:
-        assert facts["heard"] == "from 0"
         assert facts["told"].startswith("ValueError: invalid literal for int")
 
 
@@ -240,13 +198,11 @@ def test_a_killed_rank_ends_the_run_and_leaves_a_whole_checkpoint(killed, folder
     assert 0 < read_tensors(folder / "left")[1]["updates"] < 40
 
 
-def test_a_run_whose_rank_was_killed_is_resumed_to_the_same_router_bit_for_bit(both):
+def test_a_run_whose_rank_was_killed_is_resumed_to_the_same_router_bit_for_bit(both, folder):
     for tensors, _ in both:
         assert torch.equal(tensors["killed0"], tensors["iepo"])
         assert torch.equal(tensors["killed1"], tensors["iepo"])
-
-
-def test_a_run_is_resumed_with_another_number_of_processes(both, folder):
+    # and with another number of processes, to rounding
     d = make(dtype=torch.float32)
     alone = train_sdt(d, iterations=UPDATES, checkpoint=folder / "left", resume=True, **QUICK)
     torch.testing.assert_close(alone.logits, both[0][0]["iepo"], rtol=1e-3, atol=1e-4)
@@ -256,22 +212,22 @@ def test_alone_nothing_is_asked_of_anyone(monkeypatch):
     value, batch = torch.ones(2), (torch.ones(3), None)
     for available in (True, False):  # and where torch was built without it
         monkeypatch.setattr(torch.distributed, "is_available", lambda: available)
-        assert (rank(), world(), batch_per_rank(3)) == (0, 1, 3)
+        assert (distributed.rank(), distributed.world(), batch_per_rank(3)) == (0, 1, 3)
         assert mean_over_ranks(value) is value
         assert local_part(batch, 3) is batch
         assert from_rank_0(lambda: value) is value
-    with processes("cpu") as device:
+    with distributed.processes("cpu") as device:
         assert device.type == "cpu"
         assert not torch.distributed.is_initialized()
 
 
-@pytest.mark.parametrize(
-    ("device", "message"),
-    [("cuda:1", "device is 'cuda:1' for several"), ("cuda", "no GPU"), ("mps", "is 'mps'")],
-)
-def test_a_device_that_cannot_be_shared_out_is_refused_before_joining(device, message, monkeypatch):
+DEVICES = {"cuda:1": "device is 'cuda:1' for several", "cuda": "no GPU", "mps": "is 'mps'"}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_device_that_cannot_be_shared_out_is_refused_before_joining(device, monkeypatch):
     for name, value in {"RANK": "0", "WORLD_SIZE": "200", "LOCAL_RANK": "199"}.items():
         monkeypatch.setenv(name, value)
-    assert started_as() == (0, 200)
-    with refused(message), processes(device):
+    assert distributed.started_as() == (0, 200)
+    with refused(DEVICES[device]), distributed.processes(device):
         pass

@@ -1,7 +1,5 @@
 """train_sdt: progress, checkpoints, resuming, stopping."""
 
-from __future__ import annotations
-
 import math
 import subprocess
 import sys
@@ -10,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make, press_ctrl_c
+from conftest import make, press_ctrl_c, raising, refused, seeded
 
 from harmonica import Router, macs, references, sdt, train_sdt
 from harmonica.models import load
@@ -26,55 +24,43 @@ def router_of(d, iterations, **more):
     return train_sdt(d, iterations=iterations, **{**QUICK, **more})
 
 
+def single(*args, **options):
+    return make(*args, dtype=torch.float32, **options)
+
+
 @pytest.mark.parametrize("stop", [1, 3, 4, 6, 7, 11])
 def test_a_resumed_router_is_the_uninterrupted_one_bit_for_bit(tmp_path, stop):
-    whole = router_of(make(dtype=torch.float32), 12)
+    whole = router_of(single(), 12)
     path = tmp_path / "checkpoint"
-    router_of(make(dtype=torch.float32), stop, checkpoint=path)
-    resumed = router_of(make(dtype=torch.float32), 12, checkpoint=path, resume=True)
+    router_of(single(), stop, checkpoint=path)
+    resumed = router_of(single(), 12, checkpoint=path, resume=True)
     assert torch.equal(resumed.logits, whole.logits)
     assert torch.equal(Router.load(path).logits, whole.logits)
 
 
 def test_iterations_are_updates_and_stop_everything():
-    d = make(dtype=torch.float32)
+    d = single()
     moved = router_of(d, 2, proxy=None)  # in the middle of the first trajectory of three updates
-    fresh = Router(4, d.sites, generator=torch.Generator().manual_seed(0))
-    assert [torch.equal(a, b) for a, b in zip(moved.logits, fresh.logits, strict=True)] == [
-        False,
-        False,
-        True,
-    ]
+    fresh = Router(4, d.sites, generator=seeded(0))
+    assert (moved.logits == fresh.logits).all(1).tolist() == [False, False, True]
 
 
-def test_training_repeats_itself_and_follows_its_generator():
-    d = make(dtype=torch.float32)
-    one, two = router_of(d, 6), router_of(d, 6)
-    other = router_of(d, 6, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(one.logits, two.logits)
-    assert not torch.equal(one.logits, other.logits)
-
-
-def test_training_draws_nothing_from_torchs_own_generator():
-    d, before = make(dtype=torch.float32), torch.get_rng_state()
-    router_of(d, 6)
+def test_training_repeats_itself_and_follows_its_generator_and_not_torchs_own():
+    d, before = single(), torch.get_rng_state()
+    one, two, other = (router_of(d, 6, generator=seeded(seed)).logits for seed in (0, 0, 1))
+    assert torch.equal(one, router_of(d, 6).logits)
+    assert torch.equal(one, two)
+    assert not torch.equal(one, other)
     assert torch.equal(before, torch.get_rng_state())
 
 
 @pytest.mark.parametrize("proxy", ["leave-one-out", "telescoping"])
 def test_no_batch_repeats_whatever_lambda_does(proxy):
-    d, drawn = make(dtype=torch.float32), []
+    d, drawn = single(), []
     draw = d.draw
-
-    def record(batch_size, generator):
-        x, y = draw(batch_size, generator)
-        if batch_size == 2:
-            drawn.append(x)
-        return x, y
-
-    d.draw = record
+    d.draw = lambda batch, generator: drawn.append(draw(batch, generator)) or drawn[-1]
     router_of(d, 24, proxy=proxy)
-    flat = torch.stack(drawn).flatten(1)
+    flat = torch.stack([x for x, _ in drawn if len(x) == 2]).flatten(1)
     assert len(torch.unique(flat, dim=0)) == len(flat) == 8
 
 
@@ -86,58 +72,59 @@ def test_a_checkpoint_is_written_every_so_often(tmp_path, monkeypatch):
         writes.append(read_tensors(self.path)[1]["updates"])
 
     monkeypatch.setattr(Checkpoint, "write", watched)
-    router_of(make(dtype=torch.float32), 12, checkpoint=tmp_path / "c", checkpoint_every=5)
+    router_of(single(), 12, checkpoint=tmp_path / "c", checkpoint_every=5)
     assert writes == [6, 12, 12]  # at the first start of a trajectory after 5, and at the end
 
 
 def test_an_existing_checkpoint_is_not_overwritten(tmp_path):
     path = tmp_path / "c"
-    router_of(make(dtype=torch.float32), 3, checkpoint=path)
+    router_of(single(), 3, checkpoint=path)
     with pytest.raises(FileExistsError, match="resume=True continues it"):
-        router_of(make(dtype=torch.float32), 3, checkpoint=path)
+        router_of(single(), 3, checkpoint=path)
 
 
 def test_resuming_refuses_what_it_cannot_continue(tmp_path):
-    d, path = make(dtype=torch.float32), tmp_path / "c"
+    d, path = single(), tmp_path / "c"
+    again = lambda d=d, **more: router_of(d, 6, checkpoint=path, resume=True, **more)  # noqa: E731
     with pytest.raises(FileNotFoundError, match="no such file"):
-        router_of(d, 3, checkpoint=path, resume=True)
+        again()
     with pytest.raises(FileNotFoundError, match="the checkpoint to resume"):
         router_of(d, 3, resume=True)
     router_of(d, 3, checkpoint=path)
-    with pytest.raises(ValueError, match=r"other settings \(beta 0.0001 -> 0.1\)"):
-        router_of(d, 6, checkpoint=path, resume=True, beta=0.1)
-    with pytest.raises(ValueError, match=r"guidance 1.5 -> 4.0"):
-        router_of(make(guidance=4.0, dtype=torch.float32), 6, checkpoint=path, resume=True)
-    with pytest.raises(ValueError, match="steps 4 -> 5"):
-        router_of(make(5, dtype=torch.float32), 6, checkpoint=path, resume=True)
-    tensors, facts = read_tensors(path)
-    for broken in (
-        ({**tensors, "state.lam": torch.ones(9)}, facts),
-        (tensors, {**facts, "updates": None}),
+    with refused(r"other settings \(beta 0.0001 -> 0.1\)"):
+        again(beta=0.1)
+    for other, message in (
+        (single(guidance=4.0), "guidance 1.5 -> 4.0"),
+        (single(5), "steps 4 -> 5"),
     ):
-        write_tensors(path, *broken)
-        with pytest.raises(ValueError, match="is a damaged checkpoint"):
-            router_of(d, 6, checkpoint=path, resume=True)
+        with refused(message):
+            again(other)
+    tensors, facts = read_tensors(path)
+    for broken in ({"state.lam": torch.ones(9)}, facts), ({}, {**facts, "updates": None}):
+        write_tensors(path, {**tensors, **broken[0]}, broken[1])
+        with refused("is a damaged checkpoint"):
+            again()
     Router(4, d.sites).save(path)
-    with pytest.raises(ValueError, match="without the state of its training"):
-        router_of(d, 6, checkpoint=path, resume=True)
+    with refused("without the state of its training"):
+        again()
 
 
-@pytest.mark.parametrize("option", ["iterations", "batch_size", "checkpoint_every"])
-def test_numbers_below_one_are_refused(option):
-    with pytest.raises(ValueError, match=f"{option} 0"):
-        train_sdt(make(), **{"iterations": 3, **QUICK, option: 0})
-
-
-def test_what_is_not_a_denoiser_is_refused():
+def test_settings_that_make_no_sense_are_refused_before_training():
+    for option in ("iterations", "batch_size", "checkpoint_every"):
+        with refused(f"{option} 0"):
+            train_sdt(make(), **{"iterations": 3, **QUICK, option: 0})
     with pytest.raises(TypeError, match=r"Linear lacks a member of harmonica.Denoiser"):
         train_sdt(torch.nn.Linear(1, 1))
-    with pytest.raises(ValueError, match="1 step, which always computes"):
+    with refused("1 step, which always computes"):
         train_sdt(make(1))
+    with refused("give target_speedup as well"):
+        train_sdt(make(), iterations=3, **QUICK, toward="reference")
+    with refused("toward is 'images'"):
+        train_sdt(make(), iterations=3, **QUICK, toward="images")
 
 
 def test_the_router_says_what_it_was_trained_on():
-    d = make(dtype=torch.float32)
+    d = single()
     schedule = router_of(d, 3).schedule(0.2)
     assert (schedule.model, schedule.sampler, schedule.guidance) == ("small", "ddim", 1.5)
     assert schedule.timesteps == d.sampler.timesteps
@@ -148,9 +135,9 @@ def test_the_router_says_what_it_was_trained_on():
 @pytest.mark.parametrize("proxy", [None, "leave-one-out"])
 def test_half_precision_weights_train_a_float32_router(proxy):
     d, updates, gradients = make(dtype=torch.bfloat16), [], []
-    router = Router(d.steps, d.sites, generator=torch.Generator().manual_seed(0))
-    before, lam = router.logits, torch.ones(d.steps)
-    noise = [d.draw(2, torch.Generator().manual_seed(seed)) for seed in range(4)]
+    router, lam = Router(d.steps, d.sites, generator=seeded(0)), torch.ones(d.steps)
+    before = router.logits
+    noise = [d.draw(2, seeded(seed)) for seed in range(4)]
     for update in sdt(d, router, noise, beta=1e-4, lr=0.05, refresh_every=2, proxy=proxy, lam=lam):
         updates.append(update)
         gradients.append(router.rows[update.k - 1].grad)
@@ -160,9 +147,9 @@ def test_half_precision_weights_train_a_float32_router(proxy):
     assert all(math.isfinite(u.loss) and u.mse > 0 for u in updates)
     assert float((router.logits - before).abs().min()) > 0.01
     # and what it learns from is the error that float32 weights have, to bfloat16's rounding
-    wide = make(dtype=torch.float32)
+    wide = single()
     wide.model.load_state_dict(d.model.state_dict())
-    twin = Router(d.steps, d.sites, generator=torch.Generator().manual_seed(0))
+    twin = Router(d.steps, d.sites, generator=seeded(0))
     first = [(x.float(), y) for x, y in noise[:1]]
     u = next(sdt(wide, twin, first, beta=1e-4, lr=0.05, proxy=None))
     assert u.mse == pytest.approx(updates[0].mse, rel=0.1)
@@ -196,14 +183,11 @@ def test_ctrl_c_writes_the_checkpoint_and_says_so_in_one_line(tmp_path):
     said, _ = press_ctrl_c(child)
     assert child.returncode == 0
     assert said.startswith("stopped after ")
-    assert said.endswith(
-        f"updates; {path} continues with resume=True\n".replace("continues", "continues it")
-    )
+    assert said.endswith(f"updates; {path} continues it with resume=True\n")
     done = read_tensors(path)[1]["updates"]
     assert done >= 50
-    again = train_sdt(
-        make(20, dtype=torch.float32), iterations=done, batch_size=2, checkpoint=path, resume=True
-    )
+    how = {"iterations": done, "batch_size": 2, "checkpoint": path}
+    again = train_sdt(single(20), **how, resume=True)
     assert torch.equal(again.logits, Router.load(path).logits)  # nothing left to do, nothing lost
 
 
@@ -223,8 +207,8 @@ def test_half_precision_does_not_lose_the_gradient_of_the_image_error(lam):
     gradients = {}
     for dtype in (torch.float32, torch.float16):
         d = load("tiny", steps=4, dtype=dtype)
-        router = Router(4, d.sites, generator=torch.Generator().manual_seed(0))
-        noise = [d.draw(4, torch.Generator().manual_seed(1))]
+        router = Router(4, d.sites, generator=seeded(0))
+        noise = [d.draw(4, seeded(1))]
         updates = sdt(d, router, noise, beta=0.0, proxy=None, lam=torch.full((4,), lam))
         next(updates)
         gradients[dtype] = router.rows[0].grad
@@ -233,66 +217,47 @@ def test_half_precision_does_not_lose_the_gradient_of_the_image_error(lam):
     assert float(half.norm() / full.norm()) == pytest.approx(1.0, abs=0.2)
 
 
-def test_a_missing_folder_is_noticed_before_training(tmp_path, small):
-    with pytest.raises(FileNotFoundError, match="no such folder; make it before training"):
-        train_sdt(small, iterations=3, batch_size=1, checkpoint=tmp_path / "no" / "r.safetensors")
-
-
 def test_provenance_counts_the_updates_that_were_made(tmp_path, small):
-    path = tmp_path / "r.safetensors"
-    train_sdt(small, iterations=6, batch_size=1, checkpoint=path, progress=False)
+    path, how = tmp_path / "r.safetensors", {"batch_size": 1, "progress": False}
+    train_sdt(small, iterations=6, checkpoint=path, **how)
     assert Router.load(path).about["provenance"]["iterations"] == 6
-    with pytest.raises(ValueError, match="has 6 updates already and 3 were asked for"):
-        train_sdt(small, iterations=3, batch_size=1, checkpoint=path, resume=True, progress=False)
-    router = train_sdt(
-        small, iterations=6, batch_size=1, checkpoint=path, resume=True, progress=False
-    )
+    with refused("has 6 updates already and 3 were asked for"):
+        train_sdt(small, iterations=3, checkpoint=path, resume=True, **how)
+    router = train_sdt(small, iterations=6, checkpoint=path, resume=True, **how)
     assert router.about["provenance"]["iterations"] == 6
     assert torch.equal(Router.load(path).logits, router.logits)
+    with pytest.raises(FileNotFoundError, match="no such folder; make it before training"):
+        train_sdt(small, iterations=3, checkpoint=tmp_path / "no" / "r.safetensors", **how)
 
 
 def test_other_weights_are_not_resumed(tmp_path):
-    path = tmp_path / "r.safetensors"
-    train_sdt(make(seed=0), iterations=3, batch_size=1, checkpoint=path, progress=False)
-    with pytest.raises(ValueError, match="trained with other settings \\(weights"):
-        train_sdt(
-            make(seed=1), iterations=6, batch_size=1, checkpoint=path, resume=True, progress=False
-        )
+    path, how = tmp_path / "r.safetensors", {"batch_size": 1, "progress": False}
+    train_sdt(make(seed=0), iterations=3, checkpoint=path, **how)
+    with refused("trained with other settings \\(weights"):
+        train_sdt(make(seed=1), iterations=6, checkpoint=path, resume=True, **how)
 
 
 def test_a_search_without_memory_leaves_the_table_on_target_on_disk_and_says_how_to_go_on(
     tmp_path, monkeypatch
 ):
-    def no_room(*_, **__):
-        raise torch.OutOfMemoryError("no room")
-
+    no_room = raising(torch.OutOfMemoryError("no room"))
     how = {"target_speedup": 1.2, "beta": BETA, "refine": 8000, "checkpoint": tmp_path / "router"}
     with monkeypatch.context() as patched:
         patched.setattr("harmonica.search.refine.flip_effects_at", no_room)
         with pytest.warns(UserWarning, match="the router is on its target.*resume"):
-            landed = router_of(make(3, 1, dtype=torch.float32), 6, **how)
+            landed = router_of(single(3, 1), 6, **how)
     assert torch.equal(Router.load(how["checkpoint"]).logits, landed.logits)
     assert landed.schedule(0.1).speedup(macs(make(3, 1))) >= 1.2
-    resumed = router_of(make(3, 1, dtype=torch.float32), 6, resume=True, **how)
+    resumed = router_of(single(3, 1), 6, resume=True, **how)
     how["checkpoint"] = None
-    assert torch.equal(resumed.logits, router_of(make(3, 1, dtype=torch.float32), 6, **how).logits)
+    assert torch.equal(resumed.logits, router_of(single(3, 1), 6, **how).logits)
 
 
 def test_training_towards_the_reference_ends_nearer_to_it():
-    d, how = make(5, dtype=torch.float32), {**QUICK, "target_speedup": 1.5}
+    d, how = single(5), {**QUICK, "target_speedup": 1.5}
     del how["beta"]
-    pool = references(d, noises=64)
-    near, plain = (
-        float(
-            pool_errors(d, pool, train_sdt(d, iterations=4, **how, toward=image).schedule()).mean()
-        )
-        for image in ("reference", "uncached")
-    )
-    assert near < plain
-
-
-def test_the_reference_needs_a_target_and_a_finer_walk():
-    with pytest.raises(ValueError, match="give target_speedup as well"):
-        train_sdt(make(), iterations=3, **QUICK, toward="reference")
-    with pytest.raises(ValueError, match="toward is 'images'"):
-        train_sdt(make(), iterations=3, **QUICK, toward="images")
+    pool, errors = references(d, noises=64), {}
+    for image in ("reference", "uncached"):
+        schedule = train_sdt(d, iterations=4, **how, toward=image).schedule()
+        errors[image] = float(pool_errors(d, pool, schedule).mean())
+    assert errors["reference"] < errors["uncached"]
