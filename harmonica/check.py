@@ -4,8 +4,6 @@ Write an adapter for a model of your own, call this in its test, and the rest of
 with it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Columns: a table for a model that calls its sites otherwise (harmonica.site_names)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 

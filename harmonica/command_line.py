@@ -8,8 +8,6 @@
 This file does not know what a command does.
 """
 
-from __future__ import annotations
-
 import argparse
 import io
 import math

@@ -7,44 +7,20 @@ is done, so DiT-XL counts in a second.
 `Schedule.speedup(macs)` turns a count into a theoretical speedup. This file does not know routers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from harmonica.cache import gated
 from harmonica.denoise import Denoiser
-
-
-@dataclass(frozen=True)
-class Macs:
-    """Multiply-accumulates of one guided prediction for one image.
-
-    Attributes:
-        sites: (N,) float64, MACs of each site.
-        rest: MACs that no site covers: embeddings, modulation, the final layer.
-    """
-
-    sites: Tensor
-    rest: float
-
-    @property
-    def total(self) -> float:
-        """MACs of a prediction in which everything computes."""
-        return float(self.sites.sum()) + self.rest
-
-    @property
-    def covered(self) -> float:
-        """Share of the total, 0 … 1, that a schedule can reuse."""
-        return float(self.sites.sum()) / self.total
+from harmonica.table import Macs as Macs
 
 
 def macs(denoiser: Denoiser) -> Macs:

@@ -9,8 +9,6 @@ A walk is a loop over T executed steps k = 0 … T−1 (the paper's t is T − k
 so a walk is forked before any step by copying two dicts. This file knows no losses and no model.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable

@@ -8,8 +8,6 @@
 Reuse is w₁ = 1. This file does not know how weights are learned (harmonica.search.learn).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from math import factorial
 from typing import Any

@@ -9,8 +9,6 @@ The loss of a step sees only the output of that step. λ⁽ᵏ⁾ says what reus
 The paper has the squared norm, the released code the mean: a constant apart, which β absorbs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 

@@ -14,8 +14,6 @@ Finished batches are kept in OUT.parts until all are there. After an interruptio
 continues.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

@@ -5,8 +5,6 @@ On torch's meta device a tensor has a shape and no numbers, so a model of any si
 there. `Meter` follows the storages that are alive while work runs. This file does not know models.
 """
 
-from __future__ import annotations
-
 import os
 import weakref
 from collections.abc import Callable, Iterator

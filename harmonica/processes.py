@@ -13,8 +13,6 @@ checkpoint fits any number of processes. Ranks exchange only a row's gradient, a
 Alone, or where torch was built without torch.distributed, every function here does nothing.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

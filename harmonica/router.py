@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harmonica.table import Cost, check_run, checked_fields, default_names, require
+from harmonica.table import Macs, check_run, checked_fields, default_names, require
 
 StrPath = str | os.PathLike[str]
 
@@ -91,12 +91,12 @@ class Schedule:
 
         return taylor_weights(self.compute, self.order)
 
-    def speedup(self, macs: Cost) -> float:
+    def speedup(self, macs: Macs) -> float:
         """Return the theoretical speedup: MACs of a full walk over those that still run."""
         priced, width = len(macs.sites), len(self.sites)
         require(priced == width, f"macs counts {priced} sites and the schedule has {width}")
-        full = self.steps * (float(macs.sites.sum()) + macs.rest)
-        return full / (float((self.compute * macs.sites).sum()) + self.steps * macs.rest)
+        run = float((self.compute * macs.sites).sum()) + self.steps * macs.rest
+        return self.steps * macs.total / run
 
     def resample(self, steps: int) -> Schedule:
         """Return a guess for another number of steps, each row from the same relative place of the

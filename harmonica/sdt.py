@@ -10,8 +10,6 @@ trained on the errors that reuse at earlier steps has made. No image is needed.
 Users call `harmonica.train_sdt`, which adds checkpoints, a progress bar and targets.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass

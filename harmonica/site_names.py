@@ -8,8 +8,6 @@
 Here stand the only functions that read such a name. This file does not know schedules or models.
 """
 
-from __future__ import annotations
-
 import re
 
 _ORIGINAL = {"attn1": "attn", "attention": "attn", "self_attn": "attn", "cross_attn": "attn2"}

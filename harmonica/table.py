@@ -1,21 +1,34 @@
-"""Table: what every table of decisions must be; what does not fit is a ValueError."""
-
-from __future__ import annotations
+"""Table: what every table of decisions must be, and what its entries cost."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-class Cost(Protocol):
-    """Prices of one prediction, such as `harmonica.cost.Macs`, in any unit."""
+@dataclass(frozen=True)
+class Macs:
+    """Multiply-accumulates of one guided prediction for one image.
+
+    Attributes:
+        sites: (N,) float64, MACs of each site.
+        rest: MACs that no site covers: embeddings, modulation, the final layer.
+    """
+
+    sites: Tensor
+    rest: float
 
     @property
-    def sites(self) -> Tensor: ...  # noqa: D102 ((N,), of each site)
+    def total(self) -> float:
+        """MACs of a prediction in which everything computes."""
+        return float(self.sites.sum()) + self.rest
+
     @property
-    def rest(self) -> float: ...  # noqa: D102 (what no site covers)
+    def covered(self) -> float:
+        """Share of the total, 0 … 1, that a schedule can reuse."""
+        return float(self.sites.sum()) / self.total
 
 
 def require(holds: bool, otherwise: str) -> None:

@@ -7,8 +7,6 @@ same options:
     torchrun --nproc-per-node 4 -m harmonica.train --model dit-xl --device cuda --out out/dit-xl
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

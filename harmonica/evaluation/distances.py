@@ -7,8 +7,6 @@ A Gaussian is fitted to vectors: the pixels of an image, or the features that a 
 This file does not know how the images were made. More distances are in benchmarks/scores.py.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

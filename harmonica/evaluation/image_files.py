@@ -9,8 +9,6 @@ Files of finished batches overlap where a run went on with another batch size. T
 know models, schedules or processes.
 """
 
-from __future__ import annotations
-
 import re
 import zipfile
 from collections.abc import Sequence

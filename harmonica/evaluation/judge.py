@@ -9,8 +9,6 @@ photographs were never shown to `garments`. The network was trained on the other
 does not know how the pictures were made.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path

@@ -9,8 +9,6 @@ apart in grey and by the colour-blind; lines differ in their marks too. Images a
 in [−1, 1].
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial

@@ -13,8 +13,6 @@ computed feature; where its paper does something else, the docstring says so. Th
 know routers or λ.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction

@@ -6,8 +6,6 @@ A few noises may end at another image altogether. They say little about small ch
 is fitted to errors counts such a noise less (`outlier_weights`).
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

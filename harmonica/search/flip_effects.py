@@ -32,8 +32,6 @@ where reuse has led a walk to another image altogether, so such noises are weigh
 This file does not know routers, nor how a table is searched for.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Any
 

@@ -9,8 +9,6 @@ A change at step k leaves steps 0 … k−1 as they were: it costs T − k predi
 before k on. This file does not know routers, training, or how fast a table is.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterator
 from fractions import Fraction
 from functools import partial

@@ -18,8 +18,6 @@ given ones, and the cheapest and the evenly spread paths of whole steps. This fi
 a router is trained, nor whether a pool's images are references or those of the uncached walk.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction

@@ -4,8 +4,6 @@ The router keeps its scores; only those whose decision the search changed are mo
 This file does not know how the router was trained.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import cycle, repeat
 from typing import Any

@@ -7,8 +7,6 @@
 This file does not know how a table is trained or searched for.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -8,8 +8,6 @@ tried.
 This file does not know what the JSON and the tensors mean.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

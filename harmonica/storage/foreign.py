@@ -13,8 +13,6 @@ docs/decisions/0004-files-of-other-people.md. A first step that would reuse is m
 does not know how tables are used.
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 from collections.abc import Mapping, Sequence

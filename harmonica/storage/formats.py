@@ -11,8 +11,6 @@ A dict has the names and types that the constructor of `Schedule` or `Router` ta
 people are read by harmonica.storage.foreign.
 """
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar

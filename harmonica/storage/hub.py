@@ -12,8 +12,6 @@ HF_TOKEN. This file does not know what stands in a table: a schedule is what has
 and is drawn by `str`, a router what has `save`.
 """
 
-from __future__ import annotations
-
 import os
 import tempfile
 from collections.abc import Sequence

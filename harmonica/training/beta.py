@@ -8,8 +8,6 @@ over the mean site's. The paper has wᵢ = 1 and a fixed β. β differs by five 
 to another (λ, model, T), so it is log β that is changed. This file does not know models or losses.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

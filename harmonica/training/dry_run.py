@@ -9,8 +9,6 @@ The model lies on torch's meta device, `load(name, weights="random", device="met
 is computed. The real code of training runs on it, and `harmonica.memory` counts.
 """
 
-from __future__ import annotations
-
 import copy
 from dataclasses import dataclass
 from itertools import islice

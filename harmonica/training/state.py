@@ -1,7 +1,5 @@
 """What a training run is: its settings, and the state that it carries between two trajectories."""
 
-from __future__ import annotations
-
 import zlib
 from dataclasses import dataclass
 from typing import Any

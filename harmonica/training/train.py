@@ -1,7 +1,5 @@
 """train_sdt: what a user calls to train a router."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from functools import partial
