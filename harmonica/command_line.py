@@ -26,8 +26,7 @@ from harmonica.memory import is_out_of_memory
 from harmonica.processes import started_as
 from harmonica.table import require
 
-DTYPES = ("float32", "bfloat16", "float16")
-"""Of the weights; what a router learns is always float32."""
+DTYPES = ("float32", "bfloat16", "float16")  # of the weights; a router is always float32
 
 
 class Parser(argparse.ArgumentParser):

@@ -46,8 +46,7 @@ HELD_OUT, POOL, CHOOSING, UPDATES = 128, 384, 32, 192
 """Noises of the bundled model that judge, that weights are learned from, that choose the steps; and
 updates of the weights, of eight noises each."""
 
-TIMED, SHOWN = 64, 10
-"""Images in a timed batch, and in the picture."""
+TIMED, SHOWN = 64, 10  # images in a timed batch, and in the picture
 
 
 def parser() -> cli.Parser:

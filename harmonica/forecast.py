@@ -19,8 +19,7 @@ from torch.utils._pytree import tree_map
 
 from harmonica.cache import Cache, Compute, Feature, Gate, never_computed
 
-History = tuple[Feature, ...]
-"""The last outputs of a site, newest first: what the cache holds for it under `weighted`."""
+History = tuple[Feature, ...]  # what the cache holds under `weighted`: last outputs, newest first
 
 
 def weighted(
@@ -29,12 +28,8 @@ def weighted(
     """Return the gate of a weighted schedule: w₀·fresh + w₁·h₁ + … + w_m·h_m.
 
     A skipped site never calls `compute`. Where the weights are (1, 0, …) the fresh feature itself
-    is returned.
-
-    Args:
-        row: (N,) bool, one step of a schedule.
-        weights: (N, 1 + m), w₀ … w_m of that step.
-        cache: of the walk; holds the `History` of each site.
+    is returned. `row` (N,) and `weights` (N, 1 + m), w₀ … w_m, are of one step; the walk's cache
+    holds the `History` of each site.
 
     >>> cache = {0: (torch.tensor(8.0), torch.tensor(6.0))}
     >>> weighted([False], [[0.0, 1.5, -0.5]], cache)(0, lambda: "never called")

@@ -20,7 +20,7 @@ import json
 import shutil
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -79,11 +79,15 @@ def write_images(  # noqa: D417 (some arguments share a line)
         require(value >= 1, f"{name} is {value}; it must be 1 or more")
     image_files.check_out(out)
     parts, walk = image_files.parts_of(out), Walk(denoiser, schedule)
-    batches = [range(i, min(i + batch_size, count)) for i in range(0, count, batch_size)]
     with ExitStack() as held:
-        from_rank_0(lambda: _begin(parts, _settings(denoiser, schedule, seed), held))
+
+        def begin() -> list[range]:
+            _begin(parts, _settings(denoiser, schedule, seed), held)
+            return image_files.unfinished(parts, count, batch_size)
+
+        batches = from_rank_0(begin)[rank() :: world()]
         try:
-            for numbers in _unfinished(batches[rank() :: world()], parts, progress):
+            for numbers in progress_bar(progress, iterable=batches, unit="batch"):
                 x, cond = draw_images(denoiser, numbers, seed)
                 images = image_files.to_uint8(decode(walk(x, cond)))
                 image_files.write_part(parts, numbers, images, cond)
@@ -150,14 +154,6 @@ def _begin(parts: Path, settings: dict[str, Any], held: ExitStack) -> None:
         write_json(note, settings)
     other, todo = changes(read_json(note), settings), "go on with those, or remove the folder"
     require(not other, f"{parts} was begun with other settings: {other}; {todo}")
-
-
-def _unfinished(batches: list[range], parts: Path, progress: bool) -> Iterator[range]:
-    """Yield the batches that are not finished, with a bar."""
-    finished = {i for numbers, _ in image_files.finished(parts) for i in numbers}
-    left = [numbers for numbers in batches if not finished.issuperset(numbers)]
-    bar = {"initial": len(batches) - len(left), "total": len(batches), "unit": "batch"}
-    yield from progress_bar(progress, iterable=left, **bar)
 
 
 def _wait_for_all(denoiser: Denoiser) -> None:

@@ -6,9 +6,9 @@
     rank     this process's number, 0 … world − 1; rank 0 alone writes files and shows progress
     part     the samples of one rank: rank, rank + world, rank + 2·world, … of the joint batch
 
-Every rank draws the noise of the joint batch from the same generator and keeps its part. Noise is
-cheap. So no rank waits for samples of another, the generator has the same state everywhere, and a
-checkpoint fits any number of processes. Ranks exchange only a row's gradient, a loss and λ.
+Every rank draws the noise of the joint batch, which is cheap, from the same generator, and keeps
+its part. So the generator has the same state everywhere, and a checkpoint fits any number of
+processes. Ranks exchange only a row's gradient, a loss and λ.
 
 Alone, or where torch was built without torch.distributed, every function here does nothing.
 """
@@ -85,10 +85,8 @@ def progress_bar(shown: bool, **how: Any) -> Any:
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:
-    """Return the mean of a tensor over the processes, the same bits on each, on its own device.
-
-    Processes that take equal parts of a batch have the batch's mean and gradients as the means of
-    theirs. Alone, this returns the tensor itself.
+    """Return the mean of a tensor over the processes, the same bits on each, on its own device;
+    alone, the tensor itself.
     """
     if world() == 1:
         return value

@@ -132,7 +132,7 @@ def _part(path: Path) -> None:
 
 
 def _read_part(path: Path) -> None:
-    images, labels = read_piece(Piece(path, 0, 1, 2))
+    images, labels = read_piece(Piece(path, range(2)))
     kinds = images.dtype, tuple(images.shape[::3]), labels.dtype, len(labels)
     assert kinds == (torch.uint8, (2, 3), torch.int64, 2)
 

@@ -16,7 +16,7 @@ from test_processes import torchrun
 from harmonica import Schedule, image_sets, models, sample
 from harmonica.columns import fit
 from harmonica.evaluation import image_files
-from harmonica.evaluation.image_files import pieces_of, to_uint8
+from harmonica.evaluation.image_files import pieces_of, to_uint8, unfinished
 from harmonica.image_sets import draw_images, generator_of, write_images
 
 COUNT = 11
@@ -75,6 +75,8 @@ def test_an_image_does_not_depend_on_how_many_there_are(whole, tmp_path):
 @pytest.mark.parametrize(("batch", "processes"), [(4, 2), (1, 3), (3, 5)])
 def test_an_image_does_not_depend_on_the_processes(batch, processes, whole, tmp_path, monkeypatch):
     monkeypatch.setattr(image_sets, "world", lambda: processes)
+    plan = [range(i, min(i + batch, COUNT)) for i in range(0, COUNT, batch)]
+    monkeypatch.setattr(image_files, "unfinished", lambda *_: plan)  # by rank 0, before all begin
     calls = []
 
     def counting(x):
@@ -149,7 +151,7 @@ def stopping(after):
 
 
 @pytest.mark.parametrize(
-    ("after", "first", "then", "made"), [(0, 4, 4, 11), (2, 4, 4, 3), (2, 3, 4, 7), (1, 8, 1, 3)]
+    ("after", "first", "then", "made"), [(0, 4, 4, 11), (2, 4, 4, 3), (2, 3, 4, 5), (1, 8, 1, 3)]
 )
 def test_an_interrupted_run_goes_on_and_ends_the_same(after, first, then, made, whole, tmp_path):
     out = tmp_path / "x.npz"
@@ -160,7 +162,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(after, first, then, made, 
     assert len(list((tmp_path / "x.npz.parts").glob("*.safetensors"))) == after
     decoder, sizes = stopping(None)
     assert same(written(out, batch=then, decode=decoder), whole)
-    assert sum(sizes) == made  # no finished image again, but for whole batches of the new size
+    assert sum(sizes) == made  # no finished image again
     assert [p.name for p in tmp_path.iterdir()] == ["x.npz"]
 
 
@@ -203,31 +205,33 @@ def test_other_settings_do_not_go_on_where_these_stopped(change, message, tmp_pa
         written(tmp_path / "x.npz", **change)
 
 
-cuts = st.lists(st.tuples(st.integers(0, 20), st.integers(1, 8)), max_size=6)
+stops = st.sets(st.integers(0, 9))
+runs = st.lists(st.tuples(st.integers(1, 8), st.integers(1, 24), stops), max_size=5)
 
 
 @settings(max_examples=100)
-@given(cuts=cuts, batch=st.integers(1, 8), whole=st.booleans(), count=st.integers(1, 24))
-def test_overlapping_pieces_give_each_image_once_or_say_which_is_missing(
-    cuts, batch, whole, count, tmp_path_factory
+@given(runs=runs, count=st.integers(1, 24))
+def test_after_any_runs_the_batches_left_are_the_images_that_no_file_holds(
+    runs, count, tmp_path_factory
 ):
-    parts = tmp_path_factory.mktemp("parts")
-    there = set()
-    for start, length in [*cuts, *((start, batch) for start in range(0, count, batch) if whole)]:
-        (parts / f"{start:08}-{start + length:08}.safetensors").touch()
-        there |= set(range(start, start + length))
-    missing = sorted(set(range(count)) - there)
+    """Each run has a batch size and a count of its own, and loses some of its batches."""
+    parts, there = tmp_path_factory.mktemp("parts"), []
+    for size, wanted, lost in runs:
+        for j, numbers in enumerate(unfinished(parts, wanted, size)):
+            assert 1 <= len(numbers) <= size
+            if j not in lost:
+                (parts / f"{numbers.start:08}-{numbers.stop:08}.safetensors").touch()
+                there += numbers
+    assert len(set(there)) == len(there)
+    missing = sorted(set(range(count)) - set(there))
+    assert [i for numbers in unfinished(parts, count, 3) for i in numbers] == missing
     if missing:
         with pytest.raises(FileNotFoundError, match=f"lacks image {missing[0]};"):
             pieces_of(parts, count)
         return
-    position = 0
-    for piece in pieces_of(parts, count):
-        start, stop = map(int, piece.path.stem.split("-"))
-        assert piece.first == position == start + piece.skip
-        position += piece.images
-        assert position <= stop
-    assert position == count
+    pieces = pieces_of(parts, count)
+    assert [i for piece in pieces for i in piece.numbers] == list(range(count))
+    assert all(int(piece.path.stem[:8]) == piece.numbers.start for piece in pieces)
 
 
 def test_an_npz_is_what_the_adm_evaluator_reads(whole):

@@ -5,8 +5,8 @@
     X/         000000.png, 000001.png, …; conditions one to a line in X.labels.txt beside it
     X.parts/   A-B.safetensors holds images A … B − 1 and their conditions, until all are there
 
-Files of finished batches overlap where a run went on with another batch size. This file does not
-know models, schedules or processes.
+No image is in two files of finished batches. This file does not know models, schedules or
+processes.
 """
 
 import re
@@ -25,12 +25,10 @@ from harmonica.table import require
 
 
 class Piece(NamedTuple):
-    """What one file of finished images gives to the set."""
+    """What one file of finished images gives to the set: its first images."""
 
     path: Path
-    first: int  # number of its first image that is wanted
-    skip: int  # images of the file before that one
-    images: int  # wanted from there on
+    numbers: range  # of those images
 
 
 def parts_of(out: Path) -> Path:
@@ -81,6 +79,17 @@ def finished(parts: Path) -> list[tuple[range, Path]]:
     return sorted(batches, key=lambda batch: (batch[0].start, batch[0].stop))
 
 
+def unfinished(parts: Path, count: int, batch_size: int) -> list[range]:
+    """Return batches of the images 0 … count − 1 that are in no file, of batch_size at most."""
+    batches, position = [], 0
+    for numbers in (*(numbers for numbers, _ in finished(parts)), range(count, count)):
+        stop = min(numbers.start, count)
+        starts = range(position, stop, batch_size)
+        batches += [range(i, min(i + batch_size, stop)) for i in starts]
+        position = max(position, numbers.stop)
+    return batches
+
+
 def pieces_of(parts: Path, count: int) -> list[Piece]:
     """Return which images to take from which file, each of 0 … count − 1 once and in order.
 
@@ -88,10 +97,9 @@ def pieces_of(parts: Path, count: int) -> list[Piece]:
     """
     pieces, position = [], 0
     for numbers, path in finished(parts):
-        stop = min(numbers.stop, count)
-        if numbers.start <= position < stop:
-            pieces.append(Piece(path, position, position - numbers.start, stop - position))
-            position = stop
+        if numbers.start == position < count:
+            position = min(numbers.stop, count)
+            pieces.append(Piece(path, range(numbers.start, position)))
     if position < count:
         todo = "all processes must see one folder; run it again"
         raise FileNotFoundError(f"{parts} lacks image {position}; {todo}")
@@ -105,19 +113,18 @@ def read_piece(piece: Piece) -> tuple[Tensor, Tensor]:
     tensors, _ = read_tensors(piece.path)
     start, stop = map(int, piece.path.stem.split("-"))
     count, kinds = stop - start, {name: (t.dtype, *t.shape) for name, t in tensors.items()}
-    size = kinds.get("images", ())[2:4]
+    size, wanted = kinds.get("images", ())[2:4], len(piece.numbers)
     fit = {"images": (torch.uint8, count, *size, 3), "labels": (torch.int64, count)} == kinds
     what = f"{piece.path} has {kinds or 'nothing'!s:.200}; {count} images and their labels"
     require(fit and len(size) == 2, f"{what} were expected; remove the file and run it again")
-    wanted = slice(piece.skip, piece.skip + piece.images)
-    return tensors["images"][wanted], tensors["labels"][wanted]
+    return tensors["images"][:wanted], tensors["labels"][:wanted]
 
 
 def write_npz(path: Path, pieces: Sequence[Piece]) -> None:
     """Write arr_0 and arr_1 as numpy.savez does, but piece by piece: 50 000 images of 256 pixels
     are 10 GB, which need not be in memory.
     """
-    count = sum(piece.images for piece in pieces)
+    count = pieces[-1].numbers.stop
     size = read_piece(pieces[0])[0].shape[1:]  # (H, W, 3)
 
     def write(beside: Path) -> None:
@@ -144,7 +151,7 @@ def write_pngs(folder: Path, pieces: Sequence[Piece]) -> None:
     from PIL import Image  # matplotlib brings Pillow along
 
     for piece in pieces:
-        for i, image in enumerate(read_piece(piece)[0], start=piece.first):
+        for i, image in zip(piece.numbers, read_piece(piece)[0], strict=True):
             save = partial(Image.fromarray(image.numpy()).save, format="PNG")
             write_whole(folder / f"{i:06}.png", save)
 

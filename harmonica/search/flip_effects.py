@@ -10,8 +10,8 @@ Near a table, what several entries do adds up as vectors:
 
     error(z) ≈ mean (d + Σ_e z_e·v_e)² = error + 2·z·h + zᵀGz, h_e = mean d·v_e, G_ef = mean v_e·v_f
 
-So entries that cancel each other are seen, and so is an entry that moves the image towards its
-target. λ and a router's gradient know only the *size* of what each entry does by itself.
+So entries that cancel each other are seen, and so is one that moves the image towards its target;
+λ and a router's gradient know only the *size* of what each entry does by itself.
 
 How z enters a walk. Whatever its gate, a site gives a sum of the outputs that it computed so far:
 
@@ -19,17 +19,17 @@ How z enters a walk. Whatever its gate, a site gives a sum of the outputs that i
 
 Flipping an entry e gives another table, with other sums R′. So the walk is run with
 R + Σ_e z_e·(R′_e − R). At z = 0 that is the table's own walk; with one z_e at 1 it is exactly the
-walk of the table with e flipped; and v_e is its derivative at 0. What a skipped entry would
-have computed is computed as well, since other tables read it.
+walk of the table with e flipped; and v_e is its derivative at 0. What a skipped entry would have
+computed is computed as well, since other tables read it.
 
     h      is the gradient of ½·mean (image − target)²: one backward pass, from d
     G      takes one more, from random signs ξ: E[ξξᵀ] = 1, so (ξ·v_e)(ξ·v_f) is v_e·v_f on average
            (Hutchinson 1990)
 
-That costs a few walks, whatever N. To flip each entry and walk to the end would cost
-N·T(T−1)/2 predictions. A derivative is not a flip, but close (docs/log.md). It is far from one
-where reuse has led a walk to another image altogether, so such noises are weighed down (`CAP`).
-This file does not know routers, nor how a table is searched for.
+That costs a few walks, whatever N; flipping each entry would cost N·T(T−1)/2 predictions. A
+derivative is close to a flip (docs/log.md), but not where reuse has led a walk to another image
+altogether, so such noises are weighed down (`CAP`). This file does not know routers, nor how a
+table is searched for.
 """
 
 from dataclasses import dataclass, replace
@@ -51,9 +51,7 @@ from harmonica.search.references import Pool
 from harmonica.search.target import Target
 from harmonica.table import outputs_before
 
-WALKS = 7
-"""What `flip_effects_at` costs, in walks, at most: one forward, then one again and a backward pass
-(worth two) from d and from ξ."""
+WALKS = 7  # that `flip_effects_at` costs at most: one, and again and backward (two) from d and ξ
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,7 @@ R = TypeVar("R")
 Toward = Literal["reference", "uncached"]
 """What images should be near: the reference of a finer walk, or the uncached walk's image."""
 
-SEED = 30_000_001
-"""Seed of the noises, if nobody brings a generator."""
+SEED = 30_000_001  # of the noises, if nobody brings a generator
 
 
 @dataclass(frozen=True)
@@ -98,16 +97,11 @@ def references(
 ) -> Pool:
     """Return a pool: noises that the denoiser draws, and the image of factor·T steps for each.
 
-    That costs noises·factor·T predictions. Where the sampler draws noise during the walk, a finer
-    walk ends at another image, so there the target is the uncached walk's image; a warning says so.
-
-    Args:
-        denoiser: model, sampler, guidance.
-        noises: M.
-        factor: steps of the reference walk over T; 1 is the uncached walk.
-        generator: draws the noises; one with a seed of its own if None.
-        path: keeps the images in this file, and continues what an earlier call left there.
-        progress: called as progress(images that are done, noises).
+    That costs noises·factor·T predictions; a factor of 1 gives the uncached walk's images. So does
+    a sampler that draws noise during the walk, where a finer walk ends at another image; a warning
+    says so. The generator draws the noises; it has a seed of its own if None. The file at `path`
+    keeps the images, and continues what an earlier call left there. `progress` is called as
+    progress(images that are done, noises).
 
     Raises ValueError if a number is below 1, the denoiser has no finer walk, or the file at `path`
     is of other noises or steps.

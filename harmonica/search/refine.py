@@ -75,8 +75,7 @@ def refine(
     Args:
         denoiser: model, sampler, guidance.
         tables: (T, N) bool each, such as a trained one; paths of whole steps are added to them.
-        pool: the noises that tables are judged on, and their targets.
-        others: noises for the quadratics, a pool for each round.
+        pool, others: the noises that tables are judged on; a pool for the quadratic of each round.
         target: no table that is slower is yielded.
         budget: predictions of one noise to spend; a backward pass counts as two. A round that no
             longer fits is not begun.
@@ -106,12 +105,7 @@ def refine(
 
 
 class Search:
-    """The walks of one search; arguments as in `refine`.
-
-    Attributes:
-        walk: predictions of a walk on all noises.
-        spent: predictions of one noise so far.
-    """
+    """The walks of one search, of which `spent` counts predictions of one noise; see `refine`."""
 
     def __init__(
         self,
@@ -125,7 +119,7 @@ class Search:
         everything = torch.ones(denoiser.steps, len(denoiser.sites), dtype=torch.bool)
         plain = Schedule(everything, tuple(denoiser.sites))
         self.gate = replace(plain, order=gate) if isinstance(gate, int) else gate
-        self.walk = len(pool) * denoiser.steps
+        self.walk = len(pool) * denoiser.steps  # predictions of a walk on all noises
         self.spent = float(self.walk)
         self._portion = noises_that_fit(denoiser, pool.x, pool.cond)
         self._changes = [Search._exchange, Search._flip]

@@ -24,8 +24,7 @@ from torch import Tensor
 from harmonica.table import require
 
 StrPath = str | os.PathLike[str]
-LARGEST_TEXT = 2**26
-"""Bytes of JSON or prompts; a table of 1000 steps and 10 000 sites takes a sixth of it."""
+LARGEST_TEXT = 2**26  # bytes; a table of 1000 steps and 10 000 sites takes a sixth of it
 
 
 def existing(path: StrPath) -> Path:

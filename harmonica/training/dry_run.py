@@ -35,19 +35,14 @@ H100 = 400e12  # floating-point operations a second that a large model reaches t
 class DryRun:
     """What a training run will take.
 
-    Attributes:
-        predictions: of the whole batch, λ and the search included.
-        macs: multiply-accumulates, backward passes included.
-        weights: bytes of the model.
-        memory: bytes at most, for "update", "lambda" and, with a target, "search" of one noise.
-        batch_size: noises of this process.
+    `memory` is for an "update", "lambda" and, with a target, the "search" of one noise.
     """
 
-    predictions: int
-    macs: float
-    weights: int
-    memory: dict[str, int]
-    batch_size: int
+    predictions: int  # of the whole batch, λ and the search included
+    macs: float  # multiply-accumulates, backward passes included
+    weights: int  # bytes of the model
+    memory: dict[str, int]  # bytes at most, by what runs
+    batch_size: int  # noises of this process
 
     def hours(self) -> float:
         """Return the hours on one H100."""
@@ -74,8 +69,8 @@ class DryRun:
             "weights": f"{self.weights / GIB:.1f} GiB",
         }
         for name, size in self.memory.items():
-            what = ", one noise at a time" if name == "search" else ""
-            rows[f"peak memory, {name}"] = f"{size / GIB:.1f} GiB{what}"
+            alone = ", one noise at a time" * (name == "search")
+            rows[f"peak memory, {name}"] = f"{size / GIB:.1f} GiB{alone}"
         return "\n".join(f"  {name:24}{value}" for name, value in rows.items())
 
 
