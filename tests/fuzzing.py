@@ -38,8 +38,7 @@ from harmonica.models.weights import component, fill, read_state
 from harmonica.storage.files import read_json, write_tensors
 from harmonica.storage.foreign import write_smoothcache
 from harmonica.storage.hub import fetch, write_folder
-from harmonica.training.checkpoint import Checkpoint
-from harmonica.training.state import Settings, fingerprint, start
+from harmonica.training.checkpoint import Checkpoint, Settings, fingerprint, start
 
 SITES = tuple(f"blocks.{i}.{kind}" for i in range(2) for kind in ("attn", "mlp"))
 ABOUT = {"model": "small", "sampler": "ddim", "timesteps": (9, 5, 0), "guidance": 1.5}

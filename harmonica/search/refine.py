@@ -75,7 +75,8 @@ def refine(
     Args:
         denoiser: model, sampler, guidance.
         tables: (T, N) bool each, such as a trained one; paths of whole steps are added to them.
-        pool, others: the noises that tables are judged on; a pool for the quadratic of each round.
+        pool: the noises that tables are judged on, and their targets.
+        others: noises for the quadratics, a pool for each round.
         target: no table that is slower is yielded.
         budget: predictions of one noise to spend; a backward pass counts as two. A round that no
             longer fits is not begun.

@@ -20,8 +20,7 @@ from harmonica.search.refine_router import refine_router
 from harmonica.search.target import check_target, target_of
 from harmonica.storage.files import StrPath
 from harmonica.table import require
-from harmonica.training.checkpoint import Checkpoint
-from harmonica.training.state import Settings, TrainingState, fingerprint, start
+from harmonica.training.checkpoint import Checkpoint, Settings, TrainingState, fingerprint, start
 
 
 def train_sdt(  # noqa: D417 (some arguments are described together)

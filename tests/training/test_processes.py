@@ -62,7 +62,7 @@ tensors["seeded"] = train_sdt(small(), iterations=6, generator=seeded, **QUICK).
 
 KILLED = """
 import os, signal
-from harmonica.training.state import TrainingState
+from harmonica.training.checkpoint import TrainingState
 count = TrainingState.count
 
 def counting(self, update):
