@@ -53,9 +53,8 @@ def _each_site_is_asked_once(denoiser: Denoiser, x: Tensor, cond: Any) -> None:
     with torch.no_grad(), gated(denoiser.sites, count):
         denoiser.predict(x, 0, cond)
     # A site that is asked in two calls of its model comes under two keys (`harmonica.calls`).
-    assert len(set(calls)) == len(calls), f"a site is asked twice in a call of the model: {calls}"
-    every = set(map(int, calls)) == set(range(len(denoiser.sites)))
-    assert every, f"each site is asked once in a call of the model, not {calls}"
+    once = len(set(calls)) == len(calls) and {*map(int, calls)} == {*range(len(denoiser.sites))}
+    assert once, f"each site is asked once in a call of the model, not {calls}"
 
 
 def _cached_features_are_left_alone(denoiser: Denoiser, x: Tensor, cond: Any) -> None:
@@ -81,11 +80,11 @@ def _computing_everything_is_the_plain_model_also_from_a_fork(
         return denoise(denoiser, x, cond, gates, start=start, memory=memory)
 
     cache, memory = Cache(), dict[str, Any]()
-    forked = {1, steps // 2, steps - 1} - {0, steps}
     for k, after in enumerate(walk(x, cache, 0, memory), start=1):
         same = torch.equal(plain[k - 1], after)
         assert same, f"computing everything differs from the plain model after step {k - 1}"
-        if k in forked:  # it walks to its end first, as λ's forks do, and must change nothing here
+        if k < steps and k in (1, steps // 2, steps - 1):
+            # The fork walks to its end first, as λ's forks do, and must change nothing here.
             fork = final_image(walk(after, cache.copy(), k, memory.copy()))
             same = torch.equal(fork, plain[-1])
             assert same, f"a walk forked at step {k} ends elsewhere than the original"

@@ -12,8 +12,6 @@ that takes two minutes on two cores. Other models take their weights from the hu
 file; with --weights random they are timed without any, and the pictures are noise.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence
@@ -30,7 +28,8 @@ from harmonica.denoise import check_fit, gates_of
 from harmonica.inference.timing import measure
 from harmonica.inference.walk import Refinable, Walk
 from harmonica.models import BUNDLED
-from harmonica.search.baselines import dynamic_programming
+from harmonica.search.baselines import dynamic_programming, named
+from harmonica.search.errors import image_mse
 from harmonica.search.learn import learn_weights
 from harmonica.search.paths import whole_steps
 from harmonica.search.references import finer_walk, references
@@ -111,12 +110,11 @@ def run(args: argparse.Namespace) -> None:
 
 def _schedule(denoiser: Denoiser, args: argparse.Namespace) -> Schedule:
     """Make a table by the method asked for; with random weights every other step computes."""
-    if args.weights == "random" and args.iterations is None:
-        rows = whole_steps(denoiser, range(0, denoiser.steps, 2))  # (T, N)
-        made = {"method": "every other step"}
-        return Schedule(rows, tuple(denoiser.sites), **denoiser.about, provenance=made)
     generator = torch.Generator().manual_seed(args.seed)
     bundled = denoiser.about["model"] in BUNDLED
+    if args.weights == "random" and args.iterations is None:
+        rows = whole_steps(denoiser, range(0, denoiser.steps, 2))  # (T, N)
+        return named(denoiser, rows, "every other step", {})
     if args.method == "sdt":
         settings: dict[str, Any] = dict(QUICK if bundled else AUTHORS)
         if args.target is not None:
@@ -137,50 +135,46 @@ def _report(
     denoiser: Denoiser, schedule: Schedule, x: Tensor, cond: Tensor, images: dict[str, Tensor]
 ) -> list[str]:
     """Return the lines of the table that is printed."""
-    from harmonica.evaluation.distances import image_mse
     from harmonica.evaluation.judge import judge_of
 
     theory, walk = schedule.speedup(macs(denoiser)), Walk(denoiser, schedule)
-    timed = x[:TIMED], cond[:TIMED]
-    clock = measure(denoiser, schedule, *timed, repeats=3, walk=walk)
-    seconds = f"{clock.plain:.3f} s -> {clock.cached:.3f} s, batch {len(timed[0])}"
-    plain, cached = images["uncached"], images["cached"]
+    clock = measure(denoiser, schedule, x[:TIMED], cond[:TIMED], repeats=3, walk=walk)
+    seconds = f"{clock.plain:.3f} s -> {clock.cached:.3f} s, batch {len(x[:TIMED])}"
+    plain, cached, origin = images["uncached"], images["cached"], schedule.provenance
+    learned = ", then weights learned (beyond the paper)" * ("weights_history" in origin)
     rows = {
-        "made by": schedule.provenance.get("method", "an unnamed method"),
+        "made by": f"{origin.get('method', 'an unnamed method')}{learned}",
         "cache utilisation (CUR)": f"{schedule.cur:.1%}",
         "theoretical speedup": f"{theory:.2f}x",
         "measured speedup": f"{clock.speedup:.2f}x  ({seconds})",
         "measured / theoretical": f"{clock.speedup / theory:.2f}",
         "distance to uncached": f"{image_mse(cached, plain):.2e}",
     }
-    if "weights_history" in schedule.provenance:
-        rows["made by"] = f"{rows['made by']}, then weights learned (beyond the paper)"
     if "reference" in images:
         near, far = (image_mse(some, images["reference"]) for some in (cached, plain))
         rows["distance to the reference"] = f"{near:.2e}  (uncached {far:.2e})"
-    if denoiser.about["model"] in BUNDLED:
-        judge = judge_of(str(denoiser.about["model"]))
-        after, before = (judge.agreement(some, cond) for some in (cached, plain))
+    model, sampler = (str(denoiser.about[name]) for name in ("model", "sampler"))
+    if model in BUNDLED:
+        after, before = (judge_of(model).agreement(some, cond) for some in (cached, plain))
         rows["images that show their label"] = f"{after:.1%}  (uncached {before:.1%})"
-    head = f"{denoiser.about['model']}, {denoiser.about['sampler']}, T = {denoiser.steps}"
-    about = f"{head}, {len(x)} noises that nothing was tuned on; distances are mean squared"
-    return [about, *(f"  {name:29}{value}" for name, value in rows.items())]
+    about = f"{model}, {sampler}, T = {denoiser.steps}, {len(x)} noises that nothing was tuned on"
+    lines = [f"  {name:29}{value}" for name, value in rows.items()]
+    return [f"{about}; distances are mean squared", *lines]
 
 
 def _pictures(
     denoiser: Denoiser, schedule: Schedule, x: Tensor, cond: Tensor, images: dict[str, Tensor]
-) -> dict[str, Figure]:
+) -> dict[str, "Figure"]:
     """Return the images in rows, the table, and the error along the walk."""
     from harmonica.evaluation import pictures
     from harmonica.evaluation.judge import judge_of
     from harmonica.models import PixArtDenoiser
 
-    shown = torch.arange(min(SHOWN, len(cond)))
-    if denoiser.about["model"] in BUNDLED:  # one of each class
-        classes = judge_of(str(denoiser.about["model"])).classes
-        firsts = [(cond.cpu() == label).nonzero()[:1, 0] for label in range(len(classes))]
-        shown = torch.cat(firsts)
-        labels = [classes[label] for label in cond[shown].tolist()]
+    model, shown = str(denoiser.about["model"]), torch.arange(min(SHOWN, len(cond)))
+    if model in BUNDLED:  # one of each class
+        names = judge_of(model).classes
+        shown = torch.cat([(cond.cpu() == label).nonzero()[:1, 0] for label in range(len(names))])
+        labels = [names[label] for label in cond[shown].tolist()]
     elif isinstance(denoiser, PixArtDenoiser):
         labels = [denoiser.prompts.texts[i][:14] for i in cond[shown].tolist()]
     else:
