@@ -51,11 +51,19 @@ from harmonica.inference.graph import GraphWalk
 from harmonica.inference.lifetimes import Plan
 from harmonica.inference.walk import Accelerated, Walk
 from harmonica.models import load
-from harmonica.models.dit import SIZES, DiT, DiTDenoiser
+from harmonica.models.dit import DiT, DiTDenoiser
 from harmonica.samplers import DDIM
 from harmonica.storage.files import read_json
 
 Way = Callable[[Tensor, Any], Any]
+
+_WIDTHS = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+SIZES: dict[str, dict[str, int]] = {
+    f"DiT-{name}/{patch}": {"depth": d, "hidden_size": w, "num_heads": h, "patch_size": patch}
+    for name, (d, w, h) in _WIDTHS.items()
+    for patch in (2, 4, 8)
+}
+"""Arguments of `DiT` for the original twelve sizes, `DiT-S/8` to `DiT-XL/2`."""
 
 
 @dataclass(frozen=True)

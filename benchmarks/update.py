@@ -19,11 +19,12 @@ from statistics import median
 
 import torch
 from record import ended, memory_mib, record
+from speed import SIZES
 from torch import Tensor
 
 from harmonica import Router, blend, gated, objective
 from harmonica.cache import Cache
-from harmonica.models.dit import SIZES, DiT, DiTDenoiser
+from harmonica.models.dit import DiT, DiTDenoiser
 from harmonica.samplers import DDIM
 
 

@@ -134,10 +134,8 @@ def _of_backward(key: Key) -> Answer:
 def overridden(answers: Iterable[tuple[Any, str, Answer]]) -> Iterator[None]:
     """Answer calls made in this thread or task, and put everything back, exception or not.
 
-    Inside another `with`, the inner answer comes first, and its original is the outer answer.
-
-    Args:
-        answers: (object, name of its method, answer) for each.
+    `answers` holds (object, name of its method, answer) for each. Inside another `with`, the inner
+    answer comes first, and its original is the outer answer.
 
     >>> class Thing:
     ...     def name(self): return "thing"
@@ -148,9 +146,7 @@ def overridden(answers: Iterable[tuple[Any, str, Answer]]) -> Iterator[None]:
     >>> thing.name(), vars(thing)
     ('thing', {})
     """
-    placed: list[tuple[Override, Answer]] = []
-    frame: Frame = ()
-    merged: dict[Key, Answer] = {}
+    placed, frame, merged = list[tuple[Override, Answer]](), Frame(), dict[Key, Answer]()
     try:
         with _lock:
             for thing, name, answer in answers:

@@ -106,21 +106,15 @@ def ada_single_block(
 class Form(NamedTuple):
     """How to run blocks of one class with all of a branch inside the gate.
 
-    Attributes:
-        kind: name of the class; naming it does not import it.
-        run: (block, ask, arithmetic, arguments of the block's forward) -> what that returns. An
-            argument that it does not take must be None or empty.
-        site_names: of the modules of the block that may be sites.
-        norms: modules that do not run where their site is skipped; one that is hooked must run, and
-            forbids this form.
-        fits: whether a block of this class is of the kind that `run` does.
+    `run` is called with (block, ask, arithmetic, arguments of the block's forward) and returns what
+    that returns. An argument that it does not take must be None or empty.
     """
 
-    kind: str
+    kind: str  # name of the class; naming it does not import it
     run: Callable[..., Any]
-    site_names: tuple[str, ...]
-    norms: tuple[str, ...] = ("norm1", "norm2")
-    fits: Callable[[Any], bool] = lambda block: True
+    site_names: tuple[str, ...]  # of the modules of the block that may be sites
+    norms: tuple[str, ...] = ("norm1", "norm2")  # not run where their site is skipped
+    fits: Callable[[Any], bool] = lambda block: True  # whether `run` does such a block
 
 
 def _basic(block: Any, norm_type: str, *, crosses: bool) -> bool:

@@ -30,24 +30,16 @@ from harmonica.models.layers import Attention, Mlp, PatchEmbedder
 from harmonica.run_again import run_again
 from harmonica.samplers import Sampler
 
-_WIDTHS = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
-SIZES: dict[str, dict[str, int]] = {
-    f"DiT-{name}/{patch}": {"depth": d, "hidden_size": w, "num_heads": h, "patch_size": patch}
-    for name, (d, w, h) in _WIDTHS.items()
-    for patch in (2, 4, 8)
-}
-"""Arguments of `DiT` for the original twelve sizes, `DiT-S/8` to `DiT-XL/2`."""
-
 
 class Block(nn.Module):
     """One adaLN-zero block (the two lines of the module docstring)."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
+    def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.mlp = Mlp(dim, 4 * dim)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
     def forward(self, h: Tensor, c: Tensor) -> Any:
@@ -123,7 +115,6 @@ class DiT(nn.Module):
         num_classes: real classes; label `num_classes` is the null class.
         learn_sigma: predict a variance channel for each noise channel (the original does; the
             bundled one does not).
-        mlp_ratio: width of the feed-forward network over D.
 
     Raises ValueError if a size does not divide another.
     """
@@ -131,7 +122,7 @@ class DiT(nn.Module):
     def __init__(
         self, *, input_size: int = 32, patch_size: int = 2, in_channels: int = 4,
         hidden_size: int = 1152, depth: int = 28, num_heads: int = 16, num_classes: int = 1000,
-        learn_sigma: bool = True, mlp_ratio: float = 4.0,
+        learn_sigma: bool = True,
     ) -> None:  # fmt: skip
         super().__init__()
         layers.check_divisible(
@@ -146,7 +137,7 @@ class DiT(nn.Module):
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)
         positions = sincos_positions(hidden_size, input_size // patch_size)
         self.pos_embed = nn.Parameter(positions, requires_grad=False)  # (1, N, D)
-        self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(hidden_size, num_heads) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self.activation_checkpointing = False  # `harmonica.run_again`
 

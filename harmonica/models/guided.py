@@ -35,7 +35,7 @@ class Guided(ABC):
         model: frozen here, in place: evaluation mode, no weight asks for a gradient.
         sampler: its T timesteps are the steps of the walk.
         guidance: g; 1 switches guidance off, and below it is a ValueError.
-        name: stored in schedules.
+        name: of the model, which schedules store.
         sites: cacheable modules by name, in the order in which they run.
         shape: (C, H, W) of the noise that `draw` returns.
         conditions: number of classes or prompts to draw from.

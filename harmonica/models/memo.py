@@ -26,27 +26,20 @@ from harmonica.override import is_overridden
 class Memo:
     """What one walk knows ahead, and where it is.
 
-    Attributes:
-        timesteps: T, in execution order, as the model is given them.
-        exact: whether every number must be the plain model's, bit for bit.
-        trusted: whether the condition stays the same from the first step to the last. Otherwise
-            what is known holds for these very tensors.
-        k: executed step; None where it is not known, and every module runs as it is.
-        known: what was made, by owner. A walk that calls its model several times in a step gives
-            each of these calls its own.
+    A walk whose condition stays the same from the first step to the last is `trusted`. Otherwise
+    what is known holds for these very tensors.
     """
 
-    timesteps: Sequence[float] = ()
-    exact: bool = False
+    timesteps: Sequence[float] = ()  # T, in execution order, as the model is given them
+    exact: bool = False  # every number must be the plain model's, bit for bit
     trusted: bool = True
-    k: int | None = None
-    known: dict[Any, Any] = field(default_factory=dict)
+    k: int | None = None  # executed step; where it is not known, every module runs as it is
+    known: dict[Any, Any] = field(default_factory=dict)  # by owner, for one call in a step
 
     def recall(self, owner: object, make: Callable[[], Any], *of: Any, state: Any) -> Any:
-        """Return what is known under `owner`; make it if it is not known, or no longer.
-
-        It is made of the numbers and tensors `of`, and of weights whose `Watch.state` is `state`;
-        with None nothing is kept.
+        """Return what is known under `owner`; make it if it is not known, or no longer, of the
+        numbers and tensors `of`, and of weights whose `Watch.state` is `state`. With None nothing
+        is kept.
         """
         if state is None or self.k is None:
             return make()

@@ -4,13 +4,9 @@ them.
 A block has three sites: self-attention `attn1`, cross-attention to the prompt `attn2`, feed-forward
 `ff`. The transformer is diffusers' own class; the prompts are encoded once, before the walk, and
 the 4.7 billion parameters of T5 are let go. A condition of a walk is then the number of a prompt,
-as a class label is for DiT.
+as a class label is for DiT. This file does not know caches.
 
     B batch   P prompts   L text tokens (120 for α, 300 for Σ)   D_text 4096   C, H, W latent
-    prompts.embeds   what T5 says of each prompt                           (P, L, D_text)
-    prompts.mask     1 where a token is a word, 0 where it is padding      (P, L)
-
-This file does not know caches or routers.
 """
 
 from __future__ import annotations
@@ -85,7 +81,7 @@ class Prompts:
 
     texts: tuple[str, ...]  # P
     embeds: Tensor  # (P, L, D_text)
-    mask: Tensor  # (P, L)
+    mask: Tensor  # (P, L), 1 where a token is a word, 0 where it is padding
     null_embeds: Tensor  # (1, L, D_text)
     null_mask: Tensor  # (1, L)
 

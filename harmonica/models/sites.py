@@ -48,32 +48,21 @@ _NOT_THE_DENOISER = re.compile(
     r"refine|embed|encoder|extractor|projection|projector|fus(ion|er)|perceiver$"
     r"|^(text|txt|context|caption)_"
 )
-TWICE = {
-    "CogView4TransformerBlock": ("ff", ""),
-    "EasyAnimateTransformerBlock": ("ff", "txt_ff"),
-    "GlmImageTransformerBlock": ("ff", ""),
-}
+TWICE = dict.fromkeys(("CogView4TransformerBlock", "GlmImageTransformerBlock"), ("ff", ""))
+TWICE["EasyAnimateTransformerBlock"] = "ff", "txt_ff"
 """Blocks that call a module on the image's tokens and then on the text's, unless they have another
 one for the text."""
 
 
 @dataclass(frozen=True, eq=False)
 class Sites(Mapping[str, nn.Module]):
-    """The cacheable modules of a transformer by name: the columns of a router's table.
-
-    Attributes:
-        modules: name -> module.
-        kinds: N words, attention, cross-attention, feed-forward or both.
-        macs: of each site and of what no site covers; of one forward, or of one token if estimated.
-        counted: whether `macs` was counted in a forward, not estimated from the sizes of weights.
-        uncovered: the largest modules that no site covers, and their MACs.
-    """
+    """The cacheable modules of a transformer by name: the columns of a router's table."""
 
     modules: Mapping[str, nn.Module]
-    kinds: tuple[str, ...]
-    macs: Macs
-    counted: bool
-    uncovered: Uncovered = ()
+    kinds: tuple[str, ...]  # N words: attention, cross-attention, feed-forward or both
+    macs: Macs  # of one forward, or of one token if estimated
+    counted: bool  # in a forward, not estimated from the sizes of the weights
+    uncovered: Uncovered = ()  # the largest modules that no site covers
 
     def __getitem__(self, name: str) -> nn.Module:
         return self.modules[name]
@@ -90,12 +79,9 @@ class Sites(Mapping[str, nn.Module]):
 
     def __str__(self) -> str:
         sizes = self.macs.sites.tolist()
-        columns = (
-            ["site", *self],
-            ["kind", *self.kinds],
-            ["MACs" if self.counted else "MACs/token", *map(_short, sizes)],
-            ["share", *(f"{100 * size / self.macs.total:.1f} %" for size in sizes)],
-        )
+        shares = (f"{100 * size / self.macs.total:.1f} %" for size in sizes)
+        costs = ["MACs" if self.counted else "MACs/token", *map(_short, sizes)]
+        columns = ["site", *self], ["kind", *self.kinds], costs, ["share", *shares]
         name, kind, macs, share = (max(map(len, column)) for column in columns)
         rows = zip(*columns, strict=True)
         lines = [f"{r[0]:{name}}  {r[1]:{kind}}  {r[2]:>{macs}}  {r[3]:>{share}}" for r in rows]
@@ -210,11 +196,9 @@ def _check_cacheable(
         other, need = first.setdefault(id(site), here), "which would need two features"
         require(other == here, f"{name}: {other} and {here} are one module, {need}; {ADVICE}")
     for path, block in blocks.items():
-        require(
-            getattr(block, "_chunk_size", None) is None,
-            f"{name}: the feed-forward of {path} runs in chunks, so it is called several times in "
-            "a forward; call set_chunk_feed_forward(None, 0) on the blocks",
-        )
+        chunks = f"{name}: the feed-forward of {path} runs in chunks, so it is called several times"
+        todo = "call set_chunk_feed_forward(None, 0) on the blocks"
+        require(getattr(block, "_chunk_size", None) is None, f"{chunks} in a forward; {todo}")
 
 
 def _short(macs: float) -> str:

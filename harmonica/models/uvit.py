@@ -39,12 +39,12 @@ EXTRAS = 2
 class Block(nn.Module):
     """One pre-norm block (the middle line above), joined to a long skip first if `skip` is true."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, *, skip: bool = False) -> None:
+    def __init__(self, dim: int, num_heads: int, *, skip: bool = False) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.attn = Attention(dim, num_heads, bias=False)
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), approximate="none")
+        self.mlp = Mlp(dim, 4 * dim, approximate="none")
         self.skip_linear = nn.Linear(2 * dim, dim) if skip else None
 
     def forward(self, h: Tensor, skip: Tensor | None = None) -> Tensor:
@@ -69,7 +69,6 @@ class UViT(nn.Module):
     def __init__(
         self, *, input_size: int = 32, patch_size: int = 2, in_channels: int = 4,
         hidden_size: int = 1152, depth: int = 28, num_heads: int = 16, num_classes: int = 1000,
-        mlp_ratio: float = 4.0,
     ) -> None:  # fmt: skip
         super().__init__()
         layers.check_divisible(
@@ -84,7 +83,7 @@ class UViT(nn.Module):
         self.label_emb = nn.Embedding(num_classes + 1, hidden_size)
         tokens = EXTRAS + (input_size // patch_size) ** 2
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, tokens, hidden_size))  # (1, 2 + N, D)
-        sizes = (hidden_size, num_heads, mlp_ratio)
+        sizes = hidden_size, num_heads
         self.in_blocks = nn.ModuleList(Block(*sizes) for _ in range(depth // 2))
         self.mid_block = Block(*sizes)
         self.out_blocks = nn.ModuleList(Block(*sizes, skip=True) for _ in range(depth // 2))

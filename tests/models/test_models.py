@@ -9,12 +9,13 @@ from conftest import attributes, make, refused, seeded, start, with_noise
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from speed import SIZES
 
 from harmonica import Router, Schedule, macs, sample
 from harmonica.inference import timing as timing_module
 from harmonica.inference.timing import measure
 from harmonica.models import DITS, load
-from harmonica.models.dit import SIZES, DiT, DiTDenoiser, sincos_positions
+from harmonica.models.dit import DiT, DiTDenoiser, sincos_positions
 from harmonica.samplers import DDIM, alphas_cumprod, make_sampler, spaced_timesteps
 
 
