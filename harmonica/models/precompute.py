@@ -143,29 +143,19 @@ def _dit(model: Any, memo: Memo) -> Answers:
 def _stock_dit(model: Any, memo: Memo) -> Answers:
     norms = [block.norm1 for block in model.transformer_blocks]
     same = equal_to_the_first([norm.emb for norm in norms], memo)
-    pairs = list(zip(norms, same, strict=True))
-    if memo.exact:
-        return [(norm.emb, once(memo, norm.emb, "embedding")) for norm, equal in pairs if equal]
-    linears = [*(norm.linear for norm in norms), model.proj_out_1]
-    room, first = rows_that_fit(model, linears), _stock_condition(memo, norms[0].emb)
-    # The last layer is modulated by the first block's condition.
-    answers = [(model.proj_out_1, first.modulation(model.proj_out_1, room, F.silu))]
-    for norm, equal in pairs:
-        c = first if equal else _stock_condition(memo, norm.emb)
-        answers += [(norm.emb, _sum(c)), (norm.linear, c.modulation(norm.linear, room, F.silu))]
-    return answers
+    norms = [norm for norm, equal in zip(norms, same, strict=True) if equal]
+    if memo.exact or not norms:
+        return [(norm.emb, once(memo, norm.emb, "embedding")) for norm in norms]
+    emb, linears = norms[0].emb, [*(norm.linear for norm in norms), model.proj_out_1]
 
-
-def _stock_condition(memo: Memo, emb: Any) -> Condition:
     def time(t: Tensor) -> Any:
         dtype = next(emb.timestep_embedder.parameters()).dtype
         return emb.timestep_embedder(emb.time_proj(t).to(dtype))
 
-    return Condition(memo, time, emb.class_embedder, emb)
-
-
-def _sum(c: Condition) -> Answer:
-    return lambda forward, args, kwargs: c.times(args[0]) + c.labels(args[1])
+    c, room = Condition(memo, time, emb.class_embedder, emb), rows_that_fit(model, linears)
+    products = ((linear, c.modulation(linear, room, F.silu)) for linear in linears)
+    sums: Answer = lambda forward, args, kwargs: c.times(args[0]) + c.labels(args[1])  # noqa: E731
+    return [*((norm.emb, sums) for norm in norms), *products]
 
 
 def _pixart(model: Any, memo: Memo) -> Answers:

@@ -73,7 +73,7 @@ def counted(
     each = result.macs.sites[[times == 1 for times in result.calls]]
     sizes = result.modules.items()
     by_name = {path.removeprefix(f"{name}."): size for path, size in sizes if "." in path}
-    return called, Macs(each, result.macs.rest), _largest(by_name, called)
+    return called, Macs(each, result.macs.rest), _largest(by_name, called)[:3]
 
 
 def _twin(transformer: nn.Module) -> nn.Module:
@@ -100,13 +100,11 @@ def estimated(
         for name, size in sizes.items()
         if not any(NOT_A_SITE.fullmatch(word) for word in re.split(r"[._]", name.lower()))
     }
-    largest = _largest(of_tokens, modules, None)
+    largest = _largest(of_tokens, modules)
     return Macs(each, sum(size for _, size in largest)), largest[:3]
 
 
-def _largest(
-    sizes: Mapping[str, float], modules: Mapping[str, nn.Module], most: int | None = 3
-) -> Uncovered:
+def _largest(sizes: Mapping[str, float], modules: Mapping[str, nn.Module]) -> Uncovered:
     """Return the largest modules that hold no site and are part of none, nor of one another."""
 
     def above(name: str) -> set[str]:
@@ -118,7 +116,7 @@ def _largest(
         covered = name in holds or above(name) & (modules.keys() | outermost.keys())
         if name and sizes[name] and not covered:
             outermost[name] = sizes[name]
-    return tuple(sorted(outermost.items(), key=lambda item: -item[1]))[:most]
+    return tuple(sorted(outermost.items(), key=lambda item: -item[1]))
 
 
 def cost_of_call(model: nn.Module, modules: Mapping[str, nn.Module], inputs: Any) -> Macs | None:
