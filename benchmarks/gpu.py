@@ -37,7 +37,7 @@ from record import RESULTS, ended, record
 from harmonica import Router, Schedule, macs, sample, sdt, train_sdt
 from harmonica.command_line import check_device
 from harmonica.inference.graph import GraphWalk
-from harmonica.inference.timing import Timer, by_turns, milliseconds
+from harmonica.inference.timing import by_turns, milliseconds, timed
 from harmonica.inference.walk import Walk
 from harmonica.models import load
 from harmonica.search.flip_effects import flip_effects_at
@@ -173,9 +173,9 @@ def update(card: Card) -> dict[str, Any]:
         found: dict[str, Any] = {}
         with card.peak(found):
             for _ in range(min(6, d.steps - 1)):
-                with Timer(x) as timer:
+                with timed(x) as time_of_work:
                     next(updates)
-                seconds.append(timer.milliseconds() / 1e3)
+                seconds.append(time_of_work() / 1e3)
             updates.close()
         found["seconds"] = round(median(seconds[1:]), 4)
         figures["checkpointing" if checkpointing else "plain"] = found | predicted(
@@ -206,9 +206,9 @@ def refinement(card: Card) -> dict[str, Any]:
     d, figures = card.model("dit-xl-256"), {}
     x, cond = drawn(d, 1)
     plain = sample(d, x, cond)
-    with card.peak(figures), Timer(x) as timer:
+    with card.peak(figures), timed(x) as time_of_work:
         flip_effects_at(d, half_reused(d), Pool(x, cond, plain), torch.ones_like(x))
-    return figures | {"seconds": round(timer.milliseconds() / 1e3, 3)} | predicted(card, 1, False)
+    return figures | {"seconds": round(time_of_work() / 1e3, 3)} | predicted(card, 1, False)
 
 
 def clocked(card: Card) -> dict[str, Any]:

@@ -8,7 +8,8 @@ know models.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -23,41 +24,34 @@ from harmonica.router import Schedule
 from harmonica.table import require
 
 
-class Timer:
-    """The time that the work of a `with` takes on the device of x, by CUDA events or else by the
-    host's clock; nothing waits before it is read.
+@contextmanager
+def timed(x: Tensor) -> Iterator[Callable[[], float]]:
+    """Time the work of a `with` on the device of x, by CUDA events or else by the host's clock.
 
-    >>> with Timer(torch.zeros(1)) as timer:
+    Gives a function that returns the milliseconds; on CUDA it waits for the end of the work.
+
+    >>> with timed(torch.zeros(1)) as milliseconds:
     ...     _ = torch.ones(100).sum()
-    >>> 0 < timer.milliseconds() < 1000
+    >>> 0 < milliseconds() < 1000
     True
     """
+    cuda = x.device.type == "cuda"
 
-    def __init__(self, x: Tensor) -> None:
-        self._device = x.device
-        self._ends: list[Any] = []
-
-    def __enter__(self) -> Timer:
-        self._ends = [self._now()]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ends.append(self._now())
-
-    def _now(self) -> Any:
-        if self._device.type != "cuda":
+    def now() -> Any:
+        if not cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(self._device))
+        event.record(torch.cuda.current_stream(x.device))
         return event
 
-    def milliseconds(self) -> float:
-        """Return the time; on CUDA this waits for the end of the work."""
-        start, end = self._ends
-        if self._device.type != "cuda":
-            return float(end - start) * 1e3
-        end.synchronize()
-        return float(start.elapsed_time(end))
+    def milliseconds() -> float:
+        if cuda:
+            end.synchronize()
+        return float(start.elapsed_time(end) if cuda else (end - start) * 1e3)
+
+    start = now()
+    yield milliseconds
+    end = now()
 
 
 class Timing(NamedTuple):
@@ -97,9 +91,9 @@ def by_turns(
     seconds: dict[str, list[float]] = {name: [] for name in walks}
     for _ in range(repeats + 1):
         for name, walk in walks.items():
-            with Timer(x) as timer:
+            with timed(x) as time_of_walk:
                 walk(x, cond)
-            seconds[name].append(timer.milliseconds() / 1e3)
+            seconds[name].append(time_of_walk() / 1e3)
     return {name: turns[1:] for name, turns in seconds.items()}
 
 
@@ -121,22 +115,22 @@ def milliseconds(denoiser: Denoiser, batch_size: int = 1, *, repeats: int = 7) -
 
 def _site_times(walk: Walk, x: Tensor, cond: Any) -> list[float]:
     """Return the milliseconds of each site in one walk, and of the whole walk: N + 1."""
-    timers: list[tuple[int, Timer]] = []
+    readings: list[tuple[int, Callable[[], float]]] = []
 
     def gate_of(k: int, cache: Cache) -> Gate:
         gate = walk.gate(k, cache)
 
-        def timed(site: int, compute: Compute) -> Feature:
-            with Timer(x) as timer:
+        def ask(site: int, compute: Compute) -> Feature:
+            with timed(x) as time_of_site:
                 feature = gate(site, compute)
-            timers.append((site, timer))
+            readings.append((site, time_of_site))
             return feature
 
-        return timed
+        return ask
 
-    with Timer(x) as whole:
+    with timed(x) as time_of_walk:
         walk.run(x, cond, gate_of)
     times = [0.0] * len(walk.denoiser.sites)
-    for site, timer in timers:
-        times[site] += timer.milliseconds()
-    return [*times, whole.milliseconds()]
+    for site, time_of_site in readings:
+        times[site] += time_of_site()
+    return [*times, time_of_walk()]
