@@ -13,7 +13,6 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from functools import partial, wraps
 from typing import Any
 
@@ -34,11 +33,8 @@ class StandIns:
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
         kind = type(pipe)
-        members: dict[str, Any] = {
-            "__module__": kind.__module__,
-            "_execution_device": property(lambda stand_in: stand_in._run.device),
-            "progress_bar": _silent,
-        }
+        members: dict[str, Any] = {"__module__": kind.__module__}
+        members["_execution_device"] = property(lambda stand_in: stand_in._run.device)
         for name in dir(kind):
             method = inspect.getattr_static(kind, name)
             told = name == "prepare_latents" or ENCODES.fullmatch(name)
@@ -59,31 +55,22 @@ class StandIns:
         """Run `__call__` with these arguments until it ends or `run` leaves."""
         stand_in: Any = object.__new__(self._class)
         own = vars(stand_in)
-        own.update(vars(self.pipe), _run=run)
+        own.update(vars(self.pipe), _run=run, _progress_bar_config={"disable": True})
         for name, part in vars(self.pipe).items():
             if isinstance(part, nn.Module):
                 own[name] = _model(part, run, name)
         own["scheduler"] = run.scheduler = _scheduler(self.pipe.scheduler, run)
-        module = sys.modules[type(self.pipe).__module__]
-        with ExitStack() as stack:
-            if hasattr(module, "randn_tensor"):
+        module, name = sys.modules[type(self.pipe).__module__], "randn_tensor"
 
-                def drawn(draw: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-                    return run.prepared("randn_tensor", draw(*args, **kwargs))
+        def drawn(draw: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+            return run.prepared(name, draw(*args, **kwargs))
 
-                stack.enter_context(overridden([(module, "randn_tensor", drawn)]))
+        with overridden([(module, name, drawn)] if hasattr(module, name) else []):
             try:
                 stand_in(**call)
             except Leave as leave:
                 if leave.args != (run,):
                     raise
-
-
-def _silent(stand_in: Any, iterable: Any = None, total: int | None = None) -> Any:
-    """Return a progress bar that shows nothing."""
-    from tqdm.auto import tqdm
-
-    return tqdm(iterable, total=total, disable=True)
 
 
 def _tap(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
