@@ -56,7 +56,7 @@ def once(memo: Memo, module: nn.Module, equals: object = None) -> Answer:
 
 
 class Condition:
-    """The vector c = time(t) + label(y), (B, D), which modulates all blocks, for all T steps at once.
+    """The vector c = time(t) + label(y), (B, D), which modulates all blocks: all T steps at once.
 
     `modules` hold the weights of `time`, (T,) -> (T, D), and of `label`, (B,) -> (B, D).
     """

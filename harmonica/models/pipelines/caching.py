@@ -60,14 +60,14 @@ def cached(
     """
     given = [schedules] if isinstance(schedules, Schedule) else list(schedules)
     session = Session(pipe, given, sites, exact=exact, otherwise=otherwise, offload=offload)
-    kind, mine = type(pipe), _sessions.setdefault(pipe, [])
+    kind, open_sessions = type(pipe), _sessions.setdefault(pipe, [])
     del pipe  # this frame must not keep it alive
     with patched(kind, "__call__", _walked):
-        mine.append(session)
+        open_sessions.append(session)
         try:
             yield session
         finally:
-            mine.remove(session)
+            open_sessions.remove(session)
     if session.skipped == 0 and any(schedule.cur > 0 for schedule in given):
         walks = f"no site was skipped while cached was open ({session.walks} walks were begun)"
         warnings.warn(f"{walks}; call this very pipeline inside the with", stacklevel=3)

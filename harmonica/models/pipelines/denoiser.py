@@ -1,6 +1,6 @@
 """from_pipeline: a pipeline as a `Denoiser`, to learn a schedule on the walk that it runs.
 
-One run of the pipeline is watched, and the denoiser made from it (`general.py`) must then walk as the
+One run of the pipeline is watched, and the denoiser made from it (`general.py`) must walk as the
 pipeline does. The transformer runs once, for the shapes of its outputs. After that every model of
 the loop answers numbers that depend on all its inputs and cost nothing, so a difference in anything
 that reaches a model or the scheduler is seen at the next step, and named with its number.

@@ -121,7 +121,7 @@ class PipelineDenoiser:
                 first_call = i * len(self.recorded[1].inputs)
                 forward = None if pretend else self._forward(len(group), first_call, modes)
                 arrivals.append(self._run(group, part, k, forward))
-                outs.append(self._left(arrivals[-1], part, k))
+                outs.append(self._output(arrivals[-1], part, k))
         self._arrivals.setdefault(x, {})[k] = arrivals
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
@@ -140,13 +140,13 @@ class PipelineDenoiser:
         known = all(0 <= row < rows for row in chosen)
         require(known, f"cond names rows {chosen}; there are {rows} prompts")
 
-    def _left(self, arrival: Arrival, x: Tensor, k: int) -> Tensor:
+    def _output(self, arrival: Arrival, x: Tensor, k: int) -> Tensor:
         """Return the model's output for x at step k, which the arrival need not keep."""
         recorded = self.recorded[1]
         sample = x if arrival.sample is None else arrival.sample
-        own = f"{self.about['model']} starts from noise of its own and lets none be put in"
-        mine = k > 0 or recorded.entry is not None or torch.equal(recorded.fold(sample), x)
-        require(mine, f"{own}; pass x and cond as `draw` returned them")
+        fixed = f"{self.about['model']} starts from noise of its fixed and lets none be put in"
+        allowed = k > 0 or recorded.entry is not None or torch.equal(recorded.fold(sample), x)
+        require(allowed, f"{fixed}; pass x and cond as `draw` returned them")
         out: Tensor = recorded.fold_out(arrival.out, sample)
         arrival.out = None
         return out
@@ -164,13 +164,13 @@ class PipelineDenoiser:
             raise RuntimeError(f"step {k} needs {left}; pass a copy")
         starts = memory.get("walks", [arrival.start for arrival in arrivals])
         parts = zip(arrivals, starts, x.chunk(len(arrivals)), out.chunk(len(arrivals)), strict=True)
-        ends = [self._take(*part) for part in parts]
+        ends = [self._step_alone(*part) for part in parts]
         memory["walks"] = tuple(state for _, state in ends)
         return ends[0][0] if len(ends) == 1 else torch.cat([end for end, _ in ends])
 
-    def _take(self, a: Arrival, start: State, x: Tensor, out: Tensor) -> tuple[Tensor, State]:
+    def _step_alone(self, a: Arrival, start: State, x: Tensor, out: Tensor) -> tuple[Tensor, State]:
         """Take one run's step with a scheduler of the walk's own."""
-        recorded, states, mine = self.recorded[1], iter(start.generators), list[Generator]()
+        recorded, states, generators = self.recorded[1], iter(start.generators), list[Generator]()
         scheduler = plain_scheduler(self.stand_ins.pipe.scheduler, start.scheduler)
         sample = x if a.sample is None else a.sample
         doubled = recorded.doubled and 2 * len(out) == len(sample)
@@ -178,15 +178,15 @@ class PipelineDenoiser:
         given |= {name: start.carried[i] for name, i in a.carried.items()}
 
         def again(generator: Generator) -> Generator:
-            mine.append(Generator(generator.device).set_state(next(states)))
-            return mine[-1]
+            generators.append(Generator(generator.device).set_state(next(states)))
+            return generators[-1]
 
         arguments = tree_map_only(Generator, again, {**a.arguments, **given})
         arguments |= arguments.pop("kwargs", {})
         with record.random_states(self.stand_ins.device, start.random) as random:
             result = scheduler.step(**arguments)
         after, *carried = tree_leaves(result)
-        state = State(vars(scheduler), carried, [g.get_state() for g in mine], random)
+        state = State(vars(scheduler), carried, [g.get_state() for g in generators], random)
         return recorded.fold(after), state
 
     def _run(
@@ -213,7 +213,7 @@ class PipelineDenoiser:
         def forward(name: str, module: Any, call: int, args: Any, kwargs: Any) -> Any:
             if name != "transformer":
                 return module(*args, **kwargs)
-            output = _ran(module, first_call + call, args, kwargs, modes)
+            output = _run_transformer(module, first_call + call, args, kwargs, modes)
             fake = any(isinstance(leaf, FakeTensor) for leaf in tree_leaves(output))
             return record.zeros(answers.get((name, call))) if fake else output
 
@@ -234,18 +234,20 @@ def samples_of(cond: Tensor) -> list[Sample]:
     return [(int(row), int(seed)) for row, seed in cond.tolist()]
 
 
-def _ran(module: nn.Module, call: int, args: Any, kwargs: Any, modes: Sequence[Any]) -> Any:
+def _run_transformer(
+    module: nn.Module, call: int, args: Any, kwargs: Any, modes: Sequence[Any]
+) -> Any:
     """Run the transformer under the dispatch modes that were on when the prediction was asked for,
     such as a count on fake tensors; `run_again` checkpoints the blocks that shall be.
     """
     name, parts = "_gradient_checkpointing_func", module.modules()
     blocks = [part for part in parts if getattr(part, "gradient_checkpointing", False)]
     able = (block for block in blocks if callable(getattr(block, name, None)))
-    told = ((block, name, lambda _, args, kwargs: run_again(*args)) for block in able)
+    checkpointed = ((block, name, lambda _, args, kwargs: run_again(*args)) for block in able)
     with ExitStack() as stack:
         for mode in modes:
             stack.enter_context(mode)
         if torch.is_grad_enabled():
-            stack.enter_context(overridden(told))
+            stack.enter_context(overridden(checkpointed))
         stack.enter_context(in_call(call))
         return module(*args, **kwargs)

@@ -239,11 +239,12 @@ class Arrive(Run):
         others = {name: it for name, it in given.items() if name not in ("sample", "model_output")}
         places = {id(it): i for i, it in enumerate(self._placeholders) if isinstance(it, Tensor)}
         carried = {name: places[id(it)] for name, it in others.items() if id(it) in places}
-        own = record.global_generators(self.device) if recorded.random else []
-        generators = ([g.get_state() for g in some] for some in (record.generators_in(others), own))
+        torchs = record.global_generators(self.device) if recorded.random else []
+        sources = record.generators_in(others), torchs
+        generators = ([generator.get_state() for generator in some] for some in sources)
         scheduler = record.state_of(vars(self.scheduler)) if self.at == 0 else {}
-        start, mine = State(scheduler, [], *generators), None if sample is self.x else sample
-        self.arrival = Arrival(others, mine, given["model_output"], carried, start)
+        start, kept = State(scheduler, [], *generators), None if sample is self.x else sample
+        self.arrival = Arrival(others, kept, given["model_output"], carried, start)
         raise Leave(self)
 
     def _answer(self, sample: Tensor) -> Any:

@@ -119,9 +119,9 @@ class Session:
     def _choose(self, scheduler: Any, times: tuple[float, ...]) -> tuple[Rows, int] | None:
         """Return the table for these timesteps, and the row of the first of them."""
         pairs = zip(self.schedules, self._rows, strict=True)
-        found = [(rows, k) for each, rows in pairs if (k := _row_of(each, times)) is not None]
-        if found:
-            return min(found, key=lambda pair: pair[1])
+        fitting = [(rows, k) for each, rows in pairs if (k := _row_of(each, times)) is not None]
+        if fitting:
+            return min(fitting, key=lambda pair: pair[1])
         run = f"no table is for the {len(times)} steps {_span(times)}"
         if self._otherwise == "compute":
             self._say_once(f"{run} of a run, so all of it is computed")
@@ -174,11 +174,12 @@ class Session:
         return {**report, "asked": asked, "skipped": skipped, **shares}
 
     def __str__(self) -> str:
-        told, of_all = self.report(), f"{len(self.sites)} sites, CUR"
+        report, of_all = self.report(), f"{len(self.sites)} sites, CUR"
         sizes = ((f"{self._kind}, {each.steps} steps ×", each.cur) for each in self.schedules)
         lines = [f"{size} {of_all} {cur:.1%}" for size, cur in sizes]
-        lines += [f"{told['reused_share']:.1%} of the sites reused so far, walks: {told['walks']}"]
-        lines += [f"computed beyond the table: {n} ({why})" for why, n in told["beyond"].items()]
+        share, walks = report["reused_share"], report["walks"]
+        lines += [f"{share:.1%} of the sites reused so far, walks: {walks}"]
+        lines += [f"computed beyond the table: {n} ({why})" for why, n in report["beyond"].items()]
         if (speedup := self.speedup()) is not None:
             lines.append(f"theoretical speedup of the transformer {speedup:.2f}x")
         return "\n".join(lines)
@@ -191,11 +192,11 @@ class Session:
         counts, full, saved = self._counts(), 0.0, 0.0
         for name, calls in counts.calls.items():
             paths = enumerate(map(_path, self.sites))
-            mine = [i for i, path in paths if path.startswith(f"{name}.")]
-            if (cost := self._cost(name, mine)) is None:
+            columns = [i for i, path in paths if path.startswith(f"{name}.")]
+            if (cost := self._cost(name, columns)) is None:
                 return None
             full += calls * cost.total
-            prices = zip(mine, cost.sites.tolist(), strict=True)
+            prices = zip(columns, cost.sites.tolist(), strict=True)
             saved += sum(price * counts.skipped[i] for i, price in prices)
         return full / (full - saved) if full > saved else None
 
@@ -206,8 +207,8 @@ class Session:
             self._costs[name] = None
             try:
                 modules = self._modules(pipe)
-                mine = {self.sites[i]: modules[i] for i in columns}
-                self._costs[name] = cost_of_call(getattr(pipe, name), mine, self._inputs[name])
+                parts = {self.sites[i]: modules[i] for i in columns}
+                self._costs[name] = cost_of_call(getattr(pipe, name), parts, self._inputs[name])
             except Exception as error:  # a summary must not fail where the pipeline ran
                 self._say_once(f"the operations of {name} cannot be counted: {error}")
         return self._costs.get(name)

@@ -37,8 +37,8 @@ class StandIns:
         members["_execution_device"] = property(lambda stand_in: stand_in._run.device)
         for name in dir(kind):
             method = inspect.getattr_static(kind, name)
-            told = name == "prepare_latents" or ENCODES.fullmatch(name)
-            if told and inspect.isfunction(method):
+            tells = name == "prepare_latents" or ENCODES.fullmatch(name)
+            if tells and inspect.isfunction(method):
                 members[name] = _tap(name, method)
         self._class = type(kind.__name__, (kind,), members)
         self._devices: dict[torch.device, torch.device] = {}
@@ -100,11 +100,11 @@ def _model(module: nn.Module, run: Run, name: str) -> nn.Module:
 
 def _scheduler(scheduler: Any, run: Run) -> Any:
     """Return a copy of the scheduler, of the very same class, that tells before it steps."""
-    mine = plain_scheduler(scheduler, vars(scheduler))
-    tap = partial(_step, run, mine)
-    vars(tap)["__signature__"] = inspect.signature(mine.step)  # pipelines look at it
-    vars(mine)["step"] = tap
-    return mine
+    stand_in = plain_scheduler(scheduler, vars(scheduler))
+    tap = partial(_step, run, stand_in)
+    vars(tap)["__signature__"] = inspect.signature(stand_in.step)  # pipelines look at it
+    vars(stand_in)["step"] = tap
+    return stand_in
 
 
 def _step(run: Run, scheduler: Any, /, *args: Any, **kwargs: Any) -> Any:
@@ -118,6 +118,6 @@ def _step(run: Run, scheduler: Any, /, *args: Any, **kwargs: Any) -> Any:
 
 def plain_scheduler(scheduler: Any, state: dict[str, Any]) -> Any:
     """Return a scheduler of the same class in a state, its attributes by name."""
-    mine = object.__new__(type(scheduler))
-    vars(mine).update(state_of(state))
-    return mine
+    plain = object.__new__(type(scheduler))
+    vars(plain).update(state_of(state))
+    return plain

@@ -243,7 +243,7 @@ class Tracker:
             return compute()
         if before:
             raise RuntimeError(
-                f"site {site} was reused and is now called again in the same call of the transformer "
+                f"site {site} was reused and is called again in the same call of the transformer "
                 "(its feed-forward began to run in chunks?); call set_chunk_feed_forward(None, 0) "
                 "on the blocks, and run the pipeline again"
             )
