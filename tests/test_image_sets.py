@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make, refused, said, seeded
+from conftest import equal, make, raising, refused, said, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -32,19 +32,17 @@ def decode(x):
     return torch.tanh(x[:, :1])  # grey
 
 
-def written(out, *, batch=4, count=COUNT, seed=5, schedule=HALF, decode=decode, denoiser=None):
-    """Write samples of a small model; return images and labels as they are on disk."""
-    d = denoiser or make()
-    path = write_images(
-        d, schedule, decode, count=count, batch_size=batch, seed=seed, out=out, progress=False
-    )
+def write(out, *, batch=4, count=COUNT, seed=5, schedule=HALF, decode=decode, denoiser=None):
+    """Write samples of a small model; return the path."""
+    how = {"count": count, "batch_size": batch, "seed": seed, "out": out, "progress": False}
+    return write_images(denoiser or make(), schedule, decode, **how)
+
+
+def written(out, **more):
+    """Write samples to an array; return images and labels as they are on disk."""
+    path = write(out, **more)
     assert path == Path(out)
     return arrays(path)
-
-
-def folder_of(out, decode=decode):
-    """Write the same samples as `written` to a folder."""
-    write_images(make(), HALF, decode, count=COUNT, batch_size=4, seed=5, out=out, progress=False)
 
 
 def arrays(path):
@@ -62,14 +60,16 @@ def whole(tmp_path_factory):
     return written(tmp_path_factory.mktemp("whole") / "x.npz")
 
 
+def in_folder(path):
+    """Return the images of a folder."""
+    return torch.cat(list(read_images(path))).numpy()
+
+
 @pytest.mark.parametrize("batch", [1, 3, 8, 100])
-def test_an_image_does_not_depend_on_the_batch_size(batch, whole, tmp_path):
+def test_an_image_does_not_depend_on_the_batch_size_or_how_many_there_are(batch, whole, tmp_path):
     assert same(written(tmp_path / "x.npz", batch=batch), whole)
-
-
-def test_an_image_does_not_depend_on_how_many_there_are(whole, tmp_path):
-    images, labels = written(tmp_path / "x.npz", count=3)
-    assert same((images, labels), (whole[0][:3], whole[1][:3]))
+    few = written(tmp_path / "y.npz", batch=batch, count=3)
+    assert same(few, [each[:3] for each in whole])
 
 
 @pytest.mark.parametrize(("batch", "processes"), [(4, 2), (1, 3), (3, 5)])
@@ -78,11 +78,7 @@ def test_an_image_does_not_depend_on_the_processes(batch, processes, whole, tmp_
     plan = [range(i, min(i + batch, COUNT)) for i in range(0, COUNT, batch)]
     monkeypatch.setattr(image_files, "unfinished", lambda *_: plan)  # by rank 0, before all begin
     calls = []
-
-    def counting(x):
-        calls.append(len(x))
-        return decode(x)
-
+    counting = lambda x: calls.append(len(x)) or decode(x)  # noqa: E731
     batches = [len(batch) for batch in torch.arange(COUNT).split(batch)]
     shares = [sum(batches[n::processes]) for n in range(processes)]
     for number in reversed(range(processes)):
@@ -102,7 +98,7 @@ def test_torchrun_writes_what_one_process_does(tmp_path):
     assert done.stdout.count("7 images of seed 3") == 1
     assert image_sets.main([*options, "--out", str(tmp_path / "one.npz")]) == 0
     images, labels = arrays(tmp_path / "one.npz")
-    assert np.array_equal(torch.cat(list(read_images(tmp_path / "two"))).numpy(), images)
+    assert np.array_equal(in_folder(tmp_path / "two"), images)
     assert (tmp_path / "two.labels.txt").read_text().split() == [str(label) for label in labels]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one.npz", "two", "two.labels.txt"]
 
@@ -120,21 +116,16 @@ def test_labels_are_what_the_images_were_made_of(whole):
     assert np.array_equal(whole[1], cond.numpy())
     assert np.array_equal(whole[0], to_uint8(decode(sample(d, x, cond, HALF))).numpy())
     one, label = d.draw(1, generator_of(5, 7))
-    assert torch.equal(x[7:8], one)
-    assert torch.equal(cond[7:8], label)
+    assert equal((x[7:8], cond[7:8]), (one, label))
 
 
 @given(seed=st.integers(-(2**70), 2**70), first=st.integers(0, 2**31))
 def test_no_two_images_of_a_seed_share_a_generator(seed, first):
     """The generator on the CPU reads 32 bits of its seed: seeds that differ above them are one."""
-    assert torch.equal(noise(seeded(5)), noise(seeded(5 + 2**32)))
+    assert equal(*(torch.randn(1, 3, generator=seeded(s)) for s in (5, 5 + 2**32)))
     begun = {generator_of(seed, i).initial_seed() for i in range(first, first + 200)}
     assert len(begun) == 200
     assert max(begun) < 2**32
-
-
-def noise(generator):
-    return torch.randn(3, generator=generator)
 
 
 def stopping(after):
@@ -150,10 +141,11 @@ def stopping(after):
     return interrupted, sizes
 
 
-@pytest.mark.parametrize(
-    ("after", "first", "then", "made"), [(0, 4, 4, 11), (2, 4, 4, 3), (2, 3, 4, 5), (1, 8, 1, 3)]
-)
-def test_an_interrupted_run_goes_on_and_ends_the_same(after, first, then, made, whole, tmp_path):
+INTERRUPTED = [(0, 4, 4, 11), (2, 4, 4, 3), (2, 3, 4, 5), (1, 8, 1, 3)]
+
+
+@pytest.mark.parametrize(("after", "first", "then", "images"), INTERRUPTED)
+def test_an_interrupted_run_goes_on_and_ends_the_same(after, first, then, images, whole, tmp_path):
     out = tmp_path / "x.npz"
     kept = r"finished images are in .*x\.npz\.parts, run the same again"
     with pytest.raises(KeyboardInterrupt, match=kept):
@@ -162,47 +154,45 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(after, first, then, made, 
     assert len(list((tmp_path / "x.npz.parts").glob("*.safetensors"))) == after
     decoder, sizes = stopping(None)
     assert same(written(out, batch=then, decode=decoder), whole)
-    assert sum(sizes) == made  # no finished image again
+    assert sum(sizes) == images  # no finished image again
     assert [p.name for p in tmp_path.iterdir()] == ["x.npz"]
 
 
 def test_what_a_killed_process_left_half_written_is_not_taken_for_an_image(whole, tmp_path):
-    parts = tmp_path / "x.npz.parts"
-    parts.mkdir()
+    (parts := tmp_path / "x.npz.parts").mkdir()
     (parts / "00000000-00000011.safetensors.123.part").write_bytes(b"half")
     assert same(written(tmp_path / "x.npz"), whole)
 
 
 def test_an_interruption_while_the_whole_is_written_costs_no_image(whole, tmp_path, monkeypatch):
-    def stop(*_):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(image_files, "write_labels", stop)
+        patch.setattr(image_files, "write_labels", raising(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt, match="run the same again"):
-            folder_of(tmp_path / "x")
+            write(tmp_path / "x")
     assert len(list((tmp_path / "x").glob("*.png"))) == COUNT
-    folder_of(tmp_path / "x", stopping(0)[0])
-    assert np.array_equal(torch.cat(list(read_images(tmp_path / "x"))).numpy(), whole[0])
+    write(tmp_path / "x", decode=stopping(0)[0])
+    assert np.array_equal(in_folder(tmp_path / "x"), whole[0])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x", "x.labels.txt"]
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"seed": 6}, "seed 5 -> 6"),
-        ({"schedule": None}, "schedule .* -> none"),
-        ({"schedule": Schedule([[1] * 4] * 4)}, "schedule "),
-        ({"schedule": replace(HALF, order=1)}, "schedule "),
-        ({"schedule": replace(HALF, weights=gate_weights(1.0))}, "schedule "),
-        ({"denoiser": make(guidance=2.0)}, "guidance 1.5 -> 2.0"),
-    ],
-)
-def test_other_settings_do_not_go_on_where_these_stopped(change, message, tmp_path):
+OTHERS = [
+    ({"seed": 6}, "seed 5 -> 6"),
+    ({"schedule": None}, "schedule .* -> none"),
+    ({"schedule": Schedule([[1] * 4] * 4)}, "schedule "),
+    ({"schedule": replace(HALF, order=1)}, "schedule "),
+    ({"schedule": replace(HALF, weights=gate_weights(1.0))}, "schedule "),
+    ({"denoiser": make(guidance=2.0)}, "guidance 1.5 -> 2.0"),
+]
+
+
+def test_other_settings_and_sizes_do_not_go_on_where_these_stopped(tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        written(tmp_path / "x.npz", decode=stopping(1)[0])
-    with refused(f"was begun with other settings: {message}"):
-        written(tmp_path / "x.npz", **change)
+        write(tmp_path / "x.npz", decode=stopping(1)[0])
+    for change, message in OTHERS:
+        with refused(f"was begun with other settings: {message}"):
+            write(tmp_path / "x.npz", **change)
+    with refused(r"images differ in size: \(2, 2, 3\) in .*, \(4, 4, 3\) in "):
+        write(tmp_path / "x.npz", decode=lambda x: decode(x)[:, :, :2, :2])
 
 
 stops = st.sets(st.integers(0, 9))
@@ -234,22 +224,17 @@ def test_after_any_runs_the_batches_left_are_the_images_that_no_file_holds(
     assert all(int(piece.path.stem[:8]) == piece.numbers.start for piece in pieces)
 
 
-def test_an_npz_is_what_the_adm_evaluator_reads(whole):
+def test_an_npz_is_what_the_adm_evaluator_reads_and_a_folder_holds_the_same_images(whole, tmp_path):
     images, labels = whole
     assert (images.shape, images.dtype) == ((COUNT, 4, 4, 3), np.uint8)
     assert (labels.shape, labels.dtype) == ((COUNT,), np.int64)
     assert set(labels.tolist()) <= {0, 1, 2}
-
-
-def test_a_folder_holds_the_same_images_and_nothing_that_is_no_image(whole, tmp_path):
-    out = tmp_path / "deep/er"
-    folder_of(out)
+    write(out := tmp_path / "deep/er")
     assert sorted(p.name for p in out.iterdir()) == [f"{i:06}.png" for i in range(COUNT)]
     with Image.open(out / "000004.png") as picture:
         assert picture.mode == "RGB"
-        assert np.array_equal(np.array(picture), whole[0][4])
-    labels = (tmp_path / "deep/er.labels.txt").read_text().split()
-    assert labels == [str(label) for label in whole[1]]
+        assert np.array_equal(np.array(picture), images[4])
+    assert (tmp_path / "deep/er.labels.txt").read_text().split() == [*map(str, labels)]
 
 
 def test_values_go_to_the_nearest_level_and_grey_becomes_rgb():
@@ -264,51 +249,38 @@ def test_values_go_to_the_nearest_level_and_grey_becomes_rgb():
     assert to_uint8(colours)[0, 0, 0].tolist() == [0, 128, 255]
 
 
-@pytest.mark.parametrize(
-    ("decode", "message"),
-    [
-        (lambda x: x, r"decode made \(4, 2, 4, 4\); expected \(B, 1 or 3, H, W\)"),
-        (lambda x: x[:, 0], r"decode made \(4, 4, 4\)"),
-        (lambda x: x[:, :1] * float("nan"), "decode made values that are not finite"),
-    ],
-)
-def test_what_is_no_picture_is_refused(decode, message, tmp_path):
-    with refused(message):
-        written(tmp_path / "x.npz", decode=decode)
-    assert not (tmp_path / "x.npz").exists()
+NO_PICTURES = [
+    (lambda x: x, r"decode made \(4, 2, 4, 4\); expected \(B, 1 or 3, H, W\)"),
+    (lambda x: x[:, 0], r"decode made \(4, 4, 4\)"),
+    (lambda x: x[:, :1] * float("nan"), "decode made values that are not finite"),
+]
+NO_CONDITIONS = (torch.zeros(1), (1, 2), torch.zeros(1, 2, dtype=torch.long))
 
 
-def test_images_that_differ_in_size_do_not_go_into_one_array(tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        written(tmp_path / "x.npz", decode=stopping(1)[0])
-    sizes = r"images differ in size: \(2, 2, 3\) in .*, \(4, 4, 3\) in "
-    with refused(sizes):
-        written(tmp_path / "x.npz", decode=lambda x: decode(x)[:, :, :2, :2])
-
-
-def test_bad_requests_name_what_is_wrong(tmp_path):
-    with refused("count is 0"):
-        written(tmp_path / "x.npz", count=0)
-    with refused("batch_size is -1"):
-        written(tmp_path / "x.npz", batch=-1)
+def test_what_is_no_picture_no_condition_or_no_request_is_refused_by_name(tmp_path):
+    for bad, message in NO_PICTURES:
+        with refused(message):
+            write(tmp_path / "w.npz", decode=bad)
+        assert not (tmp_path / "w.npz").exists()
+    for cond in NO_CONDITIONS:
+        d = make()
+        d.draw = lambda batch, g, draw=d.draw: (draw(batch, g)[0], cond)
+        with refused("expected one whole number"):
+            write(tmp_path / "z.npz", denoiser=d)
+    for request, message in (({"count": 0}, "count is 0"), ({"batch": -1}, "batch_size is -1")):
+        with refused(message):
+            write(tmp_path / "x.npz", **request)
     (tmp_path / "x.npz").write_text("a day of work")
-    with pytest.raises(FileExistsError, match=r"x\.npz exists; choose another name"):
-        written(tmp_path / "x.npz")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder/000000.png").touch()
-    with pytest.raises(FileExistsError, match="folder exists"):
-        written(tmp_path / "folder")
+    for name, message in {
+        "x.npz": r"x\.npz exists; choose another",
+        "folder": "folder exists",
+    }.items():
+        with pytest.raises(FileExistsError, match=message):
+            write(tmp_path / name)
     with refused("this schedule has 1 steps"):
-        written(tmp_path / "y.npz", schedule=Schedule([[1] * 4]))
-
-
-def test_conditions_that_are_no_whole_numbers_are_refused(tmp_path):
-    d = make()
-    draw = d.draw
-    for cond in (torch.zeros(1), (1, 2), torch.zeros(1, 2, dtype=torch.long)):
-        d.draw = lambda batch, g, cond=cond: (draw(batch, g)[0], cond)
-        with refused("expected one whole number"):
-            written(tmp_path / "x.npz", denoiser=d)
+        write(tmp_path / "y.npz", schedule=Schedule([[1] * 4]))
 
 
 def test_the_command_is_the_library(tmp_path, capsys):
@@ -321,12 +293,8 @@ def test_the_command_is_the_library(tmp_path, capsys):
     fitted, out = fit(schedule, tuple(d.sites)), tmp_path / "library.npz"
     write_images(d, fitted, lambda x: x, count=5, seed=9, out=out, progress=False)
     assert same(arrays(tmp_path / "a b.npz"), arrays(tmp_path / "library.npz"))
-
-
-def test_a_schedule_of_other_steps_is_refused_before_anything_is_written(tmp_path, capsys):
-    Schedule([[1] * 16] * 3).save(tmp_path / "s.json")
-    options = f"--steps 2 --schedule {tmp_path}/s.json --out {tmp_path}/x.npz"
+    options = ["--steps", 2, "--schedule", tmp_path / "s.json", "--out", tmp_path / "x.npz"]
     code, _, err = said(image_sets, options, capsys)
     assert (code, len(err.splitlines())) == (2, 1)
     assert "this schedule has 3 steps" in err
-    assert [p.name for p in tmp_path.iterdir()] == ["s.json"]
+    assert not (tmp_path / "x.npz").exists(), "it is refused before anything is written"

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from conftest import make, refused, seeded, start, with_noise
+from conftest import SMALL, redrawn, refused, seeded, start, with_noise
+from diffusers import DPMSolverMultistepScheduler, SASolverScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,25 +16,23 @@ from harmonica.samplers import (
     Scheduled,
     alphas_cumprod,
     make_sampler,
-    noise_generator,
     spaced_timesteps,
 )
+from harmonica.samplers import noise_generator as noise_of
 
 BETAS = ("linear", "scaled-linear")
 STOCHASTIC = ("iddpm", "sa-solver")
 names = st.sampled_from(sorted(SAMPLERS))
 
 
+def image(d, x, y, **more):
+    """Return the image of a plain walk."""
+    return final_image(denoise(d, x, y, **more))
+
+
 def under(name: str, steps: int, *, learn_sigma: bool = True, betas: str = "linear") -> DiTDenoiser:
     """Return the small denoiser of the laws under another sampler."""
-    d = make(steps)
-    model = d.model
-    if not learn_sigma:
-        size = {"input_size": 4, "in_channels": 2, "hidden_size": 8, "depth": 2, "num_heads": 2}
-        model = DiT(**size, num_classes=3, learn_sigma=False)
-        generator = seeded(0)
-        for p in model.double().parameters():
-            p.data = torch.randn(p.shape, generator=generator, dtype=p.dtype) * 0.3
+    model = redrawn(DiT(**SMALL, depth=2, learn_sigma=learn_sigma).double(), 0)
     return DiTDenoiser(model, make_sampler(name, steps, betas), guidance=1.5, guided_channels=1)
 
 
@@ -44,17 +43,15 @@ def test_a_fork_ends_where_the_original_does_at_every_k(name, steps, data):
     for k, x in enumerate(denoise(d, x, y, memory=memory), start=1):  # noqa: B020
         forks.append((k, x, memory.copy()))
     k, at, then = forks[data.draw(st.integers(0, steps - 2))]
-    assert torch.equal(final_image(denoise(d, at, y, start=k, memory=then.copy())), x)
-    assert torch.equal(
-        final_image(denoise(d, at, y, start=k, memory=forks[k - 1][2])), x
-    )  # a second time
+    for memory in (then.copy(), then):  # a second time
+        assert torch.equal(image(d, at, y, start=k, memory=memory), x)
 
 
 @given(names, st.integers(2, 12))
 def test_two_walks_of_one_sampler_share_nothing(name, steps):
     d = under(name, steps)
     (x, y), (other, _) = start(d, seed=1), start(d, seed=2)
-    alone = final_image(denoise(d, x, y))
+    alone = image(d, x, y)
     for one, _two in zip(denoise(d, x, y), denoise(d, other, y), strict=True):  # by turns
         end = one
     assert torch.equal(end, alone)
@@ -64,27 +61,22 @@ def test_two_walks_of_one_sampler_share_nothing(name, steps):
 def test_noise_differs_between_samples_steps_and_walks_but_not_between_runs(name):
     d, x, y = with_noise(under(name, 6), batch=3)
     before = torch.get_rng_state()
-    one, again = final_image(denoise(d, x, y)), final_image(denoise(d, x, y))
+    one, again = image(d, x, y), image(d, x, y)
     assert torch.equal(one, again)
     assert torch.equal(before, torch.get_rng_state())
-    seeded = [
-        final_image(denoise(d, x, y, memory={"seeds": seeds})) for seeds in ((1, 2, 3), (1, 2, 4))
-    ]
-    assert torch.equal(seeded[0][:2], seeded[1][:2])  # a sample's seed is its own
-    assert not torch.equal(seeded[0][2], seeded[1][2])
-    assert not torch.equal(seeded[0][0], one[0])
-    same = final_image(
-        denoise(d, x[:1].expand(2, -1, -1, -1), y[:1].expand(2), memory={"seeds": (5, 6)})
-    )
+    drawn, other = (image(d, x, y, memory={"seeds": seeds}) for seeds in ((1, 2, 3), (1, 2, 4)))
+    assert torch.equal(drawn[:2], other[:2])  # a sample's seed is its own
+    assert not torch.equal(drawn[2], other[2])
+    assert not torch.equal(drawn[0], one[0])
+    twice = x[:1].expand(2, -1, -1, -1), y[:1].expand(2)
+    same = image(d, *twice, memory={"seeds": (5, 6)})
     assert not torch.equal(same[0], same[1])  # the noise, not only x_T, makes the image
 
 
 @pytest.mark.parametrize("name", STOCHASTIC)
 def test_a_sample_under_noise_does_not_depend_on_its_neighbours(name):
     d, x, y = with_noise(under(name, 5), batch=3)
-    torch.testing.assert_close(
-        final_image(denoise(d, x[1:2], y[1:2])), final_image(denoise(d, x, y))[1:2]
-    )
+    torch.testing.assert_close(image(d, x[1:2], y[1:2]), image(d, x, y)[1:2])
 
 
 @pytest.mark.parametrize("name", sorted(SAMPLERS))
@@ -101,20 +93,17 @@ def test_lambda_works_on_every_sampler_and_is_zero_where_nothing_is_reused(name)
 @pytest.mark.parametrize("betas", BETAS)
 @pytest.mark.parametrize("name", ["dpm-solver++", "sa-solver"])
 def test_a_multistep_walk_is_the_one_diffusers_takes(name, betas):
-    from diffusers import DPMSolverMultistepScheduler, SASolverScheduler
-
     low, high = (1e-4, 0.02) if betas == "linear" else (0.00085, 0.012)
     facts = {"beta_start": low, "beta_end": high, "beta_schedule": betas.replace("-", "_")}
-    scheduler = (DPMSolverMultistepScheduler if name == "dpm-solver++" else SASolverScheduler)(
-        **facts
-    )
+    kind = {"dpm-solver++": DPMSolverMultistepScheduler, "sa-solver": SASolverScheduler}[name]
+    scheduler = kind(**facts)
     scheduler.set_timesteps(8)
     sampler = make_sampler(name, 8, betas)
     assert sampler.timesteps == tuple(scheduler.timesteps.tolist())
     x = ours = torch.randn(1, 2, 4, 4, generator=seeded(3))
     memory = {"seeds": (11,)}
     for k, t in enumerate(scheduler.timesteps):
-        noise = {"generator": noise_generator(11, k)}
+        noise = {"generator": noise_of(11, k)}
         x = scheduler.step(torch.tanh(x) + t / 1000, t, x, return_dict=False, **noise)[0]
         ours = sampler.step(ours, torch.cat([torch.tanh(ours) + t / 1000, ours], 1), k, memory)
         assert torch.equal(x, ours), k
@@ -135,22 +124,16 @@ def test_iddpm_is_its_definition(learned):
         now, after = a[times[k]], a[times[k + 1]] if k < steps - 1 else torch.tensor(1.0)
         beta = 1 - now / after
         x0 = (x - (1 - now).sqrt() * eps) / now.sqrt()
-        mean = (
-            after.sqrt() * beta / (1 - now) * x0
-            + (now / after).sqrt() * (1 - after) / (1 - now) * x
-        )
+        mean = after.sqrt() * beta / (1 - now) * x0
+        mean = mean + (now / after).sqrt() * (1 - after) / (1 - now) * x
         small = ((1 - after) / (1 - now) * beta).clamp(min=1e-20)
-        log = (
-            (v + 1) / 2 * beta.log() + (1 - v) / 2 * small.log()
-            if learned
-            else small.log().expand_as(x)
-        )
-        noises = [noise_generator(seed, k) for seed in (5, 6)]
+        v = v if learned else -torch.ones_like(v)
+        log = (v + 1) / 2 * beta.log() + (1 - v) / 2 * small.log()
+        noises = [noise_of(seed, k) for seed in (5, 6)]
         z = torch.cat([torch.randn(1, 2, 4, 4, generator=g, dtype=torch.float64) for g in noises])
         expected = mean + (log / 2).exp() * z * (k < steps - 1)
-        got = sampler.step(
-            x, out if learned else eps, k, {"seeds": (5, 6), **({"scheduler": {}} if k else {})}
-        )
+        memory = {"seeds": (5, 6), **({"scheduler": {}} if k else {})}
+        got = sampler.step(x, out if learned else eps, k, memory)
         torch.testing.assert_close(got, expected, rtol=2e-4, atol=2e-4)
         x = expected
 
@@ -164,17 +147,10 @@ def test_no_sampler_clips_latents():
         assert float(moved.abs().max()) > 5.0, name
 
 
-def test_a_multistep_walk_cannot_start_in_the_middle_without_its_memory():
-    d, x, y = with_noise(under("dpm-solver++", 5))
-    with pytest.raises(
-        RuntimeError, match=r"step 2 of dpm-solver\+\+ needs what the steps before it left"
-    ):
-        next(denoise(d, x, y, start=2))
-
-
-def test_a_scheduler_without_timesteps_is_refused():
-    from diffusers import DPMSolverMultistepScheduler
-
+def test_a_multistep_walk_cannot_start_in_the_middle_and_a_scheduler_needs_timesteps():
+    message = r"step 2 of dpm-solver\+\+ needs what the steps before it left"
+    with pytest.raises(RuntimeError, match=message):
+        image(*with_noise(under("dpm-solver++", 5)), start=2)
     with refused("has no timesteps yet; call its set_timesteps"):
         Scheduled(DPMSolverMultistepScheduler(), "dpm")
 
@@ -189,8 +165,8 @@ def test_every_sampler_has_one_timestep_for_each_prediction(name, betas, steps):
 
 @pytest.mark.parametrize("name", sorted(SAMPLERS))
 def test_a_model_without_variance_channels_walks_under_every_sampler(name):
-    d, x, y = with_noise(under(name, 4, learn_sigma=False, betas="scaled-linear"))
-    assert final_image(denoise(d, x, y)).isfinite().all()
+    d = under(name, 4, learn_sigma=False, betas="scaled-linear")
+    assert image(*with_noise(d)).isfinite().all()
 
 
 @pytest.mark.parametrize("name", sorted(SAMPLERS))
@@ -218,9 +194,7 @@ def test_a_schedule_trained_under_sa_solver_is_saved(tmp_path):
 @given(st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1), st.integers(0, 999))
 def test_seeds_that_differ_anywhere_draw_different_noise(seed, other, k):
     """Torch's own generator takes 5 and 5 + 2³² for one."""
-    noise = torch.randn(4, generator=noise_generator(seed, k))
-    assert torch.equal(noise, torch.randn(4, generator=noise_generator(seed, k)))
-    assert not torch.equal(noise, torch.randn(4, generator=noise_generator(seed, k + 1)))
-    assert seed == other or not torch.equal(
-        noise, torch.randn(4, generator=noise_generator(other, k))
-    )
+    noise = lambda *place: torch.randn(4, generator=noise_of(*place))  # noqa: E731
+    assert torch.equal(noise(seed, k), noise(seed, k))
+    assert not torch.equal(noise(seed, k), noise(seed, k + 1))
+    assert seed == other or not torch.equal(noise(seed, k), noise(other, k))
