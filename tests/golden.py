@@ -21,6 +21,7 @@ from harmonica.models.dit import DiT, DiTDenoiser
 from harmonica.samplers import DDIM
 
 LIMIT = 1e-4
+SIZES = "input_size patch_size in_channels hidden_size depth num_heads num_classes"
 
 
 class Recording:
@@ -31,31 +32,18 @@ class Recording:
             self.config = json.loads(file.metadata()["config"])
             self.tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         c = self.config
-        sizes = [
-            "input_size",
-            "patch_size",
-            "in_channels",
-            "hidden_size",
-            "depth",
-            "num_heads",
-            "num_classes",
-        ]
-        model = DiT(**{key: c[key] for key in sizes})
-        model.load_state_dict(
-            {k[8:]: v for k, v in self.tensors.items() if k.startswith("weights.")}, strict=True
-        )
-        self.denoiser = DiTDenoiser(
-            model, DDIM(c["steps"]), guidance=c["cfg_scale"], guided_channels=3
-        )
+        model = DiT(**{key: c[key] for key in SIZES.split()})
+        prefix = "weights."
+        weights = {k: v for k, v in self.tensors.items() if k.startswith(prefix)}
+        model.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items()}, strict=True)
+        guidance = {"guidance": c["cfg_scale"], "guided_channels": 3}
+        self.denoiser = DiTDenoiser(model, DDIM(c["steps"]), **guidance)
         self.labels, self.noise = self.tensors["labels"], self.tensors["noise"]
 
     def router(self) -> Router:
         """Return the recorded router; the row of the first executed step, the last of theirs, is not trained."""
-        return Router(
-            self.denoiser.steps,
-            self.denoiser.sites,
-            logits=self.tensors["official_logits"].flip(0)[1:],
-        )
+        logits = self.tensors["official_logits"].flip(0)[1:]
+        return Router(self.denoiser.steps, self.denoiser.sites, logits=logits)
 
     def walk(self, gate: Callable[[int], object] | None) -> tuple[Tensor, Tensor]:
         """Return x before each step and last (T+1, B, …), and guided outputs of the conditional half (T, B, …)."""
@@ -96,10 +84,8 @@ class Recording:
         """Train on the recorded noises and return all T rows of logits in their order."""
         router, c = self.router(), self.config
         noise = [(x, self.labels) for x in self.tensors["sdt.train_noise"]]
-        for _ in sdt(
-            self.denoiser, router, noise, tau=c["threshold"], beta=c["beta"], lr=c["lr"], proxy=None
-        ):
-            pass
+        settings = {"tau": c["threshold"], "beta": c["beta"], "lr": c["lr"], "proxy": None}
+        list(sdt(self.denoiser, router, noise, **settings))
         return torch.cat([router.logits.flip(0), self.tensors["official_logits"][-1:]])
 
     def reproduce(self) -> Iterator[tuple[str, Tensor]]:
@@ -125,9 +111,7 @@ class Recording:
         for name, ours in self.reproduce():
             theirs = self.tensors[name].double()
             if ours.shape != theirs.shape:
-                raise ValueError(
-                    f"{name} has shape {tuple(theirs.shape)}; ours has {tuple(ours.shape)}"
-                )
+                raise ValueError(f"{name} has shape {theirs.shape}; ours has {ours.shape}")
             yield name, float((ours.double() - theirs).norm() / (theirs.norm() or 1.0))
 
 

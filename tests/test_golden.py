@@ -6,6 +6,8 @@ from pathlib import Path
 import golden
 import pytest
 from golden import LIMIT, Recording
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 HERE = Path(__file__).parent
 FILES = sorted((HERE / "data").glob("golden_*.safetensors"))
@@ -19,21 +21,14 @@ def test_every_record_of_the_authors_code_is_reproduced(path):
 
 
 def test_training_moved_the_golden_logits():
-    recording = Recording(FILES[0])
-    before, after = (
-        recording.tensors["official_logits"],
-        recording.tensors["sdt.trained_official_logits"],
-    )
+    tensors = Recording(FILES[0]).tensors
+    before, after = tensors["official_logits"], tensors["sdt.trained_official_logits"]
     assert float((before - after).norm() / before.norm()) > 50 * LIMIT
 
 
-def test_the_golden_command_prints_a_line_for_each_record_and_fails_on_a_wrong_one(
+def test_the_command_prints_a_line_for_each_record_and_fails_on_a_wrong_one(
     tmp_path, monkeypatch, capsys
 ):
-    import torch
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
     def run(path):
         monkeypatch.setattr(sys, "argv", ["golden.py", str(path)])
         return golden.main()
@@ -42,6 +37,6 @@ def test_the_golden_command_prints_a_line_for_each_record_and_fails_on_a_wrong_o
     assert len(capsys.readouterr().out.splitlines()) == 13
     with safe_open(FILES[0], framework="pt") as file:
         tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
-    tensors["lambda.telescoping_mean"] = tensors["lambda.telescoping_mean"] * torch.tensor(1.001)
+    tensors["lambda.telescoping_mean"] *= 1.001
     save_file(tensors, tmp_path / "wrong.safetensors", metadata)
     assert run(tmp_path / "wrong.safetensors") == 1

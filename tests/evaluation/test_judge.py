@@ -28,18 +28,11 @@ def test_garments_are_a_denoiser_in_a_small_file():
     assert len(GARMENTS) == 10
 
 
-def test_real_digits_are_at_distance_zero_and_recognised():
-    images, labels = digits()
-    assert (tuple(images.shape), images.min().item(), images.max().item()) == (
-        (1797, 1, 8, 8),
-        -1,
-        1,
-    )
-    assert judge_of("tiny").frechet(images) == pytest.approx(0.0, abs=1e-6)
-    assert judge_of("tiny").frechet(images + 0.5) == pytest.approx(64 * 0.25, rel=1e-5)
-    assert judge_of("tiny").agreement(images, labels) > 0.98
-
-
-def test_a_model_without_a_judge_is_named():
+def test_real_digits_are_at_distance_zero_and_recognised_and_a_model_without_a_judge_is_named():
+    (images, labels), judge = digits(), judge_of("tiny")
+    assert (images.shape, images.min(), images.max()) == ((1797, 1, 8, 8), -1, 1)
+    assert judge.frechet(images) == pytest.approx(0.0, abs=1e-6)
+    assert judge.frechet(images + 0.5) == pytest.approx(64 * 0.25, rel=1e-5)
+    assert judge.agreement(images, labels) > 0.98
     with refused("no judge knows the pictures of 'uvit-h'"):
         judge_of("uvit-h")

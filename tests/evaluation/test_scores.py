@@ -20,23 +20,27 @@ def written(path, seed=0, count=COUNT):
 
 
 def test_reading_refuses_what_is_no_set_of_images(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"none\.npz: no such file"):
-        list(read_images(tmp_path / "none.npz"))
-    with pytest.raises(FileNotFoundError, match="has no image; expected files in .png"):
-        list(read_images(tmp_path))
+    read = lambda name: list(read_images(tmp_path / name))  # noqa: E731
+    for name, message in {
+        "none.npz": r"none\.npz: no such file",
+        "": "has no image; expected files in .png",
+    }.items():
+        with pytest.raises(FileNotFoundError, match=message):
+            read(name)
     (tmp_path / "text.npz").write_text("not an archive")
-    with refused(r"text\.npz is neither an \.npz nor a folder"):
-        list(read_images(tmp_path / "text.npz"))
     np.savez(tmp_path / "other.npz", mu=np.zeros(3), sigma=np.zeros(3))
-    with refused("has arrays mu, sigma; expected arr_0 of uint8"):
-        list(read_images(tmp_path / "other.npz"))
     np.savez(tmp_path / "float.npz", np.zeros((2, 4, 4, 3)))
-    with refused(r"has arr_0 float64 \(2, 4, 4, 3\)"):
-        list(read_images(tmp_path / "float.npz"))
+    for name, message in {
+        "text": r"text\.npz is neither an \.npz nor a folder",
+        "other": "has arrays mu, sigma; expected arr_0 of uint8",
+        "float": r"has arr_0 float64 \(2, 4, 4, 3\)",
+    }.items():
+        with refused(message):
+            read(f"{name}.npz")
     for name, size in (("a.png", (4, 4)), ("b.JPG", (5, 4))):
         Image.new("L", size).save(tmp_path / name)
     with refused(r"b\.JPG is \(4, 5\), .*a\.png \(4, 4\)"):
-        list(read_images(tmp_path))
+        read("")
 
 
 def test_without_the_extra_fid_says_how_to_get_it(monkeypatch, tmp_path):
@@ -44,16 +48,6 @@ def test_without_the_extra_fid_says_how_to_get_it(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", None)
     with refused(r"pip install 'harmonica-dit\[fid\]' brings it"):
         fid_inception(tmp_path / "a.npz", tmp_path / "b.npz")
-
-
-def torchmetrics_of(monkeypatch, name, **classes):
-    """Stand in for torchmetrics, which no test needs to have."""
-    module = type(sys)(name)
-    vars(module).update(classes)
-    for i in range(1, name.count(".") + 1):
-        above = ".".join(name.split(".")[:i])
-        monkeypatch.setitem(sys.modules, above, type(sys)(above))
-    monkeypatch.setitem(sys.modules, name, module)
 
 
 class Metric(torch.nn.Module):
@@ -73,8 +67,12 @@ class Metric(torch.nn.Module):
 
 @pytest.fixture
 def metric(monkeypatch, request):
-    place, name = request.param.rsplit(".", 1)
-    torchmetrics_of(monkeypatch, f"torchmetrics.{place}", **{name: Metric})
+    """Stand in for torchmetrics, which no test needs to have."""
+    *places, name = f"torchmetrics.{request.param}".split(".")
+    for i in range(1, len(places) + 1):
+        above = ".".join(places[:i])
+        monkeypatch.setitem(sys.modules, above, module := type(sys)(above))
+    setattr(module, name, Metric)
     return Metric
 
 
@@ -104,6 +102,5 @@ def test_the_clip_score_pairs_each_image_with_its_prompt(metric, tmp_path):
     assert [text for _, texts in metric.calls for text in texts] == prompts
     assert np.array_equal(np.concatenate([batch for batch, _ in metric.calls]), images)
     for wrong in (prompts[:-1], [*prompts, "one more"]):
-        message = rf"has {COUNT} images, there are {len(wrong)} prompts"
-        with refused(message):
+        with refused(rf"has {COUNT} images, there are {len(wrong)} prompts"):
             clip_score(tmp_path / "one.npz", wrong, batch_size=4)

@@ -1,13 +1,13 @@
 """A denoiser of any pipeline walks as the pipeline does, and keeps every law that the library relies on."""
 
-from pipes import pixart_pipe, walked, walks
+from pipes import WALKS, pixart_pipe, walked
 
 import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import seeded, start
-from torch.utils._pytree import tree_map
+from conftest import equal, raising, seeded, start
+from torch.utils._pytree import tree_map_only
 
 from harmonica import Schedule, blend, check_denoiser, gated, image_error, macs, train_sdt
 from harmonica.denoise import denoise, final_image, sample
@@ -15,28 +15,18 @@ from harmonica.models.pipelines import cached, from_pipeline
 from harmonica.search.baselines import dynamic_programming
 from harmonica.search.learn import weighted_walk
 
-WALKS = walks()
-
 
 def denoiser_of(name, steps=4, **more):
     make, arguments = WALKS[name]
-    pipe = make()
-    pipe.set_progress_bar_config(disable=True)
-    return pipe, from_pipeline(pipe, steps=steps, **{**arguments, **more})
+    return (pipe := make()), from_pipeline(pipe, steps=steps, **{**arguments, **more})
 
 
 def cond_of(batch):
     return torch.tensor([[0, 7], [1, 8]])[:batch]
 
 
-SCHEDULERS = [
-    "DDPM",
-    "EulerAncestralDiscrete",
-    "SASolver",
-    "HeunDiscrete",
-    "PNDM",
-    "KDPM2AncestralDiscrete",
-]
+SCHEDULERS = ("DDPM", "EulerAncestralDiscrete", "SASolver", "HeunDiscrete", "PNDM")
+SCHEDULERS += ("KDPM2AncestralDiscrete",)
 
 
 @pytest.mark.parametrize("name", [*WALKS, *SCHEDULERS])
@@ -55,13 +45,9 @@ def test_the_walk_is_the_pipelines_after_every_step(name):
 
 
 @pytest.mark.parametrize("name", WALKS)
-def test_it_keeps_the_laws_of_denoisers(name):
-    check_denoiser(denoiser_of(name)[1])
-
-
-@pytest.mark.parametrize("name", WALKS)
-def test_cached_runs_what_sample_runs(name):
+def test_it_keeps_the_laws_of_denoisers_and_cached_runs_what_sample_runs(name):
     pipe, d = denoiser_of(name)
+    check_denoiser(d)
     generator, cond = seeded(1), cond_of(1)
     x = d.noise(cond)
     for order in (0, 1, 2):
@@ -82,20 +68,17 @@ def test_lambda_is_brute_force_and_costs_so_many_predictions(name):
     r = torch.rand(d.steps, len(d.sites), generator=seeded(2))
     r[0] = 1.0
     calls = []
-    hook = pipe.transformer.register_forward_hook(lambda *_: calls.append(1))
-    lam = image_error(d, r, x, cond)
-    hook.remove()
+    with pipe.transformer.register_forward_hook(lambda *_: calls.append(1)):
+        lam = image_error(d, r, x, cond)
     assert len(calls) == len(d.recorded[1].inputs) * d.steps * (d.steps + 1) // 2
     for k in range(1, d.steps):
         without = r.clone()
         without[k] = 1.0
-        ends = [final_image(denoise(d, x, cond, _blending(table))) for table in (r, without)]
+        ends = []
+        for table in (r, without):
+            gate = lambda k, table=table, cache={}: blend(table[k], cache, 0.1)  # noqa: E731
+            ends.append(final_image(denoise(d, x, cond, gate)))
         assert torch.equal(lam[k], F.mse_loss(*ends))
-
-
-def _blending(table):
-    cache = {}
-    return lambda k: blend(table[k], cache, 0.1)
 
 
 @pytest.mark.parametrize("name", ["pixart", "flux-two-calls", "sd3-controlnet"])
@@ -104,17 +87,9 @@ def test_it_trains_and_finds_whole_steps_and_refines(name, monkeypatch):
     _, d = denoiser_of(name, steps=3)
     x, cond = start(d, 1, 0)
     assert dynamic_programming(d, x, cond, speedup=1.2).speedup(macs(d)) >= 1.2
-    router = train_sdt(
-        d, iterations=3, batch_size=1, target_speedup=1.2, refine=200, progress=False
-    )
+    how = {"iterations": 3, "batch_size": 1, "refine": 200, "progress": False}
+    router = train_sdt(d, target_speedup=1.2, **how)
     assert router.schedule().speedup(macs(d)) >= 1.2
-
-
-def doubled(value):
-    return tree_map(
-        lambda leaf: leaf.double() if torch.is_tensor(leaf) and leaf.is_floating_point() else leaf,
-        value,
-    )
 
 
 def double_denoiser(name, checkpointing):
@@ -123,7 +98,8 @@ def double_denoiser(name, checkpointing):
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.double()
-    d = from_pipeline(pipe, steps=3, **doubled(arguments))
+    double = lambda leaf: leaf.double() if leaf.is_floating_point() else leaf  # noqa: E731
+    d = from_pipeline(pipe, steps=3, **tree_map_only(torch.Tensor, double, arguments))
     if checkpointing:
         pipe.transformer.enable_gradient_checkpointing()
     return d
@@ -185,11 +161,8 @@ def test_an_exception_at_a_site_leaves_everything_as_it_was(name):
         modules = [set(vars(module)) for part in parts for module in part.modules()]
         return str([vars(pipe), vars(pipe.scheduler), modules])
 
-    def fail(site, compute):
-        if site == len(d.sites) - 1:
-            raise KeyboardInterrupt
-        return compute()
-
+    last, broken = len(d.sites) - 1, raising(KeyboardInterrupt)
+    fail = lambda site, compute: broken() if site == last else compute()  # noqa: E731
     before, random = shown(), torch.get_rng_state()
     with pytest.raises(KeyboardInterrupt), gated(d.sites, fail):
         d.predict(x, 2, cond)
@@ -202,9 +175,8 @@ def test_an_exception_at_a_site_leaves_everything_as_it_was(name):
 def test_the_pipeline_and_another_denoiser_of_it_may_run_in_between():
     make, arguments = WALKS["flux"]
     pipe, calls = make(), []
-    hook = pipe.transformer.register_forward_hook(lambda *_: calls.append(1))
-    d, other = (from_pipeline(pipe, steps=4, **arguments) for _ in range(2))
-    hook.remove()
+    with pipe.transformer.register_forward_hook(lambda *_: calls.append(1)):
+        d, other = (from_pipeline(pipe, steps=4, **arguments) for _ in range(2))
     assert len(calls) == 2, "making one runs the transformer once"
     cond = cond_of(2)
     x = d.noise(cond)
@@ -212,4 +184,4 @@ def test_the_pipeline_and_another_denoiser_of_it_may_run_in_between():
     for y, _ in zip(denoise(d, x, cond), denoise(other, x, cond), strict=True):
         walked(pipe, d.inputs.of([(1, 3)]))
         between.append(y.clone())
-    assert all(torch.equal(a, b) for a, b in zip(plain, between, strict=True))
+    assert equal(plain, between)

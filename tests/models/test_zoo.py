@@ -5,33 +5,27 @@ An entry is exact, or it is refused and stands in REFUSED with the reason; none 
 
 import ast
 import warnings
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 import zoo
-from conftest import refused
+from conftest import raising, refused
 from torch.utils._pytree import tree_all, tree_leaves, tree_map
 from zoo import LEFT_OUT, ZOO
 
 from harmonica.cache import gated, reuse
+from harmonica.models import site_costs
+from harmonica.models import sites as sites_module
 from harmonica.models.sites import Sites, sites
 
 REFUSED: dict[str, str] = {}
 """Classes in which sites() raises ValueError, and why."""
 
-FLEX = "attention is flex attention, which torch's counter of operations cannot run"
-UNCOUNTED = dict.fromkeys(
-    (
-        "AnyFlowFARTransformer3DModel",
-        "Kandinsky6SRTransformer3DModel",
-        "WanAnimate2Transformer3DModel",
-    ),
-    FLEX,
-)
-"""Classes whose MACs are estimated only."""
+FLEX = ("AnyFlowFARTransformer3DModel", "Kandinsky6SRTransformer3DModel")
+UNCOUNTED = (*FLEX, "WanAnimate2Transformer3DModel")
+"""Classes whose MACs are estimated only: torch's counter of operations cannot run flex attention."""
 
 
 def leaves(output):
@@ -45,32 +39,20 @@ def same(one, other):
 
 def examine(model, inputs, found: Sites):
     """Return the laws that the sites of a model break: none if it is exact."""
-    asked, cache, broken = [], {}, []
-    ones = reuse([True] * len(found), cache)
-
-    def counting(site, compute):
-        asked.append(site)
-        return ones(site, compute)
-
-    def skipping(site, compute):
-        return reuse([False] * len(found), cache)(
-            site, lambda: broken.append("a skipped site computes")
-        )
-
+    asked, cache, broken, every = [], {}, [], len(found)
+    ones, zeros = reuse([True] * every, cache), lambda: broken.append("a skipped site computes")
     with torch.no_grad():
         plain = leaves(model(**inputs))
-        with gated(found, counting):
+        with gated(found, lambda site, compute: asked.append(site) or ones(site, compute)):
             computed = leaves(model(**inputs))
         kept = tree_map(torch.clone, cache)
-        with gated(found, skipping):
+        with gated(found, lambda site, _: reuse([False] * every, cache)(site, zeros)):
             reused = leaves(model(**inputs))
+    varied = [bool(x.isfinite().all() and x.std() > 0) for x in plain]
     laws = {
-        "the output is finite and not constant": all(
-            x.isfinite().all() and x.std() > 0 for x in plain
-        )
-        and plain,
+        "the output is finite and not constant": varied and all(varied),
         "computing everything is the plain model bit for bit": same(plain, computed),
-        "each site is asked once": sorted(asked) == list(range(len(found))),
+        "each site is asked once": sorted(asked) == list(range(every)),
         "reusing everything at equal inputs is the plain model": same(plain, reused),
         "cached features are left alone": tree_all(bool, tree_map(torch.equal, kept, cache)),
     }
@@ -87,15 +69,9 @@ def found_in(name, model, inputs) -> Sites:
 @pytest.fixture
 def arithmetic(monkeypatch):
     """Count with real tensors: on models of this size that is ten times faster than with fake ones."""
-    module = import_module("harmonica.models.site_costs")
-    counted = module.count
-
-    def count(run, modules, *, fake):
-        if fake:
-            raise RuntimeError("not on fake tensors")
-        return counted(run, modules, fake=False)
-
-    monkeypatch.setattr(module, "count", count)
+    counted, unreal = site_costs.count, raising(RuntimeError("not on fake tensors"))
+    count = lambda *call, fake: unreal() if fake else counted(*call, fake=False)  # noqa: E731
+    monkeypatch.setattr(site_costs, "count", count)
 
 
 @pytest.mark.parametrize("name", sorted(ZOO))
@@ -128,20 +104,13 @@ def test_a_model_that_cannot_be_counted_is_said_to_be_and_still_runs(name):
 
 def test_every_transformer_that_diffusers_exports_is_in_the_zoo_or_left_out_with_a_reason():
     package = Path(find_spec("diffusers").origin).parent / "models" / "transformers" / "__init__.py"
-    imports = [
-        node
-        for node in ast.walk(ast.parse(package.read_text()))
-        if isinstance(node, ast.ImportFrom)
-    ]
-    names = {alias.name for node in imports if node.level == 1 for alias in node.names}
+    nodes = [n for n in ast.walk(ast.parse(package.read_text())) if isinstance(n, ast.ImportFrom)]
+    names = {alias.name for node in nodes if node.level == 1 for alias in node.names}
     assert len(names) >= 75
     assert names - ZOO.keys() - LEFT_OUT.keys() == set()
     assert all(LEFT_OUT.values())
     assert not ZOO.keys() & LEFT_OUT.keys()
-
-
-def test_most_of_the_zoo_is_exact():
-    assert len(ZOO.keys() - REFUSED.keys()) >= 54
+    assert len(ZOO.keys() - REFUSED.keys()) >= 54, "most of the zoo is exact"
 
 
 def test_the_zoo_is_loaded_by_submodules_only():
@@ -152,10 +121,9 @@ def test_the_zoo_is_loaded_by_submodules_only():
 
 
 def test_a_wrong_rule_is_caught(monkeypatch):
-    """The laws can fail: a block that is taken for a site, one that is called twice, a site whose output is changed."""
+    """The laws can fail: a module that is called twice and changes its output."""
     model, inputs = ZOO["CogView4Transformer2DModel"]()
-    module = import_module("harmonica.models.sites")
-    monkeypatch.setattr(module, "TWICE", {})
+    monkeypatch.setattr(sites_module, "TWICE", {})
     with refused(r"transformer_blocks.0.ff is called 2 times in a forward"):
         sites(model, inputs)
     with pytest.raises(RuntimeError, match="size of tensor"):
