@@ -38,10 +38,9 @@ def test_it_trains_freezes_and_says_what_it_wrote(tmp_path, capsys):
 
 def test_the_command_is_the_library(tmp_path, capsys):
     options = "--proxy telescoping --beta 1e-5 --lr 0.2 --tau 0.3 --seed 3"
-    router = train_sdt(
-        models.load("tiny", steps=4), iterations=6, batch_size=2, refresh_every=2, proxy="telescoping",
-        beta=1e-5, lr=0.2, tau=0.3, generator=seeded(3), progress=False,
-    )  # fmt: skip
+    settings = {"proxy": "telescoping", "beta": 1e-5, "lr": 0.2, "tau": 0.3}
+    how = {"iterations": 6, "refresh_every": 2, "generator": seeded(3)}
+    router = train_sdt(models.load("tiny", steps=4), **{**QUICK, **settings, **how})
     assert torch.equal(trained(tmp_path, capsys, options), router.logits)
 
 
@@ -80,14 +79,13 @@ def test_a_checkpoint_is_not_lost_nor_imagined_and_the_model_is_not_loaded_to_fi
     tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("the model was loaded"))
-    code, _, err = said(train, ["--out", tmp_path, "--resume"], capsys)
-    assert (code, len(err.splitlines())) == (2, 1)
-    assert f"there is no {tmp_path / 'router.safetensors'} to continue" in err
-    (tmp_path / "router.safetensors").write_text("hours of work")
-    code, _, err = said(train, ["--out", tmp_path], capsys)
-    assert (code, len(err.splitlines())) == (2, 1)
-    assert "router.safetensors exists; continue it with --resume, or choose another --out" in err
-    assert (tmp_path / "router.safetensors").read_text() == "hours of work"
+    path = tmp_path / "router.safetensors"
+    exists = "router.safetensors exists; continue it with --resume, or choose another --out"
+    for options, message in (("--resume", f"there is no {path} to continue"), ("", exists)):
+        code, _, err = said(train, f"--out {tmp_path} {options}", capsys)
+        assert (code, len(err.splitlines()), message in err) == (2, 1, True)
+        path.write_text("hours of work")
+    assert path.read_text() == "hours of work"
 
 
 def test_other_settings_are_not_resumed(tmp_path, capsys):
@@ -98,10 +96,8 @@ def test_other_settings_are_not_resumed(tmp_path, capsys):
 
 
 def test_ctrl_c_is_130_and_one_line_that_says_how_to_go_on(tmp_path):
-    script = (
-        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from harmonica.train import main; sys.exit(main())"
-    )
+    script = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    script += "from harmonica.train import main; sys.exit(main())"
     options = "--steps 4 --batch-size 2 --iterations 1000000 --checkpoint-every 10 --out"
     command = [sys.executable, "-c", script, *options.split(), tmp_path]
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment())
@@ -124,26 +120,19 @@ def test_it_runs_under_torchrun_as_it_is_and_rank_0_alone_prints(tmp_path, capsy
     torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)
 
 
-def test_the_bundled_prompts_are_64_different_short_ones():
+def test_prompts_are_lines_but_for_blank_ones_and_comments_and_64_short_ones_are_bundled(tmp_path):
     prompts = read_prompts()
     assert len(set(prompts)) == len(prompts) == 64
     assert all(5 <= len(prompt.split()) <= 20 and prompt.isascii() for prompt in prompts)
-
-
-def test_blank_lines_and_comments_are_not_prompts(tmp_path):
-    (tmp_path / "p").write_bytes(
-        "\ufeff# colours\n\n  ein grüner Hügel  \r\nun café\n   # not this\n".encode()
-    )
+    text = "\ufeff# colours\n\n  ein grüner Hügel  \r\nun café\n   # not this\n"
+    (tmp_path / "p").write_bytes(text.encode())
     assert read_prompts(tmp_path / "p") == ("ein grüner Hügel", "un café")
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [(b"# nothing\n\n", "has no prompt"), (b"caf\xe9\n", "is not text in UTF-8")],
-)
-def test_a_file_without_prompts_is_named(tmp_path, content, message):
-    (tmp_path / "p").write_bytes(content)
-    with refused(message):
-        read_prompts(tmp_path / "p")
+    for content, message in (
+        (b"# no\n\n", "has no prompt"),
+        (b"caf\xe9\n", "is not text in UTF-8"),
+    ):
+        (tmp_path / "p").write_bytes(content)
+        with refused(message):
+            read_prompts(tmp_path / "p")
     with pytest.raises(FileNotFoundError, match="q: no such file"):
         read_prompts(tmp_path / "q")

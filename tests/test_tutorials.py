@@ -80,10 +80,6 @@ def shortened(script: Path, code: str) -> str:
     return code
 
 
-def test_there_are_seven():
-    assert [script.stem[:3] for script in SCRIPTS] == [f"0{n}_" for n in range(1, 8)]
-
-
 @each_script
 def test_the_script_runs_and_its_answers_print_what_it_says(script, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -118,14 +114,12 @@ def test_the_notebook_was_run_without_an_error_and_knows_nothing_of_the_machine(
     outputs = [output for cell in code for output in cell["outputs"]]
     assert not [o for o in outputs if o["output_type"] == "error" or o.get("name") == "stderr"]
     assert sum("image/png" in o.get("data", {}) for o in outputs) >= 2, "a tutorial has pictures"
+    machine = r"site-packages|/home/|/root/|/tmp/|/Users/|[A-Z]:\\|0x[0-9a-f]{8}"
     for output in outputs:
         said = text(output.get("text", "")) + text(output.get("data", {}).get("text/plain", ""))
-        assert not re.search(
-            r"site-packages|/home/|/root/|/tmp/|/Users/|[A-Z]:\\|0x[0-9a-f]{8}", said
-        ), said
-    assert set(made["metadata"]) == {"kernelspec", "language_info"}, (
-        "what changes with the machine is left out"
-    )
+        assert not re.search(machine, said), said
+    left = "what changes with the machine is left out"
+    assert set(made["metadata"]) == {"kernelspec", "language_info"}, left
 
 
 @each_script
@@ -134,18 +128,16 @@ def test_a_tutorial_opens_with_what_it_teaches_and_asks_before_each_plot(script)
     title = made[0][1]
     assert title.startswith(f"# {int(script.stem[:2])}. ")
     assert "After this tutorial you can" in title
-    outputs = [
-        any("image/png" in o.get("data", {}) for o in c.get("outputs", []))
-        for c in notebook(script)["cells"]
-    ]
-    for i, (plotted, (kind, _)) in enumerate(zip(outputs[1:], made, strict=True)):
-        if plotted:
+    outputs = [cell.get("outputs", []) for cell in notebook(script)["cells"][1:]]
+    for i, (shown, (kind, _)) in enumerate(zip(outputs, made, strict=True)):
+        if any("image/png" in output.get("data", {}) for output in shown):
             question = next(source for kind, source in reversed(made[:i]) if kind == "markdown")
             assert "?" in question, f"cell {i} draws and nothing was asked"
             assert kind == "code"
 
 
 def test_the_third_tutorial_names_what_is_in_the_loop_that_it_prints():
+    assert [script.stem[:3] for script in SCRIPTS] == [f"0{n}_" for n in range(1, 8)]
     (said,) = (text for _, text in cells(SCRIPTS[2]) if "the library's loop" in text)
     names = re.findall(r"[a-z_]+", " ".join(re.findall(r"`(.*?)`", said)))
     assert len(names) >= 3
@@ -165,12 +157,10 @@ def test_files_that_a_tutorial_names_exist(script):
 
 
 def test_with_an_address_a_notebook_links_to_its_own_page_in_colab():
-    opening = BUILD["opening"]
-    assert "https://colab.research.google.com/github/a/b/blob/main/tutorials/01_x.ipynb" in opening(
-        "01_x", "a/b"
-    )
-    assert "git+https://github.com/a/b" in opening("01_x", "a/b")
-    assert "github" not in opening("01_x", None)
+    page = BUILD["opening"]("01_x", "a/b")
+    assert "https://colab.research.google.com/github/a/b/blob/main/tutorials/01_x.ipynb" in page
+    assert "git+https://github.com/a/b" in page
+    assert "github" not in BUILD["opening"]("01_x", None)
 
 
 def test_what_the_tutorials_draw_is_a_figure_with_every_line_and_site():
@@ -181,19 +171,11 @@ def test_what_the_tutorials_draw_is_a_figure_with_every_line_and_site():
     images = [image for ax in heat.axes for image in ax.get_images()]
     assert len(images) == 2, "a panel for each kind"
     assert all(image.get_clim() == (0.0, 0.4) for image in images)
-    assert torch.equal(
-        torch.as_tensor(images[1].get_array().filled(-1)[:, 1:]), values[1:, [1, 3]].T
-    )
-    lines = (
-        plots.per_step({"a": [0.0, 1.0, float("nan"), 2.0], "b": [1.0]}, ylabel="error", log=True)
-        .axes[0]
-        .lines
-    )
-    assert [line.get_xydata().tolist() for line in lines] == [
-        [[1.0, 1.0], [3.0, 2.0]],
-        [[0.0, 1.0]],
-    ]
-    lines = (
-        plots.tradeoff({"a": [(2.0, 1e-2), (1.5, 1e-3), (1.0, 0.0)]}, ylabel="error").axes[0].lines
-    )
-    assert lines[0].get_xydata().tolist() == [[1.5, 1e-3], [2.0, 1e-2]]
+    cells = torch.as_tensor(images[1].get_array().filled(-1)[:, 1:])
+    assert torch.equal(cells, values[1:, [1, 3]].T)
+    points = lambda figure: [line.get_xydata().tolist() for line in figure.axes[0].lines]  # noqa: E731
+    series = {"a": [0.0, 1.0, float("nan"), 2.0], "b": [1.0]}
+    shown = [[[1.0, 1.0], [3.0, 2.0]], [[0.0, 1.0]]]
+    assert points(plots.per_step(series, ylabel="error", log=True)) == shown
+    pairs = {"a": [(2.0, 1e-2), (1.5, 1e-3), (1.0, 0.0)]}
+    assert points(plots.tradeoff(pairs, ylabel="error"))[0] == [[1.5, 1e-3], [2.0, 1e-2]]
