@@ -33,19 +33,15 @@ class Parser(argparse.ArgumentParser):
     """The parser of `python -m harmonica.NAME`; an error is one line on stderr, without usage."""
 
     def __init__(self, name: str, description: str | None) -> None:
-        form = argparse.RawTextHelpFormatter
-        super().__init__(
-            f"python -m harmonica.{name}", description=description, formatter_class=form
-        )
+        prog, form = f"python -m harmonica.{name}", argparse.RawTextHelpFormatter
+        super().__init__(prog, description=description, formatter_class=form)
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong in one line and exit with code 2."""
         self.exit(2, f"{self.prog}: {message} (--help shows the options)\n")
 
 
-def _number(
-    kind: Callable[[str], Any], expected: str, fits: Callable[[Any], bool]
-) -> Callable[[str], Any]:
+def _number(kind: type, expected: str, fits: Callable[[Any], bool]) -> Callable[[str], Any]:
     """Return a `type` of options: the number that a text says, if it fits."""
 
     def read(text: str) -> Any:
@@ -115,10 +111,10 @@ def command(
 def exit_code(prog: str, work: Callable[[], None]) -> int:
     """Do the work of a command, parsing included; return 0, or the code of its end (see above)
     after one line on stderr.
-
-    What the terminal cannot show, such as × where the locale is ASCII, is printed as an escape.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):
+    if isinstance(
+        sys.stdout, io.TextIOWrapper
+    ):  # print what an ASCII locale cannot show, such as ×
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:

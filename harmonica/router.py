@@ -214,7 +214,8 @@ class Router(nn.Module):
         """Write logits, site names and `about` as safetensors."""
         from harmonica.storage.formats import write_router
 
-        write_router(path, self.logits, self.sites, self.about)
+        fields = {"logits": self.logits, "sites": self.sites, "about": self.about}
+        write_router(path, fields)
 
     @classmethod
     def load(cls, path: StrPath) -> Router:

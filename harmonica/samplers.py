@@ -37,19 +37,12 @@ _ENDS = {"linear": (1e-4, 0.02), "scaled-linear": (0.00085, 0.012)}
 
 
 class Sampler(Protocol):
-    """What a walk needs of a sampler.
+    """What a walk needs of a sampler."""
 
-    Attributes:
-        name: short name, stored in schedules.
-        learns_variance: whether `step` reads variance channels, so that out is (B, 2C, H, W).
-        draws_noise: whether `step` adds noise of its own.
-        timesteps: (T,) timesteps given to the model, in execution order.
-    """
-
-    name: str
-    learns_variance: bool
-    draws_noise: bool
-    timesteps: tuple[float, ...]
+    name: str  # stored in schedules
+    learns_variance: bool  # whether `step` reads variance channels, so that out is (B, 2C, H, W)
+    draws_noise: bool  # whether `step` adds noise of its own
+    timesteps: tuple[float, ...]  # (T,), given to the model, in execution order
 
     def step(self, x: Tensor, out: Tensor, k: int, memory: Memory) -> Tensor:
         """Take x (B, C, H, W) to step k + 1 with the model's output (B, C or 2C, H, W)."""
@@ -149,7 +142,10 @@ class Scheduled:
             self._scheduler.set_begin_index(0)  # a timestep may occur twice, as Heun's do
         self._start = _state(self._scheduler)
         self.learns_variance = scheduler.config.get("variance_type") in ("learned", "learned_range")
-        self.draws_noise = _draws_noise(scheduler)
+        takes = "generator" in inspect.signature(scheduler.step).parameters
+        if kind == "DPMSolverMultistepScheduler":  # which takes one, but draws only as an SDE
+            takes = str(scheduler.config.algorithm_type).startswith("sde")
+        self.draws_noise = takes and kind != "DDIMScheduler"  # which draws nothing at its η = 0
 
     def step(self, x: Tensor, out: Tensor, k: int, memory: Memory) -> Tensor:
         """Take x (B, C, H, W) to step k + 1; variance channels of `out` are used if learned."""
@@ -178,14 +174,6 @@ def scheduled(scheduler: Any, steps: int, name: str) -> Scheduled:
     spaced_timesteps(steps)  # refuses a number that is out of range
     scheduler.set_timesteps(steps)
     return Scheduled(scheduler, name)
-
-
-def _draws_noise(scheduler: Any) -> bool:
-    """Tell whether a scheduler draws noise; two that take a generator do not use it as run here."""
-    kind = type(scheduler).__name__
-    if kind == "DPMSolverMultistepScheduler":
-        return str(scheduler.config.algorithm_type).startswith("sde")
-    return kind != "DDIMScheduler" and "generator" in inspect.signature(scheduler.step).parameters
 
 
 class IDDPM:

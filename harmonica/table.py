@@ -10,15 +10,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Macs:
-    """Multiply-accumulates of one guided prediction for one image.
+    """Multiply-accumulates of one guided prediction for one image."""
 
-    Attributes:
-        sites: (N,) float64, MACs of each site.
-        rest: MACs that no site covers: embeddings, modulation, the final layer.
-    """
-
-    sites: Tensor
-    rest: float
+    sites: Tensor  # (N,) float64, of each site
+    rest: float  # that no site covers: embeddings, modulation, the final layer
 
     @property
     def total(self) -> float:
@@ -55,12 +50,10 @@ def checked_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     require(binary, "compute has entries other than 0 and 1; scores go to router.schedule(tau)")
     compute = compute.to(torch.bool, copy=True)
     names, times = tuple(fields["sites"]) or default_names(shape[1]), tuple(fields["timesteps"])
-    distinct = len(set(names))
-    require(
-        len(names) == distinct == shape[1] and len(times) in (0, shape[0]),
-        f"the table is {shape[0]} × {shape[1]} (steps × sites) and comes with {distinct} distinct "
-        f"site names and {len(times)} timesteps",
-    )
+    distinct, what = len(set(names)), f"the table is {shape[0]} × {shape[1]} (steps × sites)"
+    fit = len(names) == distinct == shape[1] and len(times) in (0, shape[0])
+    has = f"comes with {distinct} distinct site names and {len(times)} timesteps"
+    require(fit, f"{what} and {has}")
     reused = [name for name, computes in zip(names, compute[0], strict=True) if not computes]
     first = ", ".join(reused[:1])
     require(not reused, f"step 0 reuses {first}, but nothing is cached yet; its row must be true")

@@ -143,9 +143,8 @@ def _pair_gradient(
 
 def steps_that_compute(denoiser: Denoiser, speedup: float) -> int:
     """Return how many whole steps may compute at a speedup."""
-    T = denoiser.steps
-    first = lambda n: whole_steps(denoiser, range(T - n))  # noqa: E731
-    return T - fewest_reused(denoiser, first, T - 1, speedup)
+    table = lambda n: whole_steps(denoiser, range(denoiser.steps - n))  # noqa: E731
+    return denoiser.steps - fewest_reused(denoiser, table, denoiser.steps - 1, speedup)
 
 
 def reuse_lowest(denoiser: Denoiser, r: Tensor, speedup: float) -> Tensor:
@@ -167,10 +166,7 @@ def fewest_reused(
 ) -> int:
     """Return the least n ≤ most whose table(n) has the speedup; the more n, the more it reuses."""
     cost = macs(denoiser)
-
-    def speed(n: int) -> float:
-        return Schedule(table(n)).speedup(cost)
-
+    speed: Callable[[int], float] = lambda n: Schedule(table(n)).speedup(cost)
     require(speedup >= 1, f"speedup is {speedup}; it must be 1 (compute all) or more")
     n = bisect_left(range(most + 1), speedup, key=speed)
     maximum = "" if n <= most else f"{speed(most):.4g}"

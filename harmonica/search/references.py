@@ -39,17 +39,11 @@ SEED = 30_000_001  # of the noises, if nobody brings a generator
 
 @dataclass(frozen=True)
 class Pool:
-    """Noises and the images that they should become.
+    """Noises and the images that they should become."""
 
-    Attributes:
-        x: (M, C, H, W) pure noise.
-        cond: conditions, a tensor with M rows or a tree of them.
-        images: (M, C, H, W), the target of each noise.
-    """
-
-    x: Tensor
-    cond: Any
-    images: Tensor
+    x: Tensor  # (M, C, H, W) pure noise
+    cond: Any  # conditions, a tensor with M rows or a tree of them
+    images: Tensor  # (M, C, H, W), the target of each noise
 
     def __post_init__(self) -> None:
         shapes = f"x is {tuple(self.x.shape)} and images are {tuple(self.images.shape)}"

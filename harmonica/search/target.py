@@ -23,17 +23,12 @@ from harmonica.table import require
 class Target:
     """A theoretical speedup, and the cost that it is counted in.
 
-    Attributes:
-        speedup: at least 1.
-        cost: `macs(denoiser)`, or another measure of the sites and of the rest.
-        steps: T.
-
     Raises ValueError, naming the maximum, if no table is that fast.
     """
 
-    speedup: float
-    cost: Macs
-    steps: int
+    speedup: float  # at least 1
+    cost: Macs  # `macs(denoiser)`, or another measure of the sites and of the rest
+    steps: int  # T
 
     def __post_init__(self) -> None:
         check_target(self.speedup)

@@ -12,7 +12,7 @@ people are read by harmonica.storage.foreign.
 """
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import numpy as np
@@ -120,16 +120,11 @@ def _facts(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_router(
-    path: StrPath,
-    logits: Tensor,
-    site_names: Sequence[str],
-    about: Mapping[str, Any],
-    tensors: Mapping[str, Tensor] | None = None,
-    facts: Mapping[str, Any] | None = None,
+    path: StrPath, fields: Mapping[str, Any], beside: tuple[Mapping[str, Tensor], Any] = ({}, {})
 ) -> None:
-    """Write a router, and beside it whatever tensors and facts a checkpoint carries."""
-    own = {"sites": site_names, "about": about}
-    files.write_tensors(path, {"logits": logits, **(tensors or {})}, {**own, **(facts or {})})
+    """Write logits, sites and `about` of a router, and beside it tensors and facts of its training."""
+    own = {"sites": fields["sites"], "about": fields["about"]}
+    files.write_tensors(path, {"logits": fields["logits"], **beside[0]}, {**own, **beside[1]})
 
 
 def read_router(path: StrPath) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:

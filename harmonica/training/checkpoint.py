@@ -184,8 +184,8 @@ class Checkpoint:
             logits, counted = tensors["state.logits"].clone(), {"iterations": self.written}
             about = {**about, "provenance": {**about["provenance"], **counted}}
         if self.path is not None and rank() == 0:
-            facts = {**counts, **self.facts}
-            write_router(self.path, logits, self.router.sites, about, tensors, facts)
+            fields = {"logits": logits, "sites": self.router.sites, "about": about}
+            write_router(self.path, fields, (tensors, {**counts, **self.facts}))
 
     def __enter__(self) -> Checkpoint:
         return self
