@@ -36,6 +36,16 @@ class Parser(argparse.ArgumentParser):
         prog, form = f"python -m harmonica.{name}", argparse.RawTextHelpFormatter
         super().__init__(prog, description=description, formatter_class=form)
 
+    def option(
+        self, name: str, kind: Any, text: str, usual: Any = None, shown: str | None = None
+    ) -> None:
+        """Add --name: the type of its value, or a tuple of choices; what it is; its default, which
+        the help ends with; and what the help shows as its value.
+        """
+        how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": shown}
+        text = text if usual is None else f"{text} ({usual})"
+        self.add_argument(f"--{name}", default=usual, help=text, **how)
+
     def error(self, message: str) -> NoReturn:
         """Say what is wrong in one line and exit with code 2."""
         self.exit(2, f"{self.prog}: {message} (--help shows the options)\n")
@@ -61,20 +71,17 @@ price = _number(float, "a number, 0 or more", lambda n: 0.0 <= n < math.inf)
 rate = _number(float, "a number above 0, 1000 at most", lambda n: 0.0 < n <= 1000.0)
 
 
-def add_model_options(p: argparse.ArgumentParser) -> None:
+def add_model_options(p: Parser) -> None:
     """Add the options that `load_model` reads: which model, how it samples, where it runs."""
-    add, kinds = p.add_argument, "float32; on cuda bfloat16, and float32 there is without TF32"
-    known = "what harmonica.models.load knows (tiny; garments is bundled too)"
-    add("--model", default="tiny", help=known)
-    add("--weights", metavar="PATH", help='of the model, or "random" (what the model comes with)')
-    add("--sampler", help="ddim, dpm-solver++, iddpm or sa-solver (the model's own)")
-    add("--steps", type=whole, default=20, help="T, sampler steps (20)")
-    add("--guidance", type=float, help="classifier-free guidance scale (the model's own)")
-    lines = "one to a line, for text-to-image (64 of our own)"
-    add("--prompts", type=Path, metavar="FILE", help=lines)
-    places = "cpu, cuda or cuda:N (cpu); under torchrun cuda is a GPU each"
-    add("--device", default="cpu", help=places)
-    add("--dtype", choices=DTYPES, help=f"of the weights ({kinds})")
+    dtypes = "of the weights (float32; on cuda bfloat16, and float32 there is without TF32)"
+    p.option("model", str, "what harmonica.models.load knows; garments is bundled too", "tiny")
+    p.option("weights", str, 'of the model, or "random" (what it comes with)', shown="PATH")
+    p.option("sampler", str, "ddim, dpm-solver++, iddpm or sa-solver (the model's own)")
+    p.option("steps", whole, "T, sampler steps", 20)
+    p.option("guidance", float, "classifier-free guidance scale (the model's own)")
+    p.option("prompts", Path, "one to a line, for text-to-image (64 of our own)", shown="FILE")
+    p.option("device", str, "cpu, cuda or cuda:N; under torchrun cuda is a GPU each", "cpu")
+    p.option("dtype", DTYPES, dtypes)
 
 
 def load_model(

@@ -52,19 +52,16 @@ def parser() -> cli.Parser:
     """Return the command line of the demo."""
     p = cli.Parser("demo", __doc__)
     cli.add_model_options(p)
-    add, out = p.add_argument, Path("out/demo")
-    add("--vae", type=Path, metavar="DIR", help="autoencoder saved by diffusers")
-    images = f"held-out noises ({HELD_OUT} for tiny, else 4)"
-    add("--images", type=cli.count, help=images)
-    add("--schedule", type=Path, metavar="FILE", help="use this table, make none")
-    add("--method", choices=("weights", "sdt"), default="weights", help="see above")
-    add("--target", type=float, metavar="SPEEDUP", help=f"{TARGET} (2 for weights)")
-    updates = f"updates (of weights {UPDATES}; of sdt as in train)"
-    add("--iterations", type=cli.count, help=updates)
-    add("--beta", type=cli.price, help="of sdt: price of computing a site, for --target")
-    add("--tau", type=cli.share, default=0.1, help="a score above it computes (0.1)")
-    add("--seed", type=cli.seed, default=0, help="of what is drawn to tune on (0)")
-    add("--out", type=Path, default=out, metavar="DIR", help=f"for results ({out})")
+    p.option("vae", Path, "autoencoder saved by diffusers", shown="DIR")
+    p.option("images", cli.count, f"held-out noises ({HELD_OUT} for tiny, else 4)")
+    p.option("schedule", Path, "use this table, make none", shown="FILE")
+    p.option("method", ("weights", "sdt"), "see above", "weights")
+    p.option("target", float, f"{TARGET} (2 for weights)", shown="SPEEDUP")
+    p.option("iterations", cli.count, f"updates (of weights {UPDATES}; of sdt as in train)")
+    p.option("beta", cli.price, "of sdt: price of computing a site, for --target")
+    p.option("tau", cli.share, "a score above it computes", 0.1)
+    p.option("seed", cli.seed, "of what is drawn to tune on", 0)
+    p.option("out", Path, "folder for results", Path("out/demo"), "DIR")
     return p
 
 

@@ -166,13 +166,12 @@ def parser() -> cli.Parser:
     """Return the command line."""
     p = cli.Parser("image_sets", __doc__)
     cli.add_model_options(p)
-    add, out = p.add_argument, Path("out/images.npz")
-    add("--vae", type=Path, metavar="DIR", help="autoencoder saved by diffusers")
-    add("--schedule", type=Path, metavar="FILE", help="table to follow (none: no cache)")
-    add("--count", type=cli.count, default=1000, help="images in all (1000)")
-    add("--batch-size", type=cli.count, default=32, help="images in a walk (32)")
-    add("--seed", type=int, default=0, help="of noise and conditions (0)")
-    add("--out", type=Path, default=out, help=f"NAME.npz or a folder ({out})")
+    p.option("vae", Path, "autoencoder saved by diffusers", shown="DIR")
+    p.option("schedule", Path, "table to follow (none: no cache)", shown="FILE")
+    p.option("count", cli.count, "images in all", 1000)
+    p.option("batch-size", cli.count, "images in a walk", 32)
+    p.option("seed", int, "of noise and conditions", 0)
+    p.option("out", Path, "NAME.npz or a folder", Path("out/images.npz"))
     return p
 
 

@@ -52,40 +52,32 @@ def defaults(model: str) -> dict[str, Any]:
 
 def parser() -> cli.Parser:
     """Return the command line of training; defaults that depend on the model are None."""
-    p = cli.Parser("train", __doc__)
+    p, proxies = cli.Parser("train", __doc__), (*get_args(Proxy), "none")
     cli.add_model_options(p)
-    add = p.add_argument
-    usual = {name: f" ({AUTHORS[name]:g}; bundled models: {QUICK[name]:g})" for name in AUTHORS}
-    updates = f"updates of the router, in all{usual['iterations']}"
-    add("--iterations", type=cli.count, help=updates)
-    noises = f"noises in a walk, of all GPUs together{usual['batch_size']}"
-    add("--batch-size", type=cli.count, help=noises)
-    faster = "price of computing a site; a higher price gives a faster table"
-    add("--beta", type=cli.price, help=faster + usual["beta"])
-    add("--lr", type=cli.rate, help="learning rate of the router" + usual["lr"])
-    walks = "walks between two measurements of lambda"
-    add("--refresh-every", type=cli.count, help=walks + usual["refresh_every"])
-    add("--tau", type=cli.share, default=0.1, help="a score above it computes (0.1)")
-    add("--target", type=float, metavar="SPEEDUP", help=f"{TARGET}, instead of --beta")
-    budget = "to spend on the search after training, for --target (12 rounds)"
-    add("--refine", type=cli.whole, metavar="PREDICTIONS", help=budget)
-    ahead = (
-        "with --target: 1 … 9 continue skipped outputs by so many differences; 0 repeats them (0)"
-    )
-    add("--order", type=cli.whole, default=0, help=ahead)
-    aim = "image that the search aims at (uncached)"
-    add("--toward", choices=get_args(Toward), default="uncached", help=aim)
-    proxies = (*get_args(Proxy), "none")
-    which = f"which lambda; none is 1 ({proxies[0]})"
-    add("--proxy", choices=proxies, default=proxies[0], help=which)
-    out = Path("out/train")
-    add("--out", type=Path, default=out, metavar="DIR", help=f"folder for results ({out})")
-    add("--resume", action="store_true", help="continue the router.safetensors in --out")
-    add("--checkpoint-every", type=cli.count, default=500, help="updates between two writes (500)")
-    add("--seed", type=cli.seed, default=0, help="draws the first router and the noise (0)")
+    for name, kind, text in (
+        ("iterations", cli.count, "updates of the router, in all"),
+        ("batch-size", cli.count, "noises in a walk, of all GPUs together"),
+        ("beta", cli.price, "price of computing a site; a higher price gives a faster table"),
+        ("lr", cli.rate, "learning rate of the router"),
+        ("refresh-every", cli.count, "walks between two measurements of lambda"),
+    ):
+        key = name.replace("-", "_")
+        p.option(name, kind, f"{text} ({AUTHORS[key]:g}; bundled models: {QUICK[key]:g})")
+    p.option("tau", cli.share, "a score above it computes", 0.1)
+    p.option("target", float, f"{TARGET}, instead of --beta", shown="SPEEDUP")
+    budget = "predictions for the search after training, with --target (12 rounds)"
+    p.option("refine", cli.whole, budget, shown="PREDICTIONS")
+    p.option("order", cli.whole, "with --target: differences that continue skipped outputs", 0)
+    p.option("toward", get_args(Toward), "image that the search aims at", "uncached")
+    p.option("proxy", proxies, "which lambda; none is 1", proxies[0])
+    p.option("out", Path, "folder for results", Path("out/train"), "DIR")
+    p.option("checkpoint-every", cli.count, "updates between two writes", 500)
+    p.option("seed", cli.seed, "draws the first router and the noise", 0)
+    p.add_argument("--resume", action="store_true", help="continue the router.safetensors in --out")
+    p.add_argument("--dry-run", action="store_true", help="say what training will take, and stop")
     again = "run blocks again in backward: less memory, more time (where 80 GiB need it)"
-    add("--activation-checkpointing", action=argparse.BooleanOptionalAction, help=again)
-    add("--dry-run", action="store_true", help="say what training will take, and stop")
+    yes_or_no = argparse.BooleanOptionalAction
+    p.add_argument("--activation-checkpointing", action=yes_or_no, help=again)
     return p
 
 

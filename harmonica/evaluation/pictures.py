@@ -77,7 +77,9 @@ def site_heatmap(
     axes = fig.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
     for ax, (kind, columns) in zip(axes, kinds.items(), strict=True):
         colours = colormaps["cividis_r"].resampled(shades)
-        image = ax.imshow(values[:, columns].T, colours, aspect="auto", interpolation="none")
+        image = ax.imshow(
+            values.numpy()[:, columns].T, colours, aspect="auto", interpolation="none"
+        )
         image.set_clim(min(0.0, *finite), max(finite) if most is None else most)
         ax.set(xlabel="executed step k", title=TITLES.get(kind, kind), facecolor="lightgrey")
         for axis, count in ((ax.xaxis, len(values)), (ax.yaxis, len(columns))):

@@ -166,7 +166,10 @@ def fewest_reused(
 ) -> int:
     """Return the least n ≤ most whose table(n) has the speedup; the more n, the more it reuses."""
     cost = macs(denoiser)
-    speed: Callable[[int], float] = lambda n: Schedule(table(n)).speedup(cost)
+
+    def speed(n: int) -> float:
+        return Schedule(table(n)).speedup(cost)
+
     require(speedup >= 1, f"speedup is {speedup}; it must be 1 (compute all) or more")
     n = bisect_left(range(most + 1), speedup, key=speed)
     maximum = "" if n <= most else f"{speed(most):.4g}"
