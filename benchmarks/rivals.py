@@ -27,9 +27,9 @@ from torch.utils._pytree import tree_leaves
 from harmonica import Schedule, macs
 from harmonica.cache import Cache, Compute, Feature, Gate, gated, reuse
 from harmonica.denoise import Denoiser
+from harmonica.evaluation.distances import image_mse
 from harmonica.forecast import History, weighted_sum
 from harmonica.search.baselines import every, fewest_reused, named, reuse_lowest, steps_that_compute
-from harmonica.search.errors import image_mse
 from harmonica.search.paths import Fork, continue_walk, whole_steps
 from harmonica.table import require
 

@@ -29,10 +29,9 @@ from harmonica.inference.timing import measure
 from harmonica.inference.walk import Refinable, Walk
 from harmonica.models import BUNDLED
 from harmonica.search.baselines import dynamic_programming, named
-from harmonica.search.errors import image_mse
 from harmonica.search.learn import learn_weights
 from harmonica.search.paths import whole_steps
-from harmonica.search.references import finer_walk, references
+from harmonica.search.references import finer_walk, image_mse, references
 from harmonica.search.target import check_target
 from harmonica.storage.files import exclusive_lock
 from harmonica.table import require

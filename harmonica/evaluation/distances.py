@@ -10,7 +10,7 @@ This file does not know how the images were made. More distances are in benchmar
 import torch
 from torch import Tensor
 
-from harmonica.search.errors import image_mse as image_mse
+from harmonica.search.references import image_mse as image_mse
 from harmonica.table import require
 
 Moments = tuple[Tensor, Tensor]  # mean (D,) and covariance (D, D) of vectors, float64

@@ -1,13 +1,12 @@
 """Search: beyond the paper, tables found on whole walks, and weights learned for them.
 
-errors           how far images are from what they should be
 paths            which whole steps compute, by walks that fork from one another
 baselines        other people's methods
 target           a speedup that the user asks for
 flip_effects     what flipping entries of a table does to the image
 refine           flip entries as long as the error falls
 refine_router    a trained router, put on target and refined
-references       images of the same sampler with many more steps
+references       images of the same sampler with many more steps, and errors to them
 learn            the weights of a schedule's gates, by gradients
 in_turn          a table and the weights of its gates, each learned for the other
 """

@@ -46,8 +46,7 @@ from harmonica.forecast import History, taylor_weights
 from harmonica.memory import in_portions
 from harmonica.router import Schedule
 from harmonica.run_again import run_again
-from harmonica.search.errors import CAP, PORTION, image_errors, outlier_weights
-from harmonica.search.references import Pool
+from harmonica.search.references import CAP, PORTION, Pool, image_errors, outlier_weights
 from harmonica.search.target import Target
 from harmonica.table import outputs_before
 

@@ -33,8 +33,7 @@ from harmonica.forecast import taylor_weights, weighted
 from harmonica.memory import free_bytes, in_portions
 from harmonica.router import Schedule
 from harmonica.run_again import run_again, run_once
-from harmonica.search.errors import CAP, image_errors, outlier_weights
-from harmonica.search.references import Pool, pool_errors
+from harmonica.search.references import CAP, Pool, image_errors, outlier_weights, pool_errors
 from harmonica.table import outputs_before, require
 
 VALIDATION_SHARE = 6

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from harmonica.cache import Cache, reuse
 from harmonica.denoise import Denoiser, denoise
-from harmonica.search.errors import image_mse
+from harmonica.search.references import image_mse
 
 Fork = tuple[Tensor, Cache, dict[str, Any]]
 

@@ -6,8 +6,11 @@ close to that solution. A cached walk can be nearer to it than the uncached walk
 
     pool      noises x, conditions and the image that each noise should become
     factor    steps of the reference walk over T; 1 is the uncached walk itself
+    error     mean squared difference of an image to its target, in squared units of the image
 
-A pool is made once and shared by whatever is tuned towards it. This file does not know tables.
+A pool is made once and shared by whatever is tuned towards it. A few noises may end at another
+image altogether. They say little about small changes, so whatever is fitted to errors counts such a
+noise less (`outlier_weights`). This file does not know how tables are made.
 """
 
 from __future__ import annotations
@@ -26,7 +29,6 @@ from harmonica.denoise import Denoiser, sample
 from harmonica.inference.walk import Refinable
 from harmonica.memory import in_portions
 from harmonica.router import Schedule
-from harmonica.search.errors import PORTION, image_errors
 from harmonica.storage.files import StrPath, read_tensors, write_tensors
 from harmonica.table import require
 
@@ -35,6 +37,27 @@ Toward = Literal["reference", "uncached"]
 """What images should be near: the reference of a finer walk, or the uncached walk's image."""
 
 SEED = 30_000_001  # of the noises, if nobody brings a generator
+CAP = 4.0  # a noise whose error is more than so many times the median counts less
+PORTION = 64  # noises walked at a time, where there is room
+
+
+def image_errors(images: Tensor, target: Tensor) -> Tensor:
+    """Return the mean squared difference of each image to its target, (B,) float64."""
+    return (images.double() - target.double()).square().flatten(1).mean(1)
+
+
+def image_mse(images: Tensor, target: Tensor) -> float:
+    """Return the mean squared difference of two batches (B, C, H, W).
+
+    >>> image_mse(torch.ones(2, 1, 2, 2), torch.zeros(2, 1, 2, 2))
+    1.0
+    """
+    return float(image_errors(images, target).mean())
+
+
+def outlier_weights(errors: Tensor, limit: float) -> Tensor:
+    """Return how much each noise counts, (B,): 1, or limit/error where its error is above that."""
+    return torch.where(errors > limit, limit / errors, 1.0)
 
 
 @dataclass(frozen=True)

@@ -22,17 +22,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import combinations
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
+from harmonica.cache import Compute, Feature, gated
 from harmonica.denoise import Denoiser
+from harmonica.memory import free_bytes
 from harmonica.processes import local_part, mean_over_ranks, world
 from harmonica.router import Schedule
-from harmonica.search.errors import noises_that_fit
 from harmonica.search.flip_effects import WALKS, Quadratic, best_flips, flip_effects_at, with_table
 from harmonica.search.paths import cheapest_path, reuse_errors, spread, whole_steps
-from harmonica.search.references import Pool, pool_errors
+from harmonica.search.references import PORTION, Pool, pool_errors
 from harmonica.search.target import Target
 from harmonica.table import require
 
@@ -227,3 +230,20 @@ def _pairs(model: Quadratic, table: Tensor) -> list[Tensor]:
             ranked.append((model(z), table[order]))
     ranked.sort(key=lambda each: each[0])
     return [exchanged for _, exchanged in ranked[:PAIRS]]
+
+
+def noises_that_fit(denoiser: Denoiser, x: Tensor, cond: Any) -> int:
+    """Return how many noises, PORTION at most, leave half of the free memory when the features of
+    all T steps are alive, as they are while a walk is differentiated. Costs a prediction of x.
+    """
+    features: list[int] = []
+
+    def gate(site: int, compute: Compute) -> Feature:
+        feature = compute()
+        features.extend(leaf.nbytes for leaf in tree_leaves(feature) if isinstance(leaf, Tensor))
+        return feature
+
+    with torch.no_grad(), gated(denoiser.sites, gate):
+        denoiser.predict(x, 0, cond)
+    each = denoiser.steps * sum(features) // len(x)
+    return max(1, min(PORTION, free_bytes(x.device) // 2 // max(each, 1)))

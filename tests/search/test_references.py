@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 import harmonica
 from harmonica import Schedule, macs, sample
 from harmonica.memory import in_portions
-from harmonica.search.errors import image_errors, outlier_weights
 from harmonica.search.in_turn import learn_in_turn
 from harmonica.search.learn import learn_weights, pool_errors, weighted_walk
 from harmonica.search.paths import whole_steps
-from harmonica.search.references import Pool, factor_of, references
+from harmonica.search.references import Pool, factor_of, image_errors, outlier_weights, references
 from harmonica.search.target import Target
 from harmonica.storage.files import read_tensors, write_tensors
 
