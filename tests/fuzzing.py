@@ -10,6 +10,7 @@ tests/test_fuzz.py draws a few of each; benchmarks/fuzz.py goes on for minutes.
 import argparse
 import io
 import json
+import math
 import os
 import random
 import struct
@@ -26,7 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from conftest import make, seeded
+from conftest import SMALL, make, seeded
 from PIL import Image
 from scores import read_images
 
@@ -55,12 +56,15 @@ class Target(NamedTuple):
     read: Callable[[Path], Any]
 
 
-def _table() -> Schedule:
-    return Router(3, SITES, about=ABOUT, generator=seeded(0)).schedule(0.5)
+def _router() -> Router:
+    return Router(3, SITES, about=ABOUT, generator=seeded(0))
 
 
-def _use(table: Schedule) -> None:
+def _use(table: Schedule | Router) -> None:
     """Do with a table what a run does."""
+    if isinstance(table, Router):
+        assert table().dtype.is_floating_point
+        table = table.schedule(0.5)
     assert table.compute.dtype == torch.bool
     assert bool(table.compute[0].all())
     assert str(table)
@@ -69,10 +73,8 @@ def _use(table: Schedule) -> None:
     assert all(isinstance(site, str) for site in table.sites)
 
 
-def _use_router(router: Router) -> None:
-    assert router.rows is not None
-    assert router().dtype.is_floating_point
-    _use(router.schedule(0.5))
+def _load(path: Path) -> None:
+    _use(Schedule.load(path))
 
 
 def _rows(path: Path) -> None:
@@ -95,8 +97,7 @@ def _weights(path: Path) -> None:
 
 def _fill(path: Path) -> None:
     with torch.device("meta"):
-        model = DiT(input_size=4, patch_size=2, in_channels=2, hidden_size=8, depth=2, num_heads=2,
-                    num_classes=3)  # fmt: skip
+        model = DiT(**SMALL, depth=2)
     fill(model, read_state(path), path)
     assert all(p.device.type == "cpu" and p.isfinite().all() for p in model.parameters())
     label = torch.zeros(1, dtype=torch.long)
@@ -132,13 +133,15 @@ def _part(path: Path) -> None:
 
 def _read_part(path: Path) -> None:
     images, labels = read_piece(Piece(path, range(2)))
-    kinds = images.dtype, tuple(images.shape[::3]), labels.dtype, len(labels)
-    assert kinds == (torch.uint8, (2, 3), torch.int64, 2)
+    assert (images.dtype, images.shape[::3]) == (torch.uint8, (2, 3))
+    assert (labels.dtype, len(labels)) == (torch.int64, 2)
+
+
+PIXELS = np.arange(96, dtype=np.uint8).reshape(2, 4, 4, 3)
 
 
 def _npz(path: Path) -> None:
-    pixels = np.arange(96, dtype=np.uint8).reshape(2, 4, 4, 3)
-    np.savez_compressed(path, arr_0=pixels, arr_1=np.arange(2))
+    np.savez_compressed(path, arr_0=PIXELS, arr_1=np.arange(2))
 
 
 def _images(path: Path) -> None:
@@ -147,35 +150,33 @@ def _images(path: Path) -> None:
         assert batch.dim() == 4
 
 
-def _config(path: Path) -> None:
-    path.write_text(json.dumps({"_class_name": "DiTTransformer2DModel", "sample_size": 4}))
-
-
 def _component(path: Path) -> None:
     component(path.parent, "transformer", "DiTTransformer2DModel")
 
 
+def _text(text: str) -> Callable[[Path], Any]:
+    return lambda path: path.write_text(text, encoding="utf-8")
+
+
+CONFIG = '{"_class_name": "DiTTransformer2DModel", "sample_size": 4}'
+PROMPTS = "a red house\n# not this\nein grüner Hügel\n"
 TARGETS = (
-    Target("schedule", "s.json", lambda p: _table().save(p), lambda p: _use(Schedule.load(p))),
-    Target("SmoothCache", "s.json", lambda p: write_smoothcache(p, _table()), lambda p: _use(Schedule.load(p))),
-    Target("router", "r.safetensors", lambda p: Router(3, SITES, about=ABOUT).save(p),
-           lambda p: _use_router(Router.load(p))),
-    Target("router as schedule", "r.safetensors", lambda p: Router(3, SITES, about=ABOUT).save(p),
-           lambda p: _use(Schedule.load(p))),
-    Target("router file .pt", "r.pt", _rows, lambda p: _use(Schedule.load(p))),
-    Target("folder", "schedule.json", lambda p: write_folder(p.parent, _table()),
-           lambda p: _use(Schedule.load(fetch(p.parent)))),
+    Target("schedule", "s.json", lambda p: _router().schedule(0.5).save(p), _load),
+    Target("SmoothCache", "s.json", lambda p: write_smoothcache(p, _router().schedule(0.5)), _load),
+    Target("router", "r.safetensors", lambda p: _router().save(p), lambda p: _use(Router.load(p))),
+    Target("router as schedule", "r.safetensors", lambda p: _router().save(p), _load),
+    Target("router file .pt", "r.pt", _rows, _load),
+    Target("folder", "schedule.json", lambda p: write_folder(p.parent, _router().schedule(0.5)),
+           lambda p: _load(fetch(p.parent))),
     Target("weights .safetensors", "w.safetensors", _weights, _fill),
     Target("weights .pt", "w.pt", _weights, _fill),
     Target("checkpoint", "c.safetensors", lambda p: p.write_bytes(_checkpoint_bytes()), _resume),
     Target("samples' part", "00000000-00000003.safetensors", _part, _read_part),
-    Target("samples' settings", "settings.json", lambda p: p.write_text('{"seed": 1, "guidance": 1.5}'), read_json),
+    Target("samples' settings", "settings.json", _text('{"seed": 1, "guidance": 1.5}'), read_json),
     Target("images .npz", "x.npz", _npz, _images),
-    Target("image", "0.png", lambda p: Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3)).save(p),
-           lambda p: _images(p.parent)),
-    Target("prompts", "p.txt", lambda p: p.write_text("a red house\n# not this\nein grüner Hügel\n", encoding="utf-8"),
-           read_prompts),
-    Target("component", "config.json", _config, _component),
+    Target("image", "0.png", lambda p: Image.fromarray(PIXELS[0]).save(p), lambda p: _images(p.parent)),
+    Target("prompts", "p.txt", _text(PROMPTS), read_prompts),
+    Target("component", "config.json", _text(CONFIG), _component),
 )  # fmt: skip
 """Every kind of file that is read from a name a user gives."""
 
@@ -210,12 +211,12 @@ def lost(data: bytes, draw: random.Random) -> bytes:
 
 
 BLIND = (any_bytes, one_byte, cut, longer, lost)
-NUMBERS = (0, 1, -1, 2, 3, 4, 2**31, 2**63, -(2**63), 10**18, 10**400, 1.5, -0.0)
-NUMBERS += (float("nan"), float("inf"), 1e308)
-TEXTS = ("", "x", "0101", "é\ud800\x00", "harmonica-schedule-1", "F32", "I64", "BOOL", "F8_E4M3")
-TEXTS += ("__class__", "x" * 999)
-KEYS = ("format", "steps", "sites", "compute", "timesteps", "shape", "dtype", "logits", "self")
-KEYS += ("__class__", "a.b", "")
+NUMBERS = (0, 1, -1, 2, 3, 4, 2**31, 2**63, -(2**63), 10**18, 10**400)
+NUMBERS += (1.5, -0.0, math.nan, math.inf, 1e308)
+WORDS = "x 0101 harmonica-schedule-1 F32 I64 BOOL F8_E4M3 __class__"
+TEXTS = ("", "é\ud800\x00", "x" * 999, *WORDS.split())
+NAMES = "format steps sites compute timesteps shape dtype logits self __class__ a.b"
+KEYS = ("", *NAMES.split())
 
 
 def any_json(draw: random.Random, depth: int = 3) -> Any:
@@ -237,24 +238,18 @@ def one_field(data: Any, draw: random.Random) -> Any:
         at = draw.randrange(len(items))
         items[at : at + 1] = draw.choice(([], [items[at]] * 2, [one_field(items[at], draw)]))
         return items
-    key = draw.choice(list(data))
-    what = draw.randrange(5)
+    key, other, what = draw.choice(list(data)), draw.choice(KEYS + TEXTS), draw.randrange(5)
     if what == 0:
         return {k: v for k, v in data.items() if k != key}
     if what == 1:
-        return {draw.choice(KEYS + TEXTS) if k == key else k: v for k, v in data.items()}
-    if what == 2:
-        return {**data, draw.choice(KEYS + TEXTS): any_json(draw)}
-    return {**data, key: one_field(data[key], draw)}
-
-
-def _dumped(data: Any) -> bytes:
-    return json.dumps(data).encode()
+        return {other if k == key else k: v for k, v in data.items()}
+    new = (other, any_json(draw)) if what == 2 else (key, one_field(data[key], draw))
+    return {**data, new[0]: new[1]}
 
 
 def field_of_json(data: bytes, draw: random.Random) -> bytes:
     """Replace a field of a JSON file."""
-    return _dumped(one_field(json.loads(data), draw))
+    return json.dumps(one_field(json.loads(data), draw)).encode()
 
 
 def header(data: bytes, draw: random.Random) -> bytes:
@@ -266,15 +261,14 @@ def header(data: bytes, draw: random.Random) -> bytes:
         wrong = draw.choice((0, 1, length - 1, length + 1, 2**31, 2**63))
         return struct.pack("<Q", wrong) + data[8:]
     if what == 1 and told.get("__metadata__"):
-        facts = told["__metadata__"]
-        key = draw.choice(list(facts))
+        key = draw.choice(list(facts := told["__metadata__"]))
         facts[key] = json.dumps(one_field(json.loads(facts[key]), draw))
     elif what == 2:
         key = draw.choice([k for k in told if k != "__metadata__"])
         told[key] = draw.choice((_retyped, _reshaped))(told[key], draw)
     else:
         told = one_field(told, draw)
-    lying = _dumped(told)
+    lying = json.dumps(told).encode()
     return struct.pack("<Q", len(lying)) + lying + body
 
 
@@ -289,8 +283,8 @@ def _retyped(tensor: dict[str, Any], draw: random.Random) -> dict[str, Any]:
 
 def _reshaped(tensor: dict[str, Any], draw: random.Random) -> dict[str, Any]:
     """Say another shape of as many entries."""
-    entries = int(np.prod(tensor["shape"]))
-    shapes = ([entries], [1, entries], [entries, 1], [1, *tensor["shape"]], [])
+    n = int(np.prod(tensor["shape"]))
+    shapes = ([n], [1, n], [n, 1], [1, *tensor["shape"]], [])
     return {**tensor, "shape": draw.choice(shapes)}
 
 
@@ -309,15 +303,14 @@ def inside(data: bytes, draw: random.Random) -> bytes:
 
 def ways(target: Target) -> tuple[Callable[[bytes, random.Random], bytes], ...]:
     """Return what can be done to a file of this kind."""
-    suffix = Path(target.file).suffix
-    knowing = {".json": (field_of_json,), ".safetensors": (header,), ".pt": (inside,)}
-    knowing[".npz"] = (inside,)
-    return (*BLIND, *knowing.get(suffix, ()) * 5)
+    knowing = {".json": field_of_json, ".safetensors": header, ".pt": inside, ".npz": inside}
+    way = knowing.get(Path(target.file).suffix)
+    return (*BLIND, *[way] * 5) if way else BLIND
 
 
-_FORBIDDEN = ("os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "subprocess.Popen")
-_FORBIDDEN += ("socket.", "shutil.", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.chmod")
-_FORBIDDEN += ("os.symlink", "ctypes.dlopen", "pty.")
+_OS = "system exec fork posix_spawn spawn mkdir remove rename rmdir chmod symlink"
+_FORBIDDEN = ("subprocess.Popen", "socket.", "shutil.", "ctypes.dlopen", "pty.")
+_FORBIDDEN += tuple(f"os.{name}" for name in _OS.split())
 _seen: list[str] | None = None
 
 
@@ -328,10 +321,7 @@ def _hook(event: str, args: tuple[Any, ...]) -> None:
         writes = len(args) > 2 and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)
         if writes and args[0] != os.devnull:
             _seen.append(f"open {args[0]!r:.80} for writing")
-    elif event in (
-        "exec",
-        "compile",
-    ):  # of a file's text; a lazy import's comes from Python's files
+    elif event in ("exec", "compile"):  # of a file's text; a lazy import's is Python's own
         name = getattr(args[0], "co_filename", args[-1]) if event == "exec" else args[1]
         if not str(name).endswith((".py", ">")) or str(name) in ("<string>", "<stdin>"):
             _seen.append(f"{event} {name!r:.80}")
@@ -374,16 +364,14 @@ def outcome(target: Target, path: Path) -> str:
         try:
             target.read(path)
             ended = "object"
-        except (ValueError, FileNotFoundError) as error:
-            ended = _judged(error, path)
+        except KeyboardInterrupt:
+            raise
         except BaseException as error:
-            if isinstance(error, KeyboardInterrupt):
-                raise
-            ended = f"{type(error).__name__}: {error!s:.200}"
+            ended = _judged(error, path)
     return f"reached for {reached[0]}" if reached else ended
 
 
-def _judged(error: Exception, path: Path) -> str:
+def _judged(error: BaseException, path: Path) -> str:
     """Return "refused" if an error names the file in a few words."""
     said = str(error)
     if type(error) not in (ValueError, FileNotFoundError):

@@ -33,12 +33,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 CUDA, CPU, META = torch.device("cuda", 0), torch.device("cpu"), torch.device("meta")
 ROOT = Path(__file__).parents[1]
 
-WAITS = frozenset(
-    ("_local_scalar_dense", "equal", "nonzero", "masked_select", "_unique2", "bincount")
-)
+WAITS = {"_local_scalar_dense", "equal", "nonzero", "masked_select", "_unique2", "bincount"}
 """Operations whose result, or its size, the host must know."""
 
-TOGETHER = frozenset(("cat", "stack", "mm", "bmm", "addmm", "convolution", "embedding", "gather"))
+TOGETHER = {"cat", "stack", "mm", "bmm", "addmm", "convolution", "embedding", "gather"}
 """Operations that refuse a CPU tensor even if it is a single number."""
 
 MAKES = {"tensor", "as_tensor", "asarray"}
@@ -124,9 +122,11 @@ class ShamDevice(TorchDispatchMode):
         ShamDevice._open = self
         for name, stub in _stubs(self).items():
             self._stack.enter_context(mock.patch(f"torch.cuda.{name}", stub, create=True))
-        before = torch.__future__.get_overwrite_module_params_on_conversion()
-        torch.__future__.set_overwrite_module_params_on_conversion(True)
-        self._stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, before)
+        overwrite = torch.__future__.set_overwrite_module_params_on_conversion
+        self._stack.callback(
+            overwrite, torch.__future__.get_overwrite_module_params_on_conversion()
+        )
+        overwrite(True)
         self._stack.enter_context(_Functions(self))
         return super().__enter__()
 
@@ -201,9 +201,7 @@ class ShamDevice(TorchDispatchMode):
             if name in ("index", "index_put") and not tensor.is_floating_point():
                 self.wait("copy of an index")  # CUDA takes indices from the CPU, and copies them
             elif tensor.dim() or name in TOGETHER:
-                raise RuntimeError(
-                    f"{name}: expected all tensors on one device, found cuda:0 and cpu"
-                )
+                raise RuntimeError(f"{name}: tensors are on two devices, cuda:0 and cpu")
 
 
 class _Functions(TorchFunctionMode):
@@ -252,9 +250,8 @@ def _each(change: Any, tree: Any) -> Any:
 
 def _looks_up(name: str, args: Any) -> bool:
     """Tell whether CUDA must count the places that an index of true and false names."""
-    masks = name in ("index", "index_put") and any(
-        index is not None and index.dtype == torch.bool for index in args[1]
-    )
+    indices = args[1] if name in ("index", "index_put") else ()
+    masks = any(index is not None and index.dtype == torch.bool for index in indices)
     return masks and not (name == "index_put" and args[2].numel() == 1)  # one number is filled in
 
 
@@ -274,12 +271,8 @@ class _Event:
 def _stubs(device: ShamDevice) -> dict[str, Any]:
     """Return what stands for torch.cuda's functions and classes."""
     answers = {"is_available": True, "is_initialized": True, "is_bf16_supported": True}
-    answers |= {
-        "mem_get_info": (2**36, 2**36),
-        "device_count": 1,
-        "current_device": 0,
-        "get_device_name": "sham",
-    }
+    answers |= {"mem_get_info": (2**36, 2**36), "device_count": 1, "current_device": 0}
+    answers |= {"get_device_name": "sham"}
     answers |= dict.fromkeys(("_lazy_init", "init", "set_device", "set_rng_state", "empty_cache"))
     answers |= {"get_sync_debug_mode": "default", "graph_pool_handle": (0, 0), "set_stream": None}
     stubs = {name: mock.Mock(return_value=answer) for name, answer in answers.items()}

@@ -11,6 +11,8 @@ import pytest
 import torch
 from conftest import seeded
 
+from harmonica.models.pipelines import cached
+
 pytest.importorskip("fastapi")
 httpx = pytest.importorskip("httpx")
 
@@ -29,18 +31,18 @@ def request(i):
 
 
 def expected(module, i):
-    from harmonica.models.pipelines import cached
-
-    pipe, wanted = module.model(), request(i)
+    pipe, steps = module.model(), request(i)["steps"]
     with cached(pipe, module.tables(pipe)):
-        noise = seeded(i)
-        out = pipe([i % 10], generator=noise, num_inference_steps=wanted["steps"], output_type="np")
-    return out.images
+        options = {"generator": seeded(i), "num_inference_steps": steps, "output_type": "np"}
+        return pipe([i % 10], **options).images
+
+
+def client_of(app):
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server")
 
 
 async def serve(app, count, cancelled=()):
-    transport = httpx.ASGITransport(app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+    async with client_of(app) as client:
 
         async def one(i):
             return await client.post(f"/images/{i}", params=request(i))
@@ -85,8 +87,7 @@ def test_memory_is_flat():
 
 def test_steps_without_a_table_are_refused_with_what_there_is():
     async def ask(app):
-        transport = httpx.ASGITransport(app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+        async with client_of(app) as client:
             return await client.post("/images/mine", params={"steps": 7})
 
     answer = asyncio.run(ask(server().app()))

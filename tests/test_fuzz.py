@@ -4,6 +4,7 @@ What is drawn and what counts as a finding: tests/fuzzing.py. `python benchmarks
 """
 
 import io
+import itertools
 import json
 import os
 import pickle
@@ -52,15 +53,15 @@ def test_any_json_in_place_of_a_table_is_refused_or_read(draw, tmp_path):
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 GADGETS = {
-    "a command": (os.system, ("touch {trace}",)),
-    "a process": (subprocess.check_output, (["touch", "{trace}"],)),
-    "eval": (eval, ("open({trace!r}, 'w')",)),
-    "exec": (exec, ("open({trace!r}, 'w')",)),
-    "a file": (open, ("{trace}", "w")),
-    "an import": (__import__, ("antigravity",)),
-    "a method": (Path.touch, (Path("{trace}"),)),
-    "torch.load": (torch.load, ("{trace}",)),
-    "torch.hub": (torch.hub.load_state_dict_from_url, ("http://127.0.0.1:9/x",)),
+    "a command": (os.system, "touch {trace}"),
+    "a process": (subprocess.check_output, ["touch", "{trace}"]),
+    "eval": (eval, "open({trace!r}, 'w')"),
+    "exec": (exec, "open({trace!r}, 'w')"),
+    "a file": (open, "{trace}", "w"),
+    "an import": (__import__, "antigravity"),
+    "a method": (Path.touch, Path("{trace}")),
+    "torch.load": (torch.load, "{trace}"),
+    "torch.hub": (torch.hub.load_state_dict_from_url, "http://127.0.0.1:9/x"),
 }
 WRAPPED = {
     "alone": lambda thing: thing,
@@ -83,23 +84,17 @@ class Calls:
 @pytest.mark.parametrize("gadget", GADGETS)
 def test_no_call_in_a_pickle_is_made_wherever_it_stands(gadget, tmp_path):
     """Learning-to-Cache's, the authors' and the original weights' files are pickles: torch's zip, or bare."""
-    function, arguments = GADGETS[gadget]
-    trace = str(tmp_path / "trace")
-    filled = tuple(a.format(trace=trace) if isinstance(a, str) else a for a in arguments)
-    filled = tuple(
-        [part.format(trace=trace) for part in a] if isinstance(a, list) else a for a in filled
-    )
-    filled = tuple(Path(trace) if isinstance(a, Path) else a for a in filled)
-    for name, wrap in WRAPPED.items():
-        for protocol in (0, 2, 4):
-            path = tmp_path / f"{name} {protocol}.pt"
-            hostile = wrap(Calls(function, filled))
-            for data in (pickle.dumps(hostile, protocol), zipped(hostile, protocol)):
-                path.write_bytes(data)
-                for read in (Schedule.load, read_state):
-                    with refused(rf"{name} {protocol}\.pt "):
-                        read(path)
-                assert not (tmp_path / "trace").exists()
+    (function, *arguments), trace = GADGETS[gadget], tmp_path / "trace"
+    named = lambda part: type(part)(str(part).format(trace=str(trace)))  # noqa: E731
+    filled = tuple([*map(named, a)] if isinstance(a, list) else named(a) for a in arguments)
+    for (name, wrap), protocol in itertools.product(WRAPPED.items(), (0, 2, 4)):
+        path, hostile = tmp_path / f"{name} {protocol}.pt", wrap(Calls(function, filled))
+        for data in (pickle.dumps(hostile, protocol), zipped(hostile, protocol)):
+            path.write_bytes(data)
+            for read in (Schedule.load, read_state):
+                with refused(rf"{name} {protocol}\.pt "):
+                    read(path)
+            assert not trace.exists()
 
 
 def zipped(data, protocol):
@@ -112,23 +107,23 @@ def zipped(data, protocol):
 def test_a_few_bytes_that_claim_to_be_a_huge_tensor_are_refused(tmp_path):
     """Every entry the same memory: torch would need four terabytes to look at it."""
     huge = torch.ones(1).expand(10**12)
-    torch.save({"0.prob": huge, "1.prob": huge}, tmp_path / "r.pt")
-    assert (tmp_path / "r.pt").stat().st_size < 5000
+    torch.save({"0.prob": huge, "1.prob": huge}, path := tmp_path / "r.pt")
+    assert path.stat().st_size < 5000
     with refused(r"r\.pt has a row 0 that is not"):
-        Schedule.load(tmp_path / "r.pt")
+        Schedule.load(path)
     with refused(r"r\.pt does not hold tensors by parameter name"):
-        read_state(tmp_path / "r.pt")
+        read_state(path)
 
 
 def test_an_archive_that_would_unpack_to_more_than_it_is_is_refused(tmp_path):
     torch.save({"0.prob": torch.zeros(10**6)}, tmp_path / "plain.pt")
-    with zipfile.ZipFile(tmp_path / "plain.pt") as old:
-        with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as new:
-            for name in old.namelist():
-                new.writestr(name, old.read(name))
-    assert (tmp_path / "bomb.pt").stat().st_size < 10_000
+    bomb, packed = tmp_path / "bomb.pt", zipfile.ZIP_DEFLATED
+    with zipfile.ZipFile(tmp_path / "plain.pt") as old, zipfile.ZipFile(bomb, "w", packed) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    assert bomb.stat().st_size < 10_000
     with refused(r"bomb\.pt would unpack to 3 MB, more than its own size"):
-        Schedule.load(tmp_path / "bomb.pt")
+        Schedule.load(bomb)
 
 
 def test_an_npz_that_claims_more_images_than_there_is_memory_for_is_refused(tmp_path):
@@ -152,10 +147,10 @@ def test_an_oversized_text_is_refused_unread(read, tmp_path):
 
 def test_a_header_with_a_number_of_sites_for_their_names_is_refused_at_once(tmp_path):
     """A number would be as many names, drawn up in memory."""
-    facts = {"sites": 10**12, "about": {}}
-    write_tensors(tmp_path / "r.safetensors", {"logits": torch.zeros(1, 2)}, facts)
+    path, facts = tmp_path / "r.safetensors", {"sites": 10**12, "about": {}}
+    write_tensors(path, {"logits": torch.zeros(1, 2)}, facts)
     with refused(r"r\.safetensors is not a valid router: sites must be"):
-        Router.load(tmp_path / "r.safetensors")
+        Router.load(path)
 
 
 def test_a_folder_or_a_device_is_said_to_be_one(tmp_path):
@@ -165,7 +160,7 @@ def test_a_folder_or_a_device_is_said_to_be_one(tmp_path):
 
 
 def test_the_mark_that_windows_begins_a_text_with_is_no_error(tmp_path):
-    Schedule([[1, 1], [0, 1]]).save(tmp_path / "s.json")
-    marked = b"\xef\xbb\xbf" + (tmp_path / "s.json").read_bytes()
-    (tmp_path / "m.json").write_bytes(marked)
-    assert Schedule.load(tmp_path / "m.json") == Schedule.load(tmp_path / "s.json")
+    table, path = Schedule([[1, 1], [0, 1]]), tmp_path / "s.json"
+    table.save(path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert Schedule.load(path) == table
