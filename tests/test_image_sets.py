@@ -103,14 +103,11 @@ def test_torchrun_writes_what_one_process_does(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one.npz", "two", "two.labels.txt"]
 
 
-def test_other_seeds_are_other_images_and_conditions(whole, tmp_path):
+def test_other_seeds_are_other_images_and_labels_are_what_they_were_made_of(whole, tmp_path):
     images, labels = written(tmp_path / "x.npz", seed=6)
     assert not np.array_equal(images, whole[0])
     assert not np.array_equal(labels, whole[1])
     assert len(np.unique(whole[0], axis=0)) == COUNT
-
-
-def test_labels_are_what_the_images_were_made_of(whole):
     d = make()
     x, cond = draw_images(d, range(COUNT), 5)
     assert np.array_equal(whole[1], cond.numpy())

@@ -187,22 +187,19 @@ def test_an_interrupted_walk_leaves_nothing_behind(small):
     assert torch.equal(plain, sample(small, x, y))
 
 
-def test_a_model_copied_after_a_walk_is_a_plain_model(small):
-    x, y = start(small)
-    sample(small, x, y, Schedule([[True] * 4] * 4))
-    twin = copy.deepcopy(small)
-    for parameter in [p for site in twin.sites.values() for p in site.parameters()]:
-        parameter.data.zero_()
-    assert not torch.equal(sample(twin, x, y), sample(small, x, y))
-
-
-def test_a_walk_takes_no_gradients_and_leaves_the_mode_as_it_was(small):
+def test_a_walk_takes_no_gradients_and_leaves_a_plain_model_and_the_mode_as_they_were(small):
     x, y = start(small)
     router, cache = drawn(), {}
     end = final_image(denoise(small, x, y, lambda k: blend(router.row(k), cache, 0.1)))
     assert not end.requires_grad
     for _ in denoise(small, x, y):
         assert torch.is_grad_enabled()
+    x, y = start(small)
+    sample(small, x, y, Schedule([[True] * 4] * 4))
+    twin = copy.deepcopy(small)
+    for parameter in [p for site in twin.sites.values() for p in site.parameters()]:
+        parameter.data.zero_()
+    assert not torch.equal(sample(twin, x, y), sample(small, x, y))
 
 
 def brute_force(d, r, x, y, tau, mode):
@@ -286,13 +283,19 @@ def trained(d, *, n=2, **options):
     return router, list(sdt(d, router, noise, beta=1e-3, **options))
 
 
-def test_one_update_for_each_step_but_the_first(small):
+def test_one_update_for_each_step_but_the_first_weighed_by_lambda(small):
     router, updates = trained(small, n=3, proxy=None)
     assert [(u.trajectory, u.k) for u in updates] == [(n, k) for n in range(3) for k in range(1, 4)]
     router, updates = trained(small, n=1, lr=0.0)
     for u in updates:
         price = 1e-3 * float(router.row(u.k).detach().sum())
         assert u.loss == pytest.approx(u.lam * u.mse + price, rel=1e-9)
+    _, plain = trained(small, n=1, proxy=None)
+    _, weighed = trained(small, n=1)
+    lam = image_error(small, drawn()(), *start(small, seed=0))
+    assert [u.lam for u in plain] == [1.0] * 3
+    assert [u.lam for u in weighed] == pytest.approx(lam[1:].tolist(), rel=1e-6)
+    assert weighed[0].mse == plain[0].mse
 
 
 def test_the_student_takes_the_step(small):
@@ -330,13 +333,10 @@ def test_no_weight_ever_gets_a_gradient_even_if_it_asks(small):
     assert all(p.grad is None for p in small.model.parameters())
 
 
-def test_gradients_never_cross_steps(small):
+def test_gradients_never_cross_steps_and_cached_features_carry_no_history(small):
     router = drawn()
     for update in sdt(small, router, [start(small)], proxy=None):
         assert [row.grad is not None for row in router.rows] == [k == update.k for k in range(1, 4)]
-
-
-def test_cached_features_carry_no_history(small):
     cache, (x, y), router = {}, start(small), drawn()
     for k in (0, 1):
         with gated(small.sites, blend(router.row(k), cache, 0.0)):
@@ -371,15 +371,6 @@ def test_training_and_lambda_refuse_what_they_cannot_use(small):
     small.model.final_layer.linear.weight.data.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="step 1 is nan; look for NaN in the weights"):
         trained(small, proxy=None)
-
-
-def test_lambda_weighs_the_loss(small):
-    _, plain = trained(small, n=1, proxy=None)
-    _, weighed = trained(small, n=1)
-    lam = image_error(small, drawn()(), *start(small, seed=0))
-    assert [u.lam for u in plain] == [1.0] * 3
-    assert [u.lam for u in weighed] == pytest.approx(lam[1:].tolist(), rel=1e-6)
-    assert weighed[0].mse == plain[0].mse
 
 
 def test_the_objective_is_lambda_mse_plus_beta_sum_r():

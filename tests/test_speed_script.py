@@ -12,14 +12,11 @@ sys.path.insert(0, str(BENCHMARKS))
 speed = pytest.importorskip("speed")
 
 
-def test_a_drawn_table_has_the_share_that_was_asked_for():
+def test_a_drawn_table_has_its_share_and_ratios_are_taken_within_a_turn():
     for cur in (0, 25, 37.5, 50):
         schedule = speed.schedule_of(10, tuple("abcdefgh"), cur)
         assert abs(100 * schedule.cur - cur) < 1
     assert speed.schedule_of(10, ("a",), 50) == speed.schedule_of(10, ("a",), 50)
-
-
-def test_ratios_are_taken_within_a_turn():
     rows = speed.summary({"plain": [2.0, 4.0, 8.0], "fast": [1.0, 2.0, 4.0]}, {"fast": 2.5})
     assert rows["fast"]["measured_speedup"] == [2.0, 2.0, 2.0]
     assert rows["fast"]["efficiency"] == 0.8

@@ -9,6 +9,7 @@ from conftest import equal, make, seeds, tables, with_noise
 from hypothesis import given
 from hypothesis import strategies as st
 from speed import peak
+from test_weights import schedules
 
 from harmonica import Schedule, denoise
 from harmonica.denoise import gates_of
@@ -19,24 +20,25 @@ any_table = sizes.flatmap(lambda size: tables(*size))
 
 
 @given(any_table, seeds)
-def test_a_plan_gives_the_images_of_reuse_bit_for_bit(schedule, seed):
+def test_a_plan_computes_where_the_schedule_does_and_gives_the_images_of_reuse_bit_for_bit(
+    schedule, seed
+):
     d, x, y = with_noise(make(schedule.steps, depth=len(schedule.sites) // 2), seed=seed)
     plan, kept = Plan.of(schedule), {}
     planned = denoise(d, x, y, lambda k: plan.gate(k, kept))
     assert equal(planned, denoise(d, x, y, gates_of(schedule, {})))
     assert kept == {}
+    computes = [[entry.computes for entry in row] for row in Plan.of(schedule).rows]
+    assert computes == schedule.compute.tolist()
 
 
-@given(any_table)
+@given(any_table | schedules())
 def test_the_peak_of_live_features_is_what_the_plan_says(schedule):
     """Counted by weak references, at every site of every step."""
     plan, cache, alive, peaks = Plan.of(schedule), {}, [], [0]
 
-    class Feature:
-        pass
-
     def compute():
-        feature = Feature()
+        feature = torch.zeros(1)
         alive.append(weakref.ref(feature))
         return feature
 
@@ -45,13 +47,8 @@ def test_the_peak_of_live_features_is_what_the_plan_says(schedule):
         for site in range(len(schedule.sites)):
             gate(site, compute)
             peaks.append(sum(ref() is not None for ref in alive))
-    assert (max(peaks), peaks[-1]) == (peak(plan, [1] * len(schedule.sites)), 0)
-
-
-@given(any_table)
-def test_a_plan_computes_exactly_where_the_schedule_does(schedule):
-    computes = [[entry.computes for entry in row] for row in Plan.of(schedule).rows]
-    assert computes == schedule.compute.tolist()
+    most = peak(plan, [2.0] * len(schedule.sites)) / 2
+    assert (max(peaks), peaks[-1], cache) == (most, 0, {})
 
 
 def test_every_kept_feature_is_read_and_let_go_once():

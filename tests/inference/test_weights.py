@@ -9,13 +9,12 @@ import torch
 from conftest import make, refused, seeded, seeds, tables, with_noise
 from hypothesis import given
 from hypothesis import strategies as st
-from speed import peak
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from harmonica import Router, Schedule, macs, sample, train_sdt
 from harmonica.denoise import denoise, final_image
 from harmonica.forecast import taylor_weights, weighted, weighted_sum
-from harmonica.inference.lifetimes import Plan, fused_sum
+from harmonica.inference.lifetimes import fused_sum
 from harmonica.inference.walk import Walk
 from harmonica.storage.foreign import write_smoothcache
 
@@ -51,16 +50,6 @@ def test_a_walk_follows_weights_as_sample_does(schedule, exact, seed):
     d, x, cond = with_noise(make(steps=6), 2, seed)
     image, fast = sample(d, x, cond, schedule), Walk(d, schedule, exact=exact)(x, cond)
     assert torch.equal(image, fast) if exact else torch.allclose(image, fast, rtol=1e-9, atol=1e-9)
-
-
-@given(schedule=schedules(7))
-def test_a_plan_keeps_what_will_be_read_and_no_more_than_it_says(schedule):
-    plan, cache, most = Plan.of(schedule), {}, 0
-    for k in range(7):
-        for site in range(4):
-            plan.gate(k, cache)(site, lambda: torch.zeros(1))
-            most = max(most, sum(map(len, cache.values())))
-    assert (cache, peak(plan, [2.0] * 4)) == ({}, 2.0 * most)
 
 
 @given(schedule=schedules())

@@ -9,14 +9,11 @@ from harmonica.models.sites import sites
 from harmonica.models.weights import dit_from_diffusers, dit_to_diffusers
 
 
-def test_renaming_to_diffusers_and_back_gives_the_same_parameters():
+def test_renaming_to_diffusers_keeps_the_parameters_and_the_predictions():
     state = load("tiny").model.state_dict()
     back = dit_from_diffusers(dit_to_diffusers(state), state["pos_embed"])
     assert set(back) == set(state)
     assert all(torch.equal(back[name], state[name]) for name in state)
-
-
-def test_the_pipeline_of_digits_predicts_what_the_bundled_model_predicts():
     ours = load("tiny", steps=5, sampler="dpm-solver++", guidance=1.5)
     theirs = from_pipeline(digits.pipeline(load("tiny")), steps=5, guidance=1.5)
     x, labels = start(ours, 4, 0)

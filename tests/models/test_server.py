@@ -25,7 +25,7 @@ from test_blocks import MADE
 from test_blocks import table as rows_for
 from torch import nn
 
-from harmonica import Schedule, gated, reuse, sample
+from harmonica import Schedule, gated, sample
 from harmonica.inference.walk import Walk
 from harmonica.models.pipelines import session as session_module
 from harmonica.models.pipelines.caching import cached, disable_cache, enable_cache
@@ -232,22 +232,18 @@ def keeping(features):
     return answer
 
 
-def alive_while(pipe, **call):
-    """Return how many features of the first site are alive after each step of a cached call."""
-    first, features, alive = next(iter(sites(pipe.transformer).values())), [], []
+@pytest.mark.parametrize("calls", [1, 50])
+def test_features_are_let_go_before_the_image_is_decoded_and_do_not_pile_up(calls):
+    pipe, features, alive = loop(), [], []
 
     def count(k):
         gc.collect()
         alive.append(sum(feature() is not None for feature in features))
 
+    first = next(iter(sites(pipe.transformer).values()))
     with cached(pipe, table(pipe)), overridden([(first, "forward", keeping(features))]):
-        pipe(after=count, **call)
-    return alive
-
-
-def test_features_are_let_go_before_the_image_is_decoded_and_do_not_pile_up():
-    assert alive_while(loop())[-1] == 0
-    assert max(alive_while(loop(), calls=lambda k: 50)) < 50
+        pipe(after=count, calls=lambda k: calls)
+    assert (alive[-1], max(alive) < 50) == (0, True)
 
 
 def test_siblings_that_share_transformer_and_scheduler_make_their_stock_images():
@@ -397,13 +393,18 @@ def test_the_first_step_that_runs_computes_and_the_others_follow_their_rows(star
     assert ran == [4] + [4 if k % 3 == 0 else 0 for k in range(start + 1, 6)]
 
 
-def test_timesteps_that_are_the_tail_of_a_tables_run_its_last_rows():
+def test_timesteps_that_are_the_tail_of_a_tables_run_its_last_rows_and_moved_ones_are_said_to_have():
     pipe = Loop(loop().transformer, DDPMScheduler())
     rows = Schedule([[1] * 4, [0] * 4] * 2, tuple(sites(pipe.transformer)), (800, 600, 400, 200))
     with cached(pipe, rows):
         assert computed(pipe, timesteps=[600, 400, 200]) == [4, 4, 0]
         with refused("this schedule has 4 steps"):
             pipe(timesteps=[700, 400, 200])
+    pipe = pipes.flux_pipe()
+    names = tuple(sites(pipe.transformer))
+    with cached(pipe, Schedule([[1] * len(names)] * 4, names, (1000.0, 750.0, 500.0, 250.0))):
+        with refused("shifts its timesteps with the resolution"):
+            run_embedded(pipe)
 
 
 @pytest.mark.parametrize(
@@ -614,15 +615,7 @@ def test_a_model_saved_or_copied_while_enabled_even_in_a_walk_is_the_stock_one(t
         assert not torch.equal(asked(copies[0]), stock)
 
 
-def test_timesteps_that_moved_with_the_resolution_are_said_to_have():
-    pipe = pipes.flux_pipe()
-    names = tuple(sites(pipe.transformer))
-    with cached(pipe, Schedule([[1] * len(names)] * 4, names, (1000.0, 750.0, 500.0, 250.0))):
-        with refused("shifts its timesteps with the resolution"):
-            run_embedded(pipe)
-
-
-def test_features_kept_in_host_memory_give_the_same_image():
+def test_features_in_host_memory_give_the_same_image_and_a_late_start_repeats_what_there_is():
     pipe = loop()
     for order in (0, 1):
         rows = Schedule(table(pipe, 6, every=3).compute, order=order)
@@ -631,6 +624,11 @@ def test_features_kept_in_host_memory_give_the_same_image():
         with cached(pipe, rows, offload=True) as session:
             assert torch.equal(pipe(steps=6), expected)
             assert session.skipped == 16
+    pipe, images = loop(), []
+    for order in (0, 1):
+        with cached(pipe, Schedule([[1] * 4] * 2 + [[0] * 4] * 2, order=order)):
+            images.append(pipe(start=1))
+    assert torch.equal(*images)
 
 
 def test_another_scheduler_or_transformer_inside_the_with_is_followed():
@@ -644,27 +642,3 @@ def test_another_scheduler_or_transformer_inside_the_with_is_followed():
     torch.manual_seed(0)
     with cached(pipe, table(pipe)):
         assert torch.equal(run(pipe), image)
-
-
-def test_reuse_of_a_weighted_table_after_a_late_start_repeats_what_there_is():
-    pipe, images = loop(), []
-    for order in (0, 1):
-        with cached(pipe, Schedule([[1] * 4] * 2 + [[0] * 4] * 2, order=order)):
-            images.append(pipe(start=1))
-    assert torch.equal(*images)
-
-
-def test_reuse_alone_is_what_a_gate_by_hand_gives():
-    pipe = loop()
-    modules, cache = sites(pipe.transformer), {}
-    rows = table(pipe).compute.tolist()
-    with torch.no_grad():
-        with cached(pipe, table(pipe)):
-            image = pipe()
-        x = torch.randn(1, 4, 8, 8, generator=seeded(1))
-        pipe.scheduler.set_timesteps(4)
-        for k, t in enumerate(pipe.scheduler.timesteps):
-            with gated(modules, reuse(rows[k], cache)):
-                out = pipe.transformer(x, timestep=t[None], class_labels=torch.tensor([1])).sample
-            x = pipe.scheduler.step(out[:, :4], t, x).prev_sample
-    assert torch.equal(image, x)

@@ -161,16 +161,12 @@ def test_macs_are_counted_with_inputs_and_estimated_without_but_for_modulation()
     assert (found.macs.rest, found.uncovered) == (16.0, (("blocks.0.skip_linear", 16.0),))
 
 
-def test_a_model_that_looks_at_values_is_counted_all_the_same():
+def test_shapes_alone_count_what_arithmetic_counts_and_a_model_that_looks_at_values_is_counted():
     class Looks(Model):
         def forward(self, x):
             return super().forward(x) if x.sum().item() > 0 else x
 
     assert sites(Looks(blocks=blocks("attn")), X).macs.sites.tolist() == [48.0, 48.0]
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_shapes_alone_count_what_arithmetic_counts():
     model, inputs = ZOO["PixArtTransformer2DModel"]()
     found = dict(sites(model))
     fake, real = (count(lambda: model(**inputs), found, fake=fake) for fake in (True, False))

@@ -75,9 +75,7 @@ def test_the_command_tunes_a_saved_pipeline_and_shows_an_image(tmp_path, capsys)
     assert "comparison.png" in printed
     assert main([*command, "--call", "guidence=2"]) == 2
     assert "PixArtAlphaPipeline does not take guidence" in capsys.readouterr().err
-
-
-def test_importing_the_command_leaves_the_function_of_its_name_callable():
+    # Importing the command leaves the function of its name callable.
     import_module("harmonica.tune")
     with pytest.raises((TypeError, ValueError), match="NoneType"):
         harmonica.tune(None, speedup=1.5)

@@ -130,13 +130,18 @@ def test_a_target_of_fora_spreads_its_steps_evenly(steps, data):
     assert int(gaps.max() - gaps.min()) <= 1
 
 
-def test_an_interval_below_one_and_neither_or_both_of_it_and_a_speedup_are_refused(small):
+def test_settings_that_a_method_cannot_use_are_refused_by_name(small):
     for n in (0, 0.5, -2, math.inf, math.nan):
         with refused("n is .*; it must be 1"):
             every(small, n)
     for both in ({}, {"n": 1, "speedup": 1.0}):
         with refused("n is .* and speedup .*; give one of the two"):
             every(small, **both)
+    with refused("has 1 steps and 1 timesteps"):
+        learning_to_cache(make(1), *real(small))
+    small.sampler.timesteps = ()
+    with refused("has 4 steps and 0 timesteps"):
+        learning_to_cache(small, *real(small))
 
 
 def test_smoothcache_at_alpha_zero_computes_everything_and_at_infinity_every_fourth_step(walker):
@@ -205,14 +210,6 @@ def test_learning_to_cache_reuses_when_computing_has_a_price_and_computes_when_i
     dear = learning_to_cache(walker, *real(walker), beta=10.0, **rest)
     assert not dear.compute[1::2].any()
     assert learning_to_cache(walker, *real(walker), beta=0.0, **rest).cur < 0.2
-
-
-def test_learning_to_cache_needs_two_steps_and_their_timesteps(small):
-    with refused("has 1 steps and 1 timesteps"):
-        learning_to_cache(make(1), *real(small))
-    small.sampler.timesteps = ()
-    with refused("has 4 steps and 0 timesteps"):
-        learning_to_cache(small, *real(small))
 
 
 def summed(costs, path):

@@ -124,12 +124,17 @@ def test_a_noise_that_went_elsewhere_counts_no_more_than_cap_times_the_median():
     assert torch.allclose(hs[1], expected, rtol=1e-6, atol=1e-9)
 
 
-def test_portions_of_a_pool_give_the_same_effects_to_rounding():
+def test_portions_of_a_pool_give_the_same_effects_and_the_model_is_left_as_it_was():
     d, x, cond = with_noise(make(), 5)
     images, schedule = sample(d, x, cond) + 0.1, Schedule(TABLE, order=1)
     whole, parts = (effects(d, schedule, x, cond, images, portion=n) for n in (5, 2))
     assert torch.allclose(parts.gradient, whole.gradient, rtol=1e-9, atol=1e-15)
     assert torch.allclose(parts.curvature, whole.curvature, rtol=1e-9, atol=1e-15)
+    d, x, cond = with_noise(make(), 2)
+    before = attributes(d.model)
+    effects(d, Schedule(TABLE), x, cond, sample(d, x, cond))
+    assert all(p.grad is None for p in d.model.parameters())
+    assert attributes(d.model) == before
 
 
 @given(table=tables(), other=tables(), past=st.integers(1, 3), seed=seeds)
@@ -164,14 +169,6 @@ def test_batches_in_half_precision_keep_small_gradients():
     gradient = effects(d, Schedule(torch.ones(4, 4)), x, cond, near).gradient
     assert bool((gradient[:8] != 0).any())
     assert bool(gradient.isfinite().all())
-
-
-def test_weights_get_no_gradient_and_the_model_is_left_as_it_was():
-    d, x, cond = with_noise(make(), 2)
-    before = attributes(d.model)
-    effects(d, Schedule(TABLE), x, cond, sample(d, x, cond))
-    assert all(p.grad is None for p in d.model.parameters())
-    assert attributes(d.model) == before
 
 
 @given(seed=seeds)

@@ -158,15 +158,12 @@ def test_on_the_noises_held_back_nothing_gets_worse_than_the_start(lr, monkeypat
     assert errors[1] <= errors[0] <= errors[2]
 
 
-def test_portions_of_a_batch_give_its_gradient_to_rounding(monkeypatch):
+def test_portions_of_a_batch_or_steps_that_run_again_give_the_same_weights(monkeypatch):
     d, pool = make(), drawn(12)
     whole = learn_weights(d, TABLE, pool, **SMALL)
     small = "harmonica.search.learn.in_portions"
     monkeypatch.setattr(small, lambda run, total, size: in_portions(run, total, min(size, 3)))
     assert torch.allclose(learn_weights(d, TABLE, pool, **SMALL).weights, whole.weights, atol=1e-5)
-
-
-def test_where_memory_is_short_steps_run_again_and_the_weights_are_the_same(monkeypatch):
     d, pool = make(), drawn(12)
     whole = learn_weights(d, TABLE, pool, **SMALL)
     monkeypatch.setattr("harmonica.search.learn.free_bytes", lambda device: 0)
@@ -186,7 +183,7 @@ BAD = {
 }
 
 
-def test_settings_that_make_no_sense_are_refused_and_the_model_is_left_as_it_was():
+def test_settings_and_images_that_make_no_sense_are_refused_and_the_model_is_left_as_it_was():
     d, settings = make(), {"schedule": TABLE, "pool": drawn(4)}
     before = attributes(d.model)
     learn_weights(d, **settings, iterations=1)
@@ -195,9 +192,6 @@ def test_settings_that_make_no_sense_are_refused_and_the_model_is_left_as_it_was
     for message, bad in BAD.items():
         with refused(message):
             learn_weights(d, **{**settings, **bad})
-
-
-def test_images_that_are_no_numbers_stop_learning():
     pool = drawn(4)
     broken = Pool(pool.x, pool.cond, torch.full_like(pool.images, math.nan))
     with pytest.raises(FloatingPointError, match="look for NaN"):

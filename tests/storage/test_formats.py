@@ -73,13 +73,19 @@ def test_the_authors_routers_may_reuse_in_any_row(tmp_path_factory, steps, tau, 
     assert schedule.provenance["format"] == "HarmoniCa router file"
 
 
-def test_a_bare_file_shows_by_its_untrained_rows_whose_it_is(tmp_path):
+def test_a_bare_file_shows_by_its_untrained_rows_whose_it_is_and_58_columns_are_u_vits_blocks(
+    tmp_path,
+):
     theirs = logits(6, 56, trained=slice(0, None, 2))
     assert bool((theirs[1::2].sigmoid() <= 0.1).any())  # untrained rows would reuse here and there
     schedule = Schedule.load(write_rows(tmp_path / "r.pth", theirs))
     assert bool(schedule.compute.flip(0)[1::2].all())
     everywhere = Schedule.load(write_rows(tmp_path / "r.pth", logits(6, 56)))
     assert not bool(everywhere.compute.flip(0)[1::2].all())
+    sites = Schedule.load(write_rows(tmp_path / "r.pt", logits(3, 58), AUTHORS)).sites
+    sides = [[f"{side}_blocks.{i}" for i in range(14)] for side in ("in", "out")]
+    blocks = [*sides[0], "mid_block", *sides[1]]
+    assert sites == tuple(f"{block}.{kind}" for block in blocks for kind in ("attn", "mlp"))
 
 
 @pytest.mark.parametrize("steps", [6, 7, 20])
@@ -91,13 +97,6 @@ def test_a_u_vit_router_reuses_at_every_other_prediction_from_the_second_step_on
         wanted[2 * row] = rows[row].sigmoid() > 0.9
     assert torch.equal(schedule.compute, wanted)
     assert schedule.provenance["format"] == "Learning-to-Cache U-ViT router file"
-
-
-def test_58_columns_are_u_vits_blocks(tmp_path):
-    sites = Schedule.load(write_rows(tmp_path / "r.pt", logits(3, 58), AUTHORS)).sites
-    sides = [[f"{side}_blocks.{i}" for i in range(14)] for side in ("in", "out")]
-    blocks = [*sides[0], "mid_block", *sides[1]]
-    assert sites == tuple(f"{block}.{kind}" for block in blocks for kind in ("attn", "mlp"))
 
 
 def test_a_router_saved_on_a_gpu_is_read_without_one(tmp_path):
@@ -159,15 +158,12 @@ def write(path, data):
     return path
 
 
-def test_smoothcache_per_block_is_sorted_by_number_attention_first(tmp_path):
+def test_smoothcache_per_block_is_sorted_by_number_and_per_kind_has_the_kinds_as_sites(tmp_path):
     data = {"mlp-10": [1, 0], "attn-10": [1, 1], "mlp-9": [True, False], "attn-9": [True, True]}
     schedule = Schedule.load(write(tmp_path / "s.json", data))
     assert schedule.sites == ("blocks.9.attn", "blocks.9.mlp", "blocks.10.attn", "blocks.10.mlp")
     assert schedule.compute.tolist() == [[True] * 4, [True, False, True, False]]
     assert schedule.provenance == {"format": "SmoothCache, per block", "file": "s.json"}
-
-
-def test_smoothcache_per_kind_has_the_kinds_as_sites(tmp_path):
     schedule = Schedule.load(write(tmp_path / "s.json", {"mlp": [1, 0, 1], "attn": [1, 1, 0]}))
     assert schedule.sites == ("attn", "mlp")
     assert schedule.compute.tolist() == [[True, True], [True, False], [False, True]]
@@ -336,7 +332,7 @@ def test_what_is_pushed_is_what_is_fetched(tmp_path, monkeypatch):
     assert torch.equal(Router.load(fetch("me/table", ROUTER))(), router())
 
 
-def test_a_repository_that_is_not_cached_is_one_clear_sentence_offline(monkeypatch):
+def test_a_repository_that_is_not_cached_is_one_clear_sentence_offline(monkeypatch, tmp_path):
     constants = pytest.importorskip("huggingface_hub").constants
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     message = r"^me/table is not on this machine and cannot be fetched [^\n]*; connect to the Hub"
@@ -344,9 +340,7 @@ def test_a_repository_that_is_not_cached_is_one_clear_sentence_offline(monkeypat
         fetch("me/table")
     with refused(r"^\./a/b/c is no folder here and no name of a rep"):
         fetch("./a/b/c")
-
-
-def test_the_hubs_client_is_not_imported_until_it_is_needed(tmp_path):
+    # The hub's client is not imported until it is needed.
     script = "import sys; from harmonica.storage.hub import *; from harmonica import Schedule\n"
     script += "write_folder('s', Schedule([[1]])); Schedule.load(fetch('s'))\n"
     command = [sys.executable, "-c", script + "print('huggingface_hub' in sys.modules)"]

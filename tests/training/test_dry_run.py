@@ -46,15 +46,12 @@ def test_the_search_of_a_long_walk_is_told_from_short_ones():
     assert dry_run(d, target=True).memory["search"] == pytest.approx(whole.peak, rel=0.01)
 
 
-def test_it_counts_the_predictions_that_training_makes():
+def test_it_counts_predictions_and_the_multiply_accumulates_of_them_and_of_backward_passes():
     d = make(3, 1, dtype=torch.float32)
     how = {"iterations": 12, "batch_size": 2, "refresh_every": 2}
     meta, calls = on_meta(d), counted(d)
     train_sdt(d, **how, progress=False)
     assert dry_run(meta, **how).predictions == len(calls)
-
-
-def test_it_counts_the_multiply_accumulates_of_predictions_and_backward_passes():
     d = make(4, 1, dtype=torch.float32)
     one = 2 * macs(d).total  # of both noises
     how = {"iterations": 3, "batch_size": 2, "refresh_every": 1}

@@ -157,16 +157,15 @@ def test_two_processes_train_the_router_of_one_with_the_joint_batch(both, name):
     assert (alone - Router(4, 4, generator=seeded(0)).logits).abs().min() > 0.1
 
 
-def test_all_ranks_hold_the_same_router_bit_for_bit_and_rank_0_alone_writes_it(both, folder):
+def test_ranks_take_their_own_samples_and_hold_the_same_router_which_rank_0_alone_writes(
+    both, folder
+):
     (zero, _), (one, _) = both
     for name in (*PROXIES, "seeded"):
         assert torch.equal(zero[name], one[name])
     for name in PROXIES:
         assert torch.equal(Router.load(folder / name).logits, zero[name])
     assert not list(folder.glob("*.part"))
-
-
-def test_each_rank_takes_its_own_samples_and_the_mean_is_over_ranks(both):
     for number, (tensors, _) in enumerate(both):
         assert tensors["labels"].tolist() == [number, number + 2]
         assert tensors["pairs"].tolist() == [[2 * n, 2 * n + 1] for n in (number, number + 2)]
