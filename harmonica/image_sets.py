@@ -68,7 +68,6 @@ def write_images(  # noqa: D417 (some arguments share a line)
         decode: x₀ (B, C, H, W) -> images (B, 1 or 3, H', W') in [−1, 1] (`autoencoder.decoder`).
         count, batch_size, seed: N, images in all; in a walk; and what all of them are drawn from.
         out: a name ending in .npz, or a folder to be made.
-        progress: show a bar of this process's batches on rank 0.
 
     Raises ValueError if a number is out of range or `out` was begun with other settings,
     FileExistsError if `out` is there already, BlockingIOError if another run writes to it, and

@@ -1,5 +1,4 @@
-"""Memory: the most that a piece of work takes, counted without doing it, what a device has free,
-and work in portions that fit it.
+"""Memory: what a device has free, work in portions that fit, and the most that work would take.
 
 On torch's meta device a tensor has a shape and no numbers, so a model of any size costs nothing
 there. `Meter` follows the storages that are alive while work runs. This file does not know models.
@@ -63,17 +62,12 @@ def in_portions(run: Callable[[int, int], R], total: int, size: int) -> Iterator
 
 
 class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of the storages that operations take or give, as long as they are alive.
-
-    Attributes:
-        alive, peak: bytes now, and at most.
-        macs: multiply-accumulates so far, those of backward passes included.
-    """
+    """Counts the bytes of the storages that operations take or give, as long as they are alive."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.alive = self.peak = 0
-        self.macs = 0.0
+        self.alive = self.peak = 0  # bytes now, and at most
+        self.macs = 0.0  # multiply-accumulates so far, those of backward passes included
         self._known: set[int] = set()
 
     def __torch_dispatch__(

@@ -117,8 +117,8 @@ def from_rank_0(make: Callable[[], T]) -> T:
 def batch_per_rank(batch_size: int) -> int:
     """Return how many samples of a joint batch each process takes; ValueError if some take more."""
     n = world()
-    todo = f"make it a multiple of {n}"
-    require(batch_size % n == 0, f"batch_size is {batch_size} for {n} processes in all; {todo}")
+    given = f"batch_size is {batch_size} for {n} processes in all"
+    require(batch_size % n == 0, f"{given}; make it a multiple of {n}")
     return batch_size // n
 
 

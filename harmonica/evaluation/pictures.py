@@ -117,17 +117,16 @@ def comparison(
     plain: Tensor, cached: Tensor, *, labels: Sequence[object] = (), title: str = ""
 ) -> Figure:
     """Draw images without a cache, with it, and their difference, enlarged to the whole range."""
-    difference = cached - plain
-    factor = 1.0 / max(float(difference.abs().max()), 1e-6)
+    factor = 1.0 / max(float((cached - plain).abs().max()), 1e-6)
     images = {"without cache": plain, "with cache": cached}
-    images[f"{factor:.2g}× difference"] = difference * factor
+    images[f"{factor:.2g}× difference"] = (cached - plain) * factor
     return rows(images, labels=labels, title=title)
 
 
 def sheet(images: Tensor, *, columns: int = 10, title: str = "") -> Figure:
     """Draw images on one sheet, `columns` a row."""
-    chunks = [images[i : i + columns] for i in range(0, len(images), columns)]
-    return rows({" " * i: chunk for i, chunk in enumerate(chunks)}, title=title)
+    chunks = enumerate(torch.split(images, columns))
+    return rows({" " * i: chunk for i, chunk in chunks}, title=title)
 
 
 def lines(

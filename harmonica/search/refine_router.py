@@ -25,7 +25,7 @@ NOISES_SEED = 20_000_003  # of its own, so that resuming a run does not change t
 MARGIN = 0.5  # distance from τ, in logits, at which a flipped decision is placed
 
 
-def refine_router(
+def refine_router(  # noqa: D417 (some arguments share a line)
     denoiser: Denoiser,
     router: Router,
     target: Target,
@@ -41,18 +41,15 @@ def refine_router(
     scores so that freezing at τ gives it: one whose decision changed just beyond τ.
 
     Args:
-        denoiser: model, sampler, guidance.
+        denoiser, target: model, sampler, guidance; the speedup, and the cost it is counted in.
         router: changed in place; provenance says what was spent.
-        target: the speedup, and the cost it is counted in.
         tau: τ, at which it will be frozen, above 0: at 0 nothing is reused.
-        batch_size: noises of all processes that `budget` counts in.
-        budget: predictions of batch_size noises; ROUNDS rounds on NOISES noises if None, 0 only
-            flips until the table is on target. A budget m times the default uses m times as many
-            noises.
+        budget: predictions of batch_size noises, of all processes; ROUNDS rounds on NOISES noises
+            if None, 0 only flips until the table is on target. A budget m times the default uses m
+            times as many noises.
         order: how skipped sites are filled, `Schedule.order`; the router will say so.
         toward: what images should be near; a reference costs 10·T predictions a noise beside the
             budget.
-        progress: show a bar.
     """
     rule = "a target needs 0 < tau < 1, since nothing is reused at 0"
     require(0.0 < tau < 1.0, f"tau is {tau}; {rule}")

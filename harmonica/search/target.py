@@ -102,9 +102,5 @@ def target_of(
 
 
 def logit(tau: float) -> float:
-    """Return the logit of a score τ; −∞ at 0.
-
-    >>> logit(0.5), logit(0.0)
-    (0.0, -inf)
-    """
+    """Return the logit of a score τ; −∞ at 0."""
     return math.log(tau / (1 - tau)) if tau > 0 else -math.inf

@@ -103,14 +103,13 @@ def exclusive_lock(folder: StrPath) -> Iterator[None]:
 
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        busy = f"{folder} is being written to by another run; wait for it, or choose another"
-        raise BlockingIOError(busy) from None
-    except OSError:  # a disk that knows no locks
-        pass
-    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            todo = "wait for it, or choose another"
+            raise BlockingIOError(f"{folder} is being written to by another run; {todo}") from None
+        except OSError:  # a disk that knows no locks
+            pass
         yield
     finally:
         os.close(handle)

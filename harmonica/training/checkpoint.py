@@ -161,9 +161,8 @@ class Checkpoint:
         self.path, self.every, self.facts = path, every, facts
 
     def begin(self, state: TrainingState, iterations: int, *, resume: bool) -> None:
-        """Set the state that the run starts from, on all processes.
-
-        Raises FileExistsError, FileNotFoundError or ValueError if file and request disagree.
+        """Set the state that the run starts from, on all processes; raise FileExistsError,
+        FileNotFoundError or ValueError if file and request disagree.
         """
         counts = f"iterations {iterations}, checkpoint_every {self.every}"
         require(min(iterations, self.every) >= 1, f"found {counts}; each must be 1 or more")

@@ -72,7 +72,8 @@ def train_sdt(  # noqa: D417 (some arguments are described together)
     facts = {"settings": settings.facts(), "weights": fingerprint(denoiser)}
     with Checkpoint(checkpoint, checkpoint_every, facts) as saved:
         saved.begin(state, iterations, resume=resume)
-        _train(denoiser, settings, state, saved, iterations, progress)
+        bar = progress_bar(progress, total=iterations, initial=state.updates, unit="update")
+        _train(denoiser, settings, state, saved, bar)
         if target is not None:
             how: dict[str, Any] = {"tau": tau, "batch_size": batch_size, "order": order}
             how |= {"toward": toward, "progress": progress}
@@ -82,26 +83,19 @@ def train_sdt(  # noqa: D417 (some arguments are described together)
 
 
 def _train(
-    denoiser: Denoiser,
-    settings: Settings,
-    state: TrainingState,
-    saved: Checkpoint,
-    iterations: int,
-    progress: bool,
+    denoiser: Denoiser, settings: Settings, state: TrainingState, saved: Checkpoint, bar: Any
 ) -> None:
-    """Draw, update, steer, show, save, a trajectory at a time."""
+    """Draw, update, steer, show, save, a trajectory at a time, until the bar is full."""
     control, router, batch, tau = state.controller, state.router, settings.batch_size, settings.tau
     beta = settings.beta if control is None else control.beta
     how: dict[str, Any] = {"tau": tau, "beta": beta, "refresh_every": settings.refresh_every}
     how |= {"proxy": settings.proxy, "optimizer": state.optimizer, "lam": state.lam}
-    bar = progress_bar(progress, total=iterations, initial=state.updates, unit="update")
+    how |= {"mean": mean_over_ranks}
     cost = None if bar.disable else macs(denoiser)
-    while state.updates < iterations:
+    while state.updates < bar.total:
         noise = [local_part(denoiser.draw(batch, state.generator), batch)]
-        updates = sdt(
-            denoiser, router, noise, trajectory=state.trajectory, mean=mean_over_ranks, **how
-        )
-        for update in islice(updates, iterations - state.updates):
+        updates = sdt(denoiser, router, noise, trajectory=state.trajectory, **how)
+        for update in islice(updates, bar.total - state.updates):
             state.count(update)
             if control is not None:
                 control.after(router, update)
