@@ -15,7 +15,7 @@ from harmonica.cache import Cache, Compute, Feature, gated, reuse
 from harmonica.denoise import Denoiser, denoise, final_image
 
 
-def check_denoiser(denoiser: Denoiser, *, batch_size: int = 2, seed: int = 0) -> None:
+def check_denoiser(denoiser: Denoiser) -> None:
     """Hold a denoiser to the laws; raise AssertionError naming the one that is broken.
 
     Each site is asked exactly once in a prediction · no weight asks for a gradient, no site is in
@@ -24,7 +24,7 @@ def check_denoiser(denoiser: Denoiser, *, batch_size: int = 2, seed: int = 0) ->
     not depend on its neighbours in the batch, to rounding · the walk leaves torch's generator
     alone.
     """
-    x, cond = denoiser.draw(batch_size, torch.Generator().manual_seed(seed))
+    x, cond = denoiser.draw(2, torch.Generator().manual_seed(0))
     _each_site_is_asked_once(denoiser, x, cond)
     for name, site in denoiser.sites.items():
         free = any(p.requires_grad for p in site.parameters())

@@ -56,7 +56,6 @@ def site_heatmap(
     *,
     label: str = "",
     most: float | None = None,
-    title: str = "",
     shades: int = 256,
 ) -> Figure:
     """Draw values (T, N) of steps and sites: steps across, blocks down, one panel for each kind of
@@ -89,7 +88,6 @@ def site_heatmap(
         ax.tick_params(which="minor", length=0)
     axes[0].set_ylabel("block")
     fig.colorbar(image, ax=axes, shrink=0.9, label=label)
-    fig.suptitle(title)
     return fig
 
 
@@ -123,9 +121,9 @@ def comparison(
     return rows(images, labels=labels, title=title)
 
 
-def sheet(images: Tensor, *, columns: int = 10, title: str = "") -> Figure:
-    """Draw images on one sheet, `columns` a row."""
-    chunks = enumerate(torch.split(images, columns))
+def sheet(images: Tensor, *, title: str = "") -> Figure:
+    """Draw images on one sheet, ten a row."""
+    chunks = enumerate(torch.split(images, 10))
     return rows({" " * i: chunk for i, chunk in chunks}, title=title)
 
 

@@ -40,12 +40,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from harmonica.cache import Compute, Feature, gated
+from harmonica.cache import Cache, Compute, Feature, Gate
 from harmonica.denoise import Denoiser
-from harmonica.forecast import History, taylor_weights
+from harmonica.forecast import taylor_weights
 from harmonica.memory import in_portions
 from harmonica.router import Schedule
-from harmonica.run_again import run_again
+from harmonica.search.paths import differentiable_walk
 from harmonica.search.references import CAP, PORTION, Pool, image_errors, outlier_weights
 from harmonica.search.target import Target
 from harmonica.table import outputs_before
@@ -146,27 +146,20 @@ def walk_with_flips(denoiser: Denoiser, sums: Sums, z: Tensor, x: Tensor, cond: 
     (T−1, N, B): the table's own image at 0, and differentiable there.
     """
 
-    def step(
-        x: Tensor, z: Tensor, k: int, outputs: dict[int, History], memory: dict[str, Any]
-    ) -> tuple[Tensor, dict[int, History], dict[str, Any]]:
-        memory, after, weights = memory.copy(), {}, sums.at(k, z)
+    def gate_of(k: int, z: Tensor, outputs: Cache) -> Gate:  # of each site, one output a step
+        weights = sums.at(k, z)
 
         def gate(site: int, compute: Compute) -> Feature:
             with torch.set_grad_enabled(torch.is_grad_enabled() and sums.table[k][site]):
-                after[site] = (*outputs.get(site, ()), compute())  # at z = 0 no skipped one is read
+                own = (*outputs.get(site, ()), compute())  # at z = 0 no skipped one is read
+            outputs[site] = own
             read = sums.read[k][site]
             # a list as an index would be copied to the device, for each site
-            chosen = torch.stack([weights[site, c] for c in read])
-            return _sum(chosen, [after[site][c] for c in read])
+            return _sum(torch.stack([weights[site, c] for c in read]), [own[c] for c in read])
 
-        with gated(denoiser.sites, gate):
-            out = denoiser.predict(x, k, cond)
-        return denoiser.step(x, out, k, memory), after, memory
+        return gate
 
-    outputs, memory = dict[int, History](), dict[str, Any]()  # of each site, one output a step
-    for k in range(denoiser.steps):  # a step's activations live only while it is differentiated
-        x, outputs, memory = run_again(step, x, z, k, outputs, memory)
-    return x
+    return differentiable_walk(denoiser, x, cond, [z] * denoiser.steps, gate_of)
 
 
 def _sum(weights: Tensor, features: list[Feature]) -> Feature:

@@ -1,7 +1,6 @@
-"""Paths: which whole steps compute, judged by walks that fork from one another.
+"""Paths: walks that fork from one another, or are differentiated, and which whole steps compute.
 
     Fork       a walk before some step: x (B, C, H, W), its cache, its sampler's memory
-    entry      one decision of the table: step k, site i
 
     cheapest_path   whole steps, by the error that reuse from one to the next makes (`reuse_errors`)
 
@@ -9,7 +8,7 @@ A change at step k leaves steps 0 … k−1 as they were: it costs T − k predi
 before k on. This file does not know routers, training, or how fast a table is.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from fractions import Fraction
 from functools import partial
 from math import ceil, inf
@@ -18,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harmonica.cache import Cache, reuse
+from harmonica.cache import Cache, Gate, gated, reuse
 from harmonica.denoise import Denoiser, denoise
+from harmonica.run_again import run_again
 from harmonica.search.references import image_mse
 
 Fork = tuple[Tensor, Cache, dict[str, Any]]
@@ -36,6 +36,32 @@ def continue_walk(
     gates = lambda k: reuse(rows[k], cache)  # noqa: E731
     for after in denoise(denoiser, x, cond, gates, start=start, memory=memory):
         yield after, cache.copy(), memory.copy()
+
+
+def differentiable_walk(
+    denoiser: Denoiser,
+    x: Tensor,
+    cond: Any,
+    weights: Sequence[Tensor],
+    gate_of: Callable[[int, Tensor, Cache], Gate],
+    run: Callable[..., Any] = run_again,
+) -> Tensor:
+    """Return the image (B, C, H, W) of noise x, differentiable in the weights that gates read: step
+    k walks under gate_of(k, weights[k], cache). `run_again` keeps the activations of one step only.
+    """
+
+    def step(
+        x: Tensor, w: Tensor, k: int, cache: Cache, memory: dict[str, Any]
+    ) -> tuple[Tensor, Cache, dict[str, Any]]:
+        memory, cache = memory.copy(), cache.copy()
+        with gated(denoiser.sites, gate_of(k, w, cache)):
+            out = denoiser.predict(x, k, cond)
+        return denoiser.step(x, out, k, memory), cache, memory
+
+    cache, memory = Cache(), dict[str, Any]()
+    for k, w in enumerate(weights):
+        x, cache, memory = run(step, x, w, k, cache, memory)
+    return x
 
 
 def whole_steps(denoiser: Denoiser, computed: Collection[int]) -> Tensor:
