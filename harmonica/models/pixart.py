@@ -100,6 +100,7 @@ def random_prompts(texts: Sequence[str], tokens: int, width: int = 4096) -> Prom
     return Prompts(tuple(texts), embeds[1:], mask[1:], embeds[:1], mask[:1])
 
 
+@torch.no_grad()
 def encode(
     folder: Path, texts: Sequence[str], tokens: int, dtype: torch.dtype, device: str | torch.device
 ) -> Prompts:
@@ -111,9 +112,8 @@ def encode(
     """
     for part, file in (("text_encoder", "config.json"), ("tokenizer", "tokenizer_config.json")):
         if not (folder / part / file).is_file():
-            raise FileNotFoundError(
-                f"{folder} has no {part}/{file}; expected the folder of a whole diffusers pipeline"
-            )
+            whole = "expected the folder of a whole diffusers pipeline"
+            raise FileNotFoundError(f"{folder} has no {part}/{file}; {whole}")
     try:
         for package in ("sentencepiece", "google.protobuf", "transformers"):
             import_module(package)
@@ -128,19 +128,12 @@ def encode(
         tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     encoder = encoder.to(device)
     pipe = PixArtAlphaPipeline(tokenizer, encoder, vae=None, transformer=None, scheduler=None)
-    prompts = _encoded_by(pipe, texts, tokens)
-    del pipe, encoder
-    gc.collect()  # T5 takes more memory than what follows; it leaves before that is loaded
-    return prompts
-
-
-@torch.no_grad()
-def _encoded_by(pipe: Any, texts: Sequence[str], tokens: int) -> Prompts:
-    """Encode prompts with a pipeline's text encoder, eight at a time; results come to the CPU."""
-    how, parts = {"device": pipe.text_encoder.device, "max_sequence_length": tokens}, []
+    how, parts = {"device": encoder.device, "max_sequence_length": tokens}, []
     for start in range(0, len(texts), 8):
         encoded = pipe.encode_prompt(list(texts[start : start + 8]), **how)
         parts.append([tensor.cpu() for tensor in encoded])  # embeds, mask, null embeds, null mask
+    del pipe, encoder, encoded
+    gc.collect()  # T5 takes more memory than what follows; it leaves before that is loaded
     embeds, mask, null_embeds, null_mask = (torch.cat(group) for group in zip(*parts, strict=True))
     return Prompts(tuple(texts), embeds, mask, null_embeds[:1], null_mask[:1])
 

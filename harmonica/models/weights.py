@@ -33,9 +33,8 @@ def component(folder: StrPath, name: str, *classes: str) -> Path:
             if classes and kind not in classes:
                 raise ValueError(f"{place} holds a {kind!s:.80}; a {classes[0]} was expected")
             return place
-    raise FileNotFoundError(
-        f"{folder} has no {name}/config.json; expected a folder saved by diffusers"
-    )
+    saved = "expected a folder saved by diffusers"
+    raise FileNotFoundError(f"{folder} has no {name}/config.json; {saved}")
 
 
 def from_diffusers(kind: Any, folder: StrPath, **options: Any) -> Any:
