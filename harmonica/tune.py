@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from harmonica.command_line import DTYPES, Parser, check_device, command, make_writable, seed, whole
-from harmonica.models.pipelines import tune
+from harmonica.models.pipelines import cached, tune
+from harmonica.models.pipelines.inputs import inputs_of
 from harmonica.router import Schedule
 
 
@@ -78,9 +79,6 @@ def _argument(text: str) -> tuple[str, Any]:
 def _run(args: argparse.Namespace) -> None:
     from PIL import Image
 
-    from harmonica.models.pipelines import cached
-    from harmonica.models.pipelines.inputs import inputs_of
-
     check_device(args.device)
     make_writable(args.out)
     pipe = _load(args.pipeline, getattr(torch, args.dtype)).to(args.device)
@@ -103,9 +101,9 @@ def _run(args: argparse.Namespace) -> None:
     both = torch.cat([plain, fast, 0.5 + (fast - plain) * factor / 2], 1)
     Image.fromarray(both.mul(255).round().byte().numpy()).save(args.out / "comparison.png")
     print(
-        f"{session}\nwrote schedule.json to {args.out}, and comparison.png: the image without the"
+        f"{session}\nwrote to {args.out}: schedule.json; comparison.png, an image without and with"
     )
-    print(f"schedule, with it, and their difference, {factor:.0f} times enlarged")
+    print(f"the schedule, and the difference, {factor:.0f} times enlarged")
 
 
 def _load(name: str, dtype: torch.dtype) -> Any:
