@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harmonica.table import Macs, check_run, checked_fields, default_names, require
+from harmonica.table import Macs, checked_fields, default_names, require
 
 StrPath = str | os.PathLike[str]
 
@@ -99,22 +99,30 @@ class Schedule:
         return self.steps * macs.total / run
 
     def resample(self, steps: int) -> Schedule:
-        """Return a guess for another number of steps, each row from the same relative place of the
-        walk; warns. Learned weights belong to their steps and are left out.
-        """
+        """Return a guess for another number of steps, without learned weights; warns."""
         if steps == self.steps:
             return self
         require(steps >= 1, f"steps is {steps}; a walk has at least 1")
         what = f"a schedule for {self.steps} steps was stretched to {steps}, not trained there"
         warnings.warn(what + "; weights are left out" * (self.weights is not None), stacklevel=2)
+        # each row comes from the same relative place of the walk
         rows = [round(k * (self.steps - 1) / max(steps - 1, 1)) for k in range(steps)]
         compute, origin = self.compute[rows], {"resampled_from": self.steps, **self.provenance}
         return replace(self, compute=compute, weights=None, timesteps=(), provenance=origin)
 
     def check(self, steps: int, site_names: Sequence[str], timesteps: Sequence[float] = ()) -> None:
-        """Raise ValueError unless the schedule fits such a run."""
-        made = self.steps, self.sites, self.timesteps
-        check_run(made, (steps, tuple(site_names), tuple(timesteps)), self.sampler)
+        """Raise ValueError unless the schedule fits such a run; unknown timesteps fit any."""
+        T, ours, times = self.steps, tuple(site_names), tuple(timesteps)
+        sampler = self.sampler or "unknown sampler"
+        todo = f"run {T} or train a schedule for {steps}, or call schedule.resample({steps})"
+        require(steps == T, f"this schedule has {T} steps ({sampler}), the run has {steps}; {todo}")
+        mine, theirs = (f"{len(each)} sites, {each[0]} … {each[-1]}" for each in (self.sites, ours))
+        fit = self.sites in (ours, default_names(len(ours)))
+        require(fit, f"this schedule has {mine}, the model has {theirs}")
+        if self.timesteps and times:
+            made, here = (f"{each[0]} … {each[-1]}" for each in (self.timesteps, times))
+            when = f"this schedule was made at timesteps {made} ({sampler}), the run has {here}"
+            require(self.timesteps == times, f"{when}, not all the same; use its sampler")
 
     def __str__(self) -> str:
         width = max(map(len, self.sites))
@@ -132,9 +140,8 @@ class Schedule:
 
     @classmethod
     def load(cls, path: StrPath, tau: float = 0.1) -> Schedule:
-        """Read a schedule, a router, which is frozen at `tau`, or another library's table.
-
-        The content tells the format; `harmonica.storage.formats.read_schedule` says what it raises.
+        """Read a schedule, a router, which is frozen at `tau`, or another library's table; raises
+        as `harmonica.storage.formats.read_schedule` does.
         """
         from harmonica.storage.formats import build, is_router, read_schedule
 
@@ -205,9 +212,8 @@ class Router(nn.Module):
         """Freeze the table: compute where r > τ, 0 ≤ τ < 1 (paper, "Router")."""
         require(0.0 <= tau < 1.0, f"tau is {tau}; it must be at least 0 and below 1")
         r = self().detach().cpu()
-        require(
-            not bool(r.isnan().any()), "the router's scores are not numbers; its training diverged"
-        )
+        numbers = not bool(r.isnan().any())
+        require(numbers, "the router's scores are not numbers; its training diverged")
         return Schedule(r > tau, sites=self.sites, threshold=tau, **self.about)
 
     def save(self, path: StrPath) -> None:

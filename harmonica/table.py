@@ -85,22 +85,3 @@ def checked_weights(numbers: Any, compute: Tensor) -> Tensor:
 def outputs_before(compute: Tensor) -> Tensor:
     """Return how many outputs each site has computed before each step, (T, N)."""
     return compute.cumsum(0) - compute.long()
-
-
-Run = tuple[int, tuple[str, ...], tuple[float, ...]]
-"""Its steps, site names, and timesteps in execution order, or none."""
-
-
-def check_run(made: Run, run: Run, sampler: str) -> None:
-    """Raise ValueError unless a schedule that was made for one run, by a sampler, fits another."""
-    (T, names, times), (steps, ours, now) = made, run
-    sampler = sampler or "unknown sampler"
-    todo = f"run {T} or train a schedule for {steps}, or call schedule.resample({steps})"
-    require(steps == T, f"this schedule has {T} steps ({sampler}), the run has {steps}; {todo}")
-    mine, theirs = (f"{len(each)} sites, {each[0]} … {each[-1]}" for each in (names, ours))
-    fit = names in (ours, default_names(len(ours)))
-    require(fit, f"this schedule has {mine}, the model has {theirs}")
-    if times and now:
-        then, here = (f"{each[0]} … {each[-1]}" for each in (times, now))
-        when = f"this schedule was made at timesteps {then} ({sampler}), the run has {here}"
-        require(times == now, f"{when}, not all the same; use its sampler")
