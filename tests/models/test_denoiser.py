@@ -1,5 +1,7 @@
 """A denoiser of any pipeline walks as the pipeline does, and keeps every law that the library relies on."""
 
+import gc
+import weakref
 from pipes import WALKS, pixart_pipe, walked
 
 import diffusers
@@ -42,6 +44,20 @@ def test_the_walk_is_the_pipelines_after_every_step(name):
         theirs = walked(pipe, d.inputs.of([tuple(c) for c in cond.tolist()]), seed=7)
         assert len(mine) == len(theirs) == d.steps
         assert all(torch.equal(a, b[: len(a)]) for a, b in zip(mine, theirs, strict=True))
+
+
+@pytest.mark.parametrize("name", ["pixart", "dit"])
+def test_an_image_is_let_go_with_the_last_name_for_it(name):
+    _, d = denoiser_of(name)
+    gc.collect()
+    gc.disable()
+    try:
+        x = d.noise(cond_of(1))
+        seen = [weakref.ref(x), *(weakref.ref(after) for after in denoise(d, x, cond_of(1)))]
+        del x
+        assert [ref() for ref in seen] == [None] * (d.steps + 1)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("name", WALKS)

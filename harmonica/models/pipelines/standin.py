@@ -71,6 +71,8 @@ class StandIns:
             except Leave as leave:
                 if leave.args != (run,):
                     raise
+            finally:
+                del vars(run.scheduler)["step"]  # it refers to the run, which refers to it
 
 
 def _tap(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
