@@ -93,7 +93,7 @@ def small_models(monkeypatch):
 
 
 @pytest.mark.parametrize("model", ["dit-xl", "pixart-alpha-256"])
-def test_random_weights_are_timed_and_said_to_be_noise(
+def test_random_weights_are_timed_and_said_to_be_so(
     model, tmp_path, capsys, small_models, unpainted
 ):
     arguments = f"--model {model} --weights random --steps 4 --images 2 --out {tmp_path}"

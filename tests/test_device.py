@@ -263,9 +263,8 @@ COMMANDS = {
 def command(name, place, out):
     """Return the exit code of a command that runs on a device and writes to a folder."""
     module, options = COMMANDS[name]
-    return import_module(f"harmonica.{module}").main(
-        [*options.split(), "--device", place, "--out", str(out)]
-    )
+    options = [*options.split(), "--device", place, "--out", str(out)]
+    return import_module(f"harmonica.{module}").main(options)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -278,29 +277,20 @@ def test_a_command_runs_on_the_device(name, tmp_path, capsys, monkeypatch):
     assert (code, capsys.readouterr().err) == (0, "")
 
 
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ("--device cuda", "bfloat16"),
-        ("--device cuda:1 --dtype float32", "float32"),
-        ("", "float32"),
-    ],
-)
+TYPES = {"--device cuda": "bfloat16", "--device cuda:1 --dtype float32": "float32", "": "float32"}
+
+
+@pytest.mark.parametrize(("options", "expected"), TYPES.items())
 def test_weights_are_bfloat16_on_cuda_unless_the_command_line_names_a_type(options, expected):
     args = import_module("harmonica.train").parser().parse_args(options.split())
     assert dtype_of(args, args.device) == getattr(torch, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_latents_are_decoded_a_few_at_a_time_to_the_images_of_one_at_a_time(
-    dtype, tmp_path, monkeypatch
-):
+def test_latents_decoded_a_few_at_a_time_are_those_of_one_at_a_time(dtype, tmp_path, monkeypatch):
     vae().save_pretrained(tmp_path)
-    size, half = (
-        5 * 3 * 2 * 64**2,
-        dtype == torch.bfloat16,
-    )  # float16 overflows there: it is float32
-    monkeypatch.setattr(autoencoder, "ROOM", size * (2 if half else 4))
+    half = dtype == torch.bfloat16  # float16 overflows there: it is float32
+    monkeypatch.setattr(autoencoder, "ROOM", 5 * 3 * 2 * 64**2 * (2 if half else 4))
     run, x, sizes = AutoencoderKL.decode, torch.randn(5, 4, 8, 8, generator=seeded(0)), []
     noted = lambda self, z: sizes.append(len(z)) or run(self, z)  # noqa: E731
     monkeypatch.setattr(AutoencoderKL, "decode", noted)
@@ -313,9 +303,7 @@ def test_latents_are_decoded_a_few_at_a_time_to_the_images_of_one_at_a_time(
 
 @pytest.mark.parametrize("place", ["cuda", "cuda:7", "gpu"])
 @pytest.mark.parametrize("name", ["train", "demo", "image_sets"])
-def test_a_device_that_is_not_there_is_one_line_and_exit_code_2(
-    name, place, tmp_path, capsys, monkeypatch
-):
+def test_a_missing_device_is_one_line_and_exit_code_2(name, place, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert command(name, place, tmp_path / "out") == 2
     said = capsys.readouterr().err

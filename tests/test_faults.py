@@ -100,9 +100,7 @@ def test_a_command_on_a_full_disk_says_so_in_one_line_and_leaves_no_half(name, t
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_second_run_to_one_output_is_refused_and_the_first_is_not_disturbed(
-    name, tmp_path, capsys
-):
+def test_a_second_run_to_one_output_is_refused_and_the_first_goes_on(name, tmp_path, capsys):
     out = where(name, tmp_path)
     folder = out.with_name("images.npz.parts") if name == "image sets" else out
     folder.mkdir()

@@ -23,9 +23,7 @@ def test_every_record_of_the_authors_code_is_reproduced_and_training_moved_the_l
     assert float((before - after).norm() / before.norm()) > 50 * LIMIT
 
 
-def test_the_command_prints_a_line_for_each_record_and_fails_on_a_wrong_one(
-    tmp_path, monkeypatch, capsys
-):
+def test_the_command_prints_each_record_and_fails_on_a_wrong_one(tmp_path, monkeypatch, capsys):
     def run(path):
         monkeypatch.setattr(sys, "argv", ["golden.py", str(path)])
         return golden.main()

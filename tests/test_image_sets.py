@@ -198,9 +198,7 @@ runs = st.lists(st.tuples(st.integers(1, 8), st.integers(1, 24), stops), max_siz
 
 @settings(max_examples=100)
 @given(runs=runs, count=st.integers(1, 24))
-def test_after_any_runs_the_batches_left_are_the_images_that_no_file_holds(
-    runs, count, tmp_path_factory
-):
+def test_after_any_runs_the_batches_left_are_what_no_file_holds(runs, count, tmp_path_factory):
     """Each run has a batch size and a count of its own, and loses some of its batches."""
     parts, there = tmp_path_factory.mktemp("parts"), []
     for size, wanted, lost in runs:
@@ -270,11 +268,8 @@ def test_what_is_no_picture_no_condition_or_no_request_is_refused_by_name(tmp_pa
     (tmp_path / "x.npz").write_text("a day of work")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder/000000.png").touch()
-    for name, message in {
-        "x.npz": r"x\.npz exists; choose another",
-        "folder": "folder exists",
-    }.items():
-        with pytest.raises(FileExistsError, match=message):
+    for name in ("x.npz", "folder"):
+        with pytest.raises(FileExistsError, match=f"{name} exists; choose another name"):
             write(tmp_path / name)
     with refused("this schedule has 1 steps"):
         write(tmp_path / "y.npz", schedule=Schedule([[1] * 4]))

@@ -110,10 +110,7 @@ def test_a_schedule_refuses_another_run():
         sample(d, x, y, schedule)  # without names and timesteps it fits by its shape
     other = replace(fits, sites=("a", "b", "c", "d"))
     for wrong, message in (
-        (
-            Router(5, d.sites).schedule(),
-            "has 5 steps .*the run has 4; run 5 or train a schedule for 4",
-        ),
+        (Router(5, d.sites).schedule(), "5 steps .*the run has 4; run 5 or train a schedule for 4"),
         (Router(4, 6).schedule(), f"6 sites, site0 … site5, {four}"),
         (other, f"4 sites, a … d, {four}"),
         (replace(fits, timesteps=(9, 8, 7, 0)), "made at timesteps 9 … 0"),

@@ -80,9 +80,7 @@ def test_a_sample_under_noise_does_not_depend_on_its_neighbours(name):
 
 
 @pytest.mark.parametrize("name", sorted(SAMPLERS))
-def test_every_sampler_has_a_lambda_that_is_zero_where_nothing_is_reused_and_needs_no_variance_channels(
-    name,
-):
+def test_every_sampler_has_a_lambda_and_needs_no_variance_channels(name):
     d, x, y = with_noise(under(name, 5))
     r = torch.full((5, 4), 0.4, dtype=torch.float64)
     r[0] = r[2] = 1.0

@@ -75,9 +75,7 @@ def test_the_defaults_are_the_authors_but_for_the_bundled_model():
     assert train.defaults("pixart-sigma-2k")["refine"] == 0  # no search fits into 80 GiB
 
 
-def test_a_checkpoint_is_not_lost_nor_imagined_and_the_model_is_not_loaded_to_find_out(
-    tmp_path, monkeypatch, capsys
-):
+def test_a_checkpoint_is_not_lost_nor_imagined_whatever_the_model(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("the model was loaded"))
     path = tmp_path / "router.safetensors"
     exists = "router.safetensors exists; continue it with --resume, or choose another --out"
@@ -127,10 +125,7 @@ def test_prompts_are_lines_but_for_blank_ones_and_comments_and_64_short_ones_are
     text = "\ufeff# colours\n\n  ein grüner Hügel  \r\nun café\n   # not this\n"
     (tmp_path / "p").write_bytes(text.encode())
     assert read_prompts(tmp_path / "p") == ("ein grüner Hügel", "un café")
-    for content, message in (
-        (b"# no\n\n", "has no prompt"),
-        (b"caf\xe9\n", "is not text in UTF-8"),
-    ):
+    for content, message in {b"#\n\n": "has no prompt", b"caf\xe9": "is not text in UTF-8"}.items():
         (tmp_path / "p").write_bytes(content)
         with refused(message):
             read_prompts(tmp_path / "p")

@@ -20,9 +20,7 @@ any_table = sizes.flatmap(lambda size: tables(*size))
 
 
 @given(any_table, seeds)
-def test_a_plan_computes_where_the_schedule_does_and_gives_the_images_of_reuse_bit_for_bit(
-    schedule, seed
-):
+def test_a_plan_computes_where_the_schedule_does_and_gives_its_images(schedule, seed):
     d, x, y = with_noise(make(schedule.steps, depth=len(schedule.sites) // 2), seed=seed)
     plan, kept = Plan.of(schedule), {}
     planned = denoise(d, x, y, lambda k: plan.gate(k, kept))

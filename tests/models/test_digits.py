@@ -25,9 +25,7 @@ def test_renaming_to_diffusers_keeps_the_parameters_and_the_predictions():
 
 def test_all_classes_of_the_pipeline_are_digits():
     pipe = digits.pipeline(load("tiny"))
-    images = [
-        pipe([label], num_inference_steps=4, generator=seeded(1), output_type="pt").images
-        for label in (3, 993)
-    ]
-    assert torch.equal(torch.as_tensor(images[0]), torch.as_tensor(images[1]))
+    options = {"num_inference_steps": 4, "output_type": "pt"}
+    one, other = (pipe([label], generator=seeded(1), **options).images for label in (3, 993))
+    assert torch.equal(torch.as_tensor(one), torch.as_tensor(other))
     assert len(sites(pipe.transformer)) == 16

@@ -50,9 +50,7 @@ def snapshot(pipe) -> dict:
 
 @pytest.mark.parametrize("scheduler", ["DDIM", "DPMSolverMultistep", "DDPM", "SASolver"])
 @pytest.mark.parametrize("name", PIPES)
-def test_under_each_of_the_four_samplers_computing_everything_is_the_stock_pipeline(
-    name, scheduler
-):
+def test_under_each_sampler_computing_everything_is_the_stock_pipeline(name, scheduler):
     pipe, options = PIPES[name](), {} if "Solver" in scheduler else {"clip_sample": False}
     pipe.scheduler = getattr(diffusers, f"{scheduler}Scheduler")(**options)
     torch.manual_seed(0)  # DiTPipeline hands no generator to a stochastic scheduler
@@ -145,9 +143,7 @@ def test_nothing_outlives_the_with_exception_or_not(pipe):
     assert snapshot(pipe) == before
     options = {"callback": lambda *_: 1 / 0, "callback_steps": 1}  # DiT has none
     with pytest.raises(ZeroDivisionError), cached(pipe, table(pipe)):
-        run(
-            pipe, **(options if "PixArt" in type(pipe).__name__ else {"num_inference_steps": 1 / 0})
-        )
+        run(pipe, **(options if hasattr(pipe, "text_encoder") else {"num_inference_steps": 1 / 0}))
     assert snapshot(pipe) == before
 
 
@@ -426,22 +422,6 @@ def test_the_timestep_embeddings_of_a_stock_dit_are_copies_of_one():
     """Every block owns one; copies that differ cannot become the original's single one."""
     with refused(r"transformer_blocks\.1\..* differs from block 0's"):
         dit_from_diffusers(pipes.dit_transformer().state_dict(), torch.zeros(1))
-
-
-def test_asking_the_session_or_copying_the_model_in_the_middle_of_a_walk_changes_nothing():
-    pipe = pixart_pipe()
-    with cached(pipe, table(pipe)):
-        whole = run(pipe)
-    sizes = {"resolution": None, "aspect_ratio": None}
-    call = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 12), torch.tensor([5]), sizes
-    plain = pipe.transformer(*call).sample
-
-    def look(step, *_):
-        assert "theoretical speedup" in str(session)
-        assert torch.equal(copy.deepcopy(pipe.transformer)(*call).sample, plain)
-
-    with cached(pipe, table(pipe)) as session:
-        assert torch.equal(run(pipe, callback=look, callback_steps=1), whole)
 
 
 @pytest.mark.parametrize("name", PIPES)

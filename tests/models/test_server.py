@@ -35,15 +35,17 @@ from harmonica.override import overridden
 pytestmark = pytest.mark.filterwarnings("ignore:no site was skipped")
 
 
+def one(k):
+    return 1
+
+
 class Loop:
     """A pipeline of a diffusers DiT that can be bent: where it starts, what it calls, what follows a step."""
 
     def __init__(self, transformer, scheduler=None):
         self.transformer, self.scheduler = transformer, scheduler or DDIMScheduler()
 
-    def __call__(
-        self, seed=1, *, steps=4, start=0, batch=lambda k: 1, calls=lambda k: 1, after=None, **times
-    ):
+    def __call__(self, seed=1, *, steps=4, start=0, batch=one, calls=one, after=None, **times):
         x, labels = torch.randn(1, 4, 8, 8, generator=seeded(seed)), torch.tensor([seed, 1000])
         self.scheduler.set_timesteps(**(times or {"num_inference_steps": steps}))
         for k, t in list(enumerate(self.scheduler.timesteps))[start:]:
@@ -126,10 +128,8 @@ class Streaming(Loop):
     """Yields the image after each step, with a scheduler of its own, as in a server."""
 
     def __call__(self, seed=1):
-        x, scheduler = (
-            torch.randn(1, 4, 8, 8, generator=seeded(seed)),
-            copy.deepcopy(self.scheduler),
-        )
+        x = torch.randn(1, 4, 8, 8, generator=seeded(seed))
+        scheduler = copy.deepcopy(self.scheduler)
         scheduler.set_timesteps(4)
         for t in scheduler.timesteps:
             out = self.transformer(x, timestep=t[None], class_labels=torch.tensor([seed]))
@@ -393,7 +393,7 @@ def test_the_first_step_that_runs_computes_and_the_others_follow_their_rows(star
     assert ran == [4] + [4 if k % 3 == 0 else 0 for k in range(start + 1, 6)]
 
 
-def test_timesteps_that_are_the_tail_of_a_tables_run_its_last_rows_and_moved_ones_are_said_to_have():
+def test_timesteps_that_are_the_tail_of_a_tables_run_its_last_rows():
     pipe = Loop(loop().transformer, DDPMScheduler())
     rows = Schedule([[1] * 4, [0] * 4] * 2, tuple(sites(pipe.transformer)), (800, 600, 400, 200))
     with cached(pipe, rows):
@@ -407,19 +407,16 @@ def test_timesteps_that_are_the_tail_of_a_tables_run_its_last_rows_and_moved_one
             run_embedded(pipe)
 
 
-@pytest.mark.parametrize(
-    ("change", "skipped", "beyond"),
-    [
-        ({}, 16, 0),
-        ({"batch": lambda k: 2 if k < 3 else 1}, 12, 4),  # guidance ends
-        ({"calls": lambda k: 2 if k < 3 else 1}, 20, 0),
-        ({"calls": lambda k: 1 if k < 3 else 2}, 24, 4),
-    ],
-    ids=["same", "batch", "fewer calls", "more calls"],
-)
-def test_what_has_no_feature_of_its_shape_computes_and_is_reused_in_its_turn(
-    change, skipped, beyond
-):
+CHANGING = {
+    "same": ({}, 16, 0),
+    "batch": ({"batch": lambda k: 2 if k < 3 else 1}, 12, 4),  # guidance ends
+    "fewer calls": ({"calls": lambda k: 2 if k < 3 else 1}, 20, 0),
+    "more calls": ({"calls": lambda k: 1 if k < 3 else 2}, 24, 4),
+}
+
+
+@pytest.mark.parametrize(("change", "skipped", "beyond"), CHANGING.values(), ids=CHANGING)
+def test_what_has_no_feature_of_its_shape_computes_and_is_reused_later(change, skipped, beyond):
     pipe, rows = loop(), Schedule([[k in (0, 2)] * 4 for k in range(6)])
     with torch.no_grad():
         plain = pipe(steps=6, **change)
@@ -603,12 +600,14 @@ def test_a_model_saved_or_copied_while_enabled_even_in_a_walk_is_the_stock_one(t
     def save(k):
         torch.save(pipe.transformer, tmp_path / "model.pt")
         pipe.transformer.save_pretrained(tmp_path / "saved")
-        copies.extend((torch.load(tmp_path / "model.pt", weights_only=False),
-                       type(pipe.transformer).from_pretrained(tmp_path / "saved"),
-                       copy.deepcopy(pipe.transformer), copy.deepcopy(pipe).transformer))  # fmt: skip
+        copies.append(torch.load(tmp_path / "model.pt", weights_only=False))
+        copies.append(type(pipe.transformer).from_pretrained(tmp_path / "saved"))
+        copies.extend((copy.deepcopy(pipe.transformer), copy.deepcopy(pipe).transformer))
+        assert "theoretical speedup" in str(session)
 
-    with cached(pipe, table(pipe)):
-        pipe(after=lambda k: save(k) if k == 1 else None)
+    with cached(pipe, table(pipe)) as session:
+        image = pipe()
+        assert torch.equal(pipe(after=lambda k: save(k) if k == 1 else None), image)
         save(None)
         assert all(torch.equal(asked(model.eval()), stock) for model in copies)
         randomised(copies[0], 9)

@@ -101,9 +101,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_kind_of_a_module_is_read_from_its_name(kind):
-    assert {name: kind_of(name) for name in KINDS[kind].split()} == dict.fromkeys(
-        KINDS[kind].split(), kind
-    )
+    assert {kind_of(name) for name in KINDS[kind].split()} == {kind}
 
 
 def test_what_has_no_sites_is_refused_with_what_was_looked_for_and_what_to_do():

@@ -63,9 +63,7 @@ def along(d, x, cond, e, order=0):
 
 
 @given(table=tables(), remembers=st.booleans(), order=st.integers(0, 2), seed=seeds)
-def test_the_walk_that_is_differentiated_is_the_tables_own_bit_for_bit(
-    table, remembers, order, seed
-):
+def test_the_walk_that_is_differentiated_is_the_tables_own(table, remembers, order, seed):
     """Where each image is what the table makes of its noise, the distance is zero, and the gradient."""
     d, x, cond = with_noise(make(remembers=remembers), 3, seed)
     schedule = replace(table, order=order)
@@ -138,9 +136,7 @@ def test_portions_of_a_pool_give_the_same_effects_and_the_model_is_left_as_it_wa
 
 
 @given(table=tables(), other=tables(), past=st.integers(1, 3), seed=seeds)
-def test_another_table_keeps_learned_weights_where_its_decisions_are_the_same(
-    table, other, past, seed
-):
+def test_another_table_keeps_learned_weights_where_it_decides_alike(table, other, past, seed):
     d, x, cond = with_noise(make(), 2, seed)
     learned = weigh(table, past, seed)
     moved = with_table(learned, other.compute)

@@ -39,9 +39,7 @@ def test_a_reference_is_the_image_of_the_same_sampler_with_more_steps(factor):
     assert torch.equal(part.images, pool.images[[2, 0]])
 
 
-def test_a_pool_that_was_interrupted_is_continued_and_a_file_of_others_is_refused(
-    tmp_path, monkeypatch
-):
+def test_an_interrupted_pool_is_continued_and_a_file_of_others_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("harmonica.search.references.PORTION", 4)
     d, path, whole, calls = make(), tmp_path / "pool.safetensors", drawn(), []
 

@@ -73,9 +73,7 @@ def test_the_authors_routers_may_reuse_in_any_row(tmp_path_factory, steps, tau, 
     assert schedule.provenance["format"] == "HarmoniCa router file"
 
 
-def test_a_bare_file_shows_by_its_untrained_rows_whose_it_is_and_58_columns_are_u_vits_blocks(
-    tmp_path,
-):
+def test_a_bare_file_shows_by_its_rows_and_columns_whose_it_is(tmp_path):
     theirs = logits(6, 56, trained=slice(0, None, 2))
     assert bool((theirs[1::2].sigmoid() <= 0.1).any())  # untrained rows would reuse here and there
     schedule = Schedule.load(write_rows(tmp_path / "r.pth", theirs))
@@ -120,22 +118,22 @@ def test_settings_in_a_pickle_are_allowed_for_that_one_call(tmp_path):
         torch.load(path, weights_only=True)
 
 
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        ({"0.prob": ROW, "2.prob": ROW}, r"not whole: of rows 0 to 2, \[1\] are missing$"),
-        ({"3.prob": ROW}, r"of rows 0 to 3, \[0, 1, 2\] are missing"),
-        ({"routers": {}}, "not a router file"),
-        ({"routers": 7}, "not a router file"),
-        ({"0.weight": ROW}, "not a router file: it has 0.weight where"),
-        ([ROW], "not a router file"),
-        (ROW, "not a router file"),
-        ({"0.prob": ROW, "1.prob": torch.ones(3)}, "row 1 that is not finite numbers"),
-        ({"0.prob": torch.ones(2, 2)}, "row 0 that is not finite numbers"),
-        ({"0.prob": ROW, "1.prob": ROW / 0}, "row 1 that is not finite numbers"),
-        ({"0.prob": "1111"}, "row 0 that is not finite numbers"),
-    ],
-)
+INCOMPLETE = [
+    ({"0.prob": ROW, "2.prob": ROW}, r"not whole: of rows 0 to 2, \[1\] are missing$"),
+    ({"3.prob": ROW}, r"of rows 0 to 3, \[0, 1, 2\] are missing"),
+    ({"routers": {}}, "not a router file"),
+    ({"routers": 7}, "not a router file"),
+    ({"0.weight": ROW}, "not a router file: it has 0.weight where"),
+    ([ROW], "not a router file"),
+    (ROW, "not a router file"),
+    ({"0.prob": ROW, "1.prob": torch.ones(3)}, "row 1 that is not finite numbers"),
+    ({"0.prob": torch.ones(2, 2)}, "row 0 that is not finite numbers"),
+    ({"0.prob": ROW, "1.prob": ROW / 0}, "row 1 that is not finite numbers"),
+    ({"0.prob": "1111"}, "row 0 that is not finite numbers"),
+]
+
+
+@pytest.mark.parametrize(("data", "message"), INCOMPLETE)
 def test_a_router_file_that_lacks_something_is_named_with_it(tmp_path, data, message):
     torch.save(data, tmp_path / "r.pt")
     with refused(rf"r\.pt.*{message}"):
@@ -176,20 +174,20 @@ def test_a_first_step_that_would_reuse_computes_and_says_so(tmp_path):
     assert schedule.provenance["first_step"] == first
 
 
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        ({"attn": [1, 0], "mlp": [1]}, "lists of different lengths.*attn 2, mlp 1"),
-        ({"attn": [1, 0], "mlp-0": [1, 0]}, "mixes sites of one block"),
-        ({"attn": [1, 2]}, "attn with entries other than 0 and 1"),
-        ({"attn": [1, "0"]}, "attn with entries other than 0 and 1"),
-        ({"attn": [1, [0]]}, "attn with entries other than 0 and 1"),
-        ({"attn": []}, "not a valid schedule"),
-        ({"attn-0": [1], "attn-00": [1]}, "not a valid schedule"),
-        ({}, "is not a schedule"),
-        ({"attn": "10"}, "is not a schedule"),
-    ],
-)
+IMPOSSIBLE = [
+    ({"attn": [1, 0], "mlp": [1]}, "lists of different lengths.*attn 2, mlp 1"),
+    ({"attn": [1, 0], "mlp-0": [1, 0]}, "mixes sites of one block"),
+    ({"attn": [1, 2]}, "attn with entries other than 0 and 1"),
+    ({"attn": [1, "0"]}, "attn with entries other than 0 and 1"),
+    ({"attn": [1, [0]]}, "attn with entries other than 0 and 1"),
+    ({"attn": []}, "not a valid schedule"),
+    ({"attn-0": [1], "attn-00": [1]}, "not a valid schedule"),
+    ({}, "is not a schedule"),
+    ({"attn": "10"}, "is not a schedule"),
+]
+
+
+@pytest.mark.parametrize(("data", "message"), IMPOSSIBLE)
 def test_a_smoothcache_file_that_says_something_impossible_is_refused(tmp_path, data, message):
     with refused(rf"s\.json.*{message}"):
         Schedule.load(write(tmp_path / "s.json", data))
@@ -258,12 +256,8 @@ def test_a_resampled_row_comes_from_the_same_relative_place(schedule, steps):
 
 
 @pytest.mark.parametrize("blocks", ["blocks", "transformer_blocks"])
-@pytest.mark.parametrize(
-    ("steps", "kinds"), [(20, ("attn", "mlp")), (100, ("attn", "mlp", "cross"))]
-)
-def test_a_schedule_file_is_readable_and_under_3_kb_per_thousand_entries(
-    tmp_path, steps, kinds, blocks
-):
+@pytest.mark.parametrize(("steps", "kinds"), [(20, ("attn", "mlp")), (100, ("attn", "mlp", "x"))])
+def test_a_schedule_file_is_readable_and_small(tmp_path, steps, kinds, blocks):
     sites = [f"{blocks}.{i}.{kind}" for i in range(28) for kind in kinds]
     settings = {"method": "HarmoniCa", "iterations": 20000, "batch_size": 8, "beta": 7e-8}
     about = {**ABOUT, "timesteps": tuple(range(999, 999 - steps, -1)), "provenance": settings}

@@ -157,9 +157,7 @@ def test_two_processes_train_the_router_of_one_with_the_joint_batch(both, name):
     assert (alone - Router(4, 4, generator=seeded(0)).logits).abs().min() > 0.1
 
 
-def test_ranks_take_their_own_samples_and_hold_the_same_router_which_rank_0_alone_writes(
-    both, folder
-):
+def test_ranks_take_their_own_samples_and_hold_one_router_that_rank_0_writes(both, folder):
     (zero, _), (one, _) = both
     for name in (*PROXIES, "seeded"):
         assert torch.equal(zero[name], one[name])
