@@ -12,10 +12,8 @@ from harmonica import Schedule
 from harmonica.models.dit import DiT, DiTDenoiser
 from harmonica.samplers import DDIM
 
-function_scoped = [HealthCheck.function_scoped_fixture]
-settings.register_profile(
-    "laws", deadline=None, max_examples=10, suppress_health_check=function_scoped
-)
+options = {"suppress_health_check": [HealthCheck.function_scoped_fixture], "deadline": None}
+settings.register_profile("laws", max_examples=10, **options)
 settings.load_profile("laws")
 torch.set_num_threads(1)  # the models here are too small to share
 
@@ -33,9 +31,7 @@ SMALL = {"input_size": 4, "patch_size": 2, "in_channels": 2, "hidden_size": 8, "
 SMALL |= {"num_classes": 3}
 
 
-def make(
-    steps=4, depth=2, *, guidance=1.5, seed=0, dtype=torch.float64, remembers=False
-) -> DiTDenoiser:
+def make(steps=4, depth=2, *, guidance=1.5, seed=0, dtype=torch.float64, remembers=False):
     """Return a denoiser with random weights, adaLN gates included, so that every site matters.
 
     With `remembers`, its sampler is a two-step one, whose memory is the last output.

@@ -1,13 +1,17 @@
-"""Scores of sets of images on disk: what is read, and what torchmetrics is given."""
+"""Scores of sets of images: what is read, what torchmetrics is given, what a judge recognises."""
 
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import refused
+from conftest import refused, start
 from PIL import Image
 from scores import clip_score, fid_inception, inception_score, read_images
+
+from harmonica import check_denoiser, sample
+from harmonica.evaluation.judge import GARMENTS, digits, judge_of
+from harmonica.models import BUNDLED, load
 
 COUNT = 11
 
@@ -104,3 +108,29 @@ def test_the_clip_score_pairs_each_image_with_its_prompt(metric, tmp_path):
     for wrong in (prompts[:-1], [*prompts, "one more"]):
         with refused(rf"has {COUNT} images, there are {len(wrong)} prompts"):
             clip_score(tmp_path / "one.npz", wrong, batch_size=4)
+
+
+@pytest.mark.parametrize(("model", "goal"), [("tiny", 0.97), ("garments", 0.88)])
+def test_what_a_bundled_model_draws_is_recognised(model, goal):
+    denoiser, judge = load(model, steps=10), judge_of(model)
+    labels = torch.arange(100) % 10
+    x, _ = start(denoiser, 100, 11)
+    images = sample(denoiser, x, labels)
+    assert judge.agreement(images, labels) >= goal
+    assert judge.agreement(images, (labels + 1) % 10) < 0.2
+    near, far = judge.frechet(images), judge.frechet(torch.randn_like(images))
+    assert 0.0 < near < far / 2
+    assert judge.frechet_of_features(judge.features(images)) == near
+
+
+def test_real_digits_are_at_distance_zero_and_recognised_and_garments_are_a_denoiser():
+    (images, labels), judge = digits(), judge_of("tiny")
+    assert (images.shape, images.min(), images.max()) == ((1797, 1, 8, 8), -1, 1)
+    assert judge.frechet(images) == pytest.approx(0.0, abs=1e-6)
+    assert judge.frechet(images + 0.5) == pytest.approx(64 * 0.25, rel=1e-5)
+    assert judge.agreement(images, labels) > 0.98
+    with refused("no judge knows the pictures of 'uvit-h'"):
+        judge_of("uvit-h")
+    check_denoiser(load("garments", steps=2))
+    assert BUNDLED["garments"].stat().st_size <= 3_000_000
+    assert len(GARMENTS) == 10

@@ -113,10 +113,8 @@ def test_an_unusual_block_is_run_as_it_stands_with_the_same_numbers(name, change
 
 
 def test_another_kind_of_norm_is_not_known():
-    of_kind = {
-        kind: {"num_embeds_ada_norm": 10}
-        for kind in ("layer_norm", "ada_norm", "layer_norm_i2vgen")
-    }
+    kinds = ("layer_norm", "ada_norm", "layer_norm_i2vgen")
+    of_kind = {kind: {"num_embeds_ada_norm": 10} for kind in kinds}
     positions = {"positional_embeddings": "sinusoidal", "num_positional_embeddings": 4}
     of_kind["ada_norm_single"] = {"cross_attention_dim": 8, **positions}
     for kind, options in of_kind.items():
@@ -124,11 +122,8 @@ def test_another_kind_of_norm_is_not_known():
         assert form_of(block.eval()) is None
 
 
-UNUSUAL_CALLS = {
-    "scaled": {"cross_attention_kwargs": {"scale": 0.5}},
-    "labels": {"class_labels": torch.zeros(1, dtype=torch.long)},
-    "chunks": {},
-}
+UNUSUAL_CALLS = {"scaled": {"cross_attention_kwargs": {"scale": 0.5}}, "chunks": {}}
+UNUSUAL_CALLS |= {"labels": {"class_labels": torch.zeros(1, dtype=torch.long)}}
 
 
 @pytest.mark.parametrize("call", UNUSUAL_CALLS)

@@ -14,8 +14,11 @@ from speed import SIZES
 from harmonica import Router, macs, sample
 from harmonica.inference import timing as timing_module
 from harmonica.inference.timing import measure
-from harmonica.models import DITS, load
+from harmonica.models import DITS, digits, load
 from harmonica.models.dit import DiT, DiTDenoiser, sincos_positions
+from harmonica.models.pipelines import from_pipeline
+from harmonica.models.sites import sites
+from harmonica.models.weights import dit_from_diffusers, dit_to_diffusers
 from harmonica.samplers import DDIM, alphas_cumprod, make_sampler, spaced_timesteps
 
 
@@ -219,3 +222,25 @@ def test_the_clock_warms_up_takes_turns_and_gives_medians(small, monkeypatch):
     timing = measure(small, schedule, *start(small), repeats=3)
     assert walked == [None, schedule] * 4
     assert (timing.plain, timing.cached, timing.speedup) == (6, 2, 3)
+
+
+def test_renaming_to_diffusers_keeps_the_parameters_and_the_predictions():
+    state = load("tiny").model.state_dict()
+    back = dit_from_diffusers(dit_to_diffusers(state), state["pos_embed"])
+    assert set(back) == set(state)
+    assert all(torch.equal(back[name], state[name]) for name in state)
+    ours = load("tiny", steps=5, sampler="dpm-solver++", guidance=1.5)
+    theirs = from_pipeline(digits.pipeline(load("tiny")), steps=5, guidance=1.5)
+    x, labels = start(ours, 4, 0)
+    cond = torch.stack([labels, torch.arange(4)], 1)
+    for k in range(5):
+        found, expected = theirs.predict(x, k, cond), ours.predict(x, k, labels)[: len(x)]
+        assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_all_classes_of_the_pipeline_are_digits():
+    pipe = digits.pipeline(load("tiny"))
+    options = {"num_inference_steps": 4, "output_type": "pt"}
+    one, other = (pipe([label], generator=seeded(1), **options).images for label in (3, 993))
+    assert torch.equal(torch.as_tensor(one), torch.as_tensor(other))
+    assert len(sites(pipe.transformer)) == 16
