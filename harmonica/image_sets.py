@@ -35,11 +35,11 @@ from harmonica.evaluation import image_files
 from harmonica.inference.walk import Walk
 from harmonica.processes import (
     from_rank_0,
-    mean_over_ranks,
     processes,
     progress_bar,
     rank,
     started_as,
+    wait_for_all,
     world,
 )
 from harmonica.router import Schedule
@@ -90,8 +90,8 @@ def write_images(  # noqa: D417 (some arguments share a line)
                 x, cond = draw_images(denoiser, numbers, seed)
                 images = image_files.to_uint8(decode(walk(x, cond)))
                 image_files.write_part(parts, numbers, images, cond)
-            _wait_for_all(denoiser)
-            _put_together(denoiser, out, count)
+            wait_for_all()
+            _put_together(out, count)
         except KeyboardInterrupt:
             kept = f"finished images are in {parts}, run the same again to continue"
             raise KeyboardInterrupt(f"stopped; {kept}") from None
@@ -99,14 +99,14 @@ def write_images(  # noqa: D417 (some arguments share a line)
     return out
 
 
-def _put_together(denoiser: Denoiser, out: Path, count: int) -> None:
+def _put_together(out: Path, count: int) -> None:
     pieces = image_files.pieces_of(image_files.parts_of(out), count)
     if out.suffix == ".npz":
         from_rank_0(lambda: image_files.write_npz(out, pieces))
         return
     from_rank_0(lambda: out.mkdir(exist_ok=True))
     image_files.write_pngs(out, pieces[rank() :: world()])
-    _wait_for_all(denoiser)
+    wait_for_all()
     from_rank_0(lambda: image_files.write_labels(image_files.labels_of(out), pieces))
 
 
@@ -153,12 +153,6 @@ def _begin(parts: Path, settings: dict[str, Any], held: ExitStack) -> None:
         write_json(note, settings)
     other, todo = changes(read_json(note), settings), "go on with those, or remove the folder"
     require(not other, f"{parts} was begun with other settings: {other}; {todo}")
-
-
-def _wait_for_all(denoiser: Denoiser) -> None:
-    """Return when every process is here."""
-    device = next(p.device for site in denoiser.sites.values() for p in site.parameters())
-    mean_over_ranks(torch.zeros((), device=device))  # nccl speaks on GPUs only
 
 
 def parser() -> cli.Parser:

@@ -77,6 +77,12 @@ def world() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def wait_for_all() -> None:
+    """Return when every process is here."""
+    if world() > 1:
+        dist.barrier()
+
+
 def progress_bar(shown: bool, **how: Any) -> Any:
     """Return a bar of tqdm, which rank 0 alone shows, and only where stderr is a terminal."""
     from tqdm.auto import tqdm

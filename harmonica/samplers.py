@@ -33,7 +33,10 @@ from harmonica.table import require
 Memory = dict[str, Any]  # what a sampler remembers along one walk; empty at k = 0
 TRAIN_TIMESTEPS = 1000  # length of the diffusion that all models here were trained with
 Betas = Literal["linear", "scaled-linear"]  # its noise; the second is Stable Diffusion's, U-ViT's
-_ENDS = {"linear": (1e-4, 0.02), "scaled-linear": (0.00085, 0.012)}
+_TRAINED: dict[str, dict[str, Any]] = {  # in the words of diffusers
+    "linear": {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},
+    "scaled-linear": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+}
 
 
 class Sampler(Protocol):
@@ -63,7 +66,7 @@ def alphas_cumprod(betas: Betas = "linear") -> Tensor:
     4.04e-05
     """
     power = 1.0 if betas == "linear" else 2.0
-    low, high = (end ** (1 / power) for end in _ENDS[betas])
+    low, high = (_TRAINED[betas][end] ** (1 / power) for end in ("beta_start", "beta_end"))
     beta = torch.linspace(low, high, TRAIN_TIMESTEPS, dtype=torch.float64) ** power
     return torch.cumprod(1.0 - beta, dim=0)
 
@@ -193,7 +196,7 @@ class IDDPM:
         for channels, variance in ((1, "fixed_small"), (2, "learned_range")):
             # clip_sample defaults to true in diffusers, for images in [−1, 1]; these are latents
             more = {"variance_type": variance, "clip_sample": False}
-            scheduler = DDPMScheduler(**_trained_with(betas), **more)
+            scheduler = DDPMScheduler(**_TRAINED[betas], **more)
             scheduler.set_timesteps(timesteps=list(self.timesteps))
             self._rules[channels] = Scheduled(scheduler, self.name)
 
@@ -210,7 +213,7 @@ def dpm_solver(steps: int, betas: Betas = "linear") -> Scheduled:
     """Return DPM-Solver++, multistep of order 2 (Lu et al. 2022), with PixArt's settings."""
     from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 
-    return scheduled(DPMSolverMultistepScheduler(**_trained_with(betas)), steps, "dpm-solver++")
+    return scheduled(DPMSolverMultistepScheduler(**_TRAINED[betas]), steps, "dpm-solver++")
 
 
 def sa_solver(steps: int, betas: Betas = "linear") -> Scheduled:
@@ -218,12 +221,7 @@ def sa_solver(steps: int, betas: Betas = "linear") -> Scheduled:
     from diffusers.schedulers.scheduling_sasolver import SASolverScheduler
 
     orders = {"predictor_order": 2, "corrector_order": 2, "algorithm_type": "data_prediction"}
-    return scheduled(SASolverScheduler(**_trained_with(betas), **orders), steps, "sa-solver")
-
-
-def _trained_with(betas: Betas) -> dict[str, Any]:
-    low, high = _ENDS[betas]
-    return {"beta_start": low, "beta_end": high, "beta_schedule": betas.replace("-", "_")}
+    return scheduled(SASolverScheduler(**_TRAINED[betas], **orders), steps, "sa-solver")
 
 
 def _state(scheduler: Any) -> dict[str, Any]:
