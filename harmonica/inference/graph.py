@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from harmonica.inference.walk import Walk
+from harmonica.inference.walk import Refinable, Walk
 from harmonica.table import require
 
 Capture = Callable[[Callable[[], Tensor], torch.device], tuple[Callable[[], None], Tensor]]
@@ -127,7 +127,8 @@ class GraphWalk:
         """Return why no batch like x runs as a graph, or None."""
         if self._for_cuda and not x.is_cuda:
             return f"x is on {x.device}; graphs are for CUDA devices"
-        if self.walk.draws_noise:
+        denoiser = self.walk.denoiser
+        if isinstance(denoiser, Refinable) and denoiser.draws_noise:
             return "the sampler draws noise at every step; a graph would repeat its first batch's"
         return None
 

@@ -112,8 +112,3 @@ class Walk:
                 gate = gate_of(k, cache)
                 x = denoiser.step(x, denoiser.predict(x, k, cond), k, memory)
         return x
-
-    @property
-    def draws_noise(self) -> bool:
-        """Whether the sampler adds noise of its own; false for a denoiser that does not say."""
-        return isinstance(self.denoiser, Refinable) and self.denoiser.draws_noise

@@ -76,7 +76,7 @@ class Watch:
 
     def __init__(self, *modules: nn.Module) -> None:
         parts = [part for module in modules for part in module.modules()]
-        self._own = [id(vars(module)) for module in modules]
+        self._answered = [id(vars(module)) for module in modules]  # their forward may be overridden
         self._parts = [(vars(part), *settings_of(part)) for part in parts]
         self._places = [
             (places, name, thing)
@@ -96,7 +96,7 @@ class Watch:
         """Return what differs after any change; None while the module is not plain."""
         for own, _, size in self._parts:
             hooked = own["_forward_hooks"] or own["_forward_pre_hooks"]
-            if (hooked or "forward" in own) and id(own) not in self._own:
+            if (hooked or "forward" in own) and id(own) not in self._answered:
                 return None
             if len(own) - ("forward" in own) != size or own["training"]:
                 return None

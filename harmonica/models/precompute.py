@@ -98,8 +98,9 @@ class Condition:
         def answer(forward: Method, args: Any, kwargs: Any) -> Any:
             known, batch, state = memo.known, len(args[0]), watch.state()
             parts = [known.get((self, part)) for part in ("times", "labels")]
-            now = all(known.get((self, part, "at")) == memo.k for part in ("times", "labels"))
-            if memo.k is None or state is None or None in parts or not now or room < 2 * batch:
+            # The input is c only if both of its parts were made, or looked up, at this step.
+            is_c = all(known.get((self, part, "at")) == memo.k for part in ("times", "labels"))
+            if memo.k is None or state is None or None in parts or not is_c or room < 2 * batch:
                 return forward(*args, **kwargs)
             times, labels = (part[0] for part in parts if part)  # (T, D), (B, D)
             steps = room // batch

@@ -101,7 +101,8 @@ def test_equal_copies_of_an_embedding_run_once_and_different_ones_each(equal):
     assert torch.equal(Walk(d, exact=True)(x, cond), sample(d, x, cond))
     assert relative(Walk(d)(x, cond), sample(d, x, cond)) < 1e-10
     labels = [emb.class_embedder for emb in embeddings]
-    assert sum(count_calls(labels, lambda: Walk(d)(x, cond))) == (1 if equal else 2)
+    ran = count_calls(labels, lambda: Walk(d)(x, cond))
+    assert sum(ran) == (1 if equal else 1 + d.steps)  # a different one is not known ahead
     embeddings[1].time_proj.downscale_freq_shift = 0  # of other settings they are not the same
     assert equal_to_the_first(embeddings, Memo()) == [True, False]
 
