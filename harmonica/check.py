@@ -53,8 +53,9 @@ def _each_site_is_asked_once(denoiser: Denoiser, x: Tensor, cond: Any) -> None:
     with torch.no_grad(), gated(denoiser.sites, count):
         denoiser.predict(x, 0, cond)
     # A site that is asked in two calls of its model comes under two keys (`harmonica.calls`).
-    once = len(set(calls)) == len(calls) and {*map(int, calls)} == {*range(len(denoiser.sites))}
-    assert once, f"each site is asked once in a call of the model, not {calls}"
+    assert len(set(calls)) == len(calls), f"a site is asked twice in a call of the model: {calls}"
+    every = {*map(int, calls)} == {*range(len(denoiser.sites))}
+    assert every, f"each site is asked once in a call of the model, not {calls}"
 
 
 def _cached_features_are_left_alone(denoiser: Denoiser, x: Tensor, cond: Any) -> None:

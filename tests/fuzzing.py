@@ -39,7 +39,7 @@ from harmonica.models.weights import component, fill, read_state
 from harmonica.storage.files import read_json, write_tensors
 from harmonica.storage.foreign import write_smoothcache
 from harmonica.storage.hub import fetch, write_folder
-from harmonica.training.checkpoint import Checkpoint, Settings, fingerprint, start
+from harmonica.training.checkpoint import Checkpoint, Settings, start
 
 SITES = tuple(f"blocks.{i}.{kind}" for i in range(2) for kind in ("attn", "mlp"))
 ABOUT = {"model": "small", "sampler": "ddim", "timesteps": (9, 5, 0), "guidance": 1.5}
@@ -118,8 +118,8 @@ def _checkpoint_bytes() -> bytes:
 def _resume(path: Path) -> None:
     d = make(dtype=torch.float32)
     settings = Settings(**_SETTINGS, proxy="leave-one-out", target=None)
-    state, facts = start(d, settings), {"settings": settings.facts(), "weights": fingerprint(d)}
-    Checkpoint(path, 100, facts).begin(state, 6, resume=True)
+    state = start(d, settings)
+    Checkpoint(path, 100, settings, d).begin(state, 6, resume=True)
     assert 0 <= state.updates <= 6
     assert bool(state.router().isfinite().all())
     state.router.rows[0].grad = torch.ones(4)

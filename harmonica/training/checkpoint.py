@@ -153,12 +153,15 @@ class Checkpoint:
     """The file of a training run, written every so many updates, before and after the search; as a
     context it saves the run on Ctrl-C and on lack of memory.
 
-    `path` is None for a run that leaves no file; `facts`, the settings and the weights' fingerprint,
-    must be the same on resuming.
+    `path` is None for a run that leaves no file. The settings and the denoiser's weights must be
+    the same on resuming.
     """
 
-    def __init__(self, path: StrPath | None, every: int, facts: dict[str, Any]) -> None:
-        self.path, self.every, self.facts = path, every, facts
+    def __init__(
+        self, path: StrPath | None, every: int, settings: Settings, denoiser: Denoiser
+    ) -> None:
+        self.path, self.every = path, every
+        self.facts = {"settings": settings.facts(), "weights": fingerprint(denoiser)}
 
     def begin(self, state: TrainingState, iterations: int, *, resume: bool) -> None:
         """Set the state that the run starts from, on all processes; raise FileExistsError,

@@ -17,10 +17,10 @@ from harmonica.router import Router
 from harmonica.sdt import BETA, sdt
 from harmonica.search.references import Toward, factor_of, finer_walk
 from harmonica.search.refine_router import refine_router
-from harmonica.search.target import check_target, target_of
+from harmonica.search.target import Target, check_target, target_of
 from harmonica.storage.files import StrPath
 from harmonica.table import require
-from harmonica.training.checkpoint import Checkpoint, Settings, TrainingState, fingerprint, start
+from harmonica.training.checkpoint import Checkpoint, Settings, TrainingState, start
 
 
 def train_sdt(  # noqa: D417 (some arguments are described together)
@@ -47,14 +47,12 @@ def train_sdt(  # noqa: D417 (some arguments are described together)
 ) -> Router:
     """Train a router from noise alone; the defaults are the authors' settings for DiT-XL/2.
 
-    Without a target this is the paper. With one, training chooses β, and a search refines the table
-    afterwards (harmonica.search.refine_router); it ends on the target or just above.
+    Without a target this is the paper. With one, β is chosen, and the table searched afterwards.
 
     Args:
         iterations, batch_size: updates in all; noises in a trajectory, of all processes together.
         tau, beta, lr, refresh_every, proxy: as in `sdt`; leave beta out with a target.
-        target_speedup, target_cur: theoretical speedup, or share of the table that is reused.
-        cost: what the speedup is counted in, `macs(denoiser)` if None.
+        target_speedup, target_cur: to end on or just above; a speedup counts `cost`, or MACs.
         refine, order, toward: budget of the search, order of its gate, and image that it aims at.
         generator: draws the router, the noise and the conditions; seed 0 if None.
         checkpoint, checkpoint_every, resume: a file to go on from, bit for bit (`Checkpoint`).
@@ -62,15 +60,10 @@ def train_sdt(  # noqa: D417 (some arguments are described together)
     Raises TypeError or ValueError if an argument does not fit, OSError if `checkpoint` does not.
     """
     target = target_of(denoiser, target_speedup, target_cur, cost)
-    speedup = None if target is None else target.speedup
-    check_target(speedup, None if beta == BETA else beta, order)
-    finer_walk(denoiser, factor_of(toward))  # raises now what the search would raise after training
-    needed = target is not None or toward != "reference"
-    require(needed, "toward='reference' is for the search; give target_speedup as well")
+    _check(denoiser, target, beta, order, toward)
     settings = Settings(batch_size, tau, beta, lr, refresh_every, proxy, target)
     state = start(denoiser, settings, generator)
-    facts = {"settings": settings.facts(), "weights": fingerprint(denoiser)}
-    with Checkpoint(checkpoint, checkpoint_every, facts) as saved:
+    with Checkpoint(checkpoint, checkpoint_every, settings, denoiser) as saved:
         saved.begin(state, iterations, resume=resume)
         bar = progress_bar(progress, total=iterations, initial=state.updates, unit="update")
         _train(denoiser, settings, state, saved, bar)
@@ -80,6 +73,17 @@ def train_sdt(  # noqa: D417 (some arguments are described together)
             _refine(partial(refine_router, denoiser, state.router, target, **how), refine)
             saved.write()
     return state.router
+
+
+def _check(
+    denoiser: Denoiser, target: Target | None, beta: float, order: int, toward: Toward
+) -> None:
+    """Raise before training what the search would raise after it."""
+    speedup = None if target is None else target.speedup
+    check_target(speedup, None if beta == BETA else beta, order)
+    finer_walk(denoiser, factor_of(toward))
+    needed = target is not None or toward != "reference"
+    require(needed, "toward='reference' is for the search; give target_speedup as well")
 
 
 def _train(
