@@ -34,20 +34,22 @@ AUTHORS = {"iterations": 20_000, "batch_size": 32, "beta": 7e-8, "lr": 0.01, "re
 QUICK = {"iterations": 1500, "batch_size": 8, "beta": 1e-7, "lr": 0.1, "refresh_every": 10}
 """Settings for a bundled model: a tenth of the updates on a thousandth of the model."""
 
-# Models of which 32 noises do not fit into 80 GiB, models that run blocks again in backward by
-# default, to fit, and those of which the search does not fit even for one noise: none by default.
-SMALLER = {"pixart-alpha-1024": 8, "pixart-sigma-1024": 8, "pixart-sigma-2k": 2}
-CHECKPOINTED = ("pixart-alpha-512", *SMALLER)
-UNSEARCHED = ("pixart-sigma-2k",)
+AGAIN = {"activation_checkpointing": True}
+LARGE: dict[str, dict[str, Any]] = {
+    "pixart-alpha-512": AGAIN,
+    "pixart-alpha-1024": {**AGAIN, "batch_size": 8},
+    "pixart-sigma-1024": {**AGAIN, "batch_size": 8},
+    "pixart-sigma-2k": {**AGAIN, "batch_size": 2, "refine": 0},  # no search fits, of one noise
+}
+"""Other settings for models that would not fit into 80 GiB."""
+
 TARGET = "theoretical speedup to end on, or just above"  # the help of --target, as in the demo
 
 
 def defaults(model: str) -> dict[str, Any]:
     """Return the settings of training that are used for a model unless others are given."""
-    if model in BUNDLED:
-        return QUICK
-    special = {"refine": 0} if model in UNSEARCHED else {}
-    return {**AUTHORS, "batch_size": SMALLER.get(model, AUTHORS["batch_size"]), **special}
+    usual = QUICK if model in BUNDLED else AUTHORS
+    return {**usual, "activation_checkpointing": False, **LARGE.get(model, {})}
 
 
 def parser() -> cli.Parser:
@@ -130,8 +132,6 @@ def complete(args: argparse.Namespace) -> None:
     for name, value in defaults(args.model).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.activation_checkpointing is None:
-        args.activation_checkpointing = args.model in CHECKPOINTED
     if started_as()[1] == 1 and not args.dry_run:
         cli.check_device(args.device)
     args.prompts = None if args.prompts is None else read_prompts(args.prompts)
