@@ -11,6 +11,7 @@ from torch import nn
 
 from harmonica import Schedule
 from harmonica.models.dit import DiTDenoiser
+from harmonica.models.pipelines import cached
 from harmonica.models.pipelines.tune import steps_of_run
 from harmonica.models.sites import sites
 from harmonica.samplers import DDIM
@@ -214,6 +215,12 @@ def table(pipe: Any, steps: int = 4, every: int = 2) -> Schedule:
 
 def everything(pipe: Any, steps: int = 4) -> Schedule:
     return Schedule(torch.ones(steps, len(sites(pipe.transformer))))
+
+
+def under(pipe: Any, schedule: Schedule, call: Any, *args: Any, **options: Any) -> torch.Tensor:
+    """Return what a call returns while a pipeline is cached under a schedule."""
+    with cached(pipe, schedule):
+        return call(*args, **options)
 
 
 def count_calls(modules, run):

@@ -7,7 +7,7 @@ import itertools
 import pipes
 import weakref
 from dataclasses import replace
-from pipes import count_calls, dit_pipe, everything, pixart_pipe, randomised, run, table
+from pipes import count_calls, dit_pipe, everything, pixart_pipe, randomised, run, table, under
 
 import diffusers
 import pytest
@@ -86,8 +86,7 @@ def test_heun_calls_the_model_seven_times_in_four_steps_and_each_call_is_a_step(
     pipe = dit_pipe(scheduler=diffusers.HeunDiscreteScheduler())
     plain = run(pipe, 4)
     assert len(pipe.scheduler.timesteps) == 7
-    with cached(pipe, Schedule(torch.ones(7, 4))):
-        assert torch.equal(run(pipe, 4), plain)
+    assert torch.equal(under(pipe, Schedule(torch.ones(7, 4)), run, pipe, 4), plain)
     with cached(pipe, table(pipe, 7)) as session:
         run(pipe, 4)
         assert session.skipped == 3 * 4
@@ -98,8 +97,7 @@ def test_pipelines_that_nobody_here_wrote_an_adapter_for_are_exact_too(make):
     """Flux and Wan: features that are tuples, two calls in a step, fractional timesteps."""
     pipe = make()
     plain, before = pipes.run_embedded(pipe), snapshot(pipe)
-    with cached(pipe, everything(pipe)):
-        assert torch.equal(pipes.run_embedded(pipe), plain)
+    assert torch.equal(under(pipe, everything(pipe), pipes.run_embedded, pipe), plain)
     with cached(pipe, table(pipe)) as session:
         image = pipes.run_embedded(pipe)
         assert torch.equal(pipes.run_embedded(pipe), image)
@@ -193,8 +191,7 @@ def test_nested_and_repeated_use_restores_exactly_what_was_there():
     for _ in range(2):
         with cached(pipe, table(pipe)):
             outer = run(pipe)
-            with cached(pipe, everything(pipe, 6)):
-                assert torch.equal(run(pipe, 6), plain)
+            assert torch.equal(under(pipe, everything(pipe, 6), run, pipe, 6), plain)
             assert torch.equal(run(pipe), outer)
     assert snapshot(pipe) == before
 
@@ -204,8 +201,7 @@ def test_two_pipelines_at_once_share_nothing():
     one, other = dit_pipe(0), dit_pipe(1)
     with cached(one, table(one)):
         alone = [run(one), None]
-    with cached(other, table(other, 4, 4)):
-        alone[1] = run(other)
+    alone[1] = under(other, table(other, 4, 4), run, other)
     with cached(one, table(one)), cached(other, table(other, 4, 4)):
         assert equal([run(one), run(other), run(one)], [*alone, alone[0]])
 
@@ -242,15 +238,13 @@ def test_a_walk_under_inference_mode_does_not_break_later_training():
 def test_it_works_under_accelerates_cpu_offload_and_leaves_its_hooks_alone():
     pipe = dit_pipe()
     plain = run(pipe)
-    with cached(pipe, table(pipe)):
-        under = run(pipe)
+    image = under(pipe, table(pipe), run, pipe)
     first = pipe.transformer.transformer_blocks[0]
     hooked = [pipe.transformer, *sites(pipe.transformer).values(), *first.ff.net]
     for module in hooked:
         add_hook_to_module(module, AlignDevicesHook("cpu"))
     before = snapshot(pipe)
-    with cached(pipe, table(pipe)):
-        assert torch.equal(run(pipe), under)
+    assert torch.equal(under(pipe, table(pipe), run, pipe), image)
     assert snapshot(pipe) == before
     assert torch.equal(run(pipe), plain)
     with cached(pipe, table(pipe)):
@@ -266,9 +260,9 @@ def test_a_hook_put_on_top_inside_the_with_stays_and_the_cache_below_it_is_silen
     plain = run(pipe)
     site = next(iter(sites(pipe.transformer).values()))
     with cached(pipe, table(pipe)):
-        under = run(pipe)
+        image = run(pipe)
         add_hook_to_module(site, AlignDevicesHook("cpu"))
-        assert torch.equal(run(pipe), under)
+        assert torch.equal(run(pipe), image)
     assert hasattr(site, "_hf_hook")
     assert torch.equal(run(pipe), plain)
 
@@ -276,14 +270,13 @@ def test_a_hook_put_on_top_inside_the_with_stays_and_the_cache_below_it_is_silen
 def test_it_works_with_model_cpu_offload_again_and_again():
     """The pipeline takes its hooks off and puts them on at the end of each call."""
     pipe = dit_pipe()
-    with cached(pipe, table(pipe)):
-        under = run(pipe)
+    image = under(pipe, table(pipe), run, pipe)
     _, hook = cpu_offload_with_hook(pipe.transformer, "cpu")
     with cached(pipe, table(pipe)) as session:
-        assert torch.equal(run(pipe), under)
+        assert torch.equal(run(pipe), image)
         hook.remove()
         _, hook = cpu_offload_with_hook(pipe.transformer, "cpu")
-        assert torch.equal(run(pipe), under)
+        assert torch.equal(run(pipe), image)
         assert session.skipped == 2 * 2 * 4
 
 
@@ -303,8 +296,7 @@ def test_it_works_with_lora_wrapped_linears_fused_qkv_and_under_autocast(change,
     change(pipe)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         plain = run(pipe)
-        with cached(pipe, everything(pipe)):
-            assert torch.equal(run(pipe), plain)
+        assert torch.equal(under(pipe, everything(pipe), run, pipe), plain)
         with cached(pipe, table(pipe)) as session:
             assert run(pipe).isfinite().all()
             assert session.skipped
@@ -453,8 +445,7 @@ def test_a_stock_pipeline_projects_its_text_and_embeds_its_labels_once():
     in_blocks_and_at_the_end = 4 * (2 + 1)
     assert sum(count_calls(embeddings, lambda: run(pipe))) == in_blocks_and_at_the_end
     assert sum(count_calls(embeddings, lambda: under_the_cache(4, walks=1))) == 4
-    with cached(pipe, everything(pipe)):
-        assert torch.equal(run(pipe), plain)
+    assert torch.equal(under(pipe, everything(pipe), run, pipe), plain)
 
 
 @pytest.mark.parametrize("name", ["replaced", "written to"])
@@ -470,8 +461,7 @@ def test_a_prompt_that_changes_in_the_middle_of_a_walk_is_seen(name):
 
     pipe.transformer.forward = changing
     plain = run(pipe)
-    with cached(pipe, everything(pipe)):
-        assert torch.equal(run(pipe), plain)
+    assert torch.equal(under(pipe, everything(pipe), run, pipe), plain)
 
 
 @pytest.mark.parametrize("name", ["dit", "pixart-alpha"])

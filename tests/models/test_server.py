@@ -13,7 +13,7 @@ import sys
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from pipes import dit_transformer, everything, randomised, run, run_embedded, table
+from pipes import dit_transformer, everything, randomised, run, run_embedded, table, under
 
 import diffusers
 import pytest
@@ -386,8 +386,7 @@ def computed(pipe, **call):
 def test_the_first_step_that_runs_computes_and_the_others_follow_their_rows(start):
     pipe = loop()
     plain = pipe(start=start, steps=6)
-    with cached(pipe, everything(pipe, 6)):
-        assert torch.equal(pipe(start=start, steps=6), plain)
+    assert torch.equal(under(pipe, everything(pipe, 6), pipe, start=start, steps=6), plain)
     with cached(pipe, table(pipe, 6, every=3)):
         ran = computed(pipe, start=start, steps=6)
     assert ran == [4] + [4 if k % 3 == 0 else 0 for k in range(start + 1, 6)]
@@ -420,8 +419,7 @@ def test_what_has_no_feature_of_its_shape_computes_and_is_reused_later(change, s
     pipe, rows = loop(), Schedule([[k in (0, 2)] * 4 for k in range(6)])
     with torch.no_grad():
         plain = pipe(steps=6, **change)
-        with cached(pipe, everything(pipe, 6)):
-            assert torch.equal(pipe(steps=6, **change), plain)
+        assert torch.equal(under(pipe, everything(pipe, 6), pipe, steps=6, **change), plain)
         with cached(pipe, rows) as session:
             pipe(steps=6, **change)
     told = session.report()
@@ -451,8 +449,7 @@ def test_each_walk_takes_the_table_for_its_timesteps():
     pipe = loop()
     tables, alone = {4: table(pipe, 4), 6: table(pipe, 6, every=3)}, {}
     for steps, rows in tables.items():
-        with cached(pipe, rows):
-            alone[steps] = pipe(steps=steps)
+        alone[steps] = under(pipe, rows, pipe, steps=steps)
     with cached(pipe, [*tables.values()]):
         for steps in (6, 4, 6):
             assert torch.equal(pipe(steps=steps), alone[steps])
@@ -506,8 +503,7 @@ class Twice(Loop):
 def test_copied_and_doubled_steps_are_followed(kind):
     pipe = kind(loop().transformer)
     plain = pipe()
-    with cached(pipe, everything(pipe)):
-        assert torch.equal(pipe(), plain)
+    assert torch.equal(under(pipe, everything(pipe), pipe), plain)
     with cached(pipe, table(pipe)):
         assert computed(pipe) == [4, 0, 4, 0]
 
@@ -516,8 +512,7 @@ def test_copied_and_doubled_steps_are_followed(kind):
 def test_a_scheduler_whose_methods_somebody_has_wrapped_is_followed(start):
     pipe = loop()
     schedule = Schedule([[k != 2] * 4 for k in range(4)], tuple(sites(pipe.transformer)))
-    with cached(pipe, schedule):
-        expected = pipe(start=start)
+    expected = under(pipe, schedule, pipe, start=start)
     for name in ("set_timesteps", "step"):
         method = getattr(pipe.scheduler, name)
         setattr(pipe.scheduler, name, lambda *a, method=method, **kw: method(*a, **kw))
@@ -618,8 +613,7 @@ def test_features_in_host_memory_give_the_same_image_and_a_late_start_repeats_wh
     pipe = loop()
     for order in (0, 1):
         rows = Schedule(table(pipe, 6, every=3).compute, order=order)
-        with cached(pipe, rows):
-            expected = pipe(steps=6)
+        expected = under(pipe, rows, pipe, steps=6)
         with cached(pipe, rows, offload=True) as session:
             assert torch.equal(pipe(steps=6), expected)
             assert session.skipped == 16
@@ -639,5 +633,4 @@ def test_another_scheduler_or_transformer_inside_the_with_is_followed():
         image = run(pipe)
         assert session.skipped == 16
     torch.manual_seed(0)
-    with cached(pipe, table(pipe)):
-        assert torch.equal(run(pipe), image)
+    assert torch.equal(under(pipe, table(pipe), run, pipe), image)
