@@ -186,19 +186,10 @@ SETTINGS += [{"target_cur": 0.3, "refine": 0}, REFINED, REFINED | {"order": 1}]
 SETTINGS += [REFINED | {"toward": "reference"}]
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_training_gives_the_cpus_router(settings):
-    same_on_both(lambda place: trained(place, **settings))
-
-
-def test_resuming_gives_the_cpus_router(tmp_path):
-    def resumed(place):
-        checkpoint = tmp_path / f"{place}.safetensors"
-        how = {"target_speedup": 1.3, "refine": 0, "checkpoint": checkpoint}
-        trained(place, iterations=3, **how)
-        return trained(place, iterations=5, resume=True, **how)
-
-    same_on_both(resumed)
+def resumed(place, out):
+    how = {"target_speedup": 1.3, "refine": 0, "checkpoint": out / f"{place}.safetensors"}
+    trained(place, iterations=3, **how)
+    return trained(place, iterations=5, resume=True, **how)
 
 
 L2C = {"speedup": 1.1, "updates": 4, "batch_size": 2}
@@ -213,13 +204,9 @@ BASELINES = {
 }
 
 
-@pytest.mark.parametrize("name", BASELINES)
-def test_a_baseline_makes_the_cpus_table(name):
-    def table_on(place):
-        d = loaded("dit-xl", steps=3, device=place)
-        return BASELINES[name](d, *start(d, 2, 0)).compute
-
-    same_on_both(table_on)
+def baseline(name, place):
+    d, x, y = with_noise(loaded("dit-xl", steps=3, device=place), 2, 0)
+    return BASELINES[name](d, x, y).compute
 
 
 def flip_effects(place, order=0):
@@ -229,20 +216,23 @@ def flip_effects(place, order=0):
     return model.gradient, model.curvature
 
 
-def test_learning_a_table_and_weights_in_turn_gives_the_cpus():
-    def learned(place):
-        d = loaded("dit-xl", steps=3, device=place)
-        pool = references(d, noises=4, factor=2, generator=seeded(1))
-        first, target = baselines.every(d, speedup=1.5), Target(1.3, macs(d), 3)
-        last = learn_in_turn(d, first, pool, target, turns=1, iterations=2, batch_size=2)
-        return last.compute, last.weights
-
-    same_on_both(learned)
+def learned_in_turn(place, out):
+    d = loaded("dit-xl", steps=3, device=place)
+    pool = references(d, noises=4, factor=2, generator=seeded(1))
+    first, target = baselines.every(d, speedup=1.5), Target(1.3, macs(d), 3)
+    last = learn_in_turn(d, first, pool, target, turns=1, iterations=2, batch_size=2)
+    return last.compute, last.weights
 
 
-@pytest.mark.parametrize("order", [0, 1])
-def test_the_effects_of_flips_are_the_cpus(order):
-    same_on_both(lambda place: flip_effects(place, order))
+WORK = {f"training {s}": lambda place, _, s=s: trained(place, **s) for s in SETTINGS}
+WORK |= {name: lambda place, _, name=name: baseline(name, place) for name in BASELINES}
+WORK |= {f"flips, order {n}": lambda place, _, n=n: flip_effects(place, n) for n in (0, 1)}
+WORK |= {"resuming": resumed, "table and weights in turn": learned_in_turn}
+
+
+@pytest.mark.parametrize("name", WORK)
+def test_training_and_search_give_the_cpus_numbers(name, tmp_path):
+    same_on_both(lambda place: WORK[name](place, tmp_path))
 
 
 def test_milliseconds_are_measured_on_the_device(device):
