@@ -34,6 +34,9 @@ class Entry(NamedTuple):
 
 LOOKUP = (False, (1.0,), (0,))
 
+Add = Callable[[Sequence[float], History], Feature]
+"""Weights and features -> Σⱼ wⱼ·fⱼ."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -56,12 +59,7 @@ class Plan:
         columns = [_column(*column) for column in zip(table, each, strict=True)]
         return cls(tuple(zip(*columns, strict=True)))
 
-    def gate(
-        self,
-        k: int,
-        cache: Cache,
-        add: Callable[[Sequence[float], History], Feature] = weighted_sum,
-    ) -> Gate:
+    def gate(self, k: int, cache: Cache, add: Add = weighted_sum) -> Gate:
         """Return the gate of step k over a walk's cache, which is empty after the last step.
 
         Called in the order of the walk, once for each site and step. A feature that was never
@@ -70,7 +68,7 @@ class Plan:
         Args:
             k: the step.
             cache: holds the kept outputs of each site.
-            add: Σⱼ wⱼ·fⱼ; `weighted_sum` is exact, `fused_sum` takes fewer passes.
+            add: `weighted_sum` is exact, `fused_sum` takes fewer passes.
         """
         row = self.rows[k]
 

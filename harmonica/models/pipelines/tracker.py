@@ -69,18 +69,15 @@ class Counts:
 class Output:
     """An output of a site.
 
-    Attributes:
-        step: that it comes from.
-        feature: the output; a copy that nobody else holds where `apart`, because it lies in host
-            memory, or because torch does not count what is written to it (inference mode).
-        tensors, versions: those in it, and how often each was written to when it was kept.
+    It is kept `apart`, as a copy that nobody else holds, if it shall lie in host memory, or if torch
+    does not count what is written to it (inference mode).
     """
 
-    step: int
+    step: int  # that it comes from
     feature: Feature
     apart: bool = False
-    tensors: tuple[Tensor, ...] = ()
-    versions: tuple[int, ...] = ()
+    tensors: tuple[Tensor, ...] = ()  # in it
+    versions: tuple[int, ...] = ()  # how often each was written to when it was kept
 
     @classmethod
     def of(cls, step: int, feature: Feature, offload: bool) -> Output:

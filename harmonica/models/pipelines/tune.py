@@ -144,14 +144,10 @@ def _from_runs(pipe: Any, inputs: Inputs, speedup: float, progress: bool) -> Sch
             for k, after in enumerate(steps_of_run(pipe, inputs.of([(0, SEED)]))):
                 errors[j, k] = float((after.double() - plain[k].double()).square().mean())
     path = cheapest_path(errors, count)
-    about: dict[str, str | float] = {
-        "method": "tune, whole steps from runs",
-        "speedup": speedup,
-        "runs": steps,
-    }
+    about: dict[str, str | float] = {"method": "tune, whole steps from runs", "runs": steps}
     names: dict[str, Any] = {"model": type(pipe).__name__, "sampler": type(pipe.scheduler).__name__}
     rows = torch.tensor([[k in path] * width for k in range(steps)])
-    return Schedule(rows, sites=tuple(columns), provenance=about, **names)
+    return Schedule(rows, sites=tuple(columns), provenance=about | {"speedup": speedup}, **names)
 
 
 def steps_of_run(pipe: Any, call: Mapping[str, Any]) -> list[Tensor]:
