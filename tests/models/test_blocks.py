@@ -139,7 +139,7 @@ def test_an_unusual_call_asks_the_gate_at_the_sites(call):
     assert asked == [0, 1, 2] + [2] * (call == "chunks")  # the second chunk, which is refused
 
 
-def test_a_module_that_is_no_site_computes():
+def test_a_module_that_is_no_site_computes_and_nothing_is_left_on_the_model():
     d, x, y = with_noise(make(2))
     some = {name: module for name, module in d.sites.items() if name.endswith("mlp")}
     asked = []
@@ -148,9 +148,6 @@ def test_a_module_that_is_no_site_computes():
         with gated_blocks(d.model, some, noting(asked)):
             assert torch.equal(d.predict(x, 0, y), plain)
     assert asked == [0, 1]
-
-
-def test_nothing_is_left_on_the_model_exception_or_not():
     d, x, y = with_noise(make(2))
     before, broken = attributes(d.model), raising(RuntimeError("broken"))
     with pytest.raises(RuntimeError, match="broken"), gated_blocks(d.model, d.sites, broken):

@@ -22,11 +22,15 @@ from harmonica.models.weights import dit_from_diffusers, dit_to_diffusers
 from harmonica.samplers import DDIM, alphas_cumprod, make_sampler, spaced_timesteps
 
 
-def test_positions_are_columns_first():
+def test_positions_are_columns_first_and_alphas_those_of_diffusers():
     table = sincos_positions(8, 2)[0]  # tokens (0,0), (0,1), (1,0), (1,1)
     assert torch.equal(table[0, :4], table[2, :4])  # same column
     assert torch.equal(table[0, 4:], table[1, 4:])  # same row
     assert table[1, 0].item() == pytest.approx(torch.tensor(1.0).sin().item())
+    from diffusers import DDIMScheduler
+
+    theirs = DDIMScheduler(beta_schedule="linear", beta_start=1e-4, beta_end=0.02).alphas_cumprod
+    torch.testing.assert_close(alphas_cumprod().float(), theirs, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -158,13 +162,6 @@ def test_one_step_starts_from_pure_noise_and_zero_steps_are_refused():
     for steps in (0, -1, 1001):
         with refused(f"steps is {steps}"):
             make_sampler("ddim", steps)
-
-
-def test_alphas_are_those_of_diffusers():
-    from diffusers import DDIMScheduler
-
-    theirs = DDIMScheduler(beta_schedule="linear", beta_start=1e-4, beta_end=0.02).alphas_cumprod
-    torch.testing.assert_close(alphas_cumprod().float(), theirs, rtol=1e-4, atol=1e-7)
 
 
 @given(st.integers(2, 50), st.integers(0, 100))

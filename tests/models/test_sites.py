@@ -190,7 +190,7 @@ def test_counting_is_not_misled_by_a_wrapped_forward_and_leaves_nothing_behind()
     assert sites(model, X).macs.covered == 1.0
 
 
-def test_a_model_covered_by_less_than_half_warns_and_names_what_is_not():
+def test_the_table_has_a_line_for_each_site_and_low_coverage_warns():
     model = Model(blocks=blocks("attn"), head=linear(32))
     message = r"2 sites of Model cover 11\.1 % .* left out are head \(88\.9 %\)"
     with pytest.warns(UserWarning, match=message):
@@ -198,9 +198,6 @@ def test_a_model_covered_by_less_than_half_warns_and_names_what_is_not():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sites(model)
-
-
-def test_the_table_has_a_line_for_each_site_and_one_of_coverage_and_cannot_be_changed():
     found = sites(Model(blocks=blocks("attn", "ff")), X)
     head, attention, feed_forward, *_, last = lines = str(found).splitlines()
     assert (head.split()[:2], len(lines)) == (["site", "kind"], 6)

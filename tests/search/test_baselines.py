@@ -281,18 +281,15 @@ def test_switches_spend_no_more_than_they_say_and_give_every_entry_once(walker, 
     assert sorted(entries) == list(itertools.product(range(1, STEPS), range(4)))
 
 
-def test_more_predictions_find_a_better_table_and_too_few_are_refused():
+def test_random_tables_differ_by_their_generator_and_greedy_ones_by_their_predictions(walker):
+    one, same, other = (random_table(walker, seeded(s), speedup=1.2) for s in (0, 0, 1))
+    assert one == same
+    assert one != other
     walker = make(STEPS, seed=1)
     find = lambda budget: greedy(walker, *start(walker), speedup=1.3, budget=budget)  # noqa: E731
     assert compared(walker, find(5000)) < compared(walker, find(120))
     with refused("budget is 119 predictions; scoring each entry once takes 120"):
         find(119)
-
-
-def test_random_tables_differ_by_their_generator_only(walker):
-    one, same, other = (random_table(walker, seeded(s), speedup=1.2) for s in (0, 0, 1))
-    assert one == same
-    assert one != other
 
 
 @given(st.integers(1, 100), st.floats(1, 10))

@@ -311,16 +311,13 @@ def test_it_counts_predictions_and_the_multiply_accumulates_of_them_and_of_backw
     assert 3 * 2 < plain / one - 1 < 3 * 3  # step 0; teacher, student, and most of backward
 
 
-def test_a_search_is_counted_only_for_a_target():
+def test_a_search_is_counted_only_for_a_target_and_what_does_not_fit_is_said(small):
     d = on_meta(make(3, 1, dtype=torch.float32))
     assert set(dry_run(d).memory) == {"update", "lambda"}
     with_search = dry_run(d, target=True, refine=100)
     assert with_search.predictions == dry_run(d).predictions + 100
     assert with_search.memory["search"] > with_search.weights
     assert "search" not in dry_run(d, target=True, refine=0).memory
-
-
-def test_what_does_not_fit_is_said_with_the_numbers_and_what_to_change(small):
     with refused("the denoiser is on cpu; a dry run takes one on the meta"):
         dry_run(small)
     plan = DryRun(1, 1e15, 2 * GIB, {"update": 34 * GIB, "lambda": 10 * GIB}, 32)
