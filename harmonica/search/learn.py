@@ -33,7 +33,14 @@ from harmonica.forecast import taylor_weights, weighted
 from harmonica.memory import free_bytes, in_portions
 from harmonica.router import Schedule
 from harmonica.run_again import run_again, run_once
-from harmonica.search.references import CAP, Pool, image_errors, outlier_weights, pool_errors
+from harmonica.search.references import (
+    CAP,
+    Pool,
+    image_errors,
+    outlier_weights,
+    pool_errors,
+    typical_error,
+)
 from harmonica.table import outputs_before, require
 
 VALIDATION_SHARE = 6
@@ -82,12 +89,12 @@ def learn_weights(
     check_fit(schedule, denoiser)
     validation, training = held_back(pool)
     best, errors = _best_start(denoiser, schedule, validation, history)
-    limit, lowest = CAP * float(errors.median()), _finite(float(errors.mean()))
+    limit, lowest = CAP * float(errors.median()), _finite(float(typical_error(errors)))
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     batches = _batches(len(training), batch_size, iterations, generator)
     for update, weights in _learn(denoiser, best, training, history, batches, limit):
         learned = replace(schedule, weights=weights)
-        error = float(pool_errors(denoiser, validation, learned).mean())
+        error = float(typical_error(pool_errors(denoiser, validation, learned)))
         if progress is not None:
             progress(update, error)
         if error < lowest:
@@ -141,7 +148,7 @@ def _best_start(
     orders = [replace(schedule, order=order, weights=None) for order in range(history)]
     given = [] if schedule in orders else [schedule]
     starts = [(start, pool_errors(denoiser, pool, start)) for start in (*given, *orders)]
-    return min(starts, key=lambda start: float(start[1].nan_to_num(math.inf).mean()))
+    return min(starts, key=lambda start: float(typical_error(start[1]).nan_to_num(math.inf)))
 
 
 def _trainable(start: Schedule, history: int, x: Tensor) -> tuple[Tensor, Tensor]:

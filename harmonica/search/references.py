@@ -60,6 +60,16 @@ def outlier_weights(errors: Tensor, limit: float) -> Tensor:
     return torch.where(errors > limit, limit / errors, 1.0)
 
 
+def typical_error(errors: Tensor) -> Tensor:
+    """Return the mean () of errors (B,), each counted up to CAP times their median. One noise that
+    ends at another image would outweigh a hundred others.
+
+    >>> typical_error(torch.tensor([1.0, 1.0, 1.0, 90.0])).item()
+    1.75
+    """
+    return errors.clamp(max=CAP * errors.median()).mean()
+
+
 @dataclass(frozen=True)
 class Pool:
     """Noises and the images that they should become."""

@@ -9,8 +9,8 @@ do to the image:
 
 A change is kept only if real walks show a lower error. Where neither kind helps, the search ends.
 Tables are judged on the same noises throughout, each quadratic sees others, so a change that fits
-its own noises only is not kept. To save time, a candidate is walked on a quarter of the noises
-first, and the quadratic, which only proposes, sees as many.
+its own noises only is not kept. To save time, a candidate is walked on a half of the noises first,
+and the quadratic, which only proposes, sees as many.
 
 Reuse couples sites strongly: whole steps that refresh together are far better than the same
 refreshes spread out. No flip finds that from afar, so the search starts from several tables: the
@@ -35,14 +35,14 @@ from harmonica.processes import local_part, mean_over_ranks, world
 from harmonica.router import Schedule
 from harmonica.search.flip_effects import WALKS, Quadratic, best_flips, flip_effects_at, with_table
 from harmonica.search.paths import cheapest_path, reuse_errors, spread, whole_steps
-from harmonica.search.references import PORTION, Pool, pool_errors
+from harmonica.search.references import PORTION, Pool, pool_errors, typical_error
 from harmonica.search.target import Target
 from harmonica.table import require
 
 FLIPS = 32  # entries that flip in one round, at most; the quadratic is believed no farther away
 PAIRS = 10  # pairs of rows that are walked in one round, at most
 SIGNS_SEED = 20_000_003  # of the random signs that a quadratic takes
-SCREENING_SHARE = 4  # one noise of so many screens candidates, and a quadratic sees as many
+SCREENING_SHARE = 2  # one noise of so many screens candidates, and a quadratic sees as many
 FEW = 32  # never fewer noises than these, so that chance does not decide
 WALKS_PER_ROUND = 2 + (1 + WALKS) / SCREENING_SHARE + PAIRS + FLIPS.bit_length()
 """Walks of one round on all noises, at most."""
@@ -58,7 +58,7 @@ class JudgedTable:
     """A table and what real walks say of it."""
 
     table: Tensor  # (T, N) bool
-    error: float  # mean error on the search's noises, of all processes
+    error: float  # typical error on the search's noises, of all processes
     on_target: bool  # a start may be too slow; what is yielded is not
     spent: float  # predictions of one noise so far
 
@@ -136,13 +136,14 @@ class Search:
         allows, and one more.
         """
         steps, sites = self.denoiser.steps, self.target.cost.sites
+        pool = self.pool[slice(few_of(len(self.pool)))]
 
         def total(part: Pool) -> Tensor:
             return reuse_errors(self.denoiser, part.x, part.cond).to(part.x.device) * len(part)
 
-        errors = torch.stack(list(self.pool.portions(total, self._portion))).sum(0)
-        errors = mean_over_ranks(errors / len(self.pool)).cpu()
-        self.spent += 2 * self.walk + self.walk * (steps - 1) // 2
+        errors = torch.stack(list(pool.portions(total, self._portion))).sum(0)
+        errors = mean_over_ranks(errors / len(pool)).cpu()
+        self.spent += len(pool) * steps * (2 + (steps - 1) / 2)
         most = int(self.target.allowed / float(sites.sum()))
         counts = [n for n in (most, most + 1) if 1 <= n <= steps]
         pairs = [(cheapest_path(errors, n), spread(steps, Fraction(steps, n))) for n in counts]
@@ -200,11 +201,11 @@ class Search:
         return None
 
     def _error(self, table: Tensor, noises: int) -> float:
-        """Return the mean error of a table on the first noises of every process."""
+        """Return the typical error of a table on the first noises of every process."""
         self.spent += noises * self.denoiser.steps
         schedule = with_table(self.gate, table)
         errors = pool_errors(self.denoiser, self.pool[slice(noises)], schedule)
-        return float(mean_over_ranks(errors.mean()))
+        return float(mean_over_ranks(typical_error(errors)))
 
     def _quadratic(self, table: Tensor) -> Quadratic:
         """Return the quadratic around a table, mean over noises and processes."""
