@@ -68,7 +68,7 @@ def test_it_walks_is_exact_trains_and_has_a_lambda(name, sampler):
     x, cond = d.draw(2, generator)
     router = Router(d.steps, d.sites, generator=generator, about=d.about)
     lam = image_error(d, router(), x, cond)
-    assert (lam > 0).tolist() == [False, True, True, True]
+    assert lam[0] == 0.0 < lam[1:].min()
     before = router.logits
     updates = list(sdt(d, router, [(x, cond)]))
     assert [update.k for update in updates] == [1, 2, 3]

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import warnings
@@ -12,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import torch
 from conftest import refused, seeded, seeds, tables
@@ -291,44 +293,34 @@ def test_a_folder_holds_the_files_that_save_writes_and_a_page(tmp_path):
         Router.load(fetch(tmp_path / "one", ROUTER))
 
 
-class Hub:
-    """Stands in for the Hub's client: a dict of repositories."""
-
-    def __init__(self, folder):
-        self.folder, self.calls = folder, []
-
-    def __call__(self):
-        return self
-
-    def create_repo(self, repo_id, *, private, exist_ok):
-        self.calls.append(("create", repo_id, private, exist_ok))
-        return SimpleNamespace(repo_id=f"me/{repo_id}")
-
-    def upload_folder(self, *, repo_id, folder_path, commit_message):
-        self.calls.append(("upload", repo_id, commit_message))
-        for file in Path(folder_path).iterdir():
-            (self.folder / file.name).write_bytes(file.read_bytes())
-
-
 def test_what_is_pushed_is_what_is_fetched(tmp_path, monkeypatch):
-    huggingface_hub = pytest.importorskip("huggingface_hub")
-    hub, calls = Hub(tmp_path), {}
-    monkeypatch.setattr(huggingface_hub, "HfApi", hub)
-    fetched = lambda name, **options: calls.update(options, name=name) or tmp_path  # noqa: E731
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetched)
+    asked, options = [], {}
+
+    def create(name, **more):
+        asked.append(("create", name, more))
+        return SimpleNamespace(repo_id=f"me/{name}")
+
+    def upload(*, repo_id, folder_path, commit_message):
+        asked.append(("upload", repo_id, commit_message))
+        shutil.copytree(folder_path, tmp_path, dirs_exist_ok=True)
+
+    client = SimpleNamespace(create_repo=create, upload_folder=upload)
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: client)
+    download = lambda name, **more: options.update(more, name=name) or tmp_path  # noqa: E731
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     router, schedule = pair()
     push("table", schedule, router, private=True)
     message = "Upload a table made with HarmoniCa"
-    assert hub.calls == [("create", "table", True, True), ("upload", "me/table", message)]
+    created = ("create", "table", {"private": True, "exist_ok": True})
+    assert asked == [created, ("upload", "me/table", message)]
     assert 'fetch("me/table")' in (tmp_path / "README.md").read_text()
     assert Schedule.load(fetch("me/table", revision="v1")) == schedule
-    assert {"name": "me/table", "revision": "v1"}.items() <= calls.items()
+    assert {"name": "me/table", "revision": "v1"}.items() <= options.items()
     assert torch.equal(Router.load(fetch("me/table", ROUTER))(), router())
 
 
 def test_a_repository_that_is_not_cached_is_one_clear_sentence_offline(monkeypatch, tmp_path):
-    constants = pytest.importorskip("huggingface_hub").constants
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     message = r"^me/table is not on this machine and cannot be fetched [^\n]*; connect to the Hub"
     with pytest.raises(FileNotFoundError, match=message):
         fetch("me/table")
