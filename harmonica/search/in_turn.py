@@ -7,8 +7,6 @@ Weights that were learned know which outputs they may read, so a flip is worth s
 them than without. This file does not know how either of the two works.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from itertools import cycle
 

@@ -15,8 +15,6 @@ Activations of the whole walk are kept where a quarter of the free memory holds 
 step runs again in backward. This file does not know where the table came from.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -27,12 +25,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.optim import Adam
 
-from harmonica.cache import Cache, gated
+from harmonica.cache import Cache, Gate
 from harmonica.denoise import Denoiser, check_fit
 from harmonica.forecast import taylor_weights, weighted
 from harmonica.memory import free_bytes, in_portions
 from harmonica.router import Schedule
 from harmonica.run_again import run_again, run_once
+from harmonica.search.paths import differentiable_walk
 from harmonica.search.references import (
     CAP,
     Pool,
@@ -208,21 +207,11 @@ def weighted_walk(
     alive.
     """
 
-    def step(
-        x: Tensor, w: Tensor, k: int, cache: Cache, memory: dict[str, Any]
-    ) -> tuple[Tensor, Cache, dict[str, Any]]:
-        memory, cache = memory.copy(), cache.copy()
-        gate = weighted(table[k], [row.unbind() for row in w.unbind()], cache)
-        with gated(denoiser.sites, gate):
-            out = denoiser.predict(x, k, cond)
-        return denoiser.step(x, out, k, memory), cache, memory
+    def gate_of(k: int, w: Tensor, cache: Cache) -> Gate:
+        return weighted(table[k], [row.unbind() for row in w.unbind()], cache)
 
-    cache: Cache = {}
-    memory: dict[str, Any] = {}
     run = run_again if checkpointing else run_once
-    for k, w in enumerate(weights.unbind()):
-        x, cache, memory = run(step, x, w, k, cache, memory)
-    return x
+    return differentiable_walk(denoiser, x, cond, weights.unbind(), gate_of, run)
 
 
 def _walk_fits(denoiser: Denoiser, batch: Pool) -> bool:
