@@ -290,14 +290,15 @@ def test_one_update_for_each_step_but_the_first_weighed_by_lambda(small):
     assert weighed[0].mse == plain[0].mse
 
 
-def test_the_student_takes_the_step(small):
-    walked, step, cache = [], small.step, {}
-    small.step = lambda x, out, k, memory: walked.append((k, x)) or step(x, out, k, memory)
-    router, (x, y) = drawn(), start(small)
-    list(sdt(small, router, [(x, y)], lr=0.0, proxy=None))
-    soft = [x, *denoise(small, x, y, lambda k: blend(router.row(k).detach(), cache, 0.1))]
+@pytest.mark.parametrize("remembers", [False, True])
+def test_the_student_takes_the_step(remembers):
+    d, walked, cache = make(remembers=remembers), [], {}
+    step, router, (x, y) = d.step, drawn(), start(d)
+    d.step = lambda x, out, k, memory: walked.append((k, x)) or step(x, out, k, memory)
+    list(sdt(d, router, [(x, y)], lr=0.0, proxy=None))
+    soft = [x, *denoise(d, x, y, lambda k: blend(router.row(k).detach(), cache, 0.1))]
     assert all(torch.equal(x, soft[k]) for k, x in walked[:4])
-    assert not torch.equal(walked[3][1], list(denoise(small, x, y))[2])
+    assert not torch.equal(walked[3][1], list(denoise(d, x, y))[2])
 
 
 def test_the_teacher_never_touches_the_cache_and_asks_for_no_gradient(small):
