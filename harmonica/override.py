@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from harmonica.calls import current_call, of_call
+from harmonica.calls import current_call, of_call, set_call
 
 Method = Callable[..., Any]
 Answer = Callable[[Method, tuple[Any, ...], dict[str, Any]], Any] | tuple[Method, int]
@@ -105,7 +105,8 @@ def _call(key: Key, original: Method, /, *args: Any, **kwargs: Any) -> Any:
         gate, site = answer
         if current_call():
             site = of_call(site)
-        return gate(site, lambda: original(*args, **kwargs))
+        # what the lambda needs are its defaults: cells of a closure would cost more
+        return gate(site, lambda f=original, a=args, k=kwargs: f(*a, **k))
     if answer is None and key.answers and torch._C._current_graph_task_id() >= 0:
         answer = _of_backward(key)
     return original(*args, **kwargs) if answer is None else _apply(answer, original, args, kwargs)
@@ -173,6 +174,7 @@ def _put_in_force(frames: tuple[Frame, ...]) -> dict[Key, Answer]:
             merged[key] = _both(answer, merged[key]) if key in merged else answer
     _frames.set(frames)
     _answers.set(merged)
+    set_call()
     return merged
 
 
