@@ -345,9 +345,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Draw the distance to the reference against speedup, first seeds; chance is left to the table."""
     shown = [row for row in rows if "to_reference" in row and row["seed"] == 0]
     points = {
-        method: [
-            (row["speedup"], row["to_reference"][0]) for row in shown if row["method"] == method
-        ]
+        method: sorted(  # of two rows at one speedup, such as with larger pools, the later one
+            {r["speedup"]: r["to_reference"][0] for r in shown if r["method"] == method}.items()
+        )
         for method in DRAWN
     }
     model, steps, sampler = (rows[0][key] for key in ("model", "T", "sampler"))
