@@ -81,6 +81,25 @@ def test_the_core_fits_on_a_train_ride():
     assert sum(lines) <= 700, dict(zip(CORE, lines, strict=True))
 
 
+def test_lines_functions_and_files_of_the_library_stay_short():
+    for name, path in FILES.items():
+        lines = path.read_text("utf-8").splitlines()
+        assert len(lines) <= 300 and max(map(len, lines), default=0) <= 100, name
+        for node in nodes(path):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 50, f"{name}: {node.name}"
+
+
+def test_training_by_the_paper_loads_1100_lines_at_most():
+    """The package's `__init__` apart, which a bare module stands in for."""
+    bare = "package = sys.modules['harmonica'] = types.ModuleType('harmonica')"
+    loaded = "print(*(m.__file__ for n, m in sys.modules.items() if n.startswith('harmonica.')))"
+    script = f"import sys, types\n{bare}\npackage.__path__ = [{str(PACKAGE)!r}]\n"
+    files = [Path(file) for file in run(f"{script}import harmonica.sdt\n{loaded}").split()]
+    lines = {file.name: len(file.read_text("utf-8").splitlines()) for file in files}
+    assert "sdt.py" in lines and sum(lines.values()) <= 1100, lines
+
+
 def test_no_file_of_the_library_prints_but_the_command_line():
     for path in PACKAGE.rglob("*.py"):
         calls = [getattr(n.func, "id", "") for n in nodes(path) if isinstance(n, ast.Call)]

@@ -93,7 +93,7 @@ class Pool:
         return Pool(self.x[rows], cond, self.images[rows])
 
     def portions(self, run: Callable[[Pool], R], size: int | None = None) -> Iterator[R]:
-        """Yield run(part) for parts of `size` noises, PORTION if None, fewer where memory runs out."""
+        """Yield run(part) for parts of `size` noises, or PORTION; fewer where memory runs out."""
         parts = lambda first, last: run(self[slice(first, last)])  # noqa: E731
         return in_portions(parts, len(self), PORTION if size is None else size)
 
@@ -174,7 +174,7 @@ def finer_walk(denoiser: Denoiser, factor: int = 10) -> Denoiser:
 
 
 def factor_of(toward: Toward) -> int:
-    """Return the factor of a target: 10, or 1 for the uncached walk; ValueError for another word."""
+    """Return a target's factor: 10, or 1 for the uncached walk; ValueError for another word."""
     known = toward in get_args(Toward)
     require(known, f"toward is {toward!r}; it must be 'reference' or 'uncached'")
     return 10 if toward == "reference" else 1

@@ -122,7 +122,7 @@ def _facts(facts: Mapping[str, Any]) -> dict[str, Any]:
 def write_router(
     path: StrPath, fields: Mapping[str, Any], beside: tuple[Mapping[str, Tensor], Any] = ({}, {})
 ) -> None:
-    """Write logits, sites and `about` of a router, and beside it tensors and facts of its training."""
+    """Write logits, sites and `about` of a router, and tensors and facts of its training."""
     own = {"sites": fields["sites"], "about": fields["about"]}
     files.write_tensors(path, {"logits": fields["logits"], **beside[0]}, {**own, **beside[1]})
 

@@ -179,7 +179,7 @@ class Checkpoint:
             self.write()
 
     def write(self, *, further: bool = True) -> None:
-        """Write the state noted last, and the router: as it is now, perhaps further, or as noted."""
+        """Write the state noted last, and the router as it is now, perhaps further, or noted."""
         (tensors, counts), about, logits = self.captured, self.router.about, self.router.logits
         self.written = counts["updates"]
         if not further:

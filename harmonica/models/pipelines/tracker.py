@@ -69,8 +69,8 @@ class Counts:
 class Output:
     """An output of a site.
 
-    It is kept `apart`, as a copy that nobody else holds, if it shall lie in host memory, or if torch
-    does not count what is written to it (inference mode).
+    It is kept `apart`, as a copy that nobody else holds, if it shall lie in host memory, or if
+    torch does not count what is written to it (inference mode).
     """
 
     step: int  # that it comes from
