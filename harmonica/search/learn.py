@@ -147,7 +147,7 @@ def _best_start(
     orders = [replace(schedule, order=order, weights=None) for order in range(history)]
     given = [] if schedule in orders else [schedule]
     starts = [(start, pool_errors(denoiser, pool, start)) for start in (*given, *orders)]
-    return min(starts, key=lambda start: float(typical_error(start[1]).nan_to_num(math.inf)))
+    return min(starts, key=lambda start: float(typical_error(start[1])))
 
 
 def _trainable(start: Schedule, history: int, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,12 +9,14 @@ close to that solution. A cached walk can be nearer to it than the uncached walk
     error     mean squared difference of an image to its target, in squared units of the image
 
 A pool is made once and shared by whatever is tuned towards it. A few noises may end at another
-image altogether. They say little about small changes, so whatever is fitted to errors counts such a
-noise less (`outlier_weights`). This file does not know how tables are made.
+image altogether. They say little about small changes, so whatever is fitted to errors, or judged by
+them, counts such a noise less (`outlier_weights`, `typical_error`). This file does not know how
+tables are made.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -55,19 +57,20 @@ def image_mse(images: Tensor, target: Tensor) -> float:
     return float(image_errors(images, target).mean())
 
 
-def outlier_weights(errors: Tensor, limit: float) -> Tensor:
+def outlier_weights(errors: Tensor, limit: float | Tensor) -> Tensor:
     """Return how much each noise counts, (B,): 1, or limit/error where its error is above that."""
     return torch.where(errors > limit, limit / errors, 1.0)
 
 
 def typical_error(errors: Tensor) -> Tensor:
-    """Return the mean () of errors (B,), each counted up to CAP times their median. One noise that
-    ends at another image would outweigh a hundred others.
+    """Return the mean () of errors (B,), each counted up to CAP times their median, and infinity if
+    one of them is not finite. One noise that ends at another image would outweigh a hundred others.
 
-    >>> typical_error(torch.tensor([1.0, 1.0, 1.0, 90.0])).item()
+    >>> typical_error(torch.tensor([1.0, 1.0, 1.0, 64.0])).item()
     1.75
     """
-    return errors.clamp(max=CAP * errors.median()).mean()
+    counted = errors * outlier_weights(errors, CAP * errors.median())  # infinity · 0 is NaN
+    return counted.mean().nan_to_num(math.inf)
 
 
 @dataclass(frozen=True)

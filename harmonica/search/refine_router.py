@@ -42,7 +42,7 @@ def refine_router(  # noqa: D417 (some arguments share a line)
 
     Args:
         denoiser, target: model, sampler, guidance; the speedup, and the cost it is counted in.
-        router: changed in place; provenance says what was spent.
+        router: changed in place; provenance says what was spent, and the table's `typical_error`.
         tau: τ, at which it will be frozen, above 0: at 0 nothing is reused.
         budget: predictions of batch_size noises, of all processes; ROUNDS rounds on NOISES noises
             if None, 0 only flips until the table is on target. A budget m times the default uses m

@@ -15,7 +15,14 @@ from harmonica.memory import in_portions
 from harmonica.search.in_turn import learn_in_turn
 from harmonica.search.learn import learn_weights, pool_errors, weighted_walk
 from harmonica.search.paths import whole_steps
-from harmonica.search.references import Pool, factor_of, image_errors, outlier_weights, references
+from harmonica.search.references import (
+    Pool,
+    factor_of,
+    image_errors,
+    outlier_weights,
+    references,
+    typical_error,
+)
 from harmonica.search.target import Target
 from harmonica.storage.files import read_tensors, write_tensors
 
@@ -211,3 +218,8 @@ def test_table_and_weights_in_turn_end_on_target_and_no_worse_than_weights_alone
     none, _, two = (float(pool_errors(d, pool[slice(2)], each).mean()) for each in learned)
     assert two <= none
     assert target.speed(learned[1].compute) >= 1.4
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_an_image_that_is_not_finite_is_never_counted_as_an_outlier(bad):
+    assert float(typical_error(torch.tensor([1.0, 1.0, 1.0, bad]))) == float("inf")
