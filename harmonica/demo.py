@@ -52,7 +52,7 @@ def parser() -> cli.Parser:
     p = cli.Parser("demo", __doc__)
     cli.add_model_options(p)
     p.option("vae", Path, "autoencoder saved by diffusers", shown="DIR")
-    p.option("images", cli.count, f"held-out noises ({HELD_OUT} for tiny, else 4)")
+    p.option("images", cli.count, f"held-out noises ({HELD_OUT} for a bundled model, else 4)")
     p.option("schedule", Path, "use this table, make none", shown="FILE")
     p.option("method", ("weights", "sdt"), "see above", "weights")
     p.option("target", float, f"{TARGET} (2 for weights)", shown="SPEEDUP")

@@ -93,8 +93,9 @@ class DDIM:
 
     x₀ = (x − √(1−ᾱ)·ε) / √ᾱ  and then  x' = √ᾱ'·x₀ + √(1−ᾱ')·ε, with ᾱ' = 1 after the last step.
 
-    This is the original DiT's DDIM. `diffusers.DDIMScheduler` is not: it steps to t − 1000 // T,
-    which is not the next timestep that it runs (see docs/fidelity.md).
+    This is the original DiT's DDIM. `diffusers.DDIMScheduler` steps to t − 1000 // T. That is the
+    next timestep that it runs under its default "leading" spacing, but not under "linspace", whose
+    timesteps are the original DiT's (docs/fidelity.md).
 
     >>> DDIM(20).timesteps[:3]
     (999, 946, 894)

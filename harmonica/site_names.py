@@ -5,7 +5,8 @@
     SmoothCache                       attn-3                        mlp-3
     a table for kinds of site         attn                          mlp
 
-Here stand the only functions that read such a name. This file does not know schedules or models.
+`harmonica.models.sites` also reads a module's name, to tell whether the module is a site. This file
+does not know schedules or models.
 """
 
 import re

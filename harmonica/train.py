@@ -29,10 +29,11 @@ from harmonica.table import require
 from harmonica.training.dry_run import DryRun, dry_run
 
 AUTHORS = {"iterations": 20_000, "batch_size": 32, "beta": 7e-8, "lr": 0.01, "refresh_every": 25}
-"""The authors' settings for DiT-XL/2, which are train_sdt's defaults."""
+"""train_sdt's defaults, which follow the authors where they can. Their β is for T = 10, where
+`refresh_every` should be 55, and they weigh by the telescoping λ."""
 
 QUICK = {"iterations": 1500, "batch_size": 8, "beta": 1e-7, "lr": 0.1, "refresh_every": 10}
-"""Settings for a bundled model: a tenth of the updates on a thousandth of the model."""
+"""Settings for a bundled model, which has about a thousandth of the weights."""
 
 AGAIN = {"activation_checkpointing": True}
 LARGE: dict[str, dict[str, Any]] = {

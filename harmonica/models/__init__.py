@@ -12,9 +12,8 @@
     pixart-sigma-2k       PixArt-Σ           256×256 latent, 300 tokens         dpm-solver++, 4.5
     uvit-h                U-ViT-H/2          32×32 latent of 256×256 images     dpm-solver++, 1.4
 
-Each takes each of the four samplers. Weights come from the hub, a folder, a file of the original,
-or are "random". A stock diffusers pipeline that is already in memory becomes a denoiser with
-`pipelines.from_pipeline`.
+Each takes each of the four samplers. A stock diffusers pipeline that is already in memory becomes a
+denoiser with `pipelines.from_pipeline`.
 """
 
 from __future__ import annotations
@@ -77,12 +76,13 @@ def load(
         sampler: "ddim", "dpm-solver++", "iddpm" or "sa-solver"; None for the model's own (table).
         steps: T, predictions in one walk.
         guidance: classifier-free guidance scale; 1 switches it off; None for the model's own.
-        weights: None for the model's repository on the hub, or the package's own if it is bundled;
-            a folder saved by diffusers; a .pt, .pth or .safetensors file in the original parameter
-            names; "random" for timing, drawn on the device from torch's generator.
+        weights: "random" for timing, drawn on the device from torch's generator; None for the
+            package's own or the repository on the hub, which U-ViT has none of; PATH of a folder
+            saved by diffusers, of DiT or PixArt; PATH of a .pt, .pth or .safetensors file in the
+            original's parameter names, of DiT or U-ViT.
         prompts: for PixArt, what images to train on: a file with one prompt a line, or the prompts;
             None for a bundled list.
-        dtype: of the weights; x stays float32 if they are half as wide.
+        dtype: of the weights. With float16 or bfloat16 weights x is still kept in float32.
         device: where everything lives.
         activation_checkpointing: in training, run blocks again instead of keeping what they
             computed: less memory, more time, the same gradients.

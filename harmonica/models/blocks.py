@@ -12,7 +12,7 @@ U-ViT's, and diffusers' BasicTransformerBlock with adaLN-zero (DiTPipeline) and 
 (PixArt). Whatever is unusual about a block or a call, a hook on a norm, a chunked feed-forward,
 arguments of an adapter, takes the plain way through `gated`, for this block and this call.
 
-    h tokens (B, N, D)   scale, shift, gate (B, 1, D)   out, what a site returned (B, N, D)
+    h tokens (B, L, D)   scale, shift, gate (B, 1, D)   out, what a site returned (B, L, D)
 
 This file does not know schedules, steps or samplers.
 """
@@ -93,7 +93,7 @@ def ada_single_block(
     attention_mask: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Do what diffusers' block does with adaLN-single, one modulation for all blocks: PixArt."""
-    h = hidden_states  # (B, N, D)
+    h = hidden_states  # (B, L, D)
     shared = block.scale_shift_table[None] + timestep.reshape(len(h), 6, -1)  # (B, 6, D)
     shift1, scale1, gate1, shift2, scale2, gate2 = shared.chunk(6, dim=1)  # (B, 1, D)
     own = partial(block.attn1, encoder_hidden_states=None, attention_mask=attention_mask)

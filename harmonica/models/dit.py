@@ -4,16 +4,18 @@ A DiT is a ViT on latent patches whose every block is steered by the timestep an
 adaLN-zero:
 
     c = embed(t) + embed(y)                                              (B, D)
-    shift₁, scale₁, gate₁, shift₂, scale₂, gate₂ = adaLN(c)              6 × (B, D)
-    h = h + gate₁ · attn(norm(h)·(1 + scale₁) + shift₁)                  (B, N, D)
-    h = h + gate₂ · mlp (norm(h)·(1 + scale₂) + shift₂)                  (B, N, D)
+    shift₁, scale₁, α₁, shift₂, scale₂, α₂ = adaLN(c)                    6 × (B, D)
+    h = h + α₁ · attn(norm(h)·(1 + scale₁) + shift₁)                     (B, L, D)
+    h = h + α₂ · mlp (norm(h)·(1 + scale₂) + shift₂)                     (B, L, D)
 
-`attn` and `mlp` of each block are the cacheable sites: what a router reuses is their output
-*before* the gate, so a reused feature is still scaled by the gate of the step that uses it.
+`attn` and `mlp` of each block are the cacheable sites. α₁ and α₂ are the model's own adaLN gates,
+(B, 1, D), and are no cache's gates. The cache keeps a site's output before α, so a reused output is
+still multiplied by the α of the current step.
 
-    B batch   C latent channels   H, W latent size   P patch size   N tokens   D hidden size
+    B batch   C latent channels   H, W latent size   P patch size   L tokens   D hidden size
 
-A checkpoint of the original (`DiT-XL-2-256x256.pt`) loads strictly. This file does not know caches.
+A checkpoint of the original (`DiT-XL-2-256x256.pt`) loads strictly. This file knows no cache,
+schedule or router.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ class Block(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
     def forward(self, h: Tensor, c: Tensor) -> Any:
-        """Update tokens h (B, N, D) under condition c (B, D)."""
+        """Update tokens h (B, L, D) under condition c (B, D)."""
         parts = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)  # 6 × (B, 1, D)
         shift1, scale1, gate1, shift2, scale2, gate2 = parts
         h = h + gate1 * self.attn(self.norm1(h) * (1 + scale1) + shift1)
@@ -78,7 +80,7 @@ class LabelEmbedder(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Modulate once more and project each token to its patch: (B, N, D) -> (B, N, P·P·C_out)."""
+    """Modulate once more and project each token to its patch: (B, L, D) -> (B, L, P·P·C_out)."""
 
     def __init__(self, dim: int, patch_size: int, out_channels: int) -> None:
         super().__init__()
@@ -87,7 +89,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
 
     def forward(self, h: Tensor, c: Tensor) -> Tensor:
-        """Project tokens h (B, N, D) under condition c (B, D)."""
+        """Project tokens h (B, L, D) under condition c (B, D)."""
         shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)  # (B, 1, D)
         return self.linear(self.norm_final(h) * (1 + scale) + shift)  # type: ignore[no-any-return]
 
@@ -98,7 +100,7 @@ def sincos_positions(dim: int, grid: int) -> Tensor:
     place = torch.arange(grid, dtype=torch.float64)
     angles = place[:, None] * rates  # (grid, D/4)
     waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid, D/2)
-    columns, rows = waves.repeat(grid, 1), waves.repeat_interleave(grid, 0)  # (N, D/2) each
+    columns, rows = waves.repeat(grid, 1), waves.repeat_interleave(grid, 0)  # (L, D/2) each
     return torch.cat([columns, rows], dim=1)[None].float()
 
 
@@ -136,7 +138,7 @@ class DiT(nn.Module):
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)
         positions = sincos_positions(hidden_size, input_size // patch_size)
-        self.pos_embed = nn.Parameter(positions, requires_grad=False)  # (1, N, D)
+        self.pos_embed = nn.Parameter(positions, requires_grad=False)  # (1, L, D)
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self.activation_checkpointing = False  # `harmonica.run_again`
@@ -145,7 +147,7 @@ class DiT(nn.Module):
         """Predict the noise, then the variance if it is learned, in x (B, C, H, W) at timesteps t
         (B,) for labels y (B,): (B, C or 2C, H, W).
         """
-        h = self.x_embedder(x) + self.pos_embed  # (B, N, D)
+        h = self.x_embedder(x) + self.pos_embed  # (B, L, D)
         c = self.t_embedder(t) + self.y_embedder(y)  # (B, D)
         for block in self.blocks:
             h = run_again(block, h, c) if self.activation_checkpointing else block(h, c)

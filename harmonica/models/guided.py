@@ -3,7 +3,7 @@
     guidance   ε = ε_null + g·(ε_cond − ε_null), with g = 1 switched off; the null condition is a
                class or a prompt of its own
 
-This file does not know caches or routers.
+This file does not know what a gate does with a feature: it knows no cache, schedule or router.
 """
 
 from __future__ import annotations

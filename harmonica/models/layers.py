@@ -1,6 +1,6 @@
 """Layers that DiT and U-ViT share, in the parameter names of the original checkpoints.
 
-B batch   N tokens   D hidden size   C channels   P patch size
+B batch   L tokens   D hidden size   C channels   P patch size
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from harmonica.table import require
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention: (B, N, D) -> (B, N, D)."""
+    """Multi-head self-attention: (B, L, D) -> (B, L, D)."""
 
     def __init__(self, dim: int, num_heads: int, *, bias: bool = True) -> None:
         super().__init__()
@@ -24,15 +24,15 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, h: Tensor) -> Tensor:
-        """Attend over the N tokens."""
-        heads = self.qkv(h).unflatten(2, (3, self.num_heads, -1))  # (B, N, 3, heads, D/heads)
-        q, k, v = heads.permute(2, 0, 3, 1, 4)  # (B, heads, N, D/heads) each
+        """Attend over the L tokens."""
+        heads = self.qkv(h).unflatten(2, (3, self.num_heads, -1))  # (B, L, 3, heads, D/heads)
+        q, k, v = heads.permute(2, 0, 3, 1, 4)  # (B, heads, L, D/heads) each
         attended = F.scaled_dot_product_attention(q, k, v)
         return self.proj(attended.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
 class Mlp(nn.Module):
-    """Feed-forward network with GELU, exact ("none") or by "tanh": (B, N, D) -> (B, N, D)."""
+    """Feed-forward network with GELU, exact ("none") or by "tanh": (B, L, D) -> (B, L, D)."""
 
     def __init__(self, dim: int, hidden: int, approximate: str = "tanh") -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Mlp(nn.Module):
 
 
 class PatchEmbedder(nn.Module):
-    """Cut into P×P patches and project each to a token: (B, C, H, W) -> (B, N, D)."""
+    """Cut into P×P patches and project each to a token: (B, C, H, W) -> (B, L, D)."""
 
     def __init__(self, in_channels: int, patch_size: int, dim: int) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class PatchEmbedder(nn.Module):
 
 
 def unpatchify(tokens: Tensor, patch_size: int, channels: int) -> Tensor:
-    """Lay a square grid of patches (B, N, P·P·C) out as images: (B, C, H, W)."""
+    """Lay a square grid of patches (B, L, P·P·C) out as images: (B, C, H, W)."""
     grid, p = math.isqrt(tokens.shape[1]), patch_size
     patches = tokens.view(len(tokens), grid, grid, p, p, channels).permute(0, 5, 1, 3, 2, 4)
     return patches.reshape(-1, channels, grid * p, grid * p)

@@ -3,17 +3,17 @@
 A U-ViT is a ViT in which everything is a token, label and timestep too, and whose blocks are joined
 in pairs by long skips, the first with the last, as in a U-Net:
 
-    h = [embed(y), embed(t), patches(x)] + positions                              (B, 2 + N, D)
-    h = h + attn(norm1(h));  h = h + mlp(norm2(h))       each block               (B, 2 + N, D)
-    h = skip_linear([h, skip])                           before it, in out_blocks (B, 2 + N, D)
+    h = [embed(y), embed(t), patches(x)] + positions                              (B, 2 + L, D)
+    h = h + attn(norm1(h));  h = h + mlp(norm2(h))       each block               (B, 2 + L, D)
+    h = skip_linear([h, skip])                           before it, in out_blocks (B, 2 + L, D)
 
 `attn` and `mlp` of each block are the cacheable sites. Nothing scales their output afterwards: it
 is added as it is. `skip_linear` always computes, 7 % of U-ViT-H/2.
 
-    B batch   C latent channels   H, W latent size   P patch size   N patches   D hidden size
+    B batch   C latent channels   H, W latent size   P patch size   L patches   D hidden size
 
-A checkpoint of the original (`imagenet256_uvit_huge.pth`) loads strictly. This file does not know
-caches.
+A checkpoint of the original (`imagenet256_uvit_huge.pth`) loads strictly. This file knows no
+cache, schedule or router.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Block(nn.Module):
         self.skip_linear = nn.Linear(2 * dim, dim) if skip else None
 
     def forward(self, h: Tensor, skip: Tensor | None = None) -> Tensor:
-        """Update tokens h (B, 2 + N, D) with those of the long skip, if the block has one."""
+        """Update tokens h (B, 2 + L, D) with those of the long skip, if the block has one."""
         if self.skip_linear is not None and skip is not None:
             h = self.skip_linear(torch.cat([h, skip], dim=-1))
         h = h + self.attn(self.norm1(h))
@@ -82,7 +82,7 @@ class UViT(nn.Module):
         self.patch_embed = layers.PatchEmbedder(in_channels, patch_size, hidden_size)
         self.label_emb = nn.Embedding(num_classes + 1, hidden_size)
         tokens = EXTRAS + (input_size // patch_size) ** 2
-        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, tokens, hidden_size))  # (1, 2 + N, D)
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, tokens, hidden_size))  # (1, 2 + L, D)
         sizes = hidden_size, num_heads
         self.in_blocks = nn.ModuleList(Block(*sizes) for _ in range(depth // 2))
         self.mid_block = Block(*sizes)
@@ -94,7 +94,7 @@ class UViT(nn.Module):
         """Predict the noise (B, C, H, W) in x (B, C, H, W) at times t (B,), above 0 up to 1000, for
         labels y (B,).
         """
-        patches = self.patch_embed(x)  # (B, N, D)
+        patches = self.patch_embed(x)  # (B, L, D)
         time = layers.sinusoids(t, patches.shape[2]).to(patches.dtype)[:, None]  # (B, 1, D)
         h = torch.cat([self.label_emb(y)[:, None], time, patches], dim=1) + self.pos_embed
         skips: list[Tensor] = []
@@ -105,7 +105,7 @@ class UViT(nn.Module):
         h = run(self.mid_block, h)
         for block in self.out_blocks:
             h = run(block, h, skips.pop())
-        flat = self.decoder_pred(self.norm(h))[:, EXTRAS:]  # (B, N, P·P·C)
+        flat = self.decoder_pred(self.norm(h))[:, EXTRAS:]  # (B, L, P·P·C)
         return layers.unpatchify(flat, self.patch_size, self.in_channels)
 
 

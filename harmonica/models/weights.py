@@ -1,10 +1,10 @@
-"""Weights: from the hub, a folder of diffusers or a file of the original, into a model.
+"""Weights: from a folder of diffusers or a file of the original, into a model.
 
     original file     DiT-XL-2-256x256.pt, imagenet256_uvit_huge.pth    the original's names
     diffusers folder  a pipeline (model_index.json) or its transformer  diffusers' names
-    "random"          no weights at all, for timing
 
-Reading a file executes nothing that is in it. This file does not know samplers, caches or routers.
+`load` fetches what is on the hub, and draws random weights. Reading a file executes nothing that is
+in it. This file does not know samplers, caches or routers.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def _dit_names(state: dict[str, Tensor], list_of_blocks: str) -> dict[str, list[
 
 
 def dit_from_diffusers(state: dict[str, Tensor], positions: Tensor) -> dict[str, Tensor]:
-    """Rename the parameters of diffusers' DiT to the original's, and add the positions (1, N, D),
+    """Rename the parameters of diffusers' DiT to the original's, and add the positions (1, L, D),
     which diffusers computes anew; what is missing stays missing.
 
     Raises ValueError if the blocks' copies of the embedders differ, as in a fine-tuned model: the
