@@ -14,7 +14,7 @@
     x_t      x                 (B, C, H, W)  noisy image;  x_T pure noise, x₀ the image
     y        cond                         what the image is of: labels, prompt embeddings
 
-Read in this order: cache, denoise, router, iepo, sdt. Importing this package costs torch only; what
+Read in this order: cache, router, denoise, iepo, sdt. Importing this package costs torch only; what
 LAZY names is imported when it is first used.
 """
 

@@ -3,8 +3,11 @@
 A *site* is a module whose output can be reused (attention or feed-forward of a block). While a
 model is `gated`, every site asks a *gate* for its output:
 
-    block i: h + scale·attn(…) → site.forward → gate(i, compute) ─┬─ compute() → fresh ─┬→ output
-                                                                  └─ cache[i]  → kept  ─┘
+    block i: h + α·attn(…) → site.forward → gate(i, compute) ─┬─ compute() → fresh ─┬→ output
+                                                              └─ cache[i]  → kept  ─┘
+
+α is the model's own factor (which DiT calls a gate, too). The cache keeps the output before α, so a
+reused feature is multiplied by the α of the step that reuses it.
 
     gate     output                                    what it keeps
     reuse    fresh where the row is true, else kept    the fresh output, where it computes
@@ -82,8 +85,8 @@ def blend(r: Tensor, cache: Cache, tau: float) -> Gate:
         tau: τ.
     """
     scores = r.unbind()  # N × ()
-    whole, renew = torch.stack([r == 1, r > tau]).tolist()  # one transfer a step
-    if not cache and not all(whole):
+    ones, renews = torch.stack([r == 1, r > tau]).tolist()  # one transfer a step
+    if not cache and not all(ones):
         raise RuntimeError("the cache is empty; the first step of a walk computes, so r is ones")
     # Reads see the cache as it was before this step, writes are for the next step. So a block that
     # runs twice in one step, as under activation checkpointing, blends the same old feature twice.
@@ -95,7 +98,7 @@ def blend(r: Tensor, cache: Cache, tau: float) -> Gate:
             if site not in before:
                 raise never_computed(site, len(scores))
             feature = tree_map(partial(_mix, scores[site]), before[site], feature)
-        if renew[site]:
+        if renews[site]:
             cache[site] = tree_map_only(Tensor, Tensor.detach, feature)
         return feature
 

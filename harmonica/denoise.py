@@ -37,7 +37,7 @@ class Denoiser(Protocol):
     def about(self) -> dict[str, Any]: ...  # noqa: D102 (described above)
 
     def predict(self, x: Tensor, k: int, cond: Any) -> Tensor:
-        """Return the guided output at step k for x (B, C, H, W); guidance may double its rows."""
+        """Return the guided output at step k for x (B, C, H, W): B rows, or 2B under guidance."""
         ...
 
     def step(self, x: Tensor, out: Tensor, k: int, memory: dict[str, Any]) -> Tensor:

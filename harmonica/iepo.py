@@ -6,7 +6,7 @@ The loss of a step sees only the output of that step. λ⁽ᵏ⁾ says what reus
     x₀⁽ᵏ⁾     image made under r with row k all ones: no reuse at k alone       (B, C, H, W)
     λ⁽ᵏ⁾      mean (x₀ − x₀⁽ᵏ⁾)²                                                (T,)
 
-The paper has the squared norm, the released code the mean: a constant apart, which β absorbs.
+The paper has the squared norm, the released code the mean; the authors' β of 7e-8 is for the mean.
 """
 
 from collections.abc import Callable
@@ -57,13 +57,12 @@ def image_error(  # noqa: D417 (some arguments are described together)
     main = denoise(denoiser, x, cond, blends(r, cache, tau), memory=memory)
     for k, x_k in enumerate(main, start=1):
         if k < T:
-            table = r.clone()
-            table[k : k + 1 if alone else T] = 1.0
-            gates, copy = blends(table, cache.copy(), tau), memory.copy()
+            scores = r.clone()
+            scores[k : k + 1 if alone else T] = 1.0
+            gates, copy = blends(scores, cache.copy(), tau), memory.copy()
             forks.append(final_image(denoise(denoiser, x_k, cond, gates, start=k, memory=copy)))
-    # what a fork is compared with: the image of the main walk, x_k now, or that of the next fork
-    ends = [x_k] * len(forks) if alone else [*forks, x_k][1:]
-    errors = [mse(end, fork) for end, fork in zip(ends, forks, strict=True)]
+    others = [x_k] * len(forks) if alone else [*forks, x_k][1:]  # x_k: the main walk's image
+    errors = [mse(other, fork) for other, fork in zip(others, forks, strict=True)]
     return torch.stack([torch.zeros((), device=x.device), *errors])
 
 

@@ -99,7 +99,7 @@ class Schedule:
         return self.steps * macs.total / run
 
     def resample(self, steps: int) -> Schedule:
-        """Return a guess for another number of steps, without learned weights; warns."""
+        """Stretch the table to other steps, without learned weights; warns: it is untrained."""
         if steps == self.steps:
             return self
         require(steps >= 1, f"steps is {steps}; a walk has at least 1")

@@ -64,11 +64,11 @@ def sdt(  # noqa: D417 (some arguments share a line)
         noise: (x_T, cond) of one walk each, as many as the caller likes.
         tau: τ; a blended feature replaces the cached one where its score exceeds τ.
         beta: β, the price of a site, or of each, (N,); may be changed in place meanwhile.
-        lr, refresh_every: learning rate of AdamW, without weight decay; walks between two
-            measurements of λ (at T = 20, 25 walks are 475 updates; the paper: C = 500).
+        lr: learning rate of AdamW, without weight decay.
+        refresh_every: walks between two measurements of λ (C = 500 updates are 26 at T = 20).
         proxy: which λ (`image_error`); None is λ = 1, SDT without IEPO.
         optimizer, lam, trajectory: to continue an earlier call; λ (T,) is refreshed in place.
-        mean: of a tensor over the processes that train together.
+        mean: averages a tensor over the processes that train together; one process only copies.
 
     Raises ValueError if a setting does not fit, FloatingPointError if a loss is not finite.
     """
@@ -86,10 +86,8 @@ def sdt(  # noqa: D417 (some arguments share a line)
             r = router.row(k)  # (N,)
             with gated(denoiser.sites, blend(r, cache, tau)):
                 out = denoiser.predict(x, k, cond)  # the student
-                loss = objective(out, target, r, lam_k, beta)
-                losses = torch.stack([loss, mse(out.detach(), target)])
-                size = out.numel() / lam_k if lam_k > 0 else 1.0
-                means = _update(router, k, optimizer, losses, size, mean)
+                losses = objective(out, target, r, lam_k, beta), mse(out.detach(), target)
+                means = _update(router, k, optimizer, losses, mean, out.numel() / (lam_k or 1.0))
             yield Update(n, k, *means, lam_k, float((router() <= tau).float().mean()))
             x = denoiser.step(x, out.detach(), k, memory)
 
@@ -103,23 +101,23 @@ def _check(denoiser: Denoiser, router: Router, tau: float, refresh_every: int) -
 
 
 def _update(
-    router: Router, k: int, optimizer: Optimizer, losses: Tensor, size: float, mean: Mean
+    router: Router, k: int, by: Optimizer, losses: tuple[Tensor, Tensor], mean: Mean, scale: float
 ) -> tuple[float, float]:
-    """Move row k down the first of two losses (2,), and return the means of both.
+    """Move row k down the first of two losses, and return the means of both.
 
     Other rows have no gradient and keep still, momentum included; all are clamped. The model must
     still be gated: under activation checkpointing, backward runs its blocks again. In half
-    precision the gradient λ·2Δ / elements could round to zero. So the loss is multiplied by a power
-    of two near `size`, elements / λ, and the gradient is divided by it.
+    precision the gradient λ·2Δ / elements could round to zero. So the loss is multiplied by
+    elements / λ, to a power of two, and the gradient is divided by it.
     """
-    loss, error = mean(losses.detach()).tolist()
+    loss, error = mean(torch.stack(losses).detach()).tolist()
     if not math.isfinite(loss):  # on all processes
         raise FloatingPointError(f"the loss of step {k} is {loss}; look for NaN in the weights")
-    scale, row = 2.0 ** round(math.log2(size)), router.rows[k - 1]
+    scale, row = 2.0 ** round(math.log2(scale)), router.rows[k - 1]
     gradient = torch.autograd.grad(losses[0] * scale, row)[0] / scale
-    optimizer.zero_grad(set_to_none=True)
+    by.zero_grad(set_to_none=True)
     row.grad = mean(gradient)
-    optimizer.step()
+    by.step()
     for each in router.rows:
         each.data.clamp_(-LOGIT_LIMIT, LOGIT_LIMIT)
     return loss, error
