@@ -2,6 +2,7 @@
 
     python benchmarks/quality.py                       T = 20, DDIM, 1.4x, 2x, 2.5x, 3x, three seeds of what is trained
     python benchmarks/quality.py --steps 10 50 --speedups 2 --samplers ddim dpm-solver++
+    python benchmarks/quality.py --updates 20000 --batch-size 32 --lr 0.01 --refresh-every 26     the authors' settings
     python benchmarks/quality.py --noises 64 --updates 40 --seeds 1     to see it run
 
     image_error     to the uncached image of the same noise
@@ -11,10 +12,11 @@
 Each is [value, low, high] of a bootstrap. "…_difference" is the method's value minus the uncached walk's, resampled
 over the same noises, so an interval below zero means that the method is better than not caching at all.
 All methods return a schedule; one engine runs it on the same held-out noises. Methods that measure see 96 noises that
-are not among those (greedy search 8, for its price; refined tables are judged on 128, weights are learned on 1536). Each
-finished row, pool and trained table is a file in --out: the same command continues.
+are not among those (greedy search 8, for its price; refined tables are judged on 128, weights are learned on --pool).
+Each finished row, pool and trained table is a file in --out: the same command continues. Use a folder of its own for
+other settings of training.
 "order 1" and "order 2" are TaylorSeer's forecasts. Writes results/NAME.json and, for each model, T and
-sampler, results/NAME-MODEL-T-SAMPLER.png: the distance to the reference against speedup, first seeds.
+sampler with several speeds, results/NAME-MODEL-T-SAMPLER.png: the distance to the reference against speedup, first seeds.
 """
 
 from __future__ import annotations
@@ -162,7 +164,7 @@ def new_table(denoiser: Denoiser, method: str, speedup: float, job: Job) -> Sche
 def weighted(schedule: Schedule, denoiser: Denoiser, job: Job) -> Schedule:
     """Learn weights towards the reference, on a pool that all methods share."""
     *_, seed, args = job
-    pool, generator = pool_of(denoiser, 1536, None, args), torch.Generator().manual_seed(seed)
+    pool, generator = pool_of(denoiser, args.pool, None, args), torch.Generator().manual_seed(seed)
     return learn_weights(
         denoiser, schedule, pool, iterations=288, batch_size=16, generator=generator
     )
@@ -171,7 +173,7 @@ def weighted(schedule: Schedule, denoiser: Denoiser, job: Job) -> Schedule:
 def in_turn(schedule: Schedule, denoiser: Denoiser, speedup: float, job: Job) -> Schedule:
     """Learn table and weights in turn, on the same pool."""
     *_, seed, args = job
-    pool = pool_of(denoiser, 1536, None, args)
+    pool = pool_of(denoiser, args.pool, None, args)
     target = Target(speedup, macs(denoiser), denoiser.steps)
     generator = torch.Generator().manual_seed(seed)
     return learn_in_turn(
@@ -206,8 +208,9 @@ def harmonica(denoiser: Denoiser, method: str, speedup: float, job: Job) -> Sche
     if not path.exists():
         began = time.perf_counter()
         router = train_sdt(
-            denoiser, iterations=args.updates, batch_size=8, lr=0.1, refresh_every=10, proxy=proxy, refine=0,
-            target_speedup=speedup, generator=torch.Generator().manual_seed(seed), progress=False,
+            denoiser, iterations=args.updates, batch_size=args.batch_size, lr=args.lr, proxy=proxy, refine=0,
+            refresh_every=args.refresh_every, target_speedup=speedup, progress=False,
+            generator=torch.Generator().manual_seed(seed),
         )  # fmt: skip
         router.about["provenance"]["seconds"] = round(time.perf_counter() - began, 1)
         router.save(path)
@@ -308,6 +311,10 @@ def main() -> None:
     parser.add_argument(
         "--updates", type=int, default=1500, help="of what the paper's method trains"
     )
+    parser.add_argument("--batch-size", type=int, default=8, help="of an update")
+    parser.add_argument("--lr", type=float, default=0.1, help="of an update")
+    parser.add_argument("--refresh-every", type=int, default=10, help="walks between two λ")
+    parser.add_argument("--pool", type=int, default=1536, help="noises that weights are learned on")
     parser.add_argument("--seeds", type=int, default=3, help="of what is trained")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument(
@@ -330,9 +337,9 @@ def main() -> None:
                 print(json.dumps(short), flush=True)
     args.results.mkdir(parents=True, exist_ok=True)
     for run in sorted({run_of_row(row) for row in rows}):
-        draw(
-            [row for row in rows if run_of_row(row) == run], args.results / f"{args.name}-{run}.png"
-        )
+        these = [row for row in rows if run_of_row(row) == run]
+        if len({row["asked"] for row in these}) > 2:  # a picture of one speed is a table
+            draw(these, args.results / f"{args.name}-{run}.png")
     record(args.name, {"noises": args.noises, "rows": rows}, args.results)
 
 

@@ -51,7 +51,7 @@ axes.set(xlabel="steps, nothing cached", ylabel="distance to the reference")
 figure
 
 # %% [markdown]
-# Twice the steps end about five times nearer. So the uncached walk of 20 steps is itself an approximation. A cache
+# Twice the steps end about four times nearer. So the uncached walk of 20 steps is itself an approximation. A cache
 # adds an error of its own, but that error need not point away from the reference.
 #
 # ## Two questions, two rankings
