@@ -53,7 +53,8 @@ plots.sheet(
 # ## What does a step compute?
 #
 # A DiT is a stack of blocks. Each block adds two things to its tokens: the output of an *attention* and the output of a
-# *feed-forward* network. The timestep and the label scale and shift both of them (`adaLN_modulation`).
+# *feed-forward* network. The timestep and the label scale and shift the *input* of each of them, and multiply its output by
+# a factor before it is added (`adaLN_modulation`; the paper of DiT calls this factor a gate).
 
 # %%
 denoiser.model.blocks[0]
@@ -138,7 +139,7 @@ gaps = 10
 
 
 def drift(denoiser, gap):
-    """Return how far each output is from that of i steps ago, i = 1 … gap: (T, gap, N)."""
+    """Return (T, gap, N): entry [k, i − 1] says how far outputs of step k are from those i steps ago."""
     change, past = torch.zeros(denoiser.steps, gap, len(denoiser.sites)), {}
 
     def watch(k):
@@ -215,15 +216,15 @@ for k in range(1, denoiser.steps):
     compute = torch.ones(denoiser.steps, len(denoiser.sites), dtype=torch.bool)
     compute[k] = False
     damage.append(image_mse(sample(denoiser, x, labels, Schedule(compute)), plain))
-moved = change.square().mean(1).tolist()  # (T,)
-lines = {"image, when step k is reused": damage, "features, relative, since step k − 1": moved}
+squared_change = change.square().mean(1).tolist()  # (T,)
+lines = {"image, when step k is reused": damage, "features, relative, since step k − 1": squared_change}
 plots.per_step(lines, ylabel="mean squared change", log=True)
 
 # %%
-ranks = torch.tensor([damage[1:], moved[1:]]).argsort(1).argsort(1).float()
+ranks = torch.tensor([damage[1:], squared_change[1:]]).argsort(1).argsort(1).float()
 print(f"rank correlation of the two, steps 1 to 19: {torch.corrcoef(ranks)[0, 1]:.2f}")
 for k in (17, 18, 19):
-    print(f"step {k}: features {moved[k]:.2e}, image {damage[k]:.2e}")
+    print(f"step {k}: features {squared_change[k]:.2e}, image {damage[k]:.2e}")
 
 # %% [markdown]
 # In order, yes: the rank correlation is 0.91. In size, no. At step 19 the squared change of the features is 38 times that of
@@ -234,7 +235,8 @@ for k in (17, 18, 19):
 #
 # ## Exercises
 #
-# 1. At T = 50 the steps are shorter. How much smaller is the median change over steps 1 to T − 2?
+# 1. At T = 50 the steps are shorter. Take the mean change of each step from 1 to T − 2 (`drift`). How much smaller is
+#    the median of these means?
 # 2. Are the changes the same for another batch of noises? (If they were not, one table for all images would make no
 #    sense.)
 # 3. Which one of the 8 blocks would you reuse at *every* step except the first? Measure all eight.

@@ -143,7 +143,8 @@ print(
 # The second term is about 130 times the first. Still it does not decide everything, because a score follows the *slopes* of
 # the two terms and not their sizes. The slope of β·Σr is β for every score at every step. The slope of the MSE is large
 # where computing would make the output much better. At step 1 computing would hardly improve the output, so the scores will
-# fall. At later steps the MSE is hundreds to thousands of times larger (tutorial 4 plots it), and many scores will rise.
+# fall. The MSE grows from step to step: it is about ten times larger at step 2, and a hundred thousand times at the last
+# (tutorial 4 plots it). There, many scores will rise.
 #
 # **Step 1, the update.** The gradient reaches row 1 of the router and nothing else: the weights are frozen, and kept
 # features are detached (cut off from the gradient computation), so no gradient reaches an earlier step. AdamW skips a
@@ -171,8 +172,9 @@ print(
 
 # %% [markdown]
 # This continues to step T − 1, and then with the next noise. Here is the library's loop. Step 0 is `next(denoise(…))`, which runs
-# one step of the walk. `_update` is the update; it also averages loss and MSE for the report. Find the rest of the lines
-# above.
+# one step of the walk. `_update` is the update. It also averages loss and MSE over several processes, multiplies the loss
+# by a power of two that half precision needs, and keeps the logits within ±5, as the released code does. Find the rest of
+# the lines above.
 
 # %%
 source = inspect.getsource(sdt)

@@ -185,7 +185,8 @@ plots.router_heatmap(tables["λ / MSE"], title="λ / MSE")
 
 # %% [markdown]
 # The first two tables are almost the same. At the last step weight 1 computes 13 of the 16 sites, IEPO 12, and λ/MSE a single
-# one. λ/MSE spends the saved work at steps 2 to 4, and at the same speed its mean error is two fifths of theirs.
+# one. (λ itself is small at the last step, but the MSE is so large there that λ·MSE is still the second largest of all
+# steps.) λ/MSE spends the saved work at steps 2 to 4, and at the same speed its mean error is two fifths of theirs.
 #
 # The median error of all three is far below the mean, so a few noises carry most of the error. **Can one see the error
 # there?** Below are the ten held-out noises with the largest errors. Rows: without a cache, then 1, IEPO, λ/MSE.
@@ -202,16 +203,16 @@ plots.sheet(torch.cat([plain[worst], *(image[worst] for image in images.values()
 #
 # That was one seed and a tenth of the updates of a serious run. `benchmarks/ablation.py` does more: T = 20, 1900 updates,
 # three seeds, 500 held-out noises. These are medians of the image error at equal CUR
-# (`benchmarks/results/ablation.json`):
+# (`benchmarks/results/ablation.json`; a star means that only two of the three seeds came to this CUR):
 #
 # | weight of step k | CUR 30 % | CUR 50 % |
 # |---|---|---|
 # | 1 | 4.4e-4 | 3.2e-3 |
-# | λ (IEPO) | 4.7e-4 | 2.8e-3 |
-# | λ/MSE | 3.0e-4 | 2.1e-3 |
+# | λ (IEPO) | 4.7e-4 | 2.6e-3* |
+# | λ/MSE | 3.0e-4* | 2.1e-3 |
 #
-# The paper finds that IEPO is clearly better than weight 1 on DiT-XL/2. On this model it is not, by this measure.
-# `docs/log.md` has every seed, and the reasons as far as they are known. The weight λ/MSE was tried in order to test such a
+# The paper finds that IEPO is clearly better than weight 1 on DiT-XL/2. On this model it is not, by this measure. (With the
+# authors' own settings, and by the Fréchet distance, it is: the page on results has the numbers.) The weight λ/MSE was tried in order to test such a
 # reason; it is not in the paper. If you train a router for a model of your own, measure λ and the MSE once, as above, and
 # look at their quotient: where it is flat, weight 1 is enough.
 #
