@@ -322,7 +322,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("out/quality"))
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--name", default="quality", help="of the file in --results")
+    parser.add_argument("--name", default="reference", help="of the file in --results")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.finished:
