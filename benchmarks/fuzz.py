@@ -3,7 +3,7 @@
     nice -n 10 python benchmarks/fuzz.py --seconds 180
 
 Every kind of file that the library reads gets an equal share of the time. What is done to a file and what counts as a
-finding: tests/fuzzing.py. A finding can be made again: its seed and way are in results/fuzz.json.
+finding: benchmarks/fuzzing.py. A finding can be made again: its seed and way are in results/fuzz.json.
 """
 
 from __future__ import annotations

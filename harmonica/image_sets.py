@@ -10,8 +10,8 @@ r"""Write many images to disk, for the tools that the field measures with.
 
 Image i starts from noise and a condition that depend on (seed, i) alone. So it does not depend on
 the number of images, of processes or of images in a batch (except for rounding in the model).
-Finished batches are kept in OUT.parts until all are there. After an interruption, the same command
-continues.
+Finished images are PNG files in OUT.parts until all are there. After an interruption, the same
+command makes those that are missing.
 """
 
 import argparse
@@ -19,32 +19,32 @@ import hashlib
 import json
 import shutil
 import sys
+import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from numpy.lib import format as npy
+from PIL import Image  # matplotlib brings Pillow along
 from torch import Tensor
 
 from harmonica import command_line as cli
 from harmonica.columns import fit
 from harmonica.denoise import Denoiser
-from harmonica.evaluation import image_files
 from harmonica.inference.walk import Walk
-from harmonica.processes import (
-    from_rank_0,
-    processes,
-    progress_bar,
-    rank,
-    started_as,
-    wait_for_all,
-    world,
-)
+from harmonica.processes import from_rank_0, processes, progress_bar, rank, started_as, world
 from harmonica.router import Schedule
-from harmonica.storage.files import StrPath, changes, exclusive_lock, read_json, write_json
+from harmonica.storage import files
+from harmonica.storage.files import StrPath
 from harmonica.table import require
+
+SETTINGS = "settings.json"  # of the images, in the folder of the finished ones
 
 
 def write_images(  # noqa: D417 (some arguments share a line)
@@ -73,41 +73,38 @@ def write_images(  # noqa: D417 (some arguments share a line)
     FileExistsError if `out` is there already, BlockingIOError if another run writes to it, and
     FileNotFoundError if images of other processes cannot be seen here.
     """
-    out = Path(out)
+    out, walk = Path(out), Walk(denoiser, schedule)
+    check_out(out)
     for name, value in (("count", count), ("batch_size", batch_size)):
         require(value >= 1, f"{name} is {value}; it must be 1 or more")
-    image_files.check_out(out)
-    parts, walk = image_files.parts_of(out), Walk(denoiser, schedule)
+    pictures = [_parts_of(out) / f"{i:06}.png" for i in range(count)]
+    settings = _settings(denoiser, schedule, seed)
     with ExitStack() as held:
 
-        def begin() -> list[range]:
-            _begin(parts, _settings(denoiser, schedule, seed), held)
-            return image_files.unfinished(parts, count, batch_size)
+        def begin() -> list[list[int]]:
+            _begin(_parts_of(out), settings, held)
+            missing = [i for i, picture in enumerate(pictures) if not picture.exists()]
+            return [missing[i : i + batch_size] for i in range(0, len(missing), batch_size)]
 
         batches = from_rank_0(begin)[rank() :: world()]
         try:
             for numbers in progress_bar(progress, iterable=batches, unit="batch"):
-                x, cond = draw_images(denoiser, numbers, seed)
-                images = image_files.to_uint8(decode(walk(x, cond)))
-                image_files.write_part(parts, numbers, images, cond)
-            wait_for_all()
-            _put_together(out, count)
+                images = to_uint8(decode(walk(*draw_images(denoiser, numbers, seed))))
+                for i, image in zip(numbers, images, strict=True):
+                    write_png(pictures[i], image)
+            from_rank_0(lambda: _put_together(out, pictures, denoiser, seed))
         except KeyboardInterrupt:
-            kept = f"finished images are in {parts}, run the same again to continue"
+            kept = f"finished images are in {_parts_of(out)}, run the same again to continue"
             raise KeyboardInterrupt(f"stopped; {kept}") from None
-        from_rank_0(lambda: shutil.rmtree(parts))
     return out
 
 
-def _put_together(out: Path, count: int) -> None:
-    pieces = image_files.pieces_of(image_files.parts_of(out), count)
-    if out.suffix == ".npz":
-        from_rank_0(lambda: image_files.write_npz(out, pieces))
-        return
-    from_rank_0(lambda: out.mkdir(exist_ok=True))
-    image_files.write_pngs(out, pieces[rank() :: world()])
-    wait_for_all()
-    from_rank_0(lambda: image_files.write_labels(image_files.labels_of(out), pieces))
+def check_out(out: Path) -> None:
+    """Raise ValueError if `out` has no name, FileExistsError if it is there and not half done."""
+    require(bool(out.name), f"out is {str(out)!r}; expected NAME.npz, or a folder to be made")
+    taken = out.is_file() or (out.is_dir() and any(out.iterdir())) or _labels_of(out).exists()
+    if taken and not _parts_of(out).is_dir():
+        raise FileExistsError(f"{out} exists; choose another name, or remove it")
 
 
 def generator_of(seed: int, i: int) -> torch.Generator:
@@ -132,6 +129,44 @@ def draw_images(denoiser: Denoiser, numbers: Sequence[int], seed: int) -> tuple[
     return torch.cat([x for x, _ in drawn]), torch.cat([cond for _, cond in drawn])
 
 
+def to_uint8(images: Tensor) -> Tensor:
+    """Return images (B, 1 or 3, H, W) in [−1, 1] as (B, H, W, 3) uint8: to the nearest level, grey
+    as three equal channels. Raises ValueError for other channels, or a value that is not finite.
+
+    >>> to_uint8(torch.tensor([-1.0, 0.0, 1.0, 7.0]).view(1, 1, 1, 4))[0, 0, :, 0].tolist()
+    [0, 128, 255, 255]
+    """
+    shape = tuple(images.shape)
+    rgb = len(shape) == 4 and shape[1] in (1, 3)
+    require(rgb, f"decode made {shape}; expected (B, 1 or 3, H, W), grey or RGB")
+    todo = "look for NaN in the weights, or widen the dtype"
+    require(bool(images.isfinite().all()), f"decode made values that are not finite; {todo}")
+    levels = (images.float() * 127.5 + 128.0).floor().clamp(0, 255)  # half up, as DiT's own script
+    return levels.to(torch.uint8).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous()
+
+
+def write_png(path: Path, image: Tensor) -> None:
+    """Write an image (H, W, 3) uint8."""
+    save = Image.fromarray(image.cpu().numpy()).save
+    files.write_whole(path, partial(save, format="PNG", compress_level=1))
+
+
+def read_png(path: Path) -> npt.NDArray[np.uint8]:
+    """Return what `write_png` wrote, (H, W, 3); raise ValueError for any other file."""
+    verdict = "is no image of this set; remove it and run the same again"
+    with files.decoding(path, verdict), Image.open(path, formats=["PNG"]) as picture:
+        require(picture.mode == "RGB", f"its mode is {picture.mode}")
+        return np.asarray(picture)
+
+
+def _parts_of(out: Path) -> Path:
+    return out.with_name(f"{out.name}.parts")
+
+
+def _labels_of(out: Path) -> Path:
+    return out.with_name(f"{out.name}.labels.txt")  # beside a folder no tool takes it for an image
+
+
 def _settings(denoiser: Denoiser, schedule: Schedule | None, seed: int) -> dict[str, Any]:
     """Return what all images of one set have in common, as JSON has it."""
     about: dict[str, Any] = {"seed": seed, **json.loads(json.dumps(denoiser.about))}
@@ -143,16 +178,54 @@ def _settings(denoiser: Denoiser, schedule: Schedule | None, seed: int) -> dict[
 
 
 def _begin(parts: Path, settings: dict[str, Any], held: ExitStack) -> None:
-    """Make the folder of finished batches, or check that it was begun with these settings; hold it
+    """Make the folder of finished images, or check that it was begun with these settings; hold it
     for this run.
     """
-    note = parts / "settings.json"
     parts.mkdir(parents=True, exist_ok=True)
-    held.enter_context(exclusive_lock(parts))
-    if not note.is_file():
-        write_json(note, settings)
-    other, todo = changes(read_json(note), settings), "go on with those, or remove the folder"
+    held.enter_context(files.exclusive_lock(parts))
+    if not (parts / SETTINGS).is_file():
+        files.write_json(parts / SETTINGS, settings)
+    other = files.changes(files.read_json(parts / SETTINGS), settings)
+    todo = "go on with those, or remove the folder"
     require(not other, f"{parts} was begun with other settings: {other}; {todo}")
+
+
+def _put_together(out: Path, pictures: Sequence[Path], denoiser: Denoiser, seed: int) -> None:
+    """Turn the folder of finished images into `out`."""
+    parts, lacking = _parts_of(out), [i for i, path in enumerate(pictures) if not path.exists()]
+    if lacking:
+        todo = "all processes must see one folder; run it again"
+        raise FileNotFoundError(f"{parts} lacks image {lacking[0]}; {todo}")
+    labels = [int(draw_images(denoiser, [i], seed)[1]) for i in range(len(pictures))]
+    if out.suffix == ".npz":
+        files.write_whole(out, partial(_write_npz, pictures, labels))
+        shutil.rmtree(parts)
+        return
+    files.write_text(_labels_of(out), "".join(f"{label}\n" for label in labels))
+    for other in {*parts.iterdir()} - {*pictures, parts / SETTINGS}:  # of a larger count, or half
+        other.unlink()
+    parts.replace(out)
+    (out / SETTINGS).unlink()
+
+
+def _write_npz(pictures: Sequence[Path], labels: Sequence[int], path: Path) -> None:
+    """Write arr_0 and arr_1 as numpy.savez does, but image by image: 50 000 images of 256 pixels
+    are 10 GB, which need not be in memory.
+    """
+    size = read_png(pictures[0]).shape  # (H, W, 3)
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(pictures), *size)}
+    with zipfile.ZipFile(path, "w") as archive:  # stored, not packed
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            npy.write_array_header_1_0(file, header)
+            for picture in pictures:
+                image = read_png(picture)
+                other = (
+                    f"images differ in size: {image.shape} in {picture}, {size} in {pictures[0]}"
+                )
+                require(image.shape == size, f"{other}; remove the folder, run it again")
+                file.write(image.tobytes())
+        with archive.open("arr_1.npy", "w") as file:
+            npy.write_array(file, np.array(labels, np.int64), allow_pickle=False)
 
 
 def parser() -> cli.Parser:
@@ -179,7 +252,7 @@ def run(args: argparse.Namespace) -> None:
 
     number, of_all = started_as()
     if number == 0:  # others may come when the first has begun to write
-        image_files.check_out(args.out)
+        check_out(args.out)
     if of_all == 1:
         cli.check_device(args.device)
     schedule = None if args.schedule is None else Schedule.load(args.schedule)

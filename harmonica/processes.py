@@ -77,12 +77,6 @@ def world() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def wait_for_all() -> None:
-    """Return when every process is here."""
-    if world() > 1:
-        dist.barrier()
-
-
 def progress_bar(shown: bool, **how: Any) -> Any:
     """Return a bar of tqdm, which rank 0 alone shows, and only where stderr is a terminal."""
     from tqdm.auto import tqdm
@@ -103,11 +97,12 @@ def mean_over_ranks(value: Tensor) -> Tensor:
 
 
 def from_rank_0(make: Callable[[], T]) -> T:
-    """Return on every rank what `make` returns on rank 0, which alone calls it; what it raises,
-    every rank raises. Tensors should be on the CPU.
+    """Return on every rank what `make` returns on rank 0, which alone calls it once all are here;
+    what it raises, every rank raises. Tensors should be on the CPU.
     """
     if world() == 1:
         return make()
+    dist.barrier()
     outcome: list[Any] = [None, None]
     if rank() == 0:
         try:

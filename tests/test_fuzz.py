@@ -1,6 +1,6 @@
 """Whatever bytes a file holds, reading it gives a valid object or an error that names it, and runs nothing.
 
-What is drawn and what counts as a finding: tests/fuzzing.py. `python benchmarks/fuzz.py` does the same for minutes.
+What is drawn and what counts as a finding: benchmarks/fuzzing.py. `python benchmarks/fuzz.py` does the same for minutes.
 """
 
 import io

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import equal, make, raising, refused, said, seeded
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from scores import read_images
@@ -15,9 +15,7 @@ from test_processes import torchrun
 
 from harmonica import Schedule, image_sets, models, sample
 from harmonica.columns import fit
-from harmonica.evaluation import image_files
-from harmonica.evaluation.image_files import pieces_of, to_uint8, unfinished
-from harmonica.image_sets import draw_images, generator_of, write_images
+from harmonica.image_sets import draw_images, generator_of, to_uint8, write_images
 
 COUNT = 11
 HALF = Schedule([[1] * 4, [0] * 4, [1, 0, 1, 0], [0] * 4])
@@ -72,23 +70,18 @@ def test_an_image_does_not_depend_on_the_batch_size_or_how_many_there_are(batch,
     assert same(few, [each[:3] for each in whole])
 
 
-@pytest.mark.parametrize(("batch", "processes"), [(4, 2), (1, 3), (3, 5)])
-def test_an_image_does_not_depend_on_the_processes(batch, processes, whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(image_sets, "world", lambda: processes)
-    plan = [range(i, min(i + batch, COUNT)) for i in range(0, COUNT, batch)]
-    monkeypatch.setattr(image_files, "unfinished", lambda *_: plan)  # by rank 0, before all begin
-    calls = []
-    counting = lambda x: calls.append(len(x)) or decode(x)  # noqa: E731
-    batches = [len(batch) for batch in torch.arange(COUNT).split(batch)]
-    shares = [sum(batches[n::processes]) for n in range(processes)]
-    for number in reversed(range(processes)):
-        monkeypatch.setattr(image_sets, "rank", lambda number=number: number)
-        if number > 0:  # alone, a process has only its share
-            with pytest.raises(FileNotFoundError, match="lacks image 0; all processes must see"):
-                written(tmp_path / "x.npz", batch=batch, decode=counting)
-        else:
-            assert same(written(tmp_path / "x.npz", batch=batch, decode=counting), whole)
-        assert sum(calls) == sum(shares[number:])  # its share, and nothing that another has made
+def test_a_process_makes_its_share_alone_and_says_whose_images_it_cannot_see(
+    whole, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(image_sets, "world", lambda: 2)
+        patch.setattr(image_sets, "rank", lambda: 1)
+        with pytest.raises(FileNotFoundError, match="lacks image 0; all processes must see"):
+            written(tmp_path / "x.npz", batch=3)
+    assert finished(tmp_path / "x.npz") == [3, 4, 5, 9, 10]
+    decoder, sizes = stopping(None)
+    assert same(written(tmp_path / "x.npz", batch=3, decode=decoder), whole)
+    assert sum(sizes) == 6  # nothing that another has made
 
 
 def test_torchrun_writes_what_one_process_does(tmp_path):
@@ -138,38 +131,46 @@ def stopping(after):
     return interrupted, sizes
 
 
-INTERRUPTED = [(0, 4, 4, 11), (2, 4, 4, 3), (2, 3, 4, 5), (1, 8, 1, 3)]
+def finished(out):
+    """Return the numbers of the finished images of a run that has stopped."""
+    return sorted(int(path.stem) for path in Path(f"{out}.parts").glob("*.png"))
 
 
-@pytest.mark.parametrize(("after", "first", "then", "images"), INTERRUPTED)
-def test_an_interrupted_run_goes_on_and_ends_the_same(after, first, then, images, whole, tmp_path):
-    out = tmp_path / "x.npz"
-    kept = r"finished images are in .*x\.npz\.parts, run the same again"
-    with pytest.raises(KeyboardInterrupt, match=kept):
-        written(out, batch=first, decode=stopping(after)[0])
+@pytest.mark.parametrize(("after", "first", "then"), [(0, 4, 4), (2, 4, 4), (2, 3, 4), (1, 8, 1)])
+@pytest.mark.parametrize("name", ["x.npz", "x"])
+def test_an_interrupted_run_goes_on_and_ends_the_same(after, first, then, name, whole, tmp_path):
+    out = tmp_path / name
+    with pytest.raises(
+        KeyboardInterrupt, match=rf"finished images are in .*{name}\.parts, run the"
+    ):
+        write(out, batch=first, decode=stopping(after)[0])
     assert not out.exists()
-    assert len(list((tmp_path / "x.npz.parts").glob("*.safetensors"))) == after
+    assert finished(out) == list(range(after * first))
+    half = out.with_name(f"{name}.parts") / "000009.png.0123abcd.part"
+    half.write_bytes(b"half")  # of a process that was killed
     decoder, sizes = stopping(None)
-    assert same(written(out, batch=then, decode=decoder), whole)
-    assert sum(sizes) == images  # no finished image again
-    assert [p.name for p in tmp_path.iterdir()] == ["x.npz"]
+    write(out, batch=then, decode=decoder)
+    assert sum(sizes) == COUNT - after * first  # no finished image again
+    images = arrays(out)[0] if name == "x.npz" else in_folder(out)
+    assert np.array_equal(images, whole[0])
+    left = {"x.npz": ["x.npz"], "x": ["x", "x.labels.txt"]}[name]
+    assert sorted(p.name for p in tmp_path.iterdir()) == left
 
 
-def test_what_a_killed_process_left_half_written_is_not_taken_for_an_image(whole, tmp_path):
-    (parts := tmp_path / "x.npz.parts").mkdir()
-    (parts / "00000000-00000011.safetensors.123.part").write_bytes(b"half")
-    assert same(written(tmp_path / "x.npz"), whole)
-
-
-def test_an_interruption_while_the_whole_is_written_costs_no_image(whole, tmp_path, monkeypatch):
+def test_an_interruption_while_the_whole_is_put_together_costs_no_image(
+    whole, tmp_path, monkeypatch
+):
+    drawn = lambda d, numbers, seed: draw_images(d, numbers, seed if len(numbers) > 1 else stop())  # noqa: E731
+    stop = raising(KeyboardInterrupt)
     with monkeypatch.context() as patch:
-        patch.setattr(image_files, "write_labels", raising(KeyboardInterrupt))
+        patch.setattr(image_sets, "draw_images", drawn)  # one by one for their labels
         with pytest.raises(KeyboardInterrupt, match="run the same again"):
             write(tmp_path / "x")
-    assert len(list((tmp_path / "x").glob("*.png"))) == COUNT
-    write(tmp_path / "x", decode=stopping(0)[0])
-    assert np.array_equal(in_folder(tmp_path / "x"), whole[0])
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["x", "x.labels.txt"]
+    assert len(finished(tmp_path / "x")) == COUNT
+    write(tmp_path / "x", count=5, decode=stopping(0)[0])
+    assert np.array_equal(
+        in_folder(tmp_path / "x"), whole[0][:5]
+    )  # a smaller count takes the first
 
 
 OTHERS = [
@@ -190,33 +191,9 @@ def test_other_settings_and_sizes_do_not_go_on_where_these_stopped(tmp_path):
             write(tmp_path / "x.npz", **change)
     with refused(r"images differ in size: \(2, 2, 3\) in .*, \(4, 4, 3\) in "):
         write(tmp_path / "x.npz", decode=lambda x: decode(x)[:, :, :2, :2])
-
-
-stops = st.sets(st.integers(0, 9))
-runs = st.lists(st.tuples(st.integers(1, 8), st.integers(1, 24), stops), max_size=5)
-
-
-@settings(max_examples=100)
-@given(runs=runs, count=st.integers(1, 24))
-def test_after_any_runs_the_batches_left_are_what_no_file_holds(runs, count, tmp_path_factory):
-    """Each run has a batch size and a count of its own, and loses some of its batches."""
-    parts, there = tmp_path_factory.mktemp("parts"), []
-    for size, wanted, lost in runs:
-        for j, numbers in enumerate(unfinished(parts, wanted, size)):
-            assert 1 <= len(numbers) <= size
-            if j not in lost:
-                (parts / f"{numbers.start:08}-{numbers.stop:08}.safetensors").touch()
-                there += numbers
-    assert len(set(there)) == len(there)
-    missing = sorted(set(range(count)) - set(there))
-    assert [i for numbers in unfinished(parts, count, 3) for i in numbers] == missing
-    if missing:
-        with pytest.raises(FileNotFoundError, match=f"lacks image {missing[0]};"):
-            pieces_of(parts, count)
-        return
-    pieces = pieces_of(parts, count)
-    assert [i for piece in pieces for i in piece.numbers] == list(range(count))
-    assert all(int(piece.path.stem[:8]) == piece.numbers.start for piece in pieces)
+    (tmp_path / "x.npz.parts/000002.png").write_bytes(b"damaged")
+    with refused(r"x\.npz\.parts/000002\.png is no image of this set; remove it and run the same"):
+        write(tmp_path / "x.npz")
 
 
 def test_an_npz_is_what_the_adm_evaluator_reads_and_a_folder_holds_the_same_images(whole, tmp_path):

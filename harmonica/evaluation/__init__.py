@@ -3,5 +3,4 @@
 distances      between images, and between sets of them
 judge          recognises the pictures of the bundled models
 pictures       plots of tables, images and errors
-image_files    a set of images on disk
 """

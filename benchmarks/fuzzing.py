@@ -32,7 +32,7 @@ from PIL import Image
 from scores import read_images
 
 from harmonica import Router, Schedule, train_sdt
-from harmonica.evaluation.image_files import Piece, read_piece
+from harmonica.image_sets import read_png, write_png
 from harmonica.models.dit import DiT
 from harmonica.models.prompts import read_prompts
 from harmonica.models.weights import component, fill, read_state
@@ -126,15 +126,9 @@ def _resume(path: Path) -> None:
     state.optimizer.step()
 
 
-def _part(path: Path) -> None:
-    images = torch.arange(3 * 4 * 4 * 3, dtype=torch.uint8).reshape(3, 4, 4, 3)
-    write_tensors(path, {"images": images, "labels": torch.tensor([1, 2, 0])}, {})
-
-
-def _read_part(path: Path) -> None:
-    images, labels = read_piece(Piece(path, range(2)))
-    assert (images.dtype, images.shape[::3]) == (torch.uint8, (2, 3))
-    assert (labels.dtype, len(labels)) == (torch.int64, 2)
+def _picture(path: Path) -> None:
+    image = read_png(path)
+    assert (image.dtype, image.ndim, image.shape[-1]) == (np.uint8, 3, 3)
 
 
 PIXELS = np.arange(96, dtype=np.uint8).reshape(2, 4, 4, 3)
@@ -171,8 +165,8 @@ TARGETS = (
     Target("weights .safetensors", "w.safetensors", _weights, _fill),
     Target("weights .pt", "w.pt", _weights, _fill),
     Target("checkpoint", "c.safetensors", lambda p: p.write_bytes(_checkpoint_bytes()), _resume),
-    Target("samples' part", "00000000-00000003.safetensors", _part, _read_part),
-    Target("samples' settings", "settings.json", _text('{"seed": 1, "guidance": 1.5}'), read_json),
+    Target("set's image", "000000.png", lambda p: write_png(p, torch.from_numpy(PIXELS[0])), _picture),
+    Target("set's settings", "settings.json", _text('{"seed": 1, "guidance": 1.5}'), read_json),
     Target("images .npz", "x.npz", _npz, _images),
     Target("image", "0.png", lambda p: Image.fromarray(PIXELS[0]).save(p), lambda p: _images(p.parent)),
     Target("prompts", "p.txt", _text(PROMPTS), read_prompts),
