@@ -217,7 +217,10 @@ for k in range(1, denoiser.steps):
     compute[k] = False
     damage.append(image_mse(sample(denoiser, x, labels, Schedule(compute)), plain))
 squared_change = change.square().mean(1).tolist()  # (T,)
-lines = {"image, when step k is reused": damage, "features, relative, since step k − 1": squared_change}
+lines = {
+    "image, when step k is reused": damage,
+    "features, relative, since step k − 1": squared_change,
+}
 plots.per_step(lines, ylabel="mean squared change", log=True)
 
 # %%
