@@ -1,23 +1,28 @@
 """A server that draws digits under a schedule: one model, two tables, many requests at once.
 
     pip install "harmonica-dit[server]"
-    uvicorn --app-dir examples --factory server:app
+    SCHEDULES=out/tune/schedule.json uvicorn --app-dir examples --factory server:app
 
     curl -X POST "localhost:8000/images/mine?label=3&steps=10" -o image.npy   draws request `mine`
     curl -X DELETE localhost:8000/images/mine                                 cancels it
     curl localhost:8000/metrics                                               counts what was reused
 
+SCHEDULES names the files of the tables, which `python -m harmonica.tune` writes. Without it, the
+server computes every second of 10 steps, or every third of 20, to be tried at once.
+
 diffusers' schedulers remember where a walk is, so pipelines that run at once need one each. They
 share everything else: the server holds one transformer and a few light pipelines around it, and a
 request waits for a free one. Each is cached once, when the server starts. A cancelled walk leaves
-nothing behind, so its pipeline serves the next request. For your own, change `model()`,
-`tables()`, the scheduler's class and both calls of the pipeline.
+nothing behind, so its pipeline serves the next request. For your own, change `model()`, the
+scheduler's class and the call of the pipeline.
 """
 
 from __future__ import annotations
 
 import io
+import os
 import threading
+from collections import Counter
 from queue import Queue
 from typing import Any
 
@@ -26,9 +31,8 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from fastapi import FastAPI, HTTPException, Response
 
-from harmonica import Schedule
+from harmonica import Schedule, enable_cache
 from harmonica.models import digits, load
-from harmonica.models.pipelines import enable_cache
 from harmonica.models.sites import sites
 
 PIPELINES = 4
@@ -57,21 +61,24 @@ def model() -> Any:
 
 
 def tables(pipe: Any) -> list[Schedule]:
-    """Return a table for each number of steps; a real server reads them with Schedule.load."""
+    """Load the tables that SCHEDULES names; without it, return two that need no tuning."""
+    files = os.environ.get("SCHEDULES", "").split()
+    return [Schedule.load(file) for file in files] or [every(2, pipe, 10), every(3, pipe, 20)]
+
+
+def every(n: int, pipe: Any, steps: int) -> Schedule:
+    """Return the table that computes every n-th step, and reuses all sites in between."""
     names = tuple(sites(pipe.transformer))
-    return [
-        Schedule([[k % every == 0] * len(names) for k in range(steps)], names)
-        for steps, every in ((10, 2), (20, 3))
-    ]
+    return Schedule([[k % n == 0] * len(names) for k in range(steps)], names)
 
 
 def pipelines() -> tuple[list[Any], list[Schedule]]:
-    """Return light pipelines around one transformer, one scheduler each, and the tables."""
+    """Return light pipelines around the parts of one, each with its own scheduler, and the tables."""
     first = model()
-    config, pipes = first.scheduler.config, []
+    pipes = []
     for _ in range(PIPELINES):
-        scheduler = StoppableScheduler.from_config(config)
-        pipes.append(type(first)(first.transformer, first.vae, scheduler))
+        scheduler = StoppableScheduler.from_config(first.scheduler.config)
+        pipes.append(type(first)(**first.components | {"scheduler": scheduler}))
         pipes[-1].set_progress_bar_config(disable=True)
     return pipes, tables(first)
 
@@ -91,7 +98,9 @@ def app() -> FastAPI:
     def draw(name: str, label: int = 0, seed: int = 0, steps: int = 10) -> Response:
         if steps not in offered:
             raise HTTPException(422, f"steps is {steps}; there are tables for {offered}")
-        stop = stops.setdefault(name, threading.Event())
+        stop = threading.Event()
+        if stops.setdefault(name, stop) is not stop:
+            raise HTTPException(409, f"{name} is being drawn; choose another name")
         pipe = free.get()  # in a thread of FastAPI's, so waiting here keeps nobody else waiting
         try:
             pipe.scheduler.stop = stop
@@ -120,6 +129,8 @@ def app() -> FastAPI:
         numbers = {f"harmonica_{name}_total": count for name, count in counts.items()}
         for key in ("walks", "asked", "skipped", "in_flight"):
             numbers[f"harmonica_{key}"] = sum(report[key] for report in reports)
+        for why, count in sum((Counter(report["beyond"]) for report in reports), Counter()).items():
+            numbers[f'harmonica_beyond{{reason="{why}"}}'] = count  # reuse that did not happen
         lines = [f"{name} {number}" for name, number in numbers.items()]
         return Response("\n".join(lines) + "\n", media_type="text/plain")
 

@@ -34,12 +34,14 @@ from harmonica.training.train import train_sdt
 
 if TYPE_CHECKING:
     from harmonica.models import load
-    from harmonica.models.pipelines import cached, from_pipeline, tune
+    from harmonica.models.pipelines import cached, disable_cache, enable_cache, from_pipeline, tune
     from harmonica.search.learn import learn_weights
     from harmonica.search.references import references
 
 LAZY = {
     "cached": "harmonica.models.pipelines",
+    "disable_cache": "harmonica.models.pipelines",
+    "enable_cache": "harmonica.models.pipelines",
     "from_pipeline": "harmonica.models.pipelines",
     "learn_weights": "harmonica.search.learn",
     "load": "harmonica.models",
@@ -69,6 +71,8 @@ __all__ = [
     "cached",
     "check_denoiser",
     "denoise",
+    "disable_cache",
+    "enable_cache",
     "from_pipeline",
     "gated",
     "image_error",

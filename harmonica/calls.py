@@ -1,7 +1,8 @@
-"""Calls: a model that runs several times in one prediction, such as once for each half of guidance.
+"""Calls: a model that runs several times in one step.
 
-A site then has a feature for each call. It is still one column of the table: `of_call(i)` is a
-number that indexes as i, and is another key than i in a cache.
+With guidance a transformer may run twice in a step, once for each half. Each run keeps features of
+its own: the key in the cache is the site's number in the first run, and a `SiteOfCall` in a later
+one. As an index both are the same column of the table.
 """
 
 from __future__ import annotations

@@ -5,11 +5,12 @@
                                           yes   answer(original, (x,), {})
                                           yes   gate(site, lambda: original(x))
 
-An *override* is an attribute of an instance that hides a method of its class. All who answer for
-one method share one override, counted under a lock. Which answer is in force lies in a
-`contextvars.ContextVar`, so it belongs to the thread or asyncio task that put it there. Other
-libraries put wrappers on the same instances (accelerate's hooks): those below ours are called,
-those above ours stay. This file does not know what is overridden.
+An *override* is an attribute of an instance that hides a method of its class. An *answer* is a
+function that is called instead of the method, and is given the method as it was. An answer belongs
+to the thread or asyncio task that put it in force, since it lies in a `contextvars.ContextVar`;
+everybody else gets the method. All answers for one method share one override, counted under a
+lock. Other libraries put wrappers on the same instances (accelerate's hooks): those below ours are
+called, those above ours stay. This file does not know what is overridden.
 """
 
 from __future__ import annotations
@@ -28,9 +29,11 @@ import torch
 from harmonica.calls import current_call, of_call, set_call
 
 Method = Callable[..., Any]
-Answer = Callable[[Method, tuple[Any, ...], dict[str, Any]], Any] | tuple[Method, int]
-"""(the method as it was, arguments, keyword arguments) -> what the call returns; or a gate and the
-site that it is asked for."""
+Replacement = Callable[[Method, tuple[Any, ...], dict[str, Any]], Any]
+"""(the method as it was, arguments, keyword arguments) -> what the call returns."""
+Answer = Replacement | tuple[Method, int]
+"""A gate and a site are short for the answer that asks the gate (`_replacement`): a site is asked
+so often that one function call fewer counts."""
 
 
 class Override(partial[Any]):
@@ -101,7 +104,7 @@ _lock = threading.RLock()
 
 def _call(key: Key, original: Method, /, *args: Any, **kwargs: Any) -> Any:
     answer = _get_answers().get(key)
-    if type(answer) is tuple:  # one function fewer on the way to a kept feature
+    if type(answer) is tuple:  # as in `_replacement`, but at once
         gate, site = answer
         if current_call():
             site = of_call(site)
@@ -109,13 +112,14 @@ def _call(key: Key, original: Method, /, *args: Any, **kwargs: Any) -> Any:
         return gate(site, lambda f=original, a=args, k=kwargs: f(*a, **k))
     if answer is None and key.answers and torch._C._current_graph_task_id() >= 0:
         answer = _of_backward(key)
-    return original(*args, **kwargs) if answer is None else _apply(answer, original, args, kwargs)
+    return _replacement(answer)(original, args, kwargs) if answer else original(*args, **kwargs)
 
 
-def _apply(answer: Answer, original: Method, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if isinstance(answer, tuple):
-        return answer[0](of_call(answer[1]), lambda: original(*args, **kwargs))
-    return answer(original, args, kwargs)
+def _replacement(answer: Answer) -> Replacement:
+    if not isinstance(answer, tuple):
+        return answer
+    gate, site = answer
+    return lambda original, args, kwargs: gate(of_call(site), lambda: original(*args, **kwargs))
 
 
 def _of_backward(key: Key) -> Answer:
@@ -178,14 +182,11 @@ def _put_in_force(frames: tuple[Frame, ...]) -> dict[Key, Answer]:
     return merged
 
 
-def _both(inner: Answer, outer: Answer) -> Answer:
-    def answer(original: Method, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        def below(*args: Any, **kwargs: Any) -> Any:
-            return _apply(outer, original, args, kwargs)
-
-        return _apply(inner, below, args, kwargs)
-
-    return answer
+def _both(inner: Answer, outer: Answer) -> Replacement:
+    above, below = _replacement(inner), _replacement(outer)
+    return lambda original, args, kwargs: above(
+        lambda *args, **kwargs: below(original, args, kwargs), args, kwargs
+    )
 
 
 def is_overridden(thing: Any, name: str) -> bool:

@@ -4,6 +4,7 @@ import asyncio
 import gc
 import importlib.util
 import io
+import pipes
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ import pytest
 import torch
 from conftest import seeded
 
-from harmonica.models.pipelines import cached
+from harmonica import cached
+from harmonica.models.sites import sites
 
 pytest.importorskip("fastapi")
 httpx = pytest.importorskip("httpx")
@@ -85,11 +87,48 @@ def test_memory_is_flat():
     assert counts[2] < counts[1] + 6  # a leak would be one tensor or more for each of 12 requests
 
 
-def test_steps_without_a_table_are_refused_with_what_there_is():
-    async def ask(app):
-        async with client_of(app) as client:
-            return await client.post("/images/mine", params={"steps": 7})
+async def post(app, *names, **params):
+    async with client_of(app) as client:
+        asked = [client.post(f"/images/{name}", params=params) for name in names]
+        answers = await asyncio.gather(*asked)
+        return answers, (await client.get("/metrics")).text
 
-    answer = asyncio.run(ask(server().app()))
+
+def test_steps_without_a_table_are_refused_with_what_there_is():
+    (answer,), _ = asyncio.run(post(server().app(), "mine", steps=7))
     assert answer.status_code == 422
     assert "there are tables for [10, 20]" in answer.text
+
+
+def test_a_name_that_is_in_use_is_refused_and_the_first_of_that_name_is_drawn():
+    answers, _ = asyncio.run(post(server().app(), "mine", "mine"))
+    assert sorted(answer.status_code for answer in answers) == [200, 409]
+    refused = next(answer for answer in answers if answer.status_code == 409)
+    assert "mine is being drawn; choose another name" in refused.text
+
+
+def test_tables_that_were_tuned_are_read_from_files(monkeypatch, tmp_path):
+    module, path = server(), tmp_path / "schedule.json"
+    module.every(2, module.model(), 5).save(path)
+    monkeypatch.setenv("SCHEDULES", str(path))
+    (answer,), metrics = asyncio.run(post(module.app(), "mine", steps=5))
+    assert answer.status_code == 200
+    assert "harmonica_skipped 32\n" in metrics  # 16 sites at two of 5 steps
+
+
+def test_metrics_say_how_often_and_why_a_site_was_not_reused():
+    module = server()
+    pipe = module.model()
+    for site in sites(pipe.transformer).values():
+        site.register_forward_hook(lambda _, __, out: out.mul_(0.5))
+    module.model = lambda: pipe
+    _, metrics = asyncio.run(post(module.app(), "mine"))
+    assert 'harmonica_beyond{reason="changed in place"} 80\n' in metrics
+
+
+def test_light_pipelines_are_made_of_any_pipeline():
+    module = server()
+    module.model = pipes.pixart_pipe
+    served, _ = module.pipelines()
+    assert len({id(pipe.scheduler) for pipe in served}) == module.PIPELINES
+    assert {id(pipe.text_encoder) for pipe in served} == {id(served[0].text_encoder)}

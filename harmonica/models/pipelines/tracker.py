@@ -259,7 +259,8 @@ class Tracker:
             features = [fresh, *(output.value() for output in valid)]
             own = Output.of(k, fresh, self._offload) if entry.keep else Output(k, fresh)
             outputs = (own, *valid)
-        # Weights are for the outputs of certain steps. Without those, the newest is repeated.
+        # If exactly the outputs that the table expects are at hand, their weights are used;
+        # otherwise the newest one is returned.
         planned = tuple(output.step for output in outputs)[: len(entry.steps)] == entry.steps
         keep = entry.keep if planned else range(len(entry.keep))
         if keep and before is None:  # a part of a feature is not worth keeping
