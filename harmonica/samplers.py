@@ -19,7 +19,6 @@ It does not know the model, guidance, caches or routers.
 from __future__ import annotations
 
 import copy
-import inspect
 import zlib
 from collections.abc import Callable
 from itertools import accumulate, repeat
@@ -48,7 +47,10 @@ class Sampler(Protocol):
     timesteps: tuple[float, ...]  # (T,), given to the model, in execution order
 
     def step(self, x: Tensor, out: Tensor, k: int, memory: Memory) -> Tensor:
-        """Take x (B, C, H, W) to step k + 1 with the model's output (B, C or 2C, H, W)."""
+        """Take x (B, C, H, W) to step k + 1 with the model's output (B, C or 2C, H, W).
+
+        Variance channels are ignored where none are learned.
+        """
         ...
 
     def with_steps(self, steps: int) -> Sampler:
@@ -77,8 +79,7 @@ def spaced_timesteps(steps: int) -> tuple[int, ...]:
     >>> spaced_timesteps(6)
     (999, 799, 599, 400, 200, 0)
     """
-    most = f"{TRAIN_TIMESTEPS}, the number of timesteps that the model was trained on"
-    require(1 <= steps <= TRAIN_TIMESTEPS, f"steps is {steps}; it must be between 1 and {most}")
+    _check_steps(steps)
     if steps == 1:
         return (TRAIN_TIMESTEPS - 1,)
     # Added up, not multiplied: where a timestep falls on a half, as at T = 21, rounding follows the
@@ -86,6 +87,11 @@ def spaced_timesteps(steps: int) -> tuple[int, ...]:
     gap = (TRAIN_TIMESTEPS - 1) / (steps - 1)
     sums = accumulate(repeat(gap, steps - 1), initial=0.0)
     return tuple(round(t) for t in sums)[::-1]
+
+
+def _check_steps(steps: int) -> None:
+    most = f"{TRAIN_TIMESTEPS}, the number of timesteps that the model was trained on"
+    require(1 <= steps <= TRAIN_TIMESTEPS, f"steps is {steps}; it must be between 1 and {most}")
 
 
 class DDIM:
@@ -101,9 +107,7 @@ class DDIM:
     (999, 946, 894)
     """
 
-    name = "ddim"
-    learns_variance = False
-    draws_noise = False
+    name, learns_variance, draws_noise = "ddim", False, False
 
     def __init__(self, steps: int, betas: Betas = "linear") -> None:
         spaced, self.betas = spaced_timesteps(steps), betas
@@ -112,7 +116,6 @@ class DDIM:
         self._alphas: list[float] = [*alphas_cumprod(betas)[list(spaced)].tolist(), 1.0]  # (T + 1,)
 
     def step(self, x: Tensor, out: Tensor, k: int, memory: Memory) -> Tensor:
-        """Take x from step k to k + 1; variance channels of `out`, if any, are ignored."""
         now, after = self._alphas[k], self._alphas[k + 1]
         eps = out[:, : x.shape[1]]  # (B, C, H, W)
         x0 = (x - (1.0 - now) ** 0.5 * eps) / now**0.5  # (B, C, H, W)
@@ -120,101 +123,68 @@ class DDIM:
         return moved
 
     def with_steps(self, steps: int) -> DDIM:
-        """Return the same rule with another number of steps."""
         return type(self)(steps, self.betas)
 
 
 class Scheduled:
-    """A diffusers scheduler as a sampler whose state belongs to the walk.
+    """A diffusers scheduler whose timesteps are set, as a sampler whose state belongs to the walk.
 
     Every step works on a copy of the scheduler whose state comes out of `memory` and goes back into
     it, so walks share nothing and a fork is exact. Noise comes from a generator seeded by (seed of
     the sample, k), so that any step can be run again; without `memory["seeds"]`, one integer a
-    sample, the seeds are computed from x_T. Raises ValueError if the timesteps are not set.
+    sample, the seeds are computed from x_T.
     """
 
-    def __init__(self, scheduler: Any, name: str) -> None:
-        custom, kind = getattr(scheduler, "custom_timesteps", False), type(scheduler).__name__
-        timed = custom or scheduler.num_inference_steps is not None
-        require(timed, f"{kind} has no timesteps yet; call its set_timesteps(steps) first")
-        self.name = name
-        self._scheduler = copy.copy(scheduler)
+    def __init__(self, scheduler: Any, name: str, betas: Betas, *, draws_noise: bool) -> None:
+        self.name, self.betas, self.draws_noise = name, betas, draws_noise
+        self.learns_variance = scheduler.config.get("variance_type") == "learned_range"
         self._times = scheduler.timesteps.cpu()  # (T,); on a GPU, every step would wait for it
-        vars(self._scheduler)["timesteps"] = self._times
         self.timesteps: tuple[float, ...] = tuple(self._times.tolist())
-        if callable(getattr(scheduler, "set_begin_index", None)):
-            self._scheduler.set_begin_index(0)  # a timestep may occur twice, as Heun's do
-        self._start = _state(self._scheduler)
-        self.learns_variance = scheduler.config.get("variance_type") in ("learned", "learned_range")
-        takes = "generator" in inspect.signature(scheduler.step).parameters
-        if kind == "DPMSolverMultistepScheduler":  # which takes one, but draws only as an SDE
-            takes = str(scheduler.config.algorithm_type).startswith("sde")
-        self.draws_noise = takes and kind != "DDIMScheduler"  # which draws nothing at its η = 0
+        self._scheduler, self._start = scheduler, _copied(vars(scheduler))
 
     def step(self, x: Tensor, out: Tensor, k: int, memory: Memory) -> Tensor:
-        """Take x (B, C, H, W) to step k + 1; variance channels of `out` are used if learned."""
         if k > 0 and "scheduler" not in memory:
             need = f"step {k} of {self.name} needs what the steps before it left in `memory`"
             raise RuntimeError(f"{need}; pass a copy")
         scheduler, noise = copy.copy(self._scheduler), {}
-        vars(scheduler).update(_state(memory.get("scheduler", self._start)))
+        vars(scheduler).update(_copied(memory.get("scheduler", self._start)))
         if self.draws_noise:
             if "seeds" not in memory:
                 bits = [sample.detach().float().cpu().numpy().tobytes() for sample in x]
                 memory["seeds"] = tuple(map(zlib.crc32, bits))
             noise = {"generator": [noise_generator(seed, k) for seed in memory["seeds"]]}
-        out = out if self.learns_variance else out[:, : x.shape[1]]  # (B, C or 2C, H, W)
+        if not self.learns_variance:
+            out = out[:, : x.shape[1]]  # (B, C, H, W)
+        elif out.shape[1] == x.shape[1]:  # −1 stands for the posterior's variance
+            out = torch.cat([out, -torch.ones_like(out)], dim=1)  # (B, 2C, H, W)
         moved: Tensor = scheduler.step(out, self._times[k], x, return_dict=False, **noise)[0]
-        memory["scheduler"] = _state(scheduler)
+        memory["scheduler"] = _copied(vars(scheduler))
         return moved.to(x.dtype)
 
-    def with_steps(self, steps: int) -> Scheduled:
-        """Return the same rule with another number of steps."""
-        return scheduled(copy.copy(self._scheduler), steps, self.name)
+    def with_steps(self, steps: int) -> Sampler:
+        return make_sampler(self.name, steps, self.betas)
 
 
-def scheduled(scheduler: Any, steps: int, name: str) -> Scheduled:
-    """Return a scheduler of diffusers, changed to `steps` steps, as a sampler."""
-    spaced_timesteps(steps)  # refuses a number that is out of range
-    scheduler.set_timesteps(steps)
-    return Scheduled(scheduler, name)
-
-
-class IDDPM:
-    """Ancestral sampling with learned variance (Nichol & Dhariwal 2021); a model without variance
-    channels is sampled with the posterior's (Ho et al. 2020).
+def iddpm(steps: int, betas: Betas = "linear") -> Scheduled:
+    """Return ancestral sampling with learned variance (Nichol & Dhariwal 2021); a model without
+    variance channels is sampled with the posterior's (Ho et al. 2020).
     """
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
-    name = "iddpm"
-    learns_variance = True
-    draws_noise = True
-
-    def __init__(self, steps: int, betas: Betas = "linear") -> None:
-        from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
-
-        self.timesteps: tuple[float, ...] = spaced_timesteps(steps)
-        self.betas, self._rules = betas, {}
-        for channels, variance in ((1, "fixed_small"), (2, "learned_range")):
-            # clip_sample defaults to true in diffusers, for images in [−1, 1]; these are latents
-            more = {"variance_type": variance, "clip_sample": False}
-            scheduler = DDPMScheduler(**_TRAINED[betas], **more)
-            scheduler.set_timesteps(timesteps=list(self.timesteps))
-            self._rules[channels] = Scheduled(scheduler, self.name)
-
-    def step(self, x: Tensor, out: Tensor, k: int, memory: Memory) -> Tensor:
-        """Take x (B, C, H, W) to step k + 1 with out (B, 2C, H, W), or (B, C, H, W)."""
-        return self._rules[out.shape[1] // x.shape[1]].step(x, out, k, memory)
-
-    def with_steps(self, steps: int) -> IDDPM:
-        """Return the same rule with another number of steps."""
-        return IDDPM(steps, self.betas)
+    # clip_sample defaults to true in diffusers, for images in [−1, 1]; these are latents
+    options = {**_TRAINED[betas], "variance_type": "learned_range", "clip_sample": False}
+    scheduler = DDPMScheduler(**options)
+    scheduler.set_timesteps(timesteps=list(spaced_timesteps(steps)))
+    return Scheduled(scheduler, "iddpm", betas, draws_noise=True)
 
 
 def dpm_solver(steps: int, betas: Betas = "linear") -> Scheduled:
     """Return DPM-Solver++, multistep of order 2 (Lu et al. 2022), with PixArt's settings."""
     from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 
-    return scheduled(DPMSolverMultistepScheduler(**_TRAINED[betas]), steps, "dpm-solver++")
+    scheduler = DPMSolverMultistepScheduler(**_TRAINED[betas])
+    scheduler.set_timesteps(steps)
+    return Scheduled(scheduler, "dpm-solver++", betas, draws_noise=False)
 
 
 def sa_solver(steps: int, betas: Betas = "linear") -> Scheduled:
@@ -222,20 +192,18 @@ def sa_solver(steps: int, betas: Betas = "linear") -> Scheduled:
     from diffusers.schedulers.scheduling_sasolver import SASolverScheduler
 
     orders = {"predictor_order": 2, "corrector_order": 2, "algorithm_type": "data_prediction"}
-    return scheduled(SASolverScheduler(**_TRAINED[betas], **orders), steps, "sa-solver")
+    scheduler = SASolverScheduler(**_TRAINED[betas], **orders)
+    scheduler.set_timesteps(steps)
+    return Scheduled(scheduler, "sa-solver", betas, draws_noise=True)
 
 
-def _state(scheduler: Any) -> dict[str, Any]:
-    """Return a scheduler's attributes in copies, since PNDM adds to a tensor in place."""
-    attributes = scheduler if isinstance(scheduler, dict) else vars(scheduler)
-    return {key: _copy(value) for key, value in attributes.items()}
-
-
-def _copy(value: Any) -> Any:
-    """Copy lists and tensors; a deep copy would fail under autograd."""
-    if isinstance(value, list):
-        return [_copy(item) for item in value]
-    return value.clone() if isinstance(value, Tensor) else value
+def _copied(state: Any) -> Any:
+    """Copy dicts, lists and tensors; a deep copy would fail under autograd."""
+    if type(state) is dict:  # not a scheduler's config, which stays as it is
+        return {key: _copied(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return [_copied(value) for value in state]
+    return state.clone() if isinstance(state, Tensor) else state
 
 
 def noise_generator(seed: int, k: int) -> torch.Generator:
@@ -244,7 +212,7 @@ def noise_generator(seed: int, k: int) -> torch.Generator:
 
 
 SAMPLERS: dict[str, Callable[[int, Betas], Sampler]] = {
-    "ddim": DDIM, "dpm-solver++": dpm_solver, "iddpm": IDDPM, "sa-solver": sa_solver,
+    "ddim": DDIM, "dpm-solver++": dpm_solver, "iddpm": iddpm, "sa-solver": sa_solver,
 }  # fmt: skip
 """Samplers by the name that `load(…, sampler=…)` and schedules use."""
 
@@ -252,4 +220,5 @@ SAMPLERS: dict[str, Callable[[int, Betas], Sampler]] = {
 def make_sampler(name: str, steps: int, betas: Betas = "linear") -> Sampler:
     """Return the sampler called `name` with T = `steps`, for a model trained with `betas`."""
     require(name in SAMPLERS, f"sampler is {name!r}; this version has {', '.join(SAMPLERS)}")
+    _check_steps(steps)
     return SAMPLERS[name](steps, betas)

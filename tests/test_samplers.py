@@ -2,22 +2,15 @@
 
 import pytest
 import torch
-from conftest import SMALL, redrawn, refused, seeded, start, with_noise
+from conftest import SMALL, redrawn, seeded, with_noise
 from diffusers import DPMSolverMultistepScheduler, SASolverScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harmonica import Schedule, denoise, image_error, train_sdt
+from harmonica import Schedule, check_denoiser, denoise, train_sdt
 from harmonica.denoise import final_image
 from harmonica.models.dit import DiT, DiTDenoiser
-from harmonica.samplers import (
-    IDDPM,
-    SAMPLERS,
-    Scheduled,
-    alphas_cumprod,
-    make_sampler,
-    spaced_timesteps,
-)
+from harmonica.samplers import SAMPLERS, alphas_cumprod, iddpm, make_sampler, spaced_timesteps
 from harmonica.samplers import noise_generator as noise_of
 
 BETAS = ("linear", "scaled-linear")
@@ -34,27 +27,6 @@ def under(name: str, steps: int, *, learn_sigma: bool = True, betas: str = "line
     """Return the small denoiser of the laws under another sampler."""
     model = redrawn(DiT(**SMALL, depth=2, learn_sigma=learn_sigma).double(), 0)
     return DiTDenoiser(model, make_sampler(name, steps, betas), guidance=1.5, guided_channels=1)
-
-
-@given(names, st.integers(2, 12), st.data())
-def test_a_fork_ends_where_the_original_does_at_every_k(name, steps, data):
-    d, x, y = with_noise(under(name, steps))
-    memory, forks = {}, []
-    for k, x in enumerate(denoise(d, x, y, memory=memory), start=1):  # noqa: B020
-        forks.append((k, x, memory.copy()))
-    k, at, then = forks[data.draw(st.integers(0, steps - 2))]
-    for memory in (then.copy(), then):  # a second time
-        assert torch.equal(image(d, at, y, start=k, memory=memory), x)
-
-
-@given(names, st.integers(2, 12))
-def test_two_walks_of_one_sampler_share_nothing(name, steps):
-    d = under(name, steps)
-    (x, y), (other, _) = start(d, seed=1), start(d, seed=2)
-    alone = image(d, x, y)
-    for one, _two in zip(denoise(d, x, y), denoise(d, other, y), strict=True):  # by turns
-        end = one
-    assert torch.equal(end, alone)
 
 
 @pytest.mark.parametrize("name", STOCHASTIC)
@@ -80,16 +52,9 @@ def test_a_sample_under_noise_does_not_depend_on_its_neighbours(name):
 
 
 @pytest.mark.parametrize("name", sorted(SAMPLERS))
-def test_every_sampler_has_a_lambda_and_needs_no_variance_channels(name):
-    d, x, y = with_noise(under(name, 5))
-    r = torch.full((5, 4), 0.4, dtype=torch.float64)
-    r[0] = r[2] = 1.0
-    lam = image_error(d, r, x, y)
-    assert lam[0] == lam[2] == 0.0
-    assert all(lam[k] > 0.0 for k in (1, 3, 4))
-    assert torch.equal(lam, image_error(d, r, x, y))
-    d = under(name, 4, learn_sigma=False, betas="scaled-linear")
-    assert image(*with_noise(d)).isfinite().all()
+def test_every_sampler_needs_no_variance_channels_and_keeps_the_laws_without(name):
+    """Walks, forks and λ with variance channels: test_every_model.py."""
+    check_denoiser(under(name, 4, learn_sigma=False, betas="scaled-linear"))
 
 
 @pytest.mark.parametrize("betas", BETAS)
@@ -115,7 +80,7 @@ def test_a_multistep_walk_is_the_one_diffusers_takes(name, betas):
 def test_iddpm_is_its_definition(learned):
     """Nichol & Dhariwal 2021: mean of the posterior, log-variance between its own and β by the model's v in [−1, 1]."""
     steps, times = 7, spaced_timesteps(7)
-    sampler = IDDPM(steps)
+    sampler = iddpm(steps)
     assert sampler.timesteps == times
     a = alphas_cumprod()
     generator = seeded(0)
@@ -149,12 +114,10 @@ def test_no_sampler_clips_latents():
         assert float(moved.abs().max()) > 5.0, name
 
 
-def test_a_multistep_walk_cannot_start_in_the_middle_and_a_scheduler_needs_timesteps():
+def test_a_multistep_walk_cannot_start_in_the_middle():
     message = r"step 2 of dpm-solver\+\+ needs what the steps before it left"
     with pytest.raises(RuntimeError, match=message):
         image(*with_noise(under("dpm-solver++", 5)), start=2)
-    with refused("has no timesteps yet; call its set_timesteps"):
-        Scheduled(DPMSolverMultistepScheduler(), "dpm")
 
 
 @given(names, st.sampled_from(BETAS), st.integers(1, 200))
