@@ -23,8 +23,8 @@ import torch
 from record import RESULTS, ended, record
 
 from harmonica import Denoiser, Router, image_error, sample, sdt, train_sdt
-from harmonica.evaluation.distances import image_mse
 from harmonica.models import load
+from harmonica.search.references import image_mse
 
 WAYS: dict[str, tuple[Any, tuple[float, ...]]] = {
     "sdt, lambda = 1": (None, (1e-4, 2e-4, 4e-4, 1e-3, 2e-3)),

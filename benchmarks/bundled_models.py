@@ -25,13 +25,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from judges import WEIGHTS, Classifier, Judge, digits, frechet_distance, judge_of, moments
 from record import RESULTS, ended, record
 from torch import Tensor
 from tqdm import tqdm
 
 from harmonica import sample
-from harmonica.evaluation.distances import frechet_distance
-from harmonica.evaluation.judge import WEIGHTS, Classifier, Judge, digits, judge_of, moments
 from harmonica.evaluation.pictures import save, sheet
 from harmonica.models import BUNDLED, DITS, load
 from harmonica.models.dit import DiT

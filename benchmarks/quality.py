@@ -35,20 +35,19 @@ import rivals
 import torch
 from bootstrap import bootstrap
 from bundled_models import real_images
+from judges import judge_of
 from record import RESULTS, ended, record
 from smoothcache import smoothcache
 from torch import Tensor
 
 from harmonica import Denoiser, Router, Schedule, macs, references, sample, train_sdt
-from harmonica.evaluation.distances import image_mse
-from harmonica.evaluation.judge import judge_of
 from harmonica.evaluation.pictures import save, tradeoff
 from harmonica.inference.walk import Walk
 from harmonica.models import load
 from harmonica.search import baselines
 from harmonica.search.in_turn import learn_in_turn
 from harmonica.search.learn import learn_weights
-from harmonica.search.references import Pool
+from harmonica.search.references import Pool, image_mse
 from harmonica.search.refine_router import refine_router
 from harmonica.search.target import Target
 from harmonica.storage.files import read_json, write_json
@@ -138,7 +137,7 @@ def new_table(denoiser: Denoiser, method: str, speedup: float, job: Job) -> Sche
             denoiser, few, cond, schedule=of("dynamic programming")
         ),
         "InvarDiff": lambda: rivals.invardiff(denoiser, few, cond, speedup=speedup),
-        "Learning-to-Cache": lambda: baselines.learning_to_cache(
+        "Learning-to-Cache": lambda: rivals.learning_to_cache(
             denoiser, *real_images(args.model), speedup=speedup, updates=args.updates, batch_size=8, lr=0.1, generator=generator
         ),
         "weights on dynamic programming": lambda: weighted(of("dynamic programming"), denoiser, job),

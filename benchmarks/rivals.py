@@ -5,6 +5,7 @@
     random_table    chance         entries, drawn
     fewer_steps     no cache       T′ < T steps of the same sampler
     invardiff       InvarDiff      what has nearly stopped changing        two walks
+    learning_to_cache   L2C        entries of every second step             trained on images
     l2p             L²P            weights of past outputs, one set a step  one or two predictions a step
 
 Their arguments are those of `harmonica.search.baselines`.
@@ -12,7 +13,7 @@ Their arguments are those of `harmonica.search.baselines`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from heapq import heapify, heappop, heappush
@@ -22,15 +23,18 @@ from typing import Any
 import torch
 from smoothcache import block_and_kind
 from torch import Tensor
+from torch.optim import AdamW
 from torch.utils._pytree import tree_leaves
 
 from harmonica import Schedule, macs
-from harmonica.cache import Cache, Compute, Feature, Gate, gated, reuse
+from harmonica.cache import Cache, Compute, Feature, Gate, blend, gated, reuse
 from harmonica.denoise import Denoiser
-from harmonica.evaluation.distances import image_mse
 from harmonica.forecast import History, weighted_sum
+from harmonica.iepo import objective
+from harmonica.samplers import alphas_cumprod
 from harmonica.search.baselines import every, fewest_reused, named, reuse_lowest, steps_that_compute
 from harmonica.search.paths import Fork, continue_walk, whole_steps
+from harmonica.search.references import image_mse
 from harmonica.table import require
 
 QUANTILES = 200
@@ -88,6 +92,88 @@ def fewer_steps(steps: int, speedup: float) -> int:
         f"speedup is {speedup}; fewer than {steps} steps are 1 to {steps} times as fast",
     )
     return max(fewer for fewer in range(1, steps + 1) if steps / fewer >= speedup)
+
+
+# ------------------------------------------------------------------------------- Learning-to-Cache
+
+
+def learning_to_cache(
+    denoiser: Denoiser,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    tau: float = 0.1,
+    speedup: float | None = None,
+    updates: int = 2000,
+    batch_size: int = 32,
+    beta: float = 1e-4,
+    lr: float = 0.01,
+    generator: torch.Generator | None = None,
+) -> Schedule:
+    """Train scores of every second step on real images (Learning-to-Cache, Ma et al. 2024, arXiv
+    2406.01733).
+
+    Steps come in pairs (k, k + 1), k even: k computes, k + 1 may reuse. An update draws a pair, and
+    images with one noise at both steps, and lowers ‖ε − ε_router‖² + β·Σᵢ rᵢ by the scores r of
+    step k + 1: ε is the plain prediction there, ε_router the one that blends with the features of
+    step k. No walk is taken, so what earlier reuse did to x is never seen, and no more than half of
+    the steps can reuse.
+
+    `images` (M, C, H, W) are scaled as the model was trained on them, `labels` (M, …) are their
+    conditions; the sampler must add noise as √ᾱ·x + √(1−ᾱ)·ε. β is the price of computing one site.
+    With a speedup the lowest scores reuse, without one those not above τ. The generator's seed is 0
+    if None.
+    """
+    times = len(denoiser.about.get("timesteps", ()))
+    has = f"the denoiser has {denoiser.steps} steps and {times} timesteps"
+    rule = "it must have 2 steps or more, and a timestep for each"
+    require(times == denoiser.steps >= 2, f"{has}; {rule}")
+    r = torch.full((denoiser.steps, len(denoiser.sites)), inf)  # (T, N)
+    r[1::2] = 0.0
+    if speedup is not None:
+        reuse_lowest(denoiser, r, speedup)  # a target out of reach is refused before training
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    logits = torch.randn(r[1::2].shape, generator=generator, device=generator.device)
+    rows = [row.to(images.device).requires_grad_() for row in logits.clone().unbind()]
+    optimizer = AdamW(rows, lr=lr, weight_decay=0.0)
+    pairs = _pairs(denoiser, images, labels, batch_size, generator)
+    for _, (k, pair, cond) in zip(range(updates), pairs, strict=False):
+        optimizer.zero_grad(set_to_none=True)  # a row without a gradient keeps still
+        rows[k // 2].grad = _pair_gradient(denoiser, pair, cond, k, rows[k // 2], beta)
+        optimizer.step()
+    r[1::2] = torch.stack(rows).detach().sigmoid().cpu()
+    table = r > tau if speedup is None else reuse_lowest(denoiser, r, speedup)
+    settings = {"updates": updates, "batch_size": batch_size, "beta": beta, "lr": lr}
+    settings |= {"tau": tau} if speedup is None else {"speedup": speedup}
+    return named(denoiser, table, "Learning-to-Cache", settings)
+
+
+def _pairs(
+    denoiser: Denoiser, images: Tensor, labels: Tensor, size: int, generator: torch.Generator
+) -> Iterator[tuple[int, list[Tensor], Tensor]]:
+    """Yield an even step k, images with one noise at k and k + 1, 2 × (B, C, H, W), and labels."""
+    levels = alphas_cumprod()[[round(t) for t in denoiser.about["timesteps"]]].tolist()  # ᾱ of each
+    here: dict[str, Any] = {"generator": generator, "device": generator.device}
+    while True:
+        k = 2 * int(torch.randint(len(levels) // 2, (), **here))
+        rows = torch.randint(len(images), (size,), **here).to(images.device)
+        noise = torch.randn((size, *images.shape[1:]), **here).to(images)
+        noisy = [a**0.5 * images[rows] + (1 - a) ** 0.5 * noise for a in levels[k : k + 2]]
+        yield k, noisy, labels[rows]
+
+
+def _pair_gradient(
+    denoiser: Denoiser, pair: Sequence[Tensor], cond: Tensor, k: int, logits: Tensor, beta: float
+) -> Tensor:
+    """Return the gradient (N,) of the loss of step k + 1 by its logits; nothing else gets one."""
+    cache, r = Cache(), logits.sigmoid()
+    with torch.no_grad():
+        with gated(denoiser.sites, reuse([True] * len(denoiser.sites), cache)):
+            denoiser.predict(pair[0], k, cond)
+        target = denoiser.predict(pair[1], k + 1, cond)
+    with gated(denoiser.sites, blend(r, cache, 0.0)):  # any τ: the cache is not read again
+        loss = objective(denoiser.predict(pair[1], k + 1, cond), target, r, 1.0, beta)
+        return torch.autograd.grad(loss, logits)[0]
 
 
 # ------------------------------------------------------------------------------------------ greedy

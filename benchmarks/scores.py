@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harmonica.evaluation.distances import image_mse
+from harmonica.search.references import image_mse
 from harmonica.storage.files import StrPath, decoding, existing, is_archive
 
 PICTURES = (".png", ".jpg", ".jpeg")

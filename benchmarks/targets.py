@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from judges import digits
 from record import RESULTS, ended, record
+from rivals import learning_to_cache
 
 from harmonica import macs, train_sdt
-from harmonica.evaluation.judge import digits
 from harmonica.models import load
-from harmonica.search import baselines
 
 TARGETS = (1.2, 1.5, 2.0, 2.5, 3.0)
 
@@ -47,7 +47,7 @@ def main() -> None:
         row["percent_of_target"] = round(100 * row["speedup"] / target, 2)
         began = time.perf_counter()
         try:
-            other = baselines.learning_to_cache(
+            other = learning_to_cache(
                 denoiser, *digits(), speedup=target, updates=args.updates, batch_size=8, lr=0.1
             )
             row["learning_to_cache"] = {

@@ -20,9 +20,9 @@ from quality import HELD_OUT, held_out, pool_file
 from record import RESULTS, ended, record
 
 from harmonica import Schedule
-from harmonica.evaluation.distances import image_mse
 from harmonica.inference.walk import Walk
 from harmonica.models import load
+from harmonica.search.references import image_mse
 
 METHODS = {
     "dynamic programming": 1,

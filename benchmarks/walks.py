@@ -26,9 +26,9 @@ from torch import Tensor
 from harmonica import Denoiser, Schedule, macs, references, sample, train_sdt
 from harmonica.cache import Cache, Gate, reuse
 from harmonica.denoise import denoise, final_image
-from harmonica.evaluation.distances import image_mse
 from harmonica.evaluation.pictures import per_step, save
 from harmonica.models import load
+from harmonica.search.references import image_mse
 
 RUN = range(1, 8)  # the steps that reuse everything
 

@@ -49,7 +49,6 @@ def test_the_demo_makes_a_table_measures_and_saves(options, tmp_path, small, unp
 
 
 ROWS = ["theoretical speedup", "measured speedup", "measured / theoretical", "distance to uncached"]
-ROWS += ["images that show their label"]
 
 
 def test_the_demos_table_shows_theory_and_clock_side_by_side(tmp_path, capsys, small, unpainted):

@@ -197,7 +197,7 @@ BASELINES = {
     "FORA": lambda d, x, y: baselines.every(d, speedup=1.5),
     "SmoothCache": lambda d, x, y: smoothcache(d, x, y, speedup=1.5),
     "delta-DiT": lambda d, x, y: rivals.delta_dit(d, speedup=1.2),
-    "L2C": lambda d, x, y: baselines.learning_to_cache(d, x, y, **L2C),
+    "L2C": lambda d, x, y: rivals.learning_to_cache(d, x, y, **L2C),
     "path": lambda d, x, y: baselines.dynamic_programming(d, x, y, speedup=1.5),
     "greedy": lambda d, x, y: rivals.greedy(d, x, y, speedup=1.5, budget=400),
     "chance": lambda d, x, y: rivals.random_table(d, speedup=1.5, generator=seeded(0)),

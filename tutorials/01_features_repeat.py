@@ -21,9 +21,9 @@ import torch
 
 from harmonica import Schedule, denoise, macs, sample
 from harmonica.evaluation import pictures as plots
-from harmonica.evaluation.distances import image_mse
 from harmonica.models import load
 from harmonica.search import baselines
+from harmonica.search.references import image_mse
 
 torch.set_num_threads(1)  # the model is too small to share among cores
 denoiser = load("tiny", steps=20)  # frozen weights, DDIM with T = 20, guidance 1.5

@@ -19,10 +19,10 @@ import torch
 
 from harmonica import Schedule, denoise, gated, macs, reuse, sample
 from harmonica.evaluation import pictures as plots
-from harmonica.evaluation.distances import image_mse
 from harmonica.inference.timing import measure
 from harmonica.inference.walk import Walk
 from harmonica.models import load
+from harmonica.search.references import image_mse
 
 torch.set_num_threads(1)
 denoiser = load("tiny", steps=20)

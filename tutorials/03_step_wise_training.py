@@ -13,6 +13,7 @@
 # %%
 # %matplotlib inline
 import inspect
+import sys
 
 import torch
 from matplotlib.figure import Figure
@@ -20,10 +21,16 @@ from torch.optim import AdamW
 
 from harmonica import Router, blend, denoise, gated, macs, objective, reuse, sample, sdt
 from harmonica.evaluation import pictures as plots
-from harmonica.evaluation.distances import image_mse
-from harmonica.evaluation.judge import digits
 from harmonica.models import load
 from harmonica.search import baselines
+from harmonica.search.references import image_mse
+
+sys.path += [
+    "benchmarks",
+    "../benchmarks",
+]  # of a clone: Learning-to-Cache and the digits are there
+from judges import digits
+from rivals import learning_to_cache
 
 torch.set_num_threads(1)
 denoiser = load("tiny", steps=10)
@@ -239,8 +246,8 @@ print(f"{between:.0%} of the scores lie between 0.05 and 0.95")
 # ## Judge
 #
 # How good is the table at this speed? We compare it with FORA, which computes every n-th step and trains nothing, and
-# with Learning-to-Cache, which trains on real digits at random steps. `baselines` has both, each as a function that
-# returns a schedule of at least the given speedup. A training depends on its seed, so we train three times.
+# with Learning-to-Cache, which trains on real digits at random steps. Each is a function that returns a schedule of at
+# least the given speedup. A training depends on its seed, so we train three times.
 # **Whose image is closest to the one without a cache?** A dot is one table, a bar is the mean.
 
 # %%
@@ -249,7 +256,7 @@ images, image_labels = digits()
 tables = {
     "SDT": [schedule, *(train(denoiser, beta, seed).schedule(tau) for seed in (1, 2))],
     "Learning-to-Cache": [
-        baselines.learning_to_cache(
+        learning_to_cache(
             denoiser, images, image_labels, speedup=speedup, updates=150, batch_size=4, beta=1e-3, lr=lr,
             generator=torch.Generator().manual_seed(seed),
         )

@@ -17,8 +17,8 @@ import torch
 from harmonica import Router, blend, denoise, image_error, macs, sample, sdt
 from harmonica.denoise import final_image
 from harmonica.evaluation import pictures as plots
-from harmonica.evaluation.distances import image_mse
 from harmonica.models import load
+from harmonica.search.references import image_mse
 
 torch.set_num_threads(1)
 denoiser = load("tiny", steps=10)

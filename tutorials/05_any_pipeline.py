@@ -23,10 +23,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransfo
 import harmonica
 from harmonica import Schedule, image_error, sample
 from harmonica.evaluation import pictures as plots
-from harmonica.evaluation.distances import image_mse
 from harmonica.models import digits, load
 from harmonica.models.pipelines import disable_cache, enable_cache, from_pipeline, summary
 from harmonica.models.sites import sites
+from harmonica.search.references import image_mse
 
 torch.set_num_threads(1)
 pipe = digits.pipeline(load("tiny"))

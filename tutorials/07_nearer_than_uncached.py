@@ -19,10 +19,10 @@ from matplotlib.figure import Figure
 
 from harmonica import learn_weights, macs, references, sample
 from harmonica.evaluation import pictures as plots
-from harmonica.evaluation.distances import image_mse
 from harmonica.inference.walk import Walk
 from harmonica.models import load
 from harmonica.search import baselines
+from harmonica.search.references import image_mse
 
 torch.set_num_threads(1)
 denoiser = load("tiny", steps=20)

@@ -1,34 +1,29 @@
 """Baselines: other methods that fill the table, each a function that returns a `Schedule`.
 
-    every                  FORA            whole steps, evenly spread     measures nothing
-    dynamic_programming    after DPCache   whole steps, cheapest path     2T predictions, T²/2 cheap
-    learning_to_cache      L2C             entries of every second step   trained on images
+    every                  FORA            whole steps, evenly spread    measures nothing
+    dynamic_programming    after DPCache   whole steps, cheapest path    2T predictions, T²/2 cheap
 
     denoiser, x, cond    what `denoise` takes; x (B, C, H, W) is pure noise to measure on
     speedup              a target, theoretical (`Schedule.speedup(macs(denoiser))`)
 
 A table meets its target as closely as the method allows: whole steps are coarse, entries are fine.
 A target out of reach is a ValueError that names the maximum. Every method here reuses the last
-computed feature; where its paper does something else, the docstring says so. This file does not
-know routers or λ.
+computed feature; where its paper does something else, the docstring says so. More
+methods are in benchmarks/rivals.py.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from math import inf
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import AdamW
 
-from harmonica.cache import Cache, blend, gated, reuse
 from harmonica.cost import macs
 from harmonica.denoise import Denoiser
-from harmonica.iepo import objective
 from harmonica.router import Schedule
-from harmonica.samplers import alphas_cumprod
 from harmonica.search.paths import cheapest_path, reuse_errors, spread, whole_steps
 from harmonica.table import require
 
@@ -60,85 +55,6 @@ def dynamic_programming(denoiser: Denoiser, x: Tensor, cond: Any, *, speedup: fl
     path = cheapest_path(reuse_errors(denoiser, x, cond), steps_that_compute(denoiser, speedup))
     settings = {"speedup": speedup, "noises": len(x)}
     return named(denoiser, whole_steps(denoiser, path), "dynamic programming", settings)
-
-
-def learning_to_cache(
-    denoiser: Denoiser,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    tau: float = 0.1,
-    speedup: float | None = None,
-    updates: int = 2000,
-    batch_size: int = 32,
-    beta: float = 1e-4,
-    lr: float = 0.01,
-    generator: torch.Generator | None = None,
-) -> Schedule:
-    """Train scores of every second step on real images (Learning-to-Cache, Ma et al. 2024, arXiv
-    2406.01733).
-
-    Steps come in pairs (k, k + 1), k even: k computes, k + 1 may reuse. An update draws a pair, and
-    images with one noise at both steps, and lowers ‖ε − ε_router‖² + β·Σᵢ rᵢ by the scores r of
-    step k + 1: ε is the plain prediction there, ε_router the one that blends with the features of
-    step k. No walk is taken, so what earlier reuse did to x is never seen, and no more than half of
-    the steps can reuse.
-
-    `images` (M, C, H, W) are scaled as the model was trained on them, `labels` (M, …) are their
-    conditions; the sampler must add noise as √ᾱ·x + √(1−ᾱ)·ε. β is the price of computing one site.
-    With a speedup the lowest scores reuse, without one those not above τ. The generator's seed is 0
-    if None.
-    """
-    times = len(denoiser.about.get("timesteps", ()))
-    has = f"the denoiser has {denoiser.steps} steps and {times} timesteps"
-    rule = "it must have 2 steps or more, and a timestep for each"
-    require(times == denoiser.steps >= 2, f"{has}; {rule}")
-    r = torch.full((denoiser.steps, len(denoiser.sites)), inf)  # (T, N)
-    r[1::2] = 0.0
-    if speedup is not None:
-        reuse_lowest(denoiser, r, speedup)  # a target out of reach is refused before training
-    generator = torch.Generator().manual_seed(0) if generator is None else generator
-    logits = torch.randn(r[1::2].shape, generator=generator, device=generator.device)
-    rows = [row.to(images.device).requires_grad_() for row in logits.clone().unbind()]
-    optimizer = AdamW(rows, lr=lr, weight_decay=0.0)
-    pairs = _pairs(denoiser, images, labels, batch_size, generator)
-    for _, (k, pair, cond) in zip(range(updates), pairs, strict=False):
-        optimizer.zero_grad(set_to_none=True)  # a row without a gradient keeps still
-        rows[k // 2].grad = _pair_gradient(denoiser, pair, cond, k, rows[k // 2], beta)
-        optimizer.step()
-    r[1::2] = torch.stack(rows).detach().sigmoid().cpu()
-    table = r > tau if speedup is None else reuse_lowest(denoiser, r, speedup)
-    settings = {"updates": updates, "batch_size": batch_size, "beta": beta, "lr": lr}
-    settings |= {"tau": tau} if speedup is None else {"speedup": speedup}
-    return named(denoiser, table, "Learning-to-Cache", settings)
-
-
-def _pairs(
-    denoiser: Denoiser, images: Tensor, labels: Tensor, size: int, generator: torch.Generator
-) -> Iterator[tuple[int, list[Tensor], Tensor]]:
-    """Yield an even step k, images with one noise at k and k + 1, 2 × (B, C, H, W), and labels."""
-    levels = alphas_cumprod()[[round(t) for t in denoiser.about["timesteps"]]].tolist()  # ᾱ of each
-    here: dict[str, Any] = {"generator": generator, "device": generator.device}
-    while True:
-        k = 2 * int(torch.randint(len(levels) // 2, (), **here))
-        rows = torch.randint(len(images), (size,), **here).to(images.device)
-        noise = torch.randn((size, *images.shape[1:]), **here).to(images)
-        noisy = [a**0.5 * images[rows] + (1 - a) ** 0.5 * noise for a in levels[k : k + 2]]
-        yield k, noisy, labels[rows]
-
-
-def _pair_gradient(
-    denoiser: Denoiser, pair: Sequence[Tensor], cond: Tensor, k: int, logits: Tensor, beta: float
-) -> Tensor:
-    """Return the gradient (N,) of the loss of step k + 1 by its logits; nothing else gets one."""
-    cache, r = Cache(), logits.sigmoid()
-    with torch.no_grad():
-        with gated(denoiser.sites, reuse([True] * len(denoiser.sites), cache)):
-            denoiser.predict(pair[0], k, cond)
-        target = denoiser.predict(pair[1], k + 1, cond)
-    with gated(denoiser.sites, blend(r, cache, 0.0)):  # any τ: the cache is not read again
-        loss = objective(denoiser.predict(pair[1], k + 1, cond), target, r, 1.0, beta)
-        return torch.autograd.grad(loss, logits)[0]
 
 
 def steps_that_compute(denoiser: Denoiser, speedup: float) -> int:

@@ -2,49 +2,34 @@
 
 import itertools
 import math
-from contextlib import nullcontext
 
 import pytest
-import rivals
 import torch
 from conftest import make, refused, seeded, seeds, start, with_noise
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rivals import delta_dit, greedy, invardiff, l2p, random_table, switches
-from smoothcache import drift, smoothcache
 from test_laws import counted, state_of
 
 from harmonica import Schedule, macs, sample
-from harmonica.cache import gated
-from harmonica.evaluation.distances import image_mse
-from harmonica.samplers import alphas_cumprod
-from harmonica.search.baselines import dynamic_programming, every, learning_to_cache
-from harmonica.search.paths import cheapest_path, continue_walk, reuse_errors, whole_steps
+from harmonica.search.baselines import dynamic_programming, every
+from harmonica.search.paths import cheapest_path, continue_walk, reuse_errors
+from harmonica.search.references import image_mse
 
 STEPS = 8
 
 
-def real(denoiser, count=6):
-    """Return images and labels; to Learning-to-Cache they are as real as any."""
-    x, labels = start(denoiser, count, seed=3)
-    return x.tanh(), labels
-
-
-FEW = {"updates": 6, "batch_size": 2}
 METHODS = {
     "FORA": lambda d, s: every(d, speedup=s),
-    "SmoothCache": lambda d, s: smoothcache(d, *start(d), speedup=s),
-    "Δ-DiT": lambda d, s: delta_dit(d, speedup=s),
-    "Learning-to-Cache": lambda d, s: learning_to_cache(d, *real(d), speedup=s, **FEW),
     "dynamic programming": lambda d, s: dynamic_programming(d, *start(d), speedup=s),
-    "greedy": lambda d, s: greedy(d, *start(d), speedup=s, budget=400),
-    "InvarDiff": lambda d, s: invardiff(d, *start(d), speedup=s),
-    "random": lambda d, s: random_table(d, seeded(0), speedup=s),
 }
-GRAINS = {"FORA": 4, "dynamic programming": 4, "SmoothCache": 4, "Δ-DiT": 8, "InvarDiff": 4}
-"""Entries that a method switches at once, if more than one: a step; a kind in two; a block in every other step."""
+GRAINS = {"FORA": 4, "dynamic programming": 4}
+"""Entries that a method switches at once: those of a step."""
 
-every_method = pytest.mark.parametrize("method", METHODS)
+
+@pytest.fixture(params=METHODS)
+def method(request):
+    """Return a method's name, the function, and its grain; benchmarks/tests has more of them."""
+    return request.param, METHODS[request.param], GRAINS[request.param]
 
 
 @pytest.fixture
@@ -52,56 +37,47 @@ def walker():
     return make(STEPS)
 
 
-def compared(denoiser, schedule, seed=1):
-    """Return the image error on the noises that `start` draws."""
-    x, labels = start(denoiser, seed=seed)
-    return image_mse(sample(denoiser, x, labels, schedule), sample(denoiser, x, labels))
-
-
-@every_method
 @pytest.mark.parametrize("speedup", [1.0, 1.25])
 def test_a_table_lands_on_its_target_or_just_above(walker, method, speedup):
     cost = macs(walker)
-    schedule = METHODS[method](walker, speedup)
+    _, fill, grain = method
+    schedule = fill(walker, speedup)
     reached = schedule.speedup(cost)
     assert schedule.compute[0].all()
     assert speedup <= reached
-    grain = GRAINS.get(method, 1) * float(cost.sites.max()) / cost.total / STEPS
-    slower = 1 / (1 / reached + grain)
+    slower = 1 / (1 / reached + grain * float(cost.sites.max()) / cost.total / STEPS)
     assert slower < speedup + 1e-9, "one grain less would have done"
     assert (reached == 1.0) == (speedup == 1.0)
 
 
-@every_method
 def test_what_is_out_of_reach_is_refused_with_a_maximum_that_can_be_met(walker, method):
+    name, fill, _ = method
     for speedup in (0.5, math.nan, -1.0):
         with refused("must be 1"):
-            METHODS[method](walker, speedup)
+            fill(walker, speedup)
     calls = counted(walker)
     with refused("speedup is 50; the maximum of this method") as refusal:
-        METHODS[method](walker, 50.0)
-    if method not in ("SmoothCache", "dynamic programming", "InvarDiff"):  # these measure cheaply
+        fill(walker, 50.0)
+    if name not in ("SmoothCache", "dynamic programming", "InvarDiff"):  # these measure cheaply
         assert len(calls) <= 2, "refused only after the work was done"  # macs, which predicts once
     most = 0.999 * float(str(refusal.value).split()[-1])
-    assert METHODS[method](walker, most).speedup(macs(walker)) >= most
+    assert fill(walker, most).speedup(macs(walker)) >= most
 
 
-@every_method
 def test_the_same_call_gives_the_same_table_and_leaves_model_and_generators_alone(method):
-    one, other = make(STEPS), make(STEPS)
+    (_, fill, _), one, other = method, make(STEPS), make(STEPS)
     weights = [p.clone() for p in one.model.parameters()]
     before, random_state = state_of(one), torch.get_rng_state()
-    schedule = METHODS[method](one, 1.2)
+    schedule = fill(one, 1.2)
     assert torch.equal(random_state, torch.get_rng_state())
     assert state_of(one) == before
     assert all(map(torch.equal, weights, one.model.parameters()))
-    assert METHODS[method](other, 1.2) == schedule
+    assert fill(other, 1.2) == schedule
 
 
-@every_method
 def test_a_table_says_how_it_was_made_and_runs_after_saving(walker, method, tmp_path):
-    schedule = METHODS[method](walker, 1.2)
-    assert schedule.provenance["method"] == method
+    schedule = method[1](walker, 1.2)
+    assert schedule.provenance["method"] == method[0]
     assert len(schedule.provenance) > 1
     made_for = ("small", "ddim", tuple(walker.sites))
     assert (schedule.model, schedule.sampler, schedule.sites) == made_for
@@ -136,79 +112,6 @@ def test_settings_that_a_method_cannot_use_are_refused_by_name(small):
     for both in ({}, {"n": 1, "speedup": 1.0}):
         with refused("n is .* and speedup .*; give one of the two"):
             every(small, **both)
-    with refused("has 1 steps and 1 timesteps"):
-        learning_to_cache(make(1), *real(small))
-    small.sampler.timesteps = ()
-    with refused("has 4 steps and 0 timesteps"):
-        learning_to_cache(small, *real(small))
-
-
-def test_smoothcache_at_alpha_zero_computes_everything_and_at_infinity_every_fourth_step(walker):
-    assert smoothcache(walker, *start(walker), alpha=0.0).cur == 0.0
-    most = smoothcache(walker, *start(walker), alpha=1e9, gap=3)
-    assert torch.equal(most.compute, every(walker, 4).compute)
-
-
-def test_drift_is_the_relative_change_of_outputs_that_separate_runs_see(walker):
-    x, labels = start(walker)
-    table = torch.ones(STEPS, 4, dtype=torch.bool)
-    features = [cache for _, cache, _ in continue_walk(walker, labels, table, (x, {}, {}), 0)]
-    names = list(walker.sites)
-    drifts = drift(walker, x, labels, 2)
-    assert set(drifts) == {"attn", "mlp"}
-    for kind, k, i in itertools.product(drifts, range(STEPS), (1, 2)):
-        if k < i:
-            assert drifts[kind][k, i - 1] == math.inf
-            continue
-        of_kind = [s for s, name in enumerate(names) if name.endswith(kind)]
-        now, then = (torch.stack([features[j][s] for s in of_kind], 1) for j in (k, k - i))
-        change, size = ((f.abs().flatten(2).sum(2)) for f in (now - then, now))  # (B, sites)
-        expected = float((change / size).mean())
-        assert float(drifts[kind][k, i - 1]) == pytest.approx(expected, rel=1e-6)
-
-
-@given(seeds, st.floats(0.01, 1.0))
-def test_smoothcache_reuses_exactly_what_has_drifted_less_than_alpha(seed, alpha):
-    d = make(STEPS, seed=seed % 100)
-    drifts = drift(d, *start(d))
-    compute = smoothcache(d, *start(d), alpha=alpha).compute
-    for column, site in zip(compute.T.tolist(), d.sites, strict=True):
-        for k in range(1, STEPS):
-            since = k - max(j for j in range(k) if column[j])
-            near = since <= 3 and bool(drifts[site.rpartition(".")[2]][k, since - 1] < alpha)
-            assert column[k] != near
-
-
-def test_delta_dit_reuses_the_rear_first_and_the_front_afterwards():
-    compute = rivals.front_and_rear(make(8, depth=3), 3, 2)
-    rear, front, full = [True] * 2 + [False] * 4, [False] * 4 + [True] * 2, [True] * 6
-    assert compute.tolist() == [full, rear, rear, full, front, front, full, front]
-
-
-def test_learning_to_cache_looks_at_pairs_and_takes_no_walk_and_never_reuses_at_even_steps(walker):
-    walker.step = lambda *_: pytest.fail("a walk")
-    calls = counted(walker)
-    assert learning_to_cache(walker, *real(walker), tau=0.99, **FEW).compute[::2].all()
-    for (k, *before), target, student in zip(*[iter(calls)] * 3, strict=True):
-        assert (k % 2, *before) == (0, True, False)
-        assert (target, student) == ((k + 1, False, False), (k + 1, True, True))
-
-
-def test_learning_to_cache_noises_a_pair_to_its_timesteps_with_one_noise(walker):
-    seen, predict, alphas = [], walker.predict, alphas_cumprod()
-    walker.predict = lambda x, k, cond: seen.append((k, x)) or predict(x, k, cond)
-    images, labels = torch.zeros(1, 2, 4, 4, dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
-    learning_to_cache(walker, images, labels, updates=3, batch_size=1)
-    for (k, x), _, (after, y) in zip(*[iter(seen)] * 3, strict=True):
-        at, then = (1 - alphas[walker.about["timesteps"][step]] for step in (k, after))
-        assert torch.allclose(x / at.sqrt(), y / then.sqrt())
-
-
-def test_learning_to_cache_reuses_when_computing_has_a_price_and_computes_when_it_has_none(walker):
-    rest = {"updates": 150, "batch_size": 1, "lr": 0.3}
-    dear = learning_to_cache(walker, *real(walker), beta=10.0, **rest)
-    assert not dear.compute[1::2].any()
-    assert learning_to_cache(walker, *real(walker), beta=0.0, **rest).cur < 0.2
 
 
 def summed(costs, path):
@@ -247,106 +150,3 @@ def test_dynamic_programming_is_never_dearer_than_fora_at_as_many_steps(seed, sp
     path, spread = (s.compute[:, 0].nonzero().flatten().tolist() for s in tables)
     assert len(path) == len(spread)
     assert summed(costs, path) <= summed(costs, spread)
-
-
-@pytest.mark.parametrize("n", [2, 4])
-def test_greedy_is_no_worse_than_fora_at_the_same_speedup_on_its_own_noises(walker, n):
-    fora = every(walker, n)
-    speedup = fora.speedup(macs(walker)) * (1 - 1e-12)
-    table = greedy(walker, *start(walker), speedup=speedup, budget=5000)
-    assert compared(walker, table) <= compared(walker, fora)
-
-
-def test_the_first_switch_is_the_best_of_all(walker):
-    x, labels = start(walker)
-    prices = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    k, i, _ = next(switches(walker, x, labels, prices=prices, budget=1000))
-    plain = sample(walker, x, labels)
-
-    def rate(k, i):
-        compute = torch.ones(STEPS, 4, dtype=torch.bool)
-        compute[k, i] = False
-        return image_mse(sample(walker, x, labels, Schedule(compute)), plain) / float(prices[i])
-
-    rates = {(k, i): rate(k, i) for k in range(1, STEPS) for i in range(4)}
-    assert (k, i) == min(rates, key=rates.get)
-
-
-@pytest.mark.parametrize("budget", [120, 150, 1000])
-def test_switches_spend_no_more_than_they_say_and_give_every_entry_once(walker, budget):
-    calls, entries = counted(walker), []
-    for k, i, spent in switches(walker, *start(walker), prices=torch.ones(4), budget=budget):
-        assert len(calls) == spent <= budget
-        entries.append((k, i))
-    assert sorted(entries) == list(itertools.product(range(1, STEPS), range(4)))
-
-
-def test_random_tables_differ_by_their_generator_and_greedy_ones_by_their_predictions(walker):
-    one, same, other = (random_table(walker, seeded(s), speedup=1.2) for s in (0, 0, 1))
-    assert one == same
-    assert one != other
-    walker = make(STEPS, seed=1)
-    find = lambda budget: greedy(walker, *start(walker), speedup=1.3, budget=budget)  # noqa: E731
-    assert compared(walker, find(5000)) < compared(walker, find(120))
-    with refused("budget is 119 predictions; scoring each entry once takes 120"):
-        find(119)
-
-
-@given(st.integers(1, 100), st.floats(1, 10))
-def test_fewer_steps_are_the_most_that_are_fast_enough(steps, speedup):
-    with refused("speedup is") if speedup > steps else nullcontext():
-        fewer = rivals.fewer_steps(steps, speedup)
-        assert steps / fewer >= speedup
-        assert fewer == steps or steps / (fewer + 1) < speedup
-
-
-def outputs_of(d, x, cond, steps):
-    """Return the outputs of all sites at the first steps, one after the other."""
-    outputs, memory = [], {}
-    for k in range(steps):
-        with gated(d.sites, lambda i, f: outputs.append(f()) or outputs[-1]):
-            x = d.step(x, d.predict(x, k, cond), k, memory)
-    return outputs
-
-
-def test_a_ratio_is_the_change_now_over_the_change_before():
-    d, x, cond = with_noise(make(steps=5), 2)
-    sites, steps = rivals.ratios(d, torch.ones(5, 4).bool(), x, cond)
-    first = outputs_of(d, x, cond, 5)[1::4]  # of the second site, at each step
-    changes = [float((a - b).abs().sum()) for a, b in zip(first[1:], first, strict=False)]
-    for k in (2, 3):
-        assert float(sites[k, 1]) == pytest.approx(changes[k - 1] / changes[k - 2], rel=1e-9)
-    assert bool(sites[[0, 1, 4]].isinf().all())
-    assert steps.isfinite().tolist() == [False, False, True, True, False]
-    computes_where_nothing_was_measured = invardiff(d, x, cond, speedup=1.25).compute[[0, 1, -1]]
-    assert computes_where_nothing_was_measured.all()
-
-
-@pytest.mark.parametrize("history", [1, 3])
-def test_weights_of_l2p_are_the_least_squares_of_a_step(history):
-    d, x, cond = with_noise(make(steps=5), 4)
-    table = Schedule(whole_steps(d, (0, 1, 3)), sites=tuple(d.sites))
-    schedule = l2p(d, x, cond, schedule=table, history=history)
-    outputs = outputs_of(d, x, cond, 3)
-    first, second, wanted = (torch.stack(outputs[4 * k : 4 * k + 4]) for k in range(3))
-    past = [second, first][:history]
-    weights = schedule.weights[2, 0, 1 : 1 + len(past)].double()
-    rest = wanted - sum(w * h for w, h in zip(weights, past, strict=True))
-    for output in past:  # what is left has nothing of them any more
-        assert abs(float((rest * output).sum())) < 1e-5 * float((wanted * output).sum().abs())
-    assert torch.equal(schedule.weights, schedule.weights[:, :1].expand(-1, 4, -1))  # one a step
-    assert torch.equal(schedule.weights[:, 0, 0], table.compute[:, 0].float())
-
-
-def test_l2p_spreads_its_steps_or_takes_a_table_of_whole_steps():
-    d, x, cond = with_noise(make(steps=6), 2)
-    schedule = l2p(d, x, cond, speedup=1.5)
-    assert schedule.speedup(macs(d)) >= 1.5
-    assert sample(d, x, cond, schedule).isfinite().all()
-    mixed = schedule.compute.clone()
-    mixed[1, 0] = ~mixed[1, 0]
-    for bad in ({}, {"speedup": 2.0, "schedule": schedule}, {"speedup": 2.0, "history": 0}):
-        with refused("give one of the two, and a history of 1"):
-            l2p(d, x, cond, **bad)
-    with refused("takes whole steps"):
-        l2p(d, x, cond, schedule=Schedule(mixed))

@@ -1,12 +1,16 @@
-"""Judges: what real pictures look like, for the two bundled models, whose pictures we know.
+"""Judges: what real pictures look like, for the two bundled models, whose pictures we know, and how
+far a set of pictures is from them.
 
     model      real pictures                          named by          Fréchet distance of
     tiny       scikit-learn's 1797 digits             the 3 nearest     64 pixels
     garments   Fashion-MNIST's 10 000 held-out ones   a small network   its 64 hidden features
 
 The digits are also what `tiny` was trained on, so its Fréchet distance rewards copies; the held-out
-photographs were never shown to `garments`. The network was trained on the other 60 000. This file
-does not know how the pictures were made.
+photographs were never shown to `garments`. The network was trained on the other 60 000.
+
+    Fréchet distance   between Gaussians fitted to two sets (FID where the features are Inception's)
+
+A Gaussian is fitted to vectors: the pixels of an image, or the features that a network makes of it.
 """
 
 from collections.abc import Callable
@@ -16,14 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from harmonica.evaluation.distances import frechet_distance, moments
 from harmonica.table import require
-
-DIGITS = tuple("0123456789")
-GARMENTS = (
-    "T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "trainer", "bag", "boot",
-)  # fmt: skip
-"""Names of the classes, in the order of their labels."""
 
 WEIGHTS = Path(__file__).with_name("garments_judge.safetensors")
 
@@ -36,7 +33,6 @@ class Judge:
     True
     """
 
-    classes: tuple[str, ...]
     features: Callable[[Tensor], Tensor]  # pictures (B, C, H, W) -> (B, D)
     classify: Callable[[Tensor], Tensor]  # pictures (B, C, H, W) -> labels (B,)
     mean: Tensor  # (D,) of the real pictures' features
@@ -64,11 +60,38 @@ class Classifier(nn.Module):
         for width in (24, 64):
             layers += [nn.Conv2d(width, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
         self.hidden = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 3 * 3, 64), nn.ReLU())
-        self.logits = nn.Linear(64, len(GARMENTS))
+        self.logits = nn.Linear(64, 10)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, 10) of images (B, 1, 28, 28) in [−1, 1]."""
         return self.logits(self.hidden(images))  # type: ignore[no-any-return]
+
+
+Moments = tuple[Tensor, Tensor]  # mean (D,) and covariance (D, D) of vectors, float64
+
+
+def moments(vectors: Tensor) -> Moments:
+    """Return the mean and the covariance of vectors (B, …); raise ValueError if B is below 2.
+
+    The covariance needs more vectors than they have dimensions.
+    """
+    count = len(vectors)
+    require(count >= 2, f"there are {count} vectors; a covariance takes at least 2")
+    rows = vectors.detach().flatten(1).double()  # (B, D)
+    return rows.mean(0), torch.cov(rows.T).view(rows.shape[1], -1)
+
+
+def frechet_distance(first: Moments, second: Moments) -> float:
+    """Return ‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2(Σ₁Σ₂)^½) of two Gaussians (Heusel et al. 2017).
+
+    It falls as the sets grow that the Gaussians were fitted to: compare sets of one size.
+    """
+    (mean, cov), (mean2, cov2) = first, second
+    values, vectors = torch.linalg.eigh(cov)
+    root = vectors * values.clamp_min(0).sqrt() @ vectors.T  # Σ₁^½
+    # tr (Σ₁Σ₂)^½ = tr (Σ₁^½ Σ₂ Σ₁^½)^½, and this one is symmetric
+    cross = torch.linalg.eigvalsh(root @ cov2 @ root).clamp_min(0).sqrt().sum()
+    return float((mean - mean2).square().sum() + cov.trace() + cov2.trace() - 2 * cross)
 
 
 def digits() -> tuple[Tensor, Tensor]:
@@ -98,7 +121,7 @@ def _judge_of_digits() -> Judge:
         votes = nearest.predict(images.flatten(1).cpu().numpy())
         return torch.as_tensor(votes, device=images.device)
 
-    return Judge(DIGITS, lambda x: x.flatten(1), classify, *moments(images))
+    return Judge(lambda x: x.flatten(1), classify, *moments(images))
 
 
 def _judge_of_garments() -> Judge:
@@ -110,7 +133,7 @@ def _judge_of_garments() -> Judge:
     network.load_state_dict(state)
     features, logits = _in_parts(network.hidden), _in_parts(network)
     classify = lambda images: logits(images).argmax(1)  # noqa: E731
-    return Judge(GARMENTS, features, classify, mean.double(), covariance.double())
+    return Judge(features, classify, mean.double(), covariance.double())
 
 
 def _in_parts(network: nn.Module) -> Callable[[Tensor], Tensor]:

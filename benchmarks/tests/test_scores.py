@@ -1,4 +1,4 @@
-"""Distances and scores: numbers by hand, laws of sets, honest intervals, and what is read from disk."""
+"""Scores and judges: numbers by hand, laws of sets, honest intervals, and what is read from disk."""
 
 import math
 import sys
@@ -11,13 +11,13 @@ from bootstrap import Interval, bootstrap
 from conftest import refused, seeded, seeds, start
 from hypothesis import given
 from hypothesis import strategies as st
+from judges import digits, frechet_distance, judge_of, moments
 from PIL import Image
 from scores import clip_score, fid_inception, inception_score, precision_recall, psnr, read_images
 
 from harmonica import check_denoiser, sample
-from harmonica.evaluation.distances import frechet_distance, image_mse, moments
-from harmonica.evaluation.judge import GARMENTS, digits, judge_of
 from harmonica.models import BUNDLED, load
+from harmonica.search.references import image_mse
 
 
 def images(count, seed=0, *, shift=0.0, size=4):
@@ -267,4 +267,3 @@ def test_real_digits_are_at_distance_zero_and_recognised_and_garments_are_a_deno
         judge_of("uvit-h")
     check_denoiser(load("garments", steps=2))
     assert BUNDLED["garments"].stat().st_size <= 3_000_000
-    assert len(GARMENTS) == 10
