@@ -18,31 +18,31 @@ denoiser with `pipelines.from_pipeline`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from harmonica.models import pixart
 from harmonica.models.dit import DiT, DiTDenoiser, sincos_positions
 from harmonica.models.guided import Guided, check_guidance
-from harmonica.models.pixart import PIXART, PixArtDenoiser
+from harmonica.models.pixart import PIXART, PixArtDenoiser, Prompts
 from harmonica.models.prompts import read_prompts
 from harmonica.models.uvit import UVIT_H, UViT, UViTDenoiser
 from harmonica.models.weights import component, dit_from_diffusers, fill, from_diffusers, read_state
 from harmonica.run_again import run_again
-from harmonica.samplers import Betas, Sampler, make_sampler
+from harmonica.samplers import Betas, make_sampler
 from harmonica.storage.files import StrPath
 from harmonica.storage.hub import download
 from harmonica.table import require
 
-_BUNDLED = {"in_channels": 1, "num_classes": 10, "num_heads": 4, "depth": 8, "learn_sigma": False}
+_SMALL = {"in_channels": 1, "num_classes": 10, "num_heads": 4, "depth": 8, "learn_sigma": False}
 _XL = {"depth": 28, "hidden_size": 1152, "num_heads": 16, "patch_size": 2}
 DITS: dict[str, dict[str, Any]] = {
-    "tiny": {**_BUNDLED, "input_size": 8, "patch_size": 2, "hidden_size": 64},
-    "garments": {**_BUNDLED, "input_size": 28, "patch_size": 4, "hidden_size": 96},
+    "tiny": {**_SMALL, "input_size": 8, "patch_size": 2, "hidden_size": 64},
+    "garments": {**_SMALL, "input_size": 28, "patch_size": 4, "hidden_size": 96},
     "dit-xl": {**_XL, "input_size": 32},
     "dit-xl-256": {**_XL, "input_size": 32},
     "dit-xl-512": {**_XL, "input_size": 64},
@@ -56,6 +56,8 @@ MODELS = (*DITS, *PIXART, "uvit-h")
 """The names that `load` knows."""
 
 DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.float64
+_OWN = {"pixart": ("dpm-solver++", 4.5), "uvit": ("dpm-solver++", 1.4)}  # others: ddim, 1.5
+OR_RANDOM = 'or weights="random" to time it'
 
 __all__ = ["BUNDLED", "DITS", "MODELS", "PIXART", "PixArtDenoiser", "load"]
 
@@ -76,137 +78,107 @@ def load(
         sampler: "ddim", "dpm-solver++", "iddpm" or "sa-solver"; None for the model's own (table).
         steps: T, predictions in one walk.
         guidance: classifier-free guidance scale; 1 switches it off; None for the model's own.
-        weights: "random" for timing, drawn on the device from torch's generator; None for the
-            package's own or the repository on the hub, which U-ViT has none of; PATH of a folder
-            saved by diffusers, of DiT or PixArt; PATH of a .pt, .pth or .safetensors file in the
-            original's parameter names, of DiT or U-ViT.
-        prompts: for PixArt, what images to train on: a file with one prompt a line, or the prompts;
-            None for a bundled list.
+        weights: "random" for timing, from torch's generator; None for the package's own or the
+            hub's (U-ViT has none there); a folder saved by diffusers (DiT, PixArt); a .pt, .pth or
+            .safetensors file in the original's parameter names (DiT, U-ViT).
+        prompts: for PixArt, a file with one prompt a line, or the prompts; None for a bundled list.
         dtype: of the weights. With float16 or bfloat16 weights x is still kept in float32.
         device: where everything lives.
-        activation_checkpointing: in training, run blocks again instead of keeping what they
-            computed: less memory, more time, the same gradients.
+        activation_checkpointing: in training, run blocks again in backward instead of keeping what
+            they computed: less memory, more time, the same gradients.
 
     >>> load("tiny", steps=10).steps
     10
     """
     require(name in MODELS, f"model is {name!r}; this version has {', '.join(MODELS)}")
-    own_sampler, own_guidance, build = _FAMILIES.get(name.split("-")[0], _DIT)
+    own_sampler, own_guidance = _OWN.get(name.split("-")[0], ("ddim", 1.5))
     betas: Betas = "scaled-linear" if name == "uvit-h" else "linear"
     walk = make_sampler(sampler or own_sampler, steps, betas)
-    no_prompts = prompts is None or name in PIXART
-    require(no_prompts, f"{name} takes no prompts; it draws classes")
-    choices = ", ".join(map(str, DTYPES))
-    require(dtype in DTYPES, f"dtype is {dtype}; weights can be {choices}")
+    require(prompts is None or name in PIXART, f"{name} takes no prompts; it draws classes")
+    require(dtype in DTYPES, f"dtype is {dtype}; weights can be {DTYPES}")
     scale = own_guidance if guidance is None else guidance
     check_guidance(scale)  # before anything is read
-    return build(_How(name, walk, scale, weights, prompts, dtype, device, activation_checkpointing))
+    if name in PIXART:
+        model, encoded = _pixart(name, weights, read_prompts(prompts), dtype, device)
+        if activation_checkpointing:
+            model.enable_gradient_checkpointing(run_again)
+        return PixArtDenoiser(model, walk, encoded, guidance=scale, name=name)
+    model = _of_classes(name, weights, device).to(device=device, dtype=dtype)
+    model.activation_checkpointing = activation_checkpointing
+    if name == "uvit-h":
+        return UViTDenoiser(model, walk, guidance=scale)
+    guided, own = (
+        None if name in BUNDLED else 3,
+        name.removesuffix("-256"),
+    )  # 3 of 4 in the original
+    return DiTDenoiser(model, walk, guidance=scale, guided_channels=guided, name=own)
 
 
-class _How(NamedTuple):
-    """What `load` was given, and what it chose where nothing was given."""
-
-    name: str
-    sampler: Sampler
-    guidance: float
-    weights: StrPath | None
-    prompts: StrPath | Sequence[str] | None
-    dtype: torch.dtype
-    device: str | torch.device
-    activation_checkpointing: bool
-
-    @property
-    def birthplace(self) -> torch.device:
-        """Where random weights are drawn, or nowhere if a file replaces them. Positions are made in
-        float64, which mps does not have.
-        """
-        device = torch.device(self.device if self.weights == "random" else "meta")
-        return torch.device("cpu") if device.type == "mps" else device
+def _birthplace(weights: StrPath | None, device: str | torch.device) -> torch.device:
+    """Return where random weights are drawn, or nowhere if a file replaces them. Positions are made
+    in float64, which mps does not have.
+    """
+    place = torch.device(device if weights == "random" else "meta")
+    return torch.device("cpu") if place.type == "mps" else place
 
 
-def _filled(model: Any, how: _How, read: Callable[[], dict[str, torch.Tensor]]) -> Any:
-    """Return a new model with its weights, drawn or `read`, where they shall live."""
-    if how.weights != "random":
-        fill(model, read(), str(how.weights))
-    model.activation_checkpointing = how.activation_checkpointing
-    return model.to(device=how.device, dtype=how.dtype)
+def _of_classes(name: str, weights: StrPath | None, device: str | torch.device) -> Any:
+    """Return a DiT or U-ViT with its weights."""
+    with _birthplace(weights, device):
+        model = UViT(**UVIT_H) if name == "uvit-h" else DiT(**DITS[name])
+    if weights != "random":
+        fill(model, *(_uvit if name == "uvit-h" else _dit)(name, weights, model))
+    return model
 
 
-def _dit(how: _How) -> DiTDenoiser:
-    name, weights = how.name, how.weights
-    pixels = name.removeprefix("dit-xl").removeprefix("-") or "256"
+def _uvit(name: str, weights: StrPath | None, _: Any) -> tuple[dict[str, torch.Tensor], StrPath]:
+    """Return the parameters of U-ViT, and the file that they are from."""
+    file = "imagenet256_uvit_huge.pth"
+    if weights is None:
+        ways = f"pass weights=PATH of the original {file} (or the same in .safetensors)"
+        raise ValueError(f"the weights of {name} are on no hub that we know; {ways}, {OR_RANDOM}")
+    takes = f"{weights} is a folder; {name} takes the original file, {file}"
+    require(not Path(weights).is_dir(), takes)
+    return read_state(weights), weights
+
+
+def _dit(name: str, weights: StrPath | None, model: Any) -> tuple[dict[str, torch.Tensor], StrPath]:
+    """Return the parameters of a DiT by the original's names, and where they are from."""
     if weights is None and name in BUNDLED:
         weights = BUNDLED[name]
     elif weights is None:
-        file = f"DiT-XL-2-{pixels}x{pixels}.pt"
-        ways = f"pass weights=PATH of the original {file} or of a diffusers folder, {OR_RANDOM}"
-        weights = download(f"facebook/DiT-XL-2-{pixels}", ["transformer/*"], otherwise=ways)
-    how = how._replace(weights=weights)
-    with how.birthplace:
-        model = DiT(**DITS[name])
-    read = _diffusers_dit if Path(weights).is_dir() else lambda file, _: read_state(file)
-    _filled(model, how, lambda: read(weights, model))
-    guided = None if name in BUNDLED else 3  # the original guides 3 of its 4 latent channels
-    name, guidance = name.removesuffix("-256"), how.guidance
-    return DiTDenoiser(model, how.sampler, guidance=guidance, guided_channels=guided, name=name)
-
-
-def _diffusers_dit(folder: StrPath, model: DiT) -> dict[str, torch.Tensor]:
+        size = "DiT-XL-2-512x512" if name == "dit-xl-512" else "DiT-XL-2-256x256"
+        ways = f"pass weights=PATH of the original {size}.pt or of a diffusers folder, {OR_RANDOM}"
+        weights = download(f"facebook/{size}", ["transformer/*"], otherwise=ways)
+    if not Path(weights).is_dir():
+        return read_state(weights), weights
     from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 
-    place = component(folder, "transformer", "DiTTransformer2DModel", "Transformer2DModel")
+    place = component(weights, "transformer", "DiTTransformer2DModel", "Transformer2DModel")
     theirs = from_diffusers(DiTTransformer2DModel, place)
     size, own = theirs.config.sample_size, model.input_size
     # Positions are made anew, so the shapes alone would fit.
-    require(size == own, f"{folder} is for a latent of {size} × {size}; this model has {own}")
+    require(size == own, f"{weights} is for a latent of {size} × {size}; this model has {own}")
     positions = sincos_positions(model.pos_embed.shape[2], own // model.patch_size)
-    return dit_from_diffusers(theirs.state_dict(), positions)
+    return dit_from_diffusers(theirs.state_dict(), positions), weights
 
 
-def _pixart(how: _How) -> PixArtDenoiser:
-    variant, texts = PIXART[how.name], read_prompts(how.prompts)
-    if how.weights == "random":
+def _pixart(
+    name: str, weights: StrPath | None, texts: Sequence[str], dtype: torch.dtype,
+    device: str | torch.device,
+) -> tuple[Any, Prompts]:  # fmt: skip
+    """Return diffusers' transformer, and the prompts as its text encoder reads them."""
+    variant = PIXART[name]
+    if weights == "random":
         encoded = pixart.random_prompts(texts, variant.text_tokens, pixart.XL["caption_channels"])
-        with how.birthplace:
-            transformer = pixart.transformer_of(variant)
+        with _birthplace(weights, device):
+            model = pixart.transformer_of(variant)
         # diffusers' own `to` warns of modules that it does not have
-        torch.nn.Module.to(transformer, how.dtype)
-    else:
-        ways = f"pass weights=FOLDER of a diffusers pipeline, {OR_RANDOM}"
-        fetch = partial(download, otherwise=ways)
-        given = None if how.weights is None else Path(how.weights)
-        text_folder = given or fetch(variant.rest, ["tokenizer/*", "text_encoder/*"])
-        folder = given or fetch(variant.transformer, ["transformer/*"])
-        folder = component(folder, "transformer", "PixArtTransformer2DModel", "Transformer2DModel")
-        encoded = pixart.encode(text_folder, texts, variant.text_tokens, how.dtype, how.device)
-        transformer = pixart.read_transformer(folder, variant, how.name, how.dtype)
-    transformer.to(how.device)
-    if how.activation_checkpointing:
-        transformer.enable_gradient_checkpointing(run_again)
-    guidance, name = how.guidance, how.name
-    return PixArtDenoiser(transformer, how.sampler, encoded, guidance=guidance, name=name)
-
-
-def _uvit(how: _How) -> UViTDenoiser:
-    name, weights, file = how.name, how.weights, "imagenet256_uvit_huge.pth"
-    if weights is None:
-        ways = (
-            f"pass weights=PATH of the original {file} (or the same in .safetensors), {OR_RANDOM}"
-        )
-        raise ValueError(f"the weights of {name} are on no hub that we know; {ways}")
-    takes = f"{weights} is a folder; {name} takes the original file, {file}"
-    require(not Path(weights).is_dir(), takes)
-    with how.birthplace:
-        model = UViT(**UVIT_H)
-    _filled(model, how, lambda: read_state(weights))
-    return UViTDenoiser(model, how.sampler, guidance=how.guidance)
-
-
-OR_RANDOM = 'or weights="random" to time it'
-
-_Family = tuple[str, float, Callable[[_How], Guided]]
-"""Default sampler, default guidance and builder."""
-
-_FAMILIES: dict[str, _Family] = {"pixart": ("dpm-solver++", 4.5, _pixart)}
-_FAMILIES["uvit"] = "dpm-solver++", 1.4, _uvit
-_DIT: _Family = "ddim", 1.5, _dit
+        return torch.nn.Module.to(model, device=device, dtype=dtype), encoded
+    ways = f"pass weights=FOLDER of a diffusers pipeline, {OR_RANDOM}"
+    fetch, given = partial(download, otherwise=ways), None if weights is None else Path(weights)
+    text_folder = given or fetch(variant.rest, ["tokenizer/*", "text_encoder/*"])
+    folder = given or fetch(variant.transformer, ["transformer/*"])
+    folder = component(folder, "transformer", "PixArtTransformer2DModel", "Transformer2DModel")
+    encoded = pixart.encode(text_folder, texts, variant.text_tokens, dtype, device)
+    return pixart.read_transformer(folder, variant, name, dtype).to(device), encoded
