@@ -53,7 +53,7 @@ class Block(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """Timestep to vector, by 256 sinusoids and two layers: (B,) -> (B, D)."""
+    """Timestep 0 … 999 to vector, by 256 sinusoids and two layers: (B,) -> (B, D)."""
 
     FREQUENCIES = 256
 
@@ -62,7 +62,6 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(self.FREQUENCIES, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, t: Tensor) -> Tensor:
-        """Embed timesteps t (B,), in the model's own clock 0 … 999."""
         waves = layers.sinusoids(t, self.FREQUENCIES)  # (B, 256)
         return self.mlp(waves.to(next(self.mlp.parameters()).dtype))  # type: ignore[no-any-return]
 
@@ -75,7 +74,6 @@ class LabelEmbedder(nn.Module):
         self.embedding_table = nn.Embedding(num_classes + 1, dim)
 
     def forward(self, y: Tensor) -> Tensor:
-        """Look labels y (B,) up."""
         return self.embedding_table(y)  # type: ignore[no-any-return]
 
 
@@ -89,7 +87,6 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
 
     def forward(self, h: Tensor, c: Tensor) -> Tensor:
-        """Project tokens h (B, L, D) under condition c (B, D)."""
         shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)  # (B, 1, D)
         return self.linear(self.norm_final(h) * (1 + scale) + shift)  # type: ignore[no-any-return]
 
@@ -127,11 +124,7 @@ class DiT(nn.Module):
         learn_sigma: bool = True,
     ) -> None:  # fmt: skip
         super().__init__()
-        layers.check_divisible(
-            ("input_size", input_size, "patch_size", patch_size),
-            ("hidden_size", hidden_size, "num_heads", num_heads),
-            ("hidden_size", hidden_size, "the four parts of a position embedding,", 4),
-        )
+        layers.check_sizes(input_size, patch_size, hidden_size, num_heads)
         self.input_size, self.in_channels, self.num_classes = input_size, in_channels, num_classes
         self.patch_size, self.out_channels = patch_size, in_channels * (2 if learn_sigma else 1)
         self.x_embedder = PatchEmbedder(in_channels, patch_size, hidden_size)
@@ -168,12 +161,7 @@ class DiTDenoiser(Guided):
         guided_channels: int | None = None, name: str = "dit",
         sites: Mapping[str, nn.Module] | None = None,
     ) -> None:  # fmt: skip
-        sites = sites or {
-            f"blocks.{i}.{kind}": block.get_submodule(kind)
-            for i, block in enumerate(model.blocks)
-            for kind in ("attn", "mlp")
-        }
-        shape = (model.in_channels, model.input_size, model.input_size)
+        shape, sites = (model.in_channels, *2 * [model.input_size]), sites or layers.sites_of(model)
         super().__init__(model, sampler, guidance, name, sites, shape, model.num_classes)
         self.guided_channels = model.in_channels if guided_channels is None else guided_channels
 

@@ -24,7 +24,6 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, h: Tensor) -> Tensor:
-        """Attend over the L tokens."""
         heads = self.qkv(h).unflatten(2, (3, self.num_heads, -1))  # (B, L, 3, heads, D/heads)
         q, k, v = heads.permute(2, 0, 3, 1, 4)  # (B, heads, L, D/heads) each
         attended = F.scaled_dot_product_attention(q, k, v)
@@ -41,7 +40,6 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, h: Tensor) -> Tensor:
-        """Transform each token by itself."""
         out: Tensor = self.fc2(F.gelu(self.fc1(h), approximate=self.approximate))
         return out
 
@@ -54,7 +52,7 @@ class PatchEmbedder(nn.Module):
         self.proj = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Patchify x; contiguous, else transposed strides slow every norm and sum down."""
+        # contiguous, else transposed strides slow every norm and sum down
         return self.proj(x).flatten(2).transpose(1, 2).contiguous()  # type: ignore[no-any-return]
 
 
@@ -78,8 +76,14 @@ def sinusoids(t: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def check_divisible(*sizes: tuple[str, int, str, int]) -> None:
-    """Raise ValueError for the first (name, value, divisor's name, divisor) that does not fit."""
-    for name, value, by, divisor in sizes:
-        message = f"{name} is {value}; it must be divisible by {by} {divisor}"
-        require(value % divisor == 0, message)
+def sites_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the attention and feed-forward of every block by name, in the order they run."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, Attention | Mlp)}
+
+
+def check_sizes(input_size: int, patch_size: int, hidden_size: int, num_heads: int) -> None:
+    """Raise ValueError if patches do not fill the input, or heads do not divide the hidden size."""
+    by = f"it must be divisible by patch_size {patch_size}"
+    require(input_size % patch_size == 0, f"input_size is {input_size}; {by}")
+    by = f"it must be divisible by num_heads {num_heads}, and by 4"
+    require(hidden_size % num_heads == hidden_size % 4 == 0, f"hidden_size is {hidden_size}; {by}")

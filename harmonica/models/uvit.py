@@ -27,6 +27,7 @@ from harmonica.models.guided import Guided, check_inputs
 from harmonica.models.layers import Attention, Mlp
 from harmonica.run_again import run_again
 from harmonica.samplers import Sampler
+from harmonica.table import require
 
 UVIT_H = {"input_size": 32, "patch_size": 2, "in_channels": 4, "hidden_size": 1152, "depth": 28}
 UVIT_H |= {"num_heads": 16, "num_classes": 1000}
@@ -71,12 +72,9 @@ class UViT(nn.Module):
         hidden_size: int = 1152, depth: int = 28, num_heads: int = 16, num_classes: int = 1000,
     ) -> None:  # fmt: skip
         super().__init__()
-        layers.check_divisible(
-            ("input_size", input_size, "patch_size", patch_size),
-            ("hidden_size", hidden_size, "num_heads", num_heads),
-            ("hidden_size", hidden_size, "the two halves of the sinusoids,", 2),
-            ("depth", depth, "the two sides of the middle block, which is not counted,", 2),
-        )
+        layers.check_sizes(input_size, patch_size, hidden_size, num_heads)
+        sides = "it must be even: half of the blocks on each side of the middle one"
+        require(depth % 2 == 0, f"depth is {depth}; {sides}")
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.num_classes, self.activation_checkpointing = num_classes, False
         self.patch_embed = layers.PatchEmbedder(in_channels, patch_size, hidden_size)
@@ -120,9 +118,7 @@ class UViTDenoiser(Guided):
     def __init__(
         self, model: UViT, sampler: Sampler, *, guidance: float = 1.4, name: str = "uvit-h"
     ) -> None:
-        modules, kinds = model.named_modules(), (Attention, Mlp)
-        sites = {path: module for path, module in modules if isinstance(module, kinds)}
-        shape = (model.in_channels, model.input_size, model.input_size)
+        shape, sites = (model.in_channels, *2 * [model.input_size]), layers.sites_of(model)
         super().__init__(model, sampler, guidance, name, sites, shape, model.num_classes)
 
     def predict(self, x: Tensor, k: int, cond: Tensor) -> Tensor:

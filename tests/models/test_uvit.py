@@ -171,11 +171,8 @@ def test_the_model_is_the_one_written_again_its_timesteps_as_cosines_then_sines(
 INDIVISIBLE = [
     ({"patch_size": 3}, "input_size is 4; it must be divisible by patch_size 3"),
     ({"num_heads": 3}, "hidden_size is 8; it must be divisible by num_heads 3"),
-    (
-        {"hidden_size": 7, "num_heads": 7},
-        "hidden_size is 7; it must be divisible by the two halves",
-    ),
-    ({"depth": 3}, "depth is 3; it must be divisible by the two sides of the middle block, which"),
+    ({"hidden_size": 6}, "hidden_size is 6; it must be divisible by num_heads 2, and by 4"),
+    ({"depth": 3}, "depth is 3; it must be even"),
 ]
 
 
