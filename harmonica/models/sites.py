@@ -38,23 +38,25 @@ from harmonica.cost import Macs
 from harmonica.models.site_costs import ADVICE, NOT_A_SITE, Uncovered, counted, estimated
 from harmonica.table import require
 
-ATTENTION, CROSS, FEED_FORWARD, BOTH = "attention", "cross-attention", "feed-forward", "both"
-
+# One word of a module's name, such as those of img_mlp.
 _ATTENTION = re.compile(r"\w*(attn|attention)\d*|mhb?a")
 _FEED_FORWARD = re.compile(r"ffn?\d*|mlp\d*|feedforward|densereludense|transition")
-_CROSS = re.compile(r"\w*cross\w*|attn2|to")
+_CROSS = re.compile(r"\w*cross\w*|attn2|to")  # "to" as in audio_to_video_attn
 _INLINED = ("gate_proj", "up_proj", "down_proj")
 _NOT_THE_DENOISER = re.compile(
     r"refine|embed|encoder|extractor|projection|projector|fus(ion|er)|perceiver$"
     r"|^(text|txt|context|caption)_"
 )
-TWICE = dict.fromkeys(("CogView4TransformerBlock", "GlmImageTransformerBlock"), ("ff", ""))
-TWICE["EasyAnimateTransformerBlock"] = "ff", "txt_ff"
-"""Blocks that call a module on the image's tokens and then on the text's, unless they have another
-one for the text."""
+CALLED_TWICE = {
+    "CogView4TransformerBlock": ("ff", ""),
+    "GlmImageTransformerBlock": ("ff", ""),
+    "EasyAnimateTransformerBlock": ("ff", "txt_ff"),
+}
+"""By class of a block: (a module that it calls on the image's tokens and then on the text's, the
+module that it calls on the text's instead where it has one). What is called twice is no site."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Sites(Mapping[str, nn.Module]):
     """The cacheable modules of a transformer by name: the columns of a router's table."""
 
@@ -73,21 +75,12 @@ class Sites(Mapping[str, nn.Module]):
     def __len__(self) -> int:
         return len(self.modules)
 
-    def __repr__(self) -> str:
-        first, *_, last = (*self, *self)
-        return f"Sites({len(self)} of {first} … {last}, {100 * self.macs.covered:.1f} % covered)"
-
     def __str__(self) -> str:
-        sizes = self.macs.sites.tolist()
-        shares = (f"{100 * size / self.macs.total:.1f} %" for size in sizes)
-        costs = ["MACs" if self.counted else "MACs/token", *map(_short, sizes)]
-        columns = ["site", *self], ["kind", *self.kinds], costs, ["share", *shares]
-        name, kind, macs, share = (max(map(len, column)) for column in columns)
-        rows = zip(*columns, strict=True)
-        lines = [f"{r[0]:{name}}  {r[1]:{kind}}  {r[2]:>{macs}}  {r[3]:>{share}}" for r in rows]
-        one = "estimated per token from the weights of the blocks"
-        how = "counted in one forward" if self.counted else one
-        lines += [f"{len(self)} sites cover {100 * self.macs.covered:.1f} % of the MACs, {how}"]
+        name, kind = max(map(len, self)), max(map(len, self.kinds))
+        rows = zip(self, self.kinds, self.macs.sites / self.macs.total, strict=True)
+        lines = [f"{row[0]:{name}}  {row[1]:{kind}}  {float(row[2]):6.1%}" for row in rows]
+        how = "counted in one forward" if self.counted else "estimated per token from the weights"
+        lines += [f"{len(self)} sites cover {self.macs.covered:.1%} of the MACs, {how}"]
         return "\n".join(lines)
 
 
@@ -107,10 +100,9 @@ def sites(transformer: nn.Module, inputs: Mapping[str, Any] | None = None) -> Si
 
     >>> block = nn.ModuleDict({"attn": nn.Linear(4, 4), "ff": nn.Linear(4, 8)})
     >>> print(sites(nn.ModuleDict({"blocks": nn.ModuleList([block])})))
-    site           kind          MACs/token   share
-    blocks.0.attn  attention             16  33.3 %
-    blocks.0.ff    feed-forward          32  66.7 %
-    2 sites cover 100.0 % of the MACs, estimated per token from the weights of the blocks
+    blocks.0.attn  attention      33.3%
+    blocks.0.ff    feed-forward   66.7%
+    2 sites cover 100.0% of the MACs, estimated per token from the weights
     """
     kind = type(transformer)
     takes = f"sites() takes the transformer of a pipeline, a torch module; found {kind}"
@@ -123,16 +115,13 @@ def sites(transformer: nn.Module, inputs: Mapping[str, Any] | None = None) -> Si
         macs, uncovered = estimated(blocks, modules)
     else:
         modules, macs, uncovered = counted(transformer, modules, inputs)
-    of_these, known = tuple(kinds[name] for name in modules), inputs is not None
-    result = Sites(MappingProxyType(modules), of_these, macs, known, uncovered)
     if macs.covered < 0.5:
-        largest = ", ".join(f"{name} ({100 * size / macs.total:.1f} %)" for name, size in uncovered)
-        warnings.warn(
-            f"the {len(result)} sites of {kind.__name__} cover {100 * macs.covered:.1f} % of its "
-            f"MACs; the largest modules left out are {largest}; to add some, {ADVICE}",
-            stacklevel=2,
-        )
-    return result
+        cover = f"the {len(modules)} sites of {kind.__name__} cover {macs.covered:.1%} of its MACs"
+        largest = ", ".join(f"{name} ({size / macs.total:.1%})" for name, size in uncovered)
+        left_out = f"the largest modules left out are {largest}; to add some, {ADVICE}"
+        warnings.warn(f"{cover}; {left_out}", stacklevel=2)
+    of_these = tuple(kinds[name] for name in modules)
+    return Sites(MappingProxyType(modules), of_these, macs, inputs is not None, uncovered)
 
 
 def kind_of(name: str) -> str | None:
@@ -145,8 +134,8 @@ def kind_of(name: str) -> str | None:
     if any(map(NOT_A_SITE.fullmatch, words)):
         return None
     if any(map(_ATTENTION.fullmatch, words)):
-        return CROSS if any(map(_CROSS.fullmatch, words)) else ATTENTION
-    return FEED_FORWARD if any(map(_FEED_FORWARD.fullmatch, words)) else None
+        return "cross-attention" if any(map(_CROSS.fullmatch, words)) else "attention"
+    return "feed-forward" if any(map(_FEED_FORWARD.fullmatch, words)) else None
 
 
 def _blocks(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
@@ -167,12 +156,12 @@ def _inside(block: nn.Module, path: str) -> Iterator[tuple[str, str]]:
         yield path, of_list
         return
     children = dict(block.named_children())
-    twice, unless = TWICE.get(type(block).__name__, ("", ""))
-    if unless not in children:
+    twice, of_text = CALLED_TWICE.get(type(block).__name__, ("", ""))
+    if of_text not in children:
         children.pop(twice, None)
-    linear = dict.fromkeys(_INLINED, FEED_FORWARD)
+    linear = dict.fromkeys(_INLINED, "feed-forward")
     if {"proj_mlp", "proj_out"} <= children.keys():
-        linear |= {"proj_mlp": FEED_FORWARD, "proj_out": BOTH}
+        linear |= {"proj_mlp": "feed-forward", "proj_out": "both"}
     for name, child in children.items():
         kind = linear.get(name) or kind_of(name)
         if kind:
@@ -185,12 +174,9 @@ def _check_cacheable(
     name: str, blocks: Mapping[str, nn.Module], modules: Mapping[str, nn.Module]
 ) -> None:
     lists = ", ".join(dict.fromkeys(path.rpartition(".")[0] for path in blocks))
-    require(
-        bool(modules),
-        f"{name} has no sites that the rule knows; looked for attention and feed-forward modules "
-        f"(attn…, ff…, mlp …) inside the blocks of its lists ({lists or 'no list of blocks'}); "
-        f"{ADVICE}",
-    )
+    where = "modules (attn…, ff…, mlp …) inside the blocks of its lists"
+    looked = f"looked for attention and feed-forward {where} ({lists or 'no list of blocks'})"
+    require(bool(modules), f"{name} has no sites that the rule knows; {looked}; {ADVICE}")
     first: dict[int, str] = {}
     for here, site in modules.items():
         other, need = first.setdefault(id(site), here), "which would need two features"
@@ -199,16 +185,3 @@ def _check_cacheable(
         chunks = f"{name}: the feed-forward of {path} runs in chunks, so it is called several times"
         todo = "call set_chunk_feed_forward(None, 0) on the blocks"
         require(getattr(block, "_chunk_size", None) is None, f"{chunks} in a forward; {todo}")
-
-
-def _short(macs: float) -> str:
-    """Write a count in at most five characters and a unit.
-
-    >>> _short(16.0), _short(35_600_000.0)
-    ('16', '35.6 M')
-    """
-    for unit in ("", " k", " M", " G", " T"):
-        if macs < 1000:
-            return f"{macs:.4g}{unit}"
-        macs /= 1000
-    return f"{macs:.4g} P"

@@ -192,18 +192,17 @@ def test_counting_is_not_misled_by_a_wrapped_forward_and_leaves_nothing_behind()
 
 def test_the_table_has_a_line_for_each_site_and_low_coverage_warns():
     model = Model(blocks=blocks("attn"), head=linear(32))
-    message = r"2 sites of Model cover 11\.1 % .* left out are head \(88\.9 %\)"
+    message = r"2 sites of Model cover 11\.1% .* left out are head \(88\.9%\)"
     with pytest.warns(UserWarning, match=message):
         sites(model, X)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sites(model)
     found = sites(Model(blocks=blocks("attn", "ff")), X)
-    head, attention, feed_forward, *_, last = lines = str(found).splitlines()
-    assert (head.split()[:2], len(lines)) == (["site", "kind"], 6)
-    assert attention.split() == ["blocks.0.attn", "attention", "48", "25.0", "%"]
-    assert feed_forward.split()[:2] == ["blocks.0.ff", "feed-forward"]
-    assert last == "4 sites cover 100.0 % of the MACs, counted in one forward"
+    attention, feed_forward, *_, last = lines = str(found).splitlines()
+    assert attention.split() == ["blocks.0.attn", "attention", "25.0%"]
+    assert (feed_forward.split()[:2], len(lines)) == (["blocks.0.ff", "feed-forward"], 5)
+    assert last == "4 sites cover 100.0% of the MACs, counted in one forward"
     with pytest.raises(TypeError):
         found.modules["other"] = nn.Linear(2, 2)
     with pytest.raises(AttributeError):

@@ -120,7 +120,7 @@ def test_every_transformer_that_diffusers_exports_is_in_the_zoo_or_left_out_with
 def test_a_wrong_rule_is_caught(monkeypatch):
     """The laws can fail: a module that is called twice and changes its output."""
     model, inputs = ZOO["CogView4Transformer2DModel"]()
-    monkeypatch.setattr(sites_module, "TWICE", {})
+    monkeypatch.setattr(sites_module, "CALLED_TWICE", {})
     with refused(r"transformer_blocks.0.ff is called 2 times in a forward"):
         sites(model, inputs)
     with pytest.raises(RuntimeError, match="size of tensor"):
