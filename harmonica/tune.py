@@ -22,14 +22,14 @@ from torch import Tensor
 from harmonica.command_line import DTYPES, Parser, check_device, command, make_writable, seed, whole
 from harmonica.models.pipelines import cached, tune
 from harmonica.models.pipelines.inputs import inputs_of
-from harmonica.router import Schedule
 
 
 class _Command(ModuleType):
-    """Lets this module be called, as it lies where the function `harmonica.tune` is looked up."""
+    """The class of this module. Python puts an imported module where `harmonica.tune`, the function,
+    is looked up; so that importing the command breaks nobody's call, the module can be called too.
+    """
 
-    def __call__(self, *args: Any, **options: Any) -> Schedule:
-        return tune(*args, **options)
+    __call__ = staticmethod(tune)
 
 
 sys.modules[__name__].__class__ = _Command
@@ -38,21 +38,23 @@ sys.modules[__name__].__class__ = _Command
 def parser() -> Parser:
     """Return the command line of tuning."""
     p = Parser("tune", __doc__)
-    add, call = p.add_argument, "other arguments of the pipeline: height=1024 width=1024"
-    add("--pipeline", required=True, help="a folder of a diffusers pipeline, or its Hub name")
-    add("--speedup", type=float, required=True, help="theoretical, of the transformer")
-    add("--steps", type=whole, help="num_inference_steps (the pipeline's own)")
-    add("--guidance", type=float, help="guidance_scale (the pipeline's own)")
-    add("--call", nargs="+", type=_argument, default=[], metavar="NAME=VALUE", help=call)
-    add("--prompts", type=Path, metavar="FILE", help="one to a line (64 of our own)")
-    add("--order", type=whole, default=0, help="differences that continue skipped outputs (0)")
-    add("--method", choices=("auto", "sdt"), default="auto", help="sdt is the paper's training")
-    add("--budget", type=whole, help="predictions that may be spent (1000 walks')")
-    add("--cost", choices=("milliseconds",), help="aim at the clock, not at MACs")
-    add("--seed", type=seed, default=0, help="of the image that is shown (0)")
-    add("--device", default="cpu", help="cpu, cuda or cuda:N (cpu)")
-    add("--dtype", choices=DTYPES, default="float32", help="of the weights (float32)")
-    add("--out", type=Path, default=Path("out/tune"), help="folder (out/tune)")
+    call = "other arguments of the pipeline: height=1024 width=1024"
+    p.add_argument(
+        "--pipeline", required=True, help="a folder of a diffusers pipeline, or Hub name"
+    )
+    p.add_argument("--speedup", type=float, required=True, help="theoretical, of the transformer")
+    p.option("steps", whole, "num_inference_steps (the pipeline's own)")
+    p.option("guidance", float, "guidance_scale (the pipeline's own)")
+    p.add_argument("--call", nargs="+", type=_argument, default=[], metavar="NAME=VALUE", help=call)
+    p.option("prompts", Path, "one to a line (64 of our own)", shown="FILE")
+    p.option("order", whole, "differences that continue skipped outputs", 0)
+    p.option("method", ("auto", "sdt"), "sdt is the paper's training", "auto")
+    p.option("budget", whole, "predictions that may be spent (1000 walks')")
+    p.option("cost", ("milliseconds",), "aim at the clock, not at MACs")
+    p.option("seed", seed, "of the image that is shown", 0)
+    p.option("device", str, "cpu, cuda or cuda:N", "cpu")
+    p.option("dtype", DTYPES, "of the weights", "float32")
+    p.option("out", Path, "folder", Path("out/tune"))
     return p
 
 
@@ -82,21 +84,18 @@ def _run(args: argparse.Namespace) -> None:
     check_device(args.device)
     make_writable(args.out)
     pipe = _load(args.pipeline, getattr(torch, args.dtype)).to(args.device)
-    call = dict(args.call)
-    if args.guidance is not None:
-        call["guidance_scale"] = args.guidance
+    call = {"steps": args.steps, "guidance": args.guidance, **dict(args.call)}
     try:
-        shown = inputs_of(pipe, args.steps, args.prompts, None, call).of([(0, args.seed)])
+        inputs = inputs_of(pipe, args.prompts, None, call)
     except TypeError as error:  # not such a pipeline, or no argument of it
         raise ValueError(str(error)) from None
-    call["num_inference_steps"] = shown["num_inference_steps"]
     how = {"speedup": args.speedup, "order": args.order, "method": args.method}
     schedule = tune(pipe, args.prompts, budget=args.budget, cost=args.cost, **how, **call)
     schedule.save(args.out / "schedule.json")
     pipe.set_progress_bar_config(disable=True)
-    plain = _image(pipe, shown)
+    plain = _image(pipe, inputs.of([(0, args.seed)]))
     with cached(pipe, schedule) as session:
-        fast = _image(pipe, shown | {"generator": torch.Generator().manual_seed(args.seed)})
+        fast = _image(pipe, inputs.of([(0, args.seed)]))
     factor = 1 / max(float((fast - plain).abs().max()), 1e-6)
     both = torch.cat([plain, fast, 0.5 + (fast - plain) * factor / 2], 1)
     Image.fromarray(both.mul(255).round().byte().numpy()).save(args.out / "comparison.png")

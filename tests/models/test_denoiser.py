@@ -2,9 +2,11 @@
 
 import gc
 import weakref
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import wraps
 from importlib import import_module
-from pipes import WALKS, pixart_pipe, walked
+from pipes import WALKS, pixart_pipe, run_embedded, walked
 
 import diffusers
 import pytest
@@ -12,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from conftest import equal, raising, refused, seeded, start
 from PIL import Image
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as modes
 from torch.utils._pytree import tree_map_only
 
 import harmonica
@@ -21,6 +24,7 @@ from harmonica.models.pipelines import cached, from_pipeline, tune
 from harmonica.models.sites import sites
 from harmonica.search.baselines import dynamic_programming
 from harmonica.search.learn import weighted_walk
+from harmonica.search.refine import Search
 
 
 def denoiser_of(name, steps=4, **more):
@@ -208,15 +212,22 @@ def test_the_pipeline_and_another_denoiser_of_it_may_run_in_between():
     assert equal(plain, between)
 
 
-def tuned(name, **more):
+def tuned(name, pipe=None, **more):
     make, arguments = WALKS[name]
-    arguments = {**arguments, "num_inference_steps": 4, "progress": False}
-    return (pipe := make()), tune(pipe, speedup=1.3, **arguments, **more)
+    arguments = {**arguments, "steps": 4, "progress": False, "speedup": 1.3, **more}
+    return (pipe := pipe or make()), tune(pipe, **arguments)
 
 
 @pytest.mark.parametrize("name", ["flux", "wan"])
-def test_a_tuned_schedule_is_on_target_and_runs(name):
-    pipe, schedule = tuned(name, budget=600)
+def test_a_tuned_schedule_is_on_target_and_runs_and_tells_the_predictions_that_it_took(name):
+    pipe, rows, one = WALKS[name][0](), [], {"flux": 1, "wan": 0.5}[name]
+
+    def count(module, args, options):
+        rows.append(0 if modes() else len(options["hidden_states"]) * one)  # a count of MACs
+
+    with pipe.transformer.register_forward_pre_hook(count, with_kwargs=True):
+        pipe, schedule = tuned(name, pipe, budget=1400)
+    assert schedule.provenance["predictions"] == sum(rows) <= 1400
     d = from_pipeline(pipe, steps=4, **WALKS[name][1])
     assert schedule.speedup(macs(d)) >= 1.3
     assert (schedule.model, schedule.timesteps) == (d.about["model"], d.about["timesteps"])
@@ -225,28 +236,98 @@ def test_a_tuned_schedule_is_on_target_and_runs(name):
         assert session.skipped > 0
 
 
-def test_a_pipeline_that_cannot_be_followed_gets_whole_steps_and_is_told_so():
-    make, arguments = WALKS["flux"]
-    pipe = make()
+@pytest.mark.parametrize("order", [0, 1, None])
+def test_a_table_for_runs_that_begin_from_an_image_runs_as_it_was_searched(order):
+    pipe, how = WALKS["flux-img2img"][0](), {"strength": 0.5, "steps": 6, "budget": 100}
+    if order is None:
+        pipe, schedule = tuned_unfollowed("flux-img2img", pipe, **how)
+    else:
+        pipe, schedule = tuned("flux-img2img", pipe, order=order, **how)
+    assert schedule.steps == len(schedule.timesteps) == 6
+    d = from_pipeline(pipe, **{**WALKS["flux-img2img"][1], "steps": 6, "strength": 0.5})
+    walk = replace(schedule, compute=schedule.compute[3:], timesteps=(), weights=None)
+    with cached(pipe, schedule) as session:
+        theirs = walked(pipe, d.inputs.of([(0, 7)]), seed=7)[-1]
+    assert session.skipped == int((~walk.compute).sum()) > 0
+    assert torch.equal(sample(d, d.noise(cond_of(1)), cond_of(1), walk), theirs)
+
+
+def tuned_unfollowed(name, pipe=None, **more):
+    """Tune a pipeline whose scheduler somebody has wrapped."""
+    pipe = pipe or WALKS[name][0]()
     step = pipe.scheduler.step
     pipe.scheduler.step = wraps(step)(lambda *args, **kwargs: step(*args, **kwargs))
-    options = {"num_inference_steps": 4, "progress": False, **arguments}
-    with pytest.warns(UserWarning, match="wrapped.*Whole steps are chosen from runs"):
-        schedule = tune(pipe, speedup=1.3, **options)
+    try:
+        with pytest.warns(UserWarning, match="wrapped.*Whole steps are chosen from runs") as told:
+            pipe, schedule = tuned(name, pipe, **more)
+    finally:
+        del pipe.scheduler.step
+    [message] = [str(each.message) for each in told if "Whole steps" in str(each.message)]
+    ignored = [word for word in ("method", "budget", "cost", "order") if more.get(word)]
+    assert f"without regard to {', '.join(ignored)};" in message or not ignored
+    return pipe, schedule
+
+
+def test_a_pipeline_that_cannot_be_followed_gets_whole_steps_and_is_told_what_was_ignored():
+    how = {"method": "sdt", "budget": 9, "cost": "milliseconds", "order": 1, "guidance": 2.0}
+    pipe, schedule = tuned_unfollowed("flux", **how)
     assert schedule.speedup(sites(pipe.transformer).macs) >= 1.3
     assert {tuple(row) for row in schedule.compute.tolist()} <= {(True,) * 9, (False,) * 9}
+    with refused("the run has 5"), cached(pipe, schedule):
+        run_embedded(pipe, 5)
 
 
-def test_arguments_that_the_pipeline_does_not_take_are_named_before_anything_runs():
+@pytest.mark.parametrize("stage", ["learn_weights", "flips"])
+@pytest.mark.parametrize("error", [FloatingPointError("NaN"), torch.OutOfMemoryError("full"), None])
+def test_an_error_or_ctrl_c_after_the_first_stage_returns_the_best_schedule_so_far(
+    stage, error, monkeypatch
+):
+    module, tried = import_module("harmonica.models.pipelines.tune"), []
+
+    def fails(*args, **options):
+        tried.append(1)
+        raise KeyboardInterrupt if error is None else error
+
+    where = (module, "learn_weights") if stage == "learn_weights" else (Search, "improve")
+    monkeypatch.setattr(*where, fails)
+    told = pytest.warns(UserWarning, match=f"best schedule so far: .*{error}")
+    with nullcontext() if error is None else told:
+        schedule = tuned("flux", budget=1400)[1]
+    assert tried
+    assert schedule.timesteps
+    assert schedule.provenance["predictions"] > 100
+
+
+def test_what_tune_cannot_use_is_refused_by_name_before_anything_runs():
     make, arguments = WALKS["flux"]
     message = "FluxPipeline does not take guidence_scale; did you mean guidance_scale"
     with pytest.raises(TypeError, match=message):
         tune(make(), speedup=1.3, guidence_scale=2.0, **arguments)
-    with refused("maximum here"):
-        tune(make(), speedup=50.0, num_inference_steps=2, **arguments)
+    for message, how in {
+        "maximum here": {"speedup": 50.0},
+        "cost is 'ms'; expected 'milliseconds'": {"cost": "ms"},
+        "method is 'auto '; expected 'auto'": {"method": "auto "},
+        "budget is 100; with 4 steps 'auto' takes 104 predictions at least": {"budget": 100},
+        "budget is 2; with 4 steps 'sdt' takes": {"budget": 2, "method": "sdt"},
+        "steps is 4 and num_inference_steps 5; they are one argument": {"num_inference_steps": 5},
+        "guidance is 1.0 and guidance_scale 2.0": {"guidance": 1.0, "guidance_scale": 2.0},
+    }.items():
+        with refused(message):
+            tuned("flux", **how)
     each = {"prompt_embeds": torch.zeros(2, 5, 12), "pooled_prompt_embeds": torch.zeros(3, 8)}
     with refused("lengths of prompts and each differ"):
         from_pipeline(make(), steps=2, each=each)
+
+
+def test_the_papers_training_keeps_within_the_budget():
+    schedule = tuned("flux", method="sdt", budget=600)[1]
+    assert 300 < schedule.provenance["predictions"] <= 600
+
+
+@pytest.mark.parametrize("spelling", ["steps", "num_inference_steps"])
+def test_the_number_of_steps_goes_by_two_names(spelling):
+    make, arguments = WALKS["flux"]
+    assert from_pipeline(make(), **{spelling: 3}, **arguments).steps == 3
 
 
 def test_the_command_tunes_a_saved_pipeline_and_shows_an_image(tmp_path, capsys):

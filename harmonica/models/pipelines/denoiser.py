@@ -45,7 +45,7 @@ def from_pipeline(
 
     Args:
         pipe: as it will be used: adapters loaded, offloading switched on, scheduler set.
-        steps: `num_inference_steps`, the pipeline's own if None; T is read off the walk.
+        steps: another name for `num_inference_steps`; T is read off the walk.
         prompts: a file with one prompt a line, or the prompts; None for a bundled list, if the
             pipeline takes prompts.
         each: arguments that every sample has its own of, by name, instead of prompts or beside
@@ -56,11 +56,12 @@ def from_pipeline(
     Raises TypeError if it has no transformer or two, or does not take an argument; ValueError if
     its walk cannot be followed, with the reason: `tune` then chooses whole steps.
     """
-    if guidance is not None:
-        call["guidance_scale"] = guidance
-    inputs, transformer = inputs_of(pipe, steps, prompts, each, call), pipe.transformer
+    call |= {"steps": steps, "guidance": guidance}
+    inputs, transformer = inputs_of(pipe, prompts, each, call), pipe.transformer
     transformer.eval().requires_grad_(False)
-    denoiser = PipelineDenoiser(StandIns(pipe), inputs, sites(transformer), _about(pipe, call))
+    denoiser = PipelineDenoiser(
+        StandIns(pipe), inputs, sites(transformer), _about(pipe, inputs.call)
+    )
     try:
         _verify_one(denoiser)
     except NotFollowedError as mismatch:

@@ -11,6 +11,7 @@ that its pipeline can be followed.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -44,6 +45,7 @@ class PipelineDenoiser:
     Attributes:
         batched: whether the pipeline takes several samples at once; otherwise they run one by one,
             and a site has a feature for each.
+        predictions: number of steps -> images predicted so far, by this and all its `with_steps`.
         recorded: batch size -> what is known of its runs; of others than 1 it may be guessed.
     """
 
@@ -53,6 +55,7 @@ class PipelineDenoiser:
         self.sites, self.about, self.inputs = sites, dict(about), inputs
         self.steps, self.batched = 0, False
         self.stand_ins, self.recorded = stand_ins, {1: Recorded(batch=1)}
+        self.predictions = Counter[int]()
         self._memo: Callable[[Hashable], Memo] = lru_cache(CONDITIONS)(lambda _: {})
         self._arrivals: Any = WeakIdKeyDictionary()  # x -> step -> what reached the scheduler
 
@@ -61,11 +64,17 @@ class PipelineDenoiser:
         """Whether a step of the scheduler draws noise."""
         return self.recorded[1].draws_noise
 
+    @property
+    def timesteps(self) -> tuple[float, ...]:
+        """All timesteps of the scheduler; a walk from an image (strength) takes the last T."""
+        return self.recorded[1].timesteps
+
     def with_steps(self, steps: int) -> PipelineDenoiser:
         """Return the same pipeline with about so many steps; it is not verified again."""
         number = round(self.inputs.call["num_inference_steps"] * steps / self.steps)
         inputs = replace(self.inputs, call={**self.inputs.call, "num_inference_steps": number})
         other = PipelineDenoiser(self.stand_ins, inputs, self.sites, self.about)
+        other.predictions = self.predictions
         other.watch(torch.tensor([[0, 0]]), self.recorded[1].again(1))
         other.batched = self.batched
         return other
@@ -84,7 +93,9 @@ class PipelineDenoiser:
             raise NotFollowedError("it never steps its scheduler, or steps a copy of it")
         recorded.random = any(not torch.equal(*pair) for pair in zip(before, after, strict=True))
         self.steps, self.recorded[recorded.batch] = len(recorded.steps), recorded
-        self.about["timesteps"] = self.recorded[1].timesteps
+        times = self.timesteps[-self.steps :]
+        self.about["timesteps"] = times if len(times) == self.steps else ()
+        self.predictions[self.steps] += run_once is not None
 
     def draw(self, batch_size: int, generator: Generator) -> tuple[Tensor, Tensor]:
         """Draw prompts and seeds; return the noise that the pipeline draws for them, and cond."""
@@ -122,6 +133,7 @@ class PipelineDenoiser:
                 forward = None if pretend else self._forward(len(group), first_call, modes)
                 arrivals.append(self._run(group, part, k, forward))
                 outs.append(self._output(arrivals[-1], part, k))
+        self.predictions[self.steps] += 0 if pretend or modes else len(samples)
         self._arrivals.setdefault(x, {})[k] = arrivals
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 

@@ -22,6 +22,9 @@ from harmonica.table import require
 Sample = tuple[int, int]
 """Row of the prompt, seed."""
 
+SHORT = {"steps": "num_inference_steps", "guidance": "guidance_scale"}
+"""Other names of two arguments, which `from_pipeline` and `tune` take as well."""
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -51,28 +54,40 @@ class Inputs:
 
 
 def inputs_of(
-    pipe: Any, steps: int | None, prompts: StrPath | Sequence[str] | None,
-    each: Mapping[str, Any] | None, call: Mapping[str, Any],
+    pipe: Any, prompts: StrPath | Sequence[str] | None, each: Mapping[str, Any] | None,
+    call: Mapping[str, Any],
 ) -> Inputs:  # fmt: skip
     """Return what the pipeline is called with; raises as `from_pipeline` does."""
     check_pipeline(pipe)
     name, parameters = type(pipe).__name__, inspect.signature(type(pipe).__call__).parameters
     if "transformer_2" in transformers_of(pipe):
         raise TypeError(f"{name} runs two transformers in one walk; from_pipeline follows one")
-    each, call = dict(each or {}), dict(call)
+    each, call = dict(each or {}), _by_their_names(call)
     given = {*each, *call}
     if prompts is not None or ("prompt" in parameters and not {"prompt", "prompt_embeds"} & given):
         each["prompt"] = list(read_prompts(prompts))
     if "class_labels" in parameters and "class_labels" not in given:
         each["class_labels"] = list(range(pipe.transformer.config.num_embeds_ada_norm))
     _check_arguments(name, parameters, each, call)
-    steps = parameters["num_inference_steps"].default if steps is None else steps
+    if call.get("num_inference_steps") is None:
+        call["num_inference_steps"] = parameters["num_inference_steps"].default
+    steps = call["num_inference_steps"]
     require(isinstance(steps, int) and steps >= 1, f"steps is {steps}; a walk has at least 1")
-    call["num_inference_steps"] = steps
     if "output_type" in parameters:
         call.setdefault("output_type", "latent")
     rows = len(next(iter(each.values()), [None]))
     return Inputs(call, each, rows, "generator" in parameters)
+
+
+def _by_their_names(call: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments by the names that pipelines have for them."""
+    named = dict(call)
+    for short, name in SHORT.items():
+        value, other = named.pop(short, None), named.get(name)
+        both = f"{short} is {value} and {name} {other}"
+        require(value is None or other is None, f"{both}; they are one argument, so give one")
+        named |= {} if value is None else {name: value}
+    return named
 
 
 def _check_arguments(

@@ -110,6 +110,11 @@ def state_of(attributes: dict[str, Any]) -> dict[str, Any]:
     return tree_map_only(Tensor, Tensor.clone, own)  # type: ignore[no-any-return]
 
 
+def timesteps_of(scheduler: Any) -> tuple[float, ...]:
+    """Return all timesteps that a scheduler was set to."""
+    return tuple(map(float, torch.as_tensor(scheduler.timesteps).flatten().tolist()))
+
+
 def generators_in(arguments: dict[str, Any]) -> list[Generator]:
     """Return the generators among the arguments of a step, in their order."""
     return [leaf for leaf in tree_leaves(list(arguments.values())) if isinstance(leaf, Generator)]

@@ -182,8 +182,7 @@ class Whole(Run):
         twice = len(sample) == 2 * recorded.batch
         recorded.doubled = twice and torch.equal(halves[0], halves[-1])
         recorded.first = first = recorded.fold(sample).clone()
-        times = torch.as_tensor(self.scheduler.timesteps).flatten().tolist()
-        recorded.timesteps = tuple(map(float, times))
+        recorded.timesteps = record.timesteps_of(self.scheduler)
         same = (place for place, x in self._latents if x.shape == first.shape and x.equal(first))
         recorded.entry = next(same, None)
 

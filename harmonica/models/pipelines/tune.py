@@ -11,8 +11,9 @@ file does not know how a stage works.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from itertools import repeat
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -25,14 +26,14 @@ from harmonica.models.pipelines.caching import cached
 from harmonica.models.pipelines.denoiser import from_pipeline
 from harmonica.models.pipelines.general import PipelineDenoiser
 from harmonica.models.pipelines.inputs import Inputs, inputs_of
-from harmonica.models.pipelines.recorded import NotFollowedError
+from harmonica.models.pipelines.recorded import NotFollowedError, timesteps_of
 from harmonica.models.sites import sites
 from harmonica.override import Method, overridden
 from harmonica.router import Schedule
 from harmonica.search.learn import learn_weights
 from harmonica.search.paths import cheapest_path
-from harmonica.search.references import finer_walk, references, with_images
-from harmonica.search.refine import refine
+from harmonica.search.references import Pool, finer_walk, references, with_images
+from harmonica.search.refine import WALKS_PER_ROUND, refine
 from harmonica.search.target import Target
 from harmonica.storage.files import StrPath
 from harmonica.table import require
@@ -55,37 +56,52 @@ def tune(  # noqa: D417 (some arguments are described together)
         with cached(pipe, schedule):
             image = pipe("…", num_inference_steps=28, guidance_scale=3.5).images[0]
 
-    The bar says at its start how many predictions it will take at most; Ctrl-C returns the best
-    schedule so far. A pipeline that cannot be followed gets whole steps and a warning.
+    Ctrl-C returns the best schedule so far; so does an error after the first one, with a warning.
+    A pipeline that cannot be followed gets whole steps and a warning: method, budget, cost and
+    order have no effect then, and the speedup counts no attention scores.
 
     Args:
-        pipe, prompts, each, **call: as in `from_pipeline`, `num_inference_steps` in place of steps.
+        pipe, prompts, each, **call: as in `from_pipeline`.
         speedup: theoretical, of the transformer, 1 or more.
         order: how skipped sites are filled before weights are learned, `Schedule.order`.
         method: "auto", or "sdt", the paper's training, about three predictions an update and noise.
-        budget: predictions of one image that may be spent; those of 1000 walks if None.
+        budget: predictions of one image that may be spent, a backward pass counts as two; those of
+            1000 walks if None. Whole steps take 2·T·(T + 9) at least, so less is refused.
         cost: None counts multiply-accumulates, "milliseconds" measures the sites on this device.
         progress: show a bar.
 
     Raises as `from_pipeline` does, and ValueError for a speedup that no table has.
     """
-    choices = f"method is {method!r}; expected 'auto' or 'sdt', the paper's training"
-    require(method in ("auto", "sdt"), choices)
-    steps = call.pop("num_inference_steps", None)
+    choices = "expected 'auto' or 'sdt', the paper's training"
+    require(method in ("auto", "sdt"), f"method is {method!r}; {choices}")
+    choices = "expected 'milliseconds', or None for multiply-accumulates"
+    require(cost in (None, "milliseconds"), f"cost is {cost!r}; {choices}")
     try:
-        denoiser = from_pipeline(pipe, steps=steps, prompts=prompts, each=each, **call)
+        denoiser = from_pipeline(pipe, prompts=prompts, each=each, **call)
     except NotFollowedError as reason:
-        warnings.warn(f"{reason}. Whole steps are chosen from runs of the pipeline", stacklevel=2)
-        return _from_runs(pipe, inputs_of(pipe, steps, prompts, each, call), speedup, progress)
+        given = {"method": method != "auto", "budget": budget, "cost": cost, "order": order}
+        unused = ", ".join(name for name, value in given.items() if value)
+        ignored = f", without regard to {unused}" if unused else ""
+        chosen = f"Whole steps are chosen from runs of the pipeline{ignored}"
+        rough = "their speedup counts no attention scores"
+        warnings.warn(f"{reason}. {chosen}; {rough}", stacklevel=2)
+        return _from_runs(pipe, inputs_of(pipe, prompts, each, call), speedup, progress)
     measure = milliseconds(denoiser) if cost == "milliseconds" else macs(denoiser)
     target = Target(speedup, measure, denoiser.steps)
-    budget = WALKS * denoiser.steps if budget is None else budget
     size = NOISES if denoiser.batched else 1
+    least = 3 * size if method == "sdt" else 2 * denoiser.steps * (denoiser.steps + 9)
+    budget = WALKS * denoiser.steps if budget is None else budget
+    todo = f"{method!r} takes {least} predictions at least; give as many, or leave budget out"
+    require(budget >= least, f"budget is {budget}; with {denoiser.steps} steps {todo}")
     if method == "sdt":
         how: dict[str, Any] = {"target_speedup": speedup, "cost": measure, "order": order}
         how |= {"iterations": budget // (3 * size), "batch_size": size, "progress": progress}
-        return train_sdt(denoiser, **how).schedule()
-    return _searched(denoiser, target, order, budget, size, progress)
+        schedule = train_sdt(denoiser, refine=0, **how).schedule()
+    else:
+        schedule = _searched(denoiser, target, order, budget, size, progress)
+    spent: dict[str, str | float] = {"predictions": denoiser.predictions.total()}
+    whole = {"provenance": {**schedule.provenance, **spent}}
+    return _with_all_timesteps(schedule, denoiser.timesteps, whole)
 
 
 def _searched(
@@ -94,25 +110,51 @@ def _searched(
     """Return the best schedule of the stages that the budget is enough for."""
     from tqdm.auto import tqdm
 
-    generator, half = torch.Generator().manual_seed(SEED), budget // 2
-    finer = finer_walk(denoiser, FACTOR if NOISES * FACTOR * denoiser.steps <= half // 4 else 1)
-    pools = (with_images(finer, *denoiser.draw(NOISES, generator)) for _ in repeat(None))
-    names, best = tuple(denoiser.sites), None
+    best = None
     with tqdm(total=budget, unit="prediction", desc="tune", disable=not progress) as bar:
         try:
-            for stage in refine(denoiser, [], next(pools), pools, target, budget=half, gate=order):
-                about = {"method": "tune", "speedup": target.speedup, "predictions": stage.spent}
-                how: dict[str, Any] = denoiser.about | {"order": order, "provenance": about}
-                best = Schedule(stage.table, sites=names, **how)
-                bar.set_postfix(error=f"{stage.error:.2e}", refresh=False)
-                bar.update(stage.spent - bar.n)
-            assert best is not None
-            best = _weighted(denoiser, best, budget - half, size)
-            bar.update(budget - bar.n)
-        except KeyboardInterrupt:
+            for schedule in _stages(denoiser, target, order, budget, size, bar):
+                best = schedule
+                bar.update(denoiser.predictions.total() - bar.n)
+        except (Exception, KeyboardInterrupt) as error:
             if best is None:
                 raise
+            if isinstance(error, Exception):
+                what = f"{type(error).__name__}: {error}"
+                warnings.warn(
+                    f"tune ends early, with the best schedule so far: {what}", stacklevel=3
+                )
+    assert best is not None
     return best
+
+
+def _stages(
+    denoiser: PipelineDenoiser, target: Target, order: int, budget: int, size: int, bar: Any
+) -> Iterator[Schedule]:
+    """Yield schedules, each better than the one before."""
+    generator, half = torch.Generator().manual_seed(SEED), budget // 2
+    finer = finer_walk(denoiser, FACTOR if NOISES * FACTOR * denoiser.steps <= half // 4 else 1)
+    round_ = NOISES * (WALKS_PER_ROUND * denoiser.steps + finer.steps)
+
+    def pools() -> Iterator[Pool]:
+        yield with_images(finer, *denoiser.draw(NOISES, generator))
+        while denoiser.predictions.total() + round_ <= half:
+            yield with_images(finer, *denoiser.draw(NOISES, generator))
+        raise _HalfSpentError
+
+    best, others = None, pools()
+    about = {"method": "tune", "speedup": target.speedup}
+    how: dict[str, Any] = denoiser.about | {"order": order, "provenance": about}
+    with suppress(_HalfSpentError):
+        for stage in refine(denoiser, [], next(others), others, target, budget=half, gate=order):
+            bar.set_postfix(error=f"{stage.error:.2e}", refresh=False)
+            yield (best := Schedule(stage.table, sites=tuple(denoiser.sites), **how))
+    assert best is not None
+    yield _weighted(denoiser, best, budget - max(half, denoiser.predictions.total()), size)
+
+
+class _HalfSpentError(Exception):
+    """Ends the search when the references of its next round would spend more than half."""
 
 
 def _weighted(denoiser: PipelineDenoiser, schedule: Schedule, budget: int, size: int) -> Schedule:
@@ -133,21 +175,41 @@ def _from_runs(pipe: Any, inputs: Inputs, speedup: float, progress: bool) -> Sch
     from tqdm.auto import tqdm
 
     columns = sites(pipe.transformer)
-    plain = steps_of_run(pipe, inputs.of([(0, SEED)]))
+    plain, times = steps_of_run(pipe, inputs.of([(0, SEED)])), timesteps_of(pipe.scheduler)
     steps, width, cost = len(plain), len(columns), columns.macs
     require(steps > 0, f"{type(pipe).__name__} never steps its scheduler, so no table fits it")
     count = min(int(Target(speedup, cost, steps).allowed / float(cost.sites.sum())), steps)
+    names: dict[str, Any] = {"model": type(pipe).__name__, "sampler": type(pipe.scheduler).__name__}
+
+    def whole_steps(computing: Collection[int]) -> Schedule:
+        rows = torch.tensor([[k in computing] * width for k in range(steps)])
+        return _with_all_timesteps(Schedule(rows, sites=tuple(columns), **names), times, {})
+
     errors = torch.zeros(steps, steps, dtype=torch.float64)
     for j in tqdm(range(steps - 1), unit="run", desc="tune", disable=not progress):
-        rows = torch.arange(steps)[:, None].expand(-1, width) <= j
-        with cached(pipe, Schedule(rows, sites=tuple(columns))):
+        with cached(pipe, whole_steps(range(j + 1))):
             for k, after in enumerate(steps_of_run(pipe, inputs.of([(0, SEED)]))):
                 errors[j, k] = float((after.double() - plain[k].double()).square().mean())
-    path = cheapest_path(errors, count)
-    about: dict[str, str | float] = {"method": "tune, whole steps from runs", "runs": steps}
-    names: dict[str, Any] = {"model": type(pipe).__name__, "sampler": type(pipe.scheduler).__name__}
-    rows = torch.tensor([[k in path] * width for k in range(steps)])
-    return Schedule(rows, sites=tuple(columns), provenance=about | {"speedup": speedup}, **names)
+    about: dict[str, Any] = {"method": "tune, whole steps from runs", "runs": steps}
+    about |= {"speedup": speedup}
+    return replace(whole_steps(cheapest_path(errors, count)), provenance=about)
+
+
+def _with_all_timesteps(
+    schedule: Schedule, times: tuple[float, ...], fields: Mapping[str, Any]
+) -> Schedule:
+    """Return a schedule with these fields, and rows for the scheduler's timesteps before its first
+    one: `cached` chooses a table by all of them, and a run that begins from an image leaves them.
+    """
+    before, N = len(times) - schedule.steps, len(schedule.sites)
+    if before < 0:
+        return replace(schedule, timesteps=(), **fields)
+    compute = torch.cat([torch.ones(before, N, dtype=torch.bool), schedule.compute])
+    weights = schedule.gate_weights if before else schedule.weights
+    if before and weights is not None:
+        fresh = torch.eye(weights.shape[2])[0].expand(before, N, -1)
+        weights = torch.cat([fresh, weights])
+    return replace(schedule, compute=compute, weights=weights, timesteps=times, **fields)
 
 
 def steps_of_run(pipe: Any, call: Mapping[str, Any]) -> list[Tensor]:
