@@ -25,8 +25,8 @@ from harmonica.models.pipelines.inputs import inputs_of
 
 
 class _Command(ModuleType):
-    """The class of this module. Python puts an imported module where `harmonica.tune`, the function,
-    is looked up; so that importing the command breaks nobody's call, the module can be called too.
+    """A module that can be called: importing this one puts it where `harmonica.tune`, the function,
+    is looked up, and nobody's call should break by that.
     """
 
     __call__ = staticmethod(tune)

@@ -43,6 +43,8 @@ WALKS, NOISES, FACTOR, SEED = 1000, 4, 10, 20_000_007
 """The budget in walks if none is given; noises that tables are judged on, and how many times T
 steps the walk has whose image they should become; what the noises are drawn with."""
 
+WHOLE = "Whole steps are chosen from runs of the pipeline; the speedup counts no attention scores"
+
 
 def tune(  # noqa: D417 (some arguments are described together)
     pipe: Any, prompts: StrPath | Sequence[str] | None = None, *, speedup: float, order: int = 0,
@@ -81,39 +83,46 @@ def tune(  # noqa: D417 (some arguments are described together)
     except NotFollowedError as reason:
         given = {"method": method != "auto", "budget": budget, "cost": cost, "order": order}
         unused = ", ".join(name for name, value in given.items() if value)
-        ignored = f", without regard to {unused}" if unused else ""
-        chosen = f"Whole steps are chosen from runs of the pipeline{ignored}"
-        rough = "their speedup counts no attention scores"
-        warnings.warn(f"{reason}. {chosen}; {rough}", stacklevel=2)
+        warnings.warn(f"{reason}. {WHOLE}{f', so no {unused}' if unused else ''}", stacklevel=2)
         return _from_runs(pipe, inputs_of(pipe, prompts, each, call), speedup, progress)
     measure = milliseconds(denoiser) if cost == "milliseconds" else macs(denoiser)
     target = Target(speedup, measure, denoiser.steps)
-    size = NOISES if denoiser.batched else 1
-    least = 3 * size if method == "sdt" else 2 * denoiser.steps * (denoiser.steps + 9)
     budget = WALKS * denoiser.steps if budget is None else budget
-    todo = f"{method!r} takes {least} predictions at least; give as many, or leave budget out"
-    require(budget >= least, f"budget is {budget}; with {denoiser.steps} steps {todo}")
     if method == "sdt":
-        how: dict[str, Any] = {"target_speedup": speedup, "cost": measure, "order": order}
-        how |= {"iterations": budget // (3 * size), "batch_size": size, "progress": progress}
-        schedule = train_sdt(denoiser, refine=0, **how).schedule()
+        schedule = _trained(denoiser, target, order, budget, progress)
     else:
-        schedule = _searched(denoiser, target, order, budget, size, progress)
-    spent: dict[str, str | float] = {"predictions": denoiser.predictions.total()}
-    whole = {"provenance": {**schedule.provenance, **spent}}
-    return _with_all_timesteps(schedule, denoiser.timesteps, whole)
+        schedule = _searched(denoiser, target, order, budget, progress)
+    spent: dict[str, Any] = {"predictions": denoiser.predictions.total()}
+    return _with_all_timesteps(schedule, denoiser.timesteps, {**schedule.provenance, **spent})
+
+
+def _check_budget(budget: int, least: int, steps: int) -> None:
+    todo = f"it takes {least} predictions at least; give as many, or leave budget out"
+    require(budget >= least, f"budget is {budget}; with {steps} steps {todo}")
+
+
+def _trained(
+    denoiser: PipelineDenoiser, target: Target, order: int, budget: int, progress: bool
+) -> Schedule:
+    """Return the schedule of the paper's training, put on target."""
+    size = NOISES if denoiser.batched else 1
+    _check_budget(budget, 3 * size, denoiser.steps)
+    how: dict[str, Any] = {"target_speedup": target.speedup, "cost": target.cost, "order": order}
+    how |= {"iterations": budget // (3 * size), "batch_size": size, "progress": progress}
+    return train_sdt(denoiser, refine=0, **how).schedule()
 
 
 def _searched(
-    denoiser: PipelineDenoiser, target: Target, order: int, budget: int, size: int, progress: bool
+    denoiser: PipelineDenoiser, target: Target, order: int, budget: int, progress: bool
 ) -> Schedule:
     """Return the best schedule of the stages that the budget is enough for."""
     from tqdm.auto import tqdm
 
+    _check_budget(budget, 2 * denoiser.steps * (denoiser.steps + 9), denoiser.steps)
     best = None
     with tqdm(total=budget, unit="prediction", desc="tune", disable=not progress) as bar:
         try:
-            for schedule in _stages(denoiser, target, order, budget, size, bar):
+            for schedule in _stages(denoiser, target, order, budget, bar):
                 best = schedule
                 bar.update(denoiser.predictions.total() - bar.n)
         except (Exception, KeyboardInterrupt) as error:
@@ -129,7 +138,7 @@ def _searched(
 
 
 def _stages(
-    denoiser: PipelineDenoiser, target: Target, order: int, budget: int, size: int, bar: Any
+    denoiser: PipelineDenoiser, target: Target, order: int, budget: int, bar: Any
 ) -> Iterator[Schedule]:
     """Yield schedules, each better than the one before."""
     generator, half = torch.Generator().manual_seed(SEED), budget // 2
@@ -150,19 +159,20 @@ def _stages(
             bar.set_postfix(error=f"{stage.error:.2e}", refresh=False)
             yield (best := Schedule(stage.table, sites=tuple(denoiser.sites), **how))
     assert best is not None
-    yield _weighted(denoiser, best, budget - max(half, denoiser.predictions.total()), size)
+    yield _weighted(denoiser, best, budget - max(half, denoiser.predictions.total()))
 
 
 class _HalfSpentError(Exception):
     """Ends the search when the references of its next round would spend more than half."""
 
 
-def _weighted(denoiser: PipelineDenoiser, schedule: Schedule, budget: int, size: int) -> Schedule:
+def _weighted(denoiser: PipelineDenoiser, schedule: Schedule, budget: int) -> Schedule:
     """Return the schedule with learned weights, or as it is if the budget is too small for them.
 
     Half of the budget goes into reference walks, half into updates, of about four walks each.
     """
     walks, factor = budget // denoiser.steps, 1 if denoiser.draws_noise else FACTOR
+    size = NOISES if denoiser.batched else 1
     noises, updates = min(walks // (2 * factor), 64 * size), walks // (8 * size)
     if noises < 2 * NOISES or updates < 1:
         return schedule
@@ -181,35 +191,37 @@ def _from_runs(pipe: Any, inputs: Inputs, speedup: float, progress: bool) -> Sch
     count = min(int(Target(speedup, cost, steps).allowed / float(cost.sites.sum())), steps)
     names: dict[str, Any] = {"model": type(pipe).__name__, "sampler": type(pipe.scheduler).__name__}
 
+    about: dict[str, Any] = {"method": "tune, whole steps from runs", "runs": steps}
+    about |= {"speedup": speedup}
+
     def whole_steps(computing: Collection[int]) -> Schedule:
         rows = torch.tensor([[k in computing] * width for k in range(steps)])
-        return _with_all_timesteps(Schedule(rows, sites=tuple(columns), **names), times, {})
+        return _with_all_timesteps(Schedule(rows, sites=tuple(columns), **names), times, about)
 
     errors = torch.zeros(steps, steps, dtype=torch.float64)
     for j in tqdm(range(steps - 1), unit="run", desc="tune", disable=not progress):
         with cached(pipe, whole_steps(range(j + 1))):
             for k, after in enumerate(steps_of_run(pipe, inputs.of([(0, SEED)]))):
                 errors[j, k] = float((after.double() - plain[k].double()).square().mean())
-    about: dict[str, Any] = {"method": "tune, whole steps from runs", "runs": steps}
-    about |= {"speedup": speedup}
-    return replace(whole_steps(cheapest_path(errors, count)), provenance=about)
+    return whole_steps(cheapest_path(errors, count))
 
 
 def _with_all_timesteps(
-    schedule: Schedule, times: tuple[float, ...], fields: Mapping[str, Any]
+    schedule: Schedule, times: tuple[float, ...], provenance: Mapping[str, Any]
 ) -> Schedule:
-    """Return a schedule with these fields, and rows for the scheduler's timesteps before its first
-    one: `cached` chooses a table by all of them, and a run that begins from an image leaves them.
+    """Return a schedule with this provenance, and rows for the scheduler's timesteps before its
+    first one: `cached` chooses a table by all of them, and a run from an image leaves some out.
     """
     before, N = len(times) - schedule.steps, len(schedule.sites)
     if before < 0:
-        return replace(schedule, timesteps=(), **fields)
+        return replace(schedule, timesteps=(), provenance=provenance)
     compute = torch.cat([torch.ones(before, N, dtype=torch.bool), schedule.compute])
     weights = schedule.gate_weights if before else schedule.weights
     if before and weights is not None:
         fresh = torch.eye(weights.shape[2])[0].expand(before, N, -1)
         weights = torch.cat([fresh, weights])
-    return replace(schedule, compute=compute, weights=weights, timesteps=times, **fields)
+    how: dict[str, Any] = {"timesteps": times, "provenance": provenance}
+    return replace(schedule, compute=compute, weights=weights, **how)
 
 
 def steps_of_run(pipe: Any, call: Mapping[str, Any]) -> list[Tensor]:
