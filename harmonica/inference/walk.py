@@ -16,8 +16,8 @@ Besides the sites that the schedule skips, a walk leaves out
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -28,6 +28,8 @@ from harmonica.denoise import Denoiser, check_fit
 from harmonica.forecast import weighted_sum
 from harmonica.inference.lifetimes import Plan, fused_sum
 from harmonica.router import Schedule
+
+InForce = AbstractContextManager[Callable[[int], None] | None]
 
 
 @runtime_checkable
@@ -43,20 +45,11 @@ class Refinable(Denoiser, Protocol):
 class Accelerated(Denoiser, Protocol):
     """A denoiser that knows its model's blocks, and so can skip more than sites."""
 
-    def accelerated(
-        self, gate: Gate, *, exact: bool
-    ) -> AbstractContextManager[Callable[[int], None]]:
+    def accelerated(self, gate: Gate, *, exact: bool) -> InForce:
         """Ask `gate` in this `with`, with all of a branch inside it, and know ahead what can be
         known; gives a function that is called with k before each step.
         """
         ...
-
-
-@contextmanager
-def _plainly(denoiser: Denoiser, gate: Gate) -> Iterator[Callable[[int], None]]:
-    """Do for any denoiser what `Accelerated` does, site by site."""
-    with gated(denoiser.sites, gate):
-        yield lambda k: None
 
 
 class Walk:
@@ -102,13 +95,13 @@ class Walk:
         def ask(site: int, compute: Compute) -> Feature:
             return gate(site, compute)
 
+        in_force: InForce = gated(denoiser.sites, ask)
         if isinstance(denoiser, Accelerated):
-            fast = denoiser.accelerated(ask, exact=self.exact)
-        else:
-            fast = _plainly(denoiser, ask)
-        with torch.no_grad(), fast as begin_step:
+            in_force = denoiser.accelerated(ask, exact=self.exact)
+        with torch.no_grad(), in_force as begin_step:
             for k in range(denoiser.steps):
-                begin_step(k)
+                if begin_step is not None:
+                    begin_step(k)
                 gate = gate_of(k, cache)
                 x = denoiser.step(x, denoiser.predict(x, k, cond), k, memory)
         return x
