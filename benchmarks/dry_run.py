@@ -73,7 +73,7 @@ def against_this_cpu() -> dict[str, Any]:
     """Hold the count of an update against what one takes, in a process of its own each."""
     d = build("DiT-B/2")
     d.model.to("meta")
-    counted_mib = dry_run(d, batch_size=2, proxy=False).memory["update"] / 2**20
+    counted_mib = dry_run(d, batch_size=2, proxy=None).memory["update"] / 2**20
     figures: dict[str, Any] = {"counted_mib": round(counted_mib)}
     for name, more in {
         "taken_mib": {},

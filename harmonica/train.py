@@ -120,7 +120,7 @@ def count(args: argparse.Namespace) -> DryRun:
     denoiser = cli.load_model(args, "meta", again=args.activation_checkpointing)
     settings = {name: getattr(args, name) for name in ("iterations", "refresh_every", "refine")}
     batch, target = -(-args.batch_size // started_as()[1]), args.target is not None and args.dry_run
-    proxy = args.proxy != "none"
+    proxy = None if args.proxy == "none" else args.proxy
     return dry_run(denoiser, **settings, batch_size=batch, proxy=proxy, target=target)
 
 

@@ -6,19 +6,27 @@
     search        what follows training to a target (harmonica.search.refine)
 
 The model lies on torch's meta device, `load(name, weights="random", device="meta")`, where nothing
-is computed. The real code of training runs on it, and `harmonica.memory` counts.
+is computed. The real code of training runs on it, and a `Meter` counts.
 """
 
 import copy
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 from harmonica.denoise import Denoiser
-from harmonica.iepo import image_error
-from harmonica.memory import metered
+from harmonica.iepo import Proxy, image_error
+from harmonica.override import overridden
 from harmonica.router import Router, Schedule
 from harmonica.sdt import sdt
 from harmonica.search.flip_effects import flip_effects_at
@@ -27,6 +35,8 @@ from harmonica.search.refine import WALKS_PER_ROUND
 from harmonica.search.refine_router import NOISES, ROUNDS
 from harmonica.table import require
 
+aten = torch.ops.aten
+ATTENTION = aten._scaled_dot_product_efficient_attention
 GIB = 2**30
 H100 = 400e12  # floating-point operations a second that a large model reaches there in bf16
 
@@ -80,14 +90,13 @@ def dry_run(
     iterations: int = 20_000,
     batch_size: int = 32,
     refresh_every: int = 25,
-    proxy: bool = True,
+    proxy: Proxy | None = "leave-one-out",
     target: bool = False,
     refine: int | None = None,
 ) -> DryRun:
     """Count what `train_sdt` with these settings takes; only shapes matter.
 
-    `proxy` is whether λ is measured, `target` whether training ends on a target, and so with a
-    search unless refine is 0. Raises ValueError if the denoiser is not on the meta device.
+    `target` is whether training ends on a target, and so with a search unless refine is 0. Raises ValueError if the denoiser is not on the meta device.
     """
     start = denoiser.draw(batch_size, torch.Generator().manual_seed(0))
     place, how = start[0].device, 'load(name, weights="random", device="meta")'
@@ -99,7 +108,7 @@ def dry_run(
     trajectories = -(-iterations // (T - 1))
     predictions = 2 * iterations + trajectories
     macs = iterations * update + trajectories * plain
-    if proxy:
+    if proxy is not None:
         memory["lambda"] = _lambda(denoiser, start)
         walks = -(-trajectories // refresh_every) * T * (T + 1) // 2
         predictions, macs = predictions + walks, macs + walks * plain
@@ -116,13 +125,12 @@ def _update(denoiser: Denoiser, start: tuple[Any, Any]) -> tuple[int, int, float
     of an update.
     """
     router = Router(denoiser.steps, denoiser.sites).to("meta")
-    with metered() as meter, torch.no_grad():
+    with metered() as plain, torch.no_grad():
         denoiser.predict(start[0], 0, start[1])
-    weights, plain, before = meter.alive, meter.macs, 0.0
     with metered() as meter:
-        for _ in islice(sdt(denoiser, router, [start], proxy=None), 2):
-            update, before = meter.macs - before, meter.macs
-    return meter.peak, weights, plain, update if denoiser.steps > 2 else update - plain
+        updates = len(list(islice(sdt(denoiser, router, [start], proxy=None), 2)))
+    update = (meter.macs - plain.macs) / updates  # step 0 is a plain prediction
+    return meter.peak, plain.alive, plain.macs, update
 
 
 def _lambda(denoiser: Denoiser, start: tuple[Any, Any]) -> int:
@@ -156,3 +164,75 @@ def _first_steps(denoiser: Denoiser, steps: int) -> Denoiser:
     short = copy.copy(denoiser)
     short.steps = min(steps, denoiser.steps)
     return short
+
+
+class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of the storages that operations take or give, as long as they are alive."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.alive = self.peak = 0  # bytes now, and at most
+        self.macs = 0.0  # multiply-accumulates so far, those of backward passes included
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self._follow((args, kwargs))
+        out = _without_numbers(func, args, kwargs or {})
+        self._follow(out)
+        if func._overloadpacket in flop_registry:  # two operations are one MAC
+            flops = flop_registry[func._overloadpacket]
+            self.macs += flops(*args, **(kwargs or {}), out_val=out) / 2
+        return out
+
+    def _follow(self, values: Any) -> None:
+        for tensor in (leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)):
+            storage = tensor.untyped_storage()
+            key, size = storage._cdata, storage.nbytes()
+            if key not in self._known:
+                self._known.add(key)
+                weakref.finalize(storage, self._free, key, size)
+                self.alive += size
+                self.peak = max(self.peak, self.alive)
+
+    def _free(self, key: int, size: int) -> None:
+        self._known.remove(key)
+        self.alive -= size
+
+
+@contextmanager
+def metered() -> Iterator[Meter]:
+    """Count what runs inside, on meta tensors.
+
+    A number that is asked of a meta tensor is 1: a score of 1 computes and renews the cache, which
+    is the most that a step can take. Attention is the kernel that does not keep the scores of all
+    pairs of tokens.
+    """
+    with overridden([(F, "scaled_dot_product_attention", _fused)]), Meter() as meter:
+        yield meter
+
+
+def _fused(original: Callable[..., Tensor], args: Any, kwargs: Any) -> Tensor:
+    if not args[0].is_meta:
+        return original(*args, **kwargs)
+    mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
+    result: Tensor = ATTENTION(*args[:3], mask, args[0].requires_grad)[0]
+    return result
+
+
+def _without_numbers(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Run an operation; where it would need numbers of a meta tensor, they are 1."""
+    source = args[1] if func is aten.copy_.default else args[0] if args else None
+    if not isinstance(source, Tensor) or not source.is_meta:
+        return func(*args, **kwargs)
+    if func is aten._local_scalar_dense.default:
+        return torch.ones((), dtype=source.dtype).item()
+    if func is aten.equal.default:
+        return True
+    if func is aten.copy_.default and not args[0].is_meta:
+        return args[0].fill_(1)
+    place = torch.device(kwargs.get("device") or "meta")
+    if func is aten._to_copy.default and place.type != "meta":
+        return torch.ones(source.shape, dtype=kwargs.get("dtype") or source.dtype, device=place)
+    return func(*args, **kwargs)
