@@ -116,7 +116,7 @@ def from_rank_0(make: Callable[[], T]) -> T:
 
 
 def batch_per_rank(batch_size: int) -> int:
-    """Return how many samples of a joint batch each process takes; ValueError if some take more."""
+    """Return how many samples of a joint batch each process takes, or raise ValueError."""
     n = world()
     given = f"batch_size is {batch_size} for {n} processes in all"
     require(batch_size % n == 0, f"{given}; make it a multiple of {n}")
@@ -124,21 +124,18 @@ def batch_per_rank(batch_size: int) -> int:
 
 
 def local_part(batch: Any, batch_size: int) -> Any:
-    """Return this process's share of a joint batch: of each tensor of a tree, by its first
-    dimension; ValueError if that is not batch_size.
-    """
+    """Return this process's share of a joint batch, a tree of tensors with batch_size rows."""
     if world() == 1:
         return batch
 
     def take(value: Any) -> Any:
         if value is None or isinstance(value, int | float):
             return value  # the same for every sample
-        kind = type(value).__name__
-        if isinstance(value, Tensor):
-            if value.shape[:1] == (batch_size,):
-                return value[rank() :: world()].contiguous()
-            kind = f"tensor of shape {tuple(value.shape)}"
+        rows = value.shape if isinstance(value, Tensor) else None
+        kind = type(value).__name__ if rows is None else f"tensor of shape {tuple(rows)}"
         rule = "several processes share tensors by their first dimension, the batch"
-        raise ValueError(f"found a {kind} in a joint batch of {batch_size}; {rule}")
+        fit = rows is not None and rows[:1] == (batch_size,)
+        require(fit, f"found a {kind} in a joint batch of {batch_size}; {rule}")
+        return value[rank() :: world()].contiguous()
 
     return tree_map(take, batch)

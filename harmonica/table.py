@@ -71,13 +71,13 @@ def checked_weights(numbers: Any, compute: Tensor) -> Tensor:
     todo = f"the table is {T} × {N}, so they must be ({T}, {N}, 1 + m) for m ≥ 1 past outputs"
     require(fit, f"weights has shape {shape}; {todo}")
     past = outputs_before(compute)
-    unreadable = torch.arange(shape[2]) > past[:, :, None]
-    unreadable[:, :, 0] = ~compute
-    for k, i, j in (~weights.isfinite() | (weights != 0) & unreadable).nonzero().tolist():
+    forbidden = torch.arange(shape[2]) > past[:, :, None]
+    forbidden[:, :, 0] = ~compute
+    for k, i, j in (~weights.isfinite() | (weights != 0) & forbidden).nonzero().tolist():
         output = f"last output {j}" if j else "the fresh output"
         why = f"only {past[k, i]} outputs were computed" if j else "that entry is skipped"
-        value, forbidden = f"{float(weights[k, i, j]):g}", unreadable[k, i, j]
-        rule = f", but {why}; it must be 0" if forbidden else "; every weight must be finite"
+        value, must = f"{float(weights[k, i, j]):g}", forbidden[k, i, j]
+        rule = f", but {why}; it must be 0" if must else "; every weight must be finite"
         raise ValueError(f"the weight of {output} at step {k}, site {i} is {value}{rule}")
     return weights
 

@@ -126,7 +126,7 @@ def test_every_plot_has_labelled_axes_and_says_the_cur(tmp_path):
         "images": plots.comparison(images, images + 0.1, labels=range(4)),
         "sheet": plots.sheet(images),
         "error": plots.error_along_walk(walk, {"a": [x + 0.1 for x in walk]}),
-        "lambda": plots.lambda_per_step({"a": torch.tensor([0.0, 1e-3, 1e-5])}),
+        "lambda": plots.per_step({"a": [0.0, 1e-3, 1e-5]}, ylabel="λ", log=True),
     }
     for name, figure in figures.items():
         figure.savefig(tmp_path / f"{name}.png")

@@ -91,7 +91,8 @@ both = {
     mode: image_error(denoiser, r, x, labels, tau=tau, mode=mode)
     for mode in ("leave-one-out", "telescoping")
 }
-plots.lambda_per_step(both)
+lines = {mode: lam.tolist() for mode, lam in both.items()}
+plots.per_step(lines, ylabel="λ (mean squared change\nof the image)", log=True)
 
 # %% [markdown]
 # No. At the first steps *leave-one-out* is the smaller one: computing one early step changes little, because the many later

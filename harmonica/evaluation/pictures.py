@@ -20,6 +20,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from harmonica.router import Schedule
+from harmonica.search.references import image_mse
 from harmonica.site_names import word_of
 from harmonica.storage.files import StrPath, write_whole
 from harmonica.table import require
@@ -37,9 +38,7 @@ def save(figure: Figure, path: StrPath) -> None:
 def router_heatmap(
     table: Schedule | Tensor, site_names: Sequence[str] = (), *, title: str = ""
 ) -> Figure:
-    """Draw a schedule, or scores (T, N) with the names of their sites; dark computes, light
-    reuses. The CUR or the mean score stands beside the title.
-    """
+    """Draw a schedule, or scores (T, N) of named sites, with CUR or mean score; dark computes."""
     if isinstance(table, Schedule):
         value, fig = f"CUR {table.cur:.1%}", site_heatmap(table.compute, table.sites, shades=2)
         fig.axes[-1].set_yticks([0.25, 0.75], labels=["reuse", "compute"])  # the colour bar
@@ -54,15 +53,12 @@ def site_heatmap(
     values: Tensor,
     site_names: Sequence[str],
     *,
-    label: str = "",
-    most: float | None = None,
+    label: str = "",  # what is measured, in which unit: stands at the colour bar
+    most: float | None = None,  # the darkest value; None is the largest
     shades: int = 256,
 ) -> Figure:
     """Draw values (T, N) of steps and sites: steps across, blocks down, one panel for each kind of
     site. A larger value is darker, one that is not finite is grey.
-
-    `label`, what is measured in which unit, stands at the colour bar of `shades` colours, whose
-    darkest is `most`, or the largest value if None.
     """
     kinds: dict[str, list[int]] = {}
     for i, name in enumerate(site_names):
@@ -72,13 +68,11 @@ def site_heatmap(
     finite = values[~values.isnan()].tolist() or [0.0, 1.0]
     tallest = max(map(len, kinds.values()))
     size = (1.5 + 0.16 * len(values) * len(kinds), 1.6 + 0.16 * tallest)
-    fig = Figure(figsize=size, layout="constrained")
+    fig = Figure(size, layout="constrained")
     axes = fig.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
     for ax, (kind, columns) in zip(axes, kinds.items(), strict=True):
-        colours = colormaps["cividis_r"].resampled(shades)
-        image = ax.imshow(
-            values.numpy()[:, columns].T, colours, aspect="auto", interpolation="none"
-        )
+        shown, colours = values[:, columns].T.numpy(), colormaps["cividis_r"].resampled(shades)
+        image = ax.imshow(shown, colours, aspect="auto", interpolation="none")
         image.set_clim(min(0.0, *finite), max(finite) if most is None else most)
         ax.set(xlabel="executed step k", title=TITLES.get(kind, kind), facecolor="lightgrey")
         for axis, count in ((ax.xaxis, len(values)), (ax.yaxis, len(columns))):
@@ -93,9 +87,8 @@ def site_heatmap(
 
 def rows(images: Mapping[str, Tensor], *, labels: Sequence[object] = (), title: str = "") -> Figure:
     """Draw one row of images for each name; labels stand above the columns."""
-    width = max(len(row) for row in images.values())
-    size = (1.2 + 0.75 * width, 0.8 * len(images) + 0.5)
-    fig = Figure(figsize=size, layout="constrained")
+    width = max(map(len, images.values()))
+    fig = Figure((1.2 + 0.75 * width, 0.8 * len(images) + 0.5), layout="constrained")
     axes = fig.subplots(len(images), width, squeeze=False)
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
@@ -132,12 +125,11 @@ def lines(
 ) -> Figure:
     """Draw a line through the points (x, y) of each name; raise ValueError for more than six.
 
-    A y that is not finite is left out, on a logarithmic axis also one that is not positive. A name
-    without points keeps its colour and mark, so that the others look the same in every picture.
+    A y that is not finite is left out, on a logarithmic axis also one that is not positive.
     """
     most = len(MARKS)
     require(len(points) <= most, f"{len(points)} lines; at most {most} can be told apart")
-    fig = Figure(figsize=(7.5, 3.4), layout="constrained")
+    fig = Figure((7.5, 3.4), layout="constrained")
     ax = fig.subplots()
     for (name, line), mark, colour in zip(points.items(), MARKS, COLOURS, strict=False):
         drawn = [(x, float(y)) for x, y in line if math.isfinite(y) and (y > 0 or not log)]
@@ -168,15 +160,8 @@ def error_along_walk(plain: Sequence[Tensor], walks: Mapping[str, Sequence[Tenso
     """Draw the mean squared difference of x (B, C, H, W) to the plain walk after each step, a line
     for each walk (a figure of the paper).
     """
-    mse = lambda pair: float((pair[0] - pair[1]).square().mean())  # noqa: E731
-    errors = {name: [*map(mse, zip(walk, plain, strict=True))] for name, walk in walks.items()}
+    errors = {name: [*map(image_mse, walk, plain)] for name, walk in walks.items()}
     return per_step(errors, ylabel="mean squared error of x\n(squared pixel units)", log=True)
-
-
-def lambda_per_step(lams: Mapping[str, Tensor]) -> Figure:
-    """Draw λ (T,) of each step, one line for each definition or router."""
-    ylabel = "λ (mean squared change\nof the image)"
-    return per_step({name: lam.tolist() for name, lam in lams.items()}, ylabel=ylabel, log=True)
 
 
 def tradeoff(methods: Mapping[str, Iterable[tuple[float, float]]], *, ylabel: str) -> Figure:

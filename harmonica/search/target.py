@@ -32,8 +32,9 @@ class Target:
 
     def __post_init__(self) -> None:
         check_target(self.speedup)
-        rows = torch.arange(self.steps)[:, None].expand(-1, len(self.cost.sites)) == 0
-        most = self.speed(rows)  # computes at its first step only
+        first_only = torch.zeros(self.steps, len(self.cost.sites), dtype=torch.bool)
+        first_only[0] = True
+        most = self.speed(first_only)
         why = f"the first of {self.steps} steps computes, and sites are {self.cost.covered:.1%}"
         given = f"the target speedup is {self.speedup:g} and the maximum here is {most:.4g}"
         todo = "ask for less or take more steps"
@@ -74,13 +75,14 @@ def check_target(speedup: float | None, beta: float | None = None, order: int = 
     """Raise ValueError for a target that no model could meet, or that comes with a β, or for an
     order without a target; what needs the model is checked by `Target`.
     """
-    given, most = f"the target speedup is {speedup}", 0 if speedup is None else 9
-    if speedup is not None:
-        require(1 <= speedup < math.inf, f"{given}; it must be 1 (compute all) or more")
-        todo = "training to a target chooses beta by itself, leave it out"
-        require(beta is None, f"beta is {beta} and {given}; {todo}")
-    todo = "expected an order from 0 to 9, and a target for an order above 0"
-    require(0 <= order <= most, f"order is {order} and the target speedup {speedup}; {todo}")
+    given = f"the target speedup is {speedup}"
+    require(0 <= order <= 9, f"order is {order}; expected 0 to 9")
+    if speedup is None:
+        require(order == 0, f"order is {order} and {given}; an order above 0 is for a target")
+        return
+    require(1 <= speedup < math.inf, f"{given}; it must be 1 (compute all) or more")
+    todo = "training to a target chooses beta by itself, leave it out"
+    require(beta is None, f"beta is {beta} and {given}; {todo}")
 
 
 def target_of(

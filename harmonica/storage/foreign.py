@@ -9,30 +9,29 @@
 
 Which rows of a router file may reuse, and in what order they run, differs:
 docs/decisions/0004-files-of-other-people.md. A first step that would reuse is made to compute, and
-`provenance` says so. What is no such file, or not whole, is a ValueError that names it. This file
-does not know how tables are used.
+`provenance` says so. What is no such file, or not whole, is a ValueError, to which
+`read_schedule` adds the file's name. This file does not know how tables are used.
 """
 
 import argparse
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from harmonica.site_names import block_and_word
-from harmonica.storage.files import StrPath, is_plain, read_pickle, write_json
+from harmonica.storage.files import StrPath, is_plain, write_json
 from harmonica.table import require
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 TRAINED = 4.5  # one in 150 000 logits of N(0, 1) is larger; training ends near 5 or far beyond
 
 
-def _fields(path: StrPath, table: Tensor, names: Sequence[str], source: str) -> dict[str, Any]:
+def _fields(table: Tensor, names: Sequence[str], source: str) -> dict[str, Any]:
     """Return the fields of a schedule for a table (T, N) bool, its first step made to compute."""
-    provenance: dict[str, str | float] = {"format": source, "file": Path(path).name}
+    provenance: dict[str, str | float] = {"format": source}
     count = int((~table[:1]).sum())
     if count:
         some = f"{count} of its {table.shape[1]} sites"
@@ -65,26 +64,26 @@ def write_smoothcache(path: StrPath, schedule: Any) -> None:
     write_json(path, columns)
 
 
-def read_smoothcache(path: StrPath, data: Mapping[str, list[Any]]) -> dict[str, Any]:
+def read_smoothcache(data: Mapping[str, list[Any]]) -> dict[str, Any]:
     """Return the fields of the schedule in SmoothCache's JSON, sorted by block, attention first."""
     matches = {name: re.fullmatch(r"(.+)-([0-9]{1,6})", name) for name in data}
     numbered, names = all(matches.values()), ", ".join(data)
-    mixed = f"{path} mixes sites of one block (attn-0) with kinds (attn): {names:.80}"
+    mixed = f"it mixes sites of one block (attn-0) with kinds (attn): {names:.80}"
     require(numbered or not any(matches.values()), mixed)
     lengths = ", ".join(f"{name:.20} {len(column)}" for name, column in data.items())
-    uneven = f"{path} has lists of different lengths, not one entry for each step: {lengths:.80}"
+    uneven = f"it has lists of different lengths, not one entry for each step: {lengths:.80}"
     require(len(set(map(len, data.values()))) == 1, uneven)
     columns = []
     for name, match in matches.items():
         binary = all(isinstance(entry, int) and entry in (0, 1) for entry in data[name])
-        require(binary, f"{path} has {name:.40} with entries other than 0 and 1, true and false")
+        require(binary, f"it has {name:.40} with entries other than 0 and 1, true and false")
         kind, block = (match[1], int(match[2])) if match else (name, 0)
         site = f"blocks.{block}.{kind}" if match else kind
         columns.append((block, "attn" not in kind, site, [entry == 1 for entry in data[name]]))
     columns.sort(key=lambda column: column[:2])
     table = torch.tensor([column for *_, column in columns], dtype=torch.bool).T  # (T, N)
     shape = "per block" if numbered else "per kind"
-    return _fields(path, table, [site for _, _, site, _ in columns], f"SmoothCache, {shape}")
+    return _fields(table, [site for _, _, site, _ in columns], f"SmoothCache, {shape}")
 
 
 _DOUBLE, _SINGLE = "transformer_blocks.{}.", "single_transformer_blocks.{}."
@@ -101,69 +100,67 @@ BOOKS = {
 """Which of our sites a book of a plan decides; where two decide one, it computes if either does."""
 
 
-def read_invardiff(path: StrPath, data: Mapping[str, Any]) -> dict[str, Any]:
+def read_invardiff(data: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of the schedule in InvarDiff's plan, sorted by block."""
-    steps = _plan(path, "step_cache_book", [data["step_cache_book"]]).T  # (T, 1), true = reuse
+    steps = _plan("step_cache_book", [data["step_cache_book"]]).T  # (T, 1), true = reuse
     columns: dict[str, Tensor] = {}
     for (book, kind), sites in BOOKS.items():
         entries = data.get(book) if not kind else (data.get(book) or {}).get(kind)
         if entries is None:
             continue
-        plan = _plan(path, f"{book} {kind}".strip(), entries)
-        uneven = f"{path}: {book} has {len(plan)} steps and step_cache_book {len(steps)}"
+        plan = _plan(f"{book} {kind}".strip(), entries)
+        uneven = f"{book} has {len(plan)} steps and step_cache_book {len(steps)}"
         require(len(plan) == len(steps), uneven)
         for block, reuses in enumerate((plan | steps).T):
             for site in (name.format(block) for name in sites):
                 columns[site] = columns.get(site, torch.zeros(len(steps)).bool()) | ~reuses
     books = ", ".join(dict.fromkeys(book for book, _ in BOOKS))
-    require(bool(columns), f"{path} has no book of sites; expected one of {books}")
+    require(bool(columns), f"it has no book of sites; expected one of {books}")
     order = {site: (site.startswith("single"), int(site.split(".")[1])) for site in columns}
     names = sorted(columns, key=lambda site: order[site])  # stable: attention first
-    return _fields(path, torch.stack([columns[site] for site in names], 1), names, "InvarDiff")
+    return _fields(torch.stack([columns[site] for site in names], 1), names, "InvarDiff")
 
 
-def _plan(path: StrPath, book: str, entries: Any) -> Tensor:
+def _plan(book: str, entries: Any) -> Tensor:
     """Return a book as (T, blocks) bool."""
     rows = entries if isinstance(entries, list) else []
     widths = {len(row) if isinstance(row, list) else 0 for row in rows}
     plan = len(widths) == 1 and 0 not in widths and all(type(e) is bool for r in rows for e in r)
-    require(plan, f"{path}: {book} is not a list of steps with true and false for each block")
+    require(plan, f"{book} is not a list of steps with true and false for each block")
     return torch.tensor(rows)
 
 
-def read_router_file(path: StrPath, tau: float) -> dict[str, Any]:
+def read_router_file(data: Any, tau: float) -> dict[str, Any]:
     """Return the fields of the schedule that a router file of Learning-to-Cache or of HarmoniCa's
     authors gives at τ.
     """
-    data = read_pickle(path)
     data = data if isinstance(data, dict) else {}
     args = data.get("args")
     settings = vars(args) if isinstance(args, argparse.Namespace) else {}
-    rows = _rows(path, data.get("routers", data))
+    rows = _rows(data.get("routers", data))
     method, logits, may_reuse = _in_execution_order(rows, settings)
     require(0.0 <= tau < 1.0, f"tau is {tau}; it must be 0 (compute all) or more, and below 1")
     compute = (logits.sigmoid() > tau) | ~may_reuse[:, None]  # (T, N)
-    fields = _fields(path, compute, _site_names(logits.shape[1]), f"{method} router file")
+    fields = _fields(compute, _site_names(logits.shape[1]), f"{method} router file")
     fields["provenance"]["tau"] = tau
     model = settings.get("model")
     return {**fields, "threshold": tau, "model": model if isinstance(model, str) else ""}
 
 
-def _rows(path: StrPath, routers: Any) -> Tensor:
+def _rows(routers: Any) -> Tensor:
     """Return the logits (T, N) in the file's order, from {"0.prob": (N,), …}."""
     routers = routers if isinstance(routers, dict) else {}
     matches = {key: re.fullmatch(r"([0-9]{1,6})\.prob", str(key)) for key in routers}
     rows = {int(match[1]): routers[key] for key, match in matches.items() if match}
     has = f"it has {', '.join(map(str, list(routers)[:9])):.60}"
-    strange = f'{path} is not a router file: {has} where "0.prob", "1.prob", … are expected'
+    strange = f'it is no router file: {has} where "0.prob", "1.prob", … are expected'
     require(0 < len(rows) == len(routers), strange)
     missing = [k for k in range(max(rows) + 1) if k not in rows]
-    part = f"{path} is not whole: of rows 0 to {max(rows)}, {missing[:8]} are missing"
-    require(not missing, part)
+    require(not missing, f"it is not whole: of rows 0 to {max(rows)}, {missing[:8]} are missing")
     for k, row in rows.items():
         fits = is_plain(row) and row.dtype in FLOATS and row.dim() == 1
         fits = fits and 0 < len(row) == len(rows[0]) and bool(row.isfinite().all())
-        require(fits, f"{path} has a row {k} that is not finite numbers, as many as in row 0")
+        require(fits, f"it has a row {k} that is not finite numbers, as many as in row 0")
     return torch.stack([rows[k].detach().float() for k in range(len(rows))])
 
 

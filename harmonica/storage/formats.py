@@ -13,15 +13,15 @@ people are read by harmonica.storage.foreign.
 
 import base64
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from harmonica.storage import files
+from harmonica.storage import files, foreign
 from harmonica.storage.files import StrPath, decoding, existing
-from harmonica.storage.foreign import FLOATS, read_invardiff, read_router_file, read_smoothcache
 from harmonica.table import require
 
 FORMAT = "harmonica-schedule-1"
@@ -71,28 +71,38 @@ def read_schedule(path: StrPath, tau: float = 0.1) -> dict[str, Any]:
     or holds more than tensors and settings; code in it is never run.
     """
     with existing(path).open("rb") as file:
-        head = file.read(4)
-    if head.startswith((b"PK\x03\x04", b"\x80\x02")):  # a zip, or a bare pickle of old torch
-        return read_router_file(path, tau)
-    data = files.read_json(path)
-    if "format" not in data and "step_cache_book" in data:
-        return read_invardiff(path, data)
-    if "format" not in data and data and all(isinstance(column, list) for column in data.values()):
-        return read_smoothcache(path, data)
-    ours = data.pop("format", None) == FORMAT
-    require(ours, f'{path} is not a schedule: it has no "format": "{FORMAT}"')
+        pickled = file.read(4).startswith((b"PK\x03\x04", b"\x80\x02"))  # a zip, or bare
+    data = files.read_pickle(path) if pickled else files.read_json(path)
     with decoding(path, "is not a valid schedule"):
-        prefix, columns, packed = data.pop("prefix"), data.pop("compute"), data.pop("weights", None)
-        for site, digits in columns.items():
-            binary = isinstance(digits, str) and not set(digits) - set("01")
-            what = f"site {site:.80} has {digits!r:.40}"
-            require(binary, f"{what}; a string of 0 and 1 was expected")
-        table = [[digit == "1" for digit in digits] for digits in columns.values()]  # (N, T)
-        fields = {"sites": tuple(prefix + site for site in columns), **_facts(data)}
-        fields["compute"] = torch.tensor(table, dtype=torch.bool).reshape(len(table), -1).T
-        if packed is not None:
-            fields["weights"] = _weights(packed, len(table), len(table[0]))
+        if not pickled and "format" in data:
+            return _ours(data)
+        if pickled:
+            fields = foreign.read_router_file(data, tau)
+        elif "step_cache_book" in data:
+            fields = foreign.read_invardiff(data)
+        else:
+            lists = bool(data) and all(isinstance(column, list) for column in data.values())
+            require(lists, f'it has no "format": "{FORMAT}"')
+            fields = foreign.read_smoothcache(data)
+        fields["provenance"]["file"] = Path(path).name
         return fields
+
+
+def _ours(data: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a schedule that `write_schedule` wrote; raise ValueError or KeyError."""
+    name = data.pop("format")
+    require(name == FORMAT, f'its format is {name!r:.40}; expected "{FORMAT}"')
+    prefix, columns, packed = data.pop("prefix"), data.pop("compute"), data.pop("weights", None)
+    for site, digits in columns.items():
+        binary = isinstance(digits, str) and not set(digits) - set("01")
+        what = f"site {site:.80} has {digits!r:.40}"
+        require(binary, f"{what}; a string of 0 and 1 was expected")
+    table = [[digit == "1" for digit in digits] for digits in columns.values()]  # (N, T)
+    fields = {"sites": tuple(prefix + site for site in columns), **_facts(data)}
+    fields["compute"] = torch.tensor(table, dtype=torch.bool).reshape(len(table), -1).T
+    if packed is not None:
+        fields["weights"] = _weights(packed, len(table), len(table[0]))
+    return fields
 
 
 def _weights(texts: Any, n_sites: int, steps: int) -> Tensor:
@@ -134,7 +144,7 @@ def read_router(path: StrPath) -> tuple[dict[str, Any], dict[str, Tensor], dict[
     tensors, facts = files.read_tensors(path)
     with decoding(path, "is not a valid router"):
         logits, names, about = tensors.pop("logits"), facts.pop("sites"), facts.pop("about")
-        numbers = logits.dim() == 2 and logits.dtype in FLOATS
+        numbers = logits.dim() == 2 and logits.dtype in foreign.FLOATS
         require(numbers, "logits must be floating-point numbers, (steps − 1, sites)")
         named = isinstance(names, list) and all(isinstance(site, str) for site in names)
         require(named, f"sites must be a list of names, and is {names!r:.40}")

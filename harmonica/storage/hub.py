@@ -15,7 +15,6 @@ and is drawn by `str`, a router what has `save`.
 import os
 import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,23 +49,17 @@ schedule = Schedule.load(fetch("{name}"))
 
 
 def write_folder(folder: StrPath, schedule: Any, router: Any = None, name: str = "") -> None:
-    """Write a table's folder, which is made if it is new, in a folder that exists.
-
-    Each file is whole or not there; files of the same names are replaced, others stay. The page
-    calls the repository `name`, or by the folder's own name if that is empty.
+    """Write a table's folder, which is made if it is new; the page calls it `name`, or by its own
+    name. Files of the same names are replaced, others stay.
     """
     folder = Path(folder).absolute()
     folder.mkdir(exist_ok=True)
+    schedule.save(folder / SCHEDULE)
+    if router is not None:
+        router.save(folder / ROUTER)
     model = schedule.model or "an unnamed model"
     page = PAGE.format(model=model, schedule=schedule, name=name or folder.name)
-    try:
-        schedule.save(folder / SCHEDULE)
-        if router is not None:
-            router.save(folder / ROUTER)
-        write_text(folder / "README.md", page)
-    finally:
-        with suppress(OSError):  # a folder with something in it stays
-            folder.rmdir()
+    write_text(folder / "README.md", page)
 
 
 def push(repo_id: str, schedule: Any, router: Any = None, *, private: bool = False) -> str:
@@ -97,15 +90,14 @@ def download(
     repo_id: str,
     patterns: Sequence[str],
     *,
-    revision: str | None = None,
-    otherwise: str = "pass a folder",
+    revision: str | None = None,  # a branch, tag or commit; None is the main branch
+    otherwise: str = "pass a folder",  # what else the user can do, for an error
 ) -> Path:
     """Return the local copy of the files of a repository, such as facebook/DiT-XL-2-256, that match
     patterns, such as transformer/*; they are downloaded if need be.
 
-    `revision` is a branch, tag or commit, the main branch if None; `otherwise` tells in an error
-    what else the user can do. Raises FileNotFoundError if there is no such repository or revision,
-    or it is neither on this machine nor in reach, ValueError if repo_id is no repository's name.
+    Raises FileNotFoundError if there is no such repository or revision, or it is neither on this
+    machine nor in reach, ValueError if repo_id is no repository's name.
     """
     from huggingface_hub import errors, snapshot_download
 

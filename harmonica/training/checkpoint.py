@@ -1,11 +1,11 @@
-"""What a training run is: its settings, the state that it carries between two trajectories, and the
-file that both are kept in.
+"""What a training run is: its settings, the state that it carries from walk to walk, and the file
+that both are kept in.
 
-The file holds the router, the state at the start of a trajectory, and what must be the same on
-resuming: the settings, and what the router is for. A run that is stopped in the middle of a
-trajectory repeats it on resuming, with the same noise, and so ends in the same router, bit for bit.
-Of several processes rank 0 alone touches the file. All start from its state, so a run may be
-resumed with another number of processes, to rounding.
+The file holds the router, the state at the start of a walk, and what must be the same on resuming:
+the settings, and what the router is for. A run that is stopped in the middle of a walk repeats it
+on resuming, with the same noise, and so ends in the same router, bit for bit. Of several processes
+rank 0 alone touches the file. All start from its state, so a run may be resumed with another number
+of processes, to rounding.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -59,7 +58,7 @@ class Settings:
 
 @dataclass
 class TrainingState:
-    """What is alive between two trajectories; nothing else is."""
+    """What is alive between two walks; nothing else is."""
 
     router: Router
     optimizer: AdamW
@@ -67,7 +66,7 @@ class TrainingState:
     controller: BetaController | None  # None where β is fixed
     generator: torch.Generator  # of the noises and conditions
     updates: int = 0
-    trajectory: int = 0  # that the next update belongs to
+    trajectory: int = 0  # the walk that the next update belongs to
 
     def count(self, update: Update) -> None:
         """Count one update."""
@@ -77,13 +76,13 @@ class TrainingState:
 
     def capture(self) -> Captured:
         """Return copies of everything."""
-        tensors = {"state.logits": self.router.logits, "state.lam": self.lam.clone()}
-        tensors["state.generator"] = self.generator.get_state()
+        tensors = {"logits": self.router.logits, "lam": self.lam.clone()}
+        tensors["generator"] = self.generator.get_state()
         if self.controller is not None:
-            tensors["state.beta"] = self.controller.state.clone()
-        for k, row in enumerate(self.router.rows):
-            for name, value in self.optimizer.state.get(row, {}).items():
-                tensors[f"state.optimizer.{k}.{name}"] = value.clone()
+            tensors["beta"] = self.controller.state.clone()
+        for k, moments in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{k}.{name}": value.clone() for name, value in moments.items()}
+        tensors = {f"state.{name}": value for name, value in tensors.items()}
         return tensors, {"updates": self.updates, "trajectory": self.trajectory}
 
     @torch.no_grad()
@@ -169,20 +168,31 @@ class Checkpoint:
         """
         counts = f"iterations {iterations}, checkpoint_every {self.every}"
         require(min(iterations, self.every) >= 1, f"found {counts}; each must be 1 or more")
-        state.restore(*from_rank_0(lambda: self._first(state, iterations, resume)))
+
+        def first() -> Captured:
+            if resume:
+                self._restore(state, iterations)
+            elif self.path is not None:
+                self._check_new(Path(self.path))
+            tensors, facts = state.capture()
+            return {name: value.cpu() for name, value in tensors.items()}, facts
+
+        state.restore(*from_rank_0(first))
         self.router, self.captured, self.written = state.router, state.capture(), state.updates
 
     def note(self, state: TrainingState) -> None:
-        """Note the state between two trajectories, and write it if a write is due."""
+        """Note the state between two walks, and write it if a write is due."""
         self.captured = state.capture()
         if state.updates - self.written >= self.every:
             self.write()
 
-    def write(self, *, further: bool = True) -> None:
-        """Write the state noted last, and the router as it is now, perhaps further, or noted."""
+    def write(self, *, as_noted: bool = False) -> None:
+        """Write the state noted last, and the router: as it is now, a part of a walk or a search
+        further, or as it was then.
+        """
         (tensors, counts), about, logits = self.captured, self.router.about, self.router.logits
         self.written = counts["updates"]
-        if not further:
+        if as_noted:
             logits, counted = tensors["state.logits"].clone(), {"iterations": self.written}
             about = {**about, "provenance": {**about["provenance"], **counted}}
         if self.path is not None and rank() == 0:
@@ -192,30 +202,23 @@ class Checkpoint:
     def __enter__(self) -> Checkpoint:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
-    ) -> None:
-        if not isinstance(error, KeyboardInterrupt) and not is_out_of_memory(error):
-            return
-        self.write(further=False)
-        if isinstance(error, KeyboardInterrupt):
-            kept = (
-                f"{self.path} continues it with resume=True" if self.path else "nothing was saved"
-            )
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        stopped = isinstance(error, KeyboardInterrupt)
+        if stopped or is_out_of_memory(error):
+            self.write(as_noted=True)
+        if stopped:
+            todo = f"{self.path} continues it with resume=True"
+            kept = todo if self.path else "nothing was saved"
             raise KeyboardInterrupt(f"stopped after {self.written} updates; {kept}") from None
 
-    def _first(self, state: TrainingState, iterations: int, resume: bool) -> Captured:
-        if resume:
-            self._restore(state, iterations)
-        elif self.path is not None:
-            if Path(self.path).exists():
-                todo = "resume=True continues it, or choose another name"
-                raise FileExistsError(f"{self.path} exists; {todo}")
-            folder = Path(self.path).absolute().parent
-            if not folder.is_dir():
-                raise FileNotFoundError(f"{folder}: no such folder; make it before training")
-        tensors, facts = state.capture()
-        return {name: value.cpu() for name, value in tensors.items()}, facts
+    @staticmethod
+    def _check_new(path: Path) -> None:
+        if path.exists():
+            todo = "resume=True continues it, or choose another name"
+            raise FileExistsError(f"{path} exists; {todo}")
+        folder = path.absolute().parent
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder}: no such folder; make it before training")
 
     def _restore(self, state: TrainingState, iterations: int) -> None:
         path = "the checkpoint to resume" if self.path is None else self.path

@@ -194,7 +194,7 @@ REFUSED = {
     "demo --method sdt --target 1.5 --beta 1e-7": "leave it out",
     "train --target 0.5": "the target speedup is 0.5",
     "demo --method sdt --target 0.5": "the target speedup is 0.5",
-    "train --order 1": "order is 1 and the target speedup None",
+    "train --order 1": "order is 1 and the target speedup is None",
     "train --target 9": "maximum here is",
 }
 

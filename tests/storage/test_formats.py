@@ -123,11 +123,11 @@ def test_settings_in_a_pickle_are_allowed_for_that_one_call(tmp_path):
 INCOMPLETE = [
     ({"0.prob": ROW, "2.prob": ROW}, r"not whole: of rows 0 to 2, \[1\] are missing$"),
     ({"3.prob": ROW}, r"of rows 0 to 3, \[0, 1, 2\] are missing"),
-    ({"routers": {}}, "not a router file"),
-    ({"routers": 7}, "not a router file"),
-    ({"0.weight": ROW}, "not a router file: it has 0.weight where"),
-    ([ROW], "not a router file"),
-    (ROW, "not a router file"),
+    ({"routers": {}}, "no router file"),
+    ({"routers": 7}, "no router file"),
+    ({"0.weight": ROW}, "no router file: it has 0.weight where"),
+    ([ROW], "no router file"),
+    (ROW, "no router file"),
     ({"0.prob": ROW, "1.prob": torch.ones(3)}, "row 1 that is not finite numbers"),
     ({"0.prob": torch.ones(2, 2)}, "row 0 that is not finite numbers"),
     ({"0.prob": ROW, "1.prob": ROW / 0}, "row 1 that is not finite numbers"),
@@ -184,8 +184,8 @@ IMPOSSIBLE = [
     ({"attn": [1, [0]]}, "attn with entries other than 0 and 1"),
     ({"attn": []}, "not a valid schedule"),
     ({"attn-0": [1], "attn-00": [1]}, "not a valid schedule"),
-    ({}, "is not a schedule"),
-    ({"attn": "10"}, "is not a schedule"),
+    ({}, 'no "format"'),
+    ({"attn": "10"}, 'no "format"'),
 ]
 
 
