@@ -41,7 +41,7 @@ from harmonica.inference.walk import Walk
 from harmonica.processes import from_rank_0, processes, progress_bar, rank, started_as, world
 from harmonica.router import Schedule
 from harmonica.storage import files
-from harmonica.storage.files import StrPath
+from harmonica.storage.files import StrPath, write_text
 from harmonica.table import require
 
 SETTINGS = "settings.json"  # of the images, in the folder of the finished ones
@@ -201,7 +201,7 @@ def _put_together(out: Path, pictures: Sequence[Path], denoiser: Denoiser, seed:
         files.write_whole(out, partial(_write_npz, pictures, labels))
         shutil.rmtree(parts)
         return
-    files.write_text(_labels_of(out), "".join(f"{label}\n" for label in labels))
+    write_text(_labels_of(out), "".join(f"{label}\n" for label in labels))
     for other in {*parts.iterdir()} - {*pictures, parts / SETTINGS}:  # of a larger count, or half
         other.unlink()
     parts.replace(out)
