@@ -96,7 +96,8 @@ def dry_run(
 ) -> DryRun:
     """Count what `train_sdt` with these settings takes; only shapes matter.
 
-    `target` is whether training ends on a target, and so with a search unless refine is 0. Raises ValueError if the denoiser is not on the meta device.
+    With a `target` it ends with a search, unless refine is 0. Raises ValueError if the denoiser is
+    not on the meta device.
     """
     start = denoiser.draw(batch_size, torch.Generator().manual_seed(0))
     place, how = start[0].device, 'load(name, weights="random", device="meta")'
