@@ -34,7 +34,6 @@ from harmonica.search.paths import whole_steps
 from harmonica.search.references import finer_walk, image_mse, references
 from harmonica.search.target import check_target
 from harmonica.storage.files import exclusive_lock
-from harmonica.table import require
 from harmonica.train import AUTHORS, QUICK, TARGET
 
 if TYPE_CHECKING:
@@ -57,9 +56,6 @@ def parser() -> cli.Parser:
     p.option("method", ("weights", "sdt"), "see above", "weights")
     p.option("target", float, f"{TARGET} (2 for weights)", shown="SPEEDUP")
     p.option("iterations", cli.count, f"updates (of weights {UPDATES}; of sdt as in train)")
-    p.option("beta", cli.price, "of sdt: price of computing a site, for --target")
-    p.option("tau", cli.share, "a score above it computes", 0.1)
-    p.option("seed", cli.seed, "of what is drawn to tune on", 0)
     p.option("out", Path, "folder for results", Path("out/demo"), "DIR")
     return p
 
@@ -74,11 +70,9 @@ def run(args: argparse.Namespace) -> None:
     from harmonica.evaluation import pictures
     from harmonica.models.autoencoder import decoder
 
-    priced = args.beta is None or args.method == "sdt"
-    require(priced, f"--beta {args.beta}: a price is for --method sdt")
-    check_target(args.target, args.beta)
+    check_target(args.target, None)
     cli.check_device(args.device)
-    schedule = Schedule.load(args.schedule, args.tau) if args.schedule else None
+    schedule = Schedule.load(args.schedule) if args.schedule else None
     denoiser = cli.load_model(args)
     if schedule is not None:
         schedule = fit(schedule, tuple(denoiser.sites))
@@ -106,8 +100,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _schedule(denoiser: Denoiser, args: argparse.Namespace) -> Schedule:
     """Make a table by the method asked for; with random weights every other step computes."""
-    generator = torch.Generator().manual_seed(args.seed)
-    bundled = denoiser.about["model"] in BUNDLED
+    generator, bundled = torch.Generator().manual_seed(0), denoiser.about["model"] in BUNDLED
     if args.weights == "random" and args.iterations is None:
         rows = whole_steps(denoiser, range(0, denoiser.steps, 2))  # (T, N)
         return named(denoiser, rows, "every other step", {})
@@ -115,10 +108,9 @@ def _schedule(denoiser: Denoiser, args: argparse.Namespace) -> Schedule:
         settings: dict[str, Any] = dict(QUICK if bundled else AUTHORS)
         if args.target is not None:
             del settings["beta"]
-        given = {"beta": args.beta, "target_speedup": args.target, "iterations": args.iterations}
-        settings |= {name: value for name, value in given.items() if value is not None}
-        router = train_sdt(denoiser, **settings, tau=args.tau, generator=generator)
-        return router.schedule(args.tau)
+        settings["iterations"] = args.iterations or settings["iterations"]
+        settings |= {"target_speedup": args.target, "generator": generator}
+        return train_sdt(denoiser, **settings).schedule()
     # four times the steps come close to the reference at two fifths of its price
     pool = references(denoiser, noises=POOL if bundled else 16, factor=4, generator=generator)
     few = pool[slice(CHOOSING)]
@@ -131,9 +123,9 @@ def _report(
     denoiser: Denoiser, schedule: Schedule, x: Tensor, cond: Tensor, images: dict[str, Tensor]
 ) -> list[str]:
     """Return the lines of the table that is printed."""
-    theory, walk = schedule.speedup(macs(denoiser)), Walk(denoiser, schedule)
-    clock = measure(denoiser, schedule, x[:TIMED], cond[:TIMED], repeats=3, walk=walk)
-    seconds = f"{clock.plain:.3f} s -> {clock.cached:.3f} s, batch {len(x[:TIMED])}"
+    theory, few = schedule.speedup(macs(denoiser)), (x[:TIMED], cond[:TIMED])
+    clock = measure(denoiser, schedule, *few, repeats=3, walk=Walk(denoiser, schedule))
+    seconds = f"{clock.plain:.3f} s -> {clock.cached:.3f} s, batch {len(few[0])}"
     plain, cached, origin = images["uncached"], images["cached"], schedule.provenance
     learned = ", then weights learned (beyond the paper)" * ("weights_history" in origin)
     rows = {
@@ -167,9 +159,8 @@ def _pictures(
         labels = [denoiser.prompts.texts[i][:14] for i in cond[shown].tolist()]
     else:
         labels = [str(label) for label in cond[shown].tolist()]
-    few = x[:8], cond[:8]
-    plain = list(denoise(denoiser, *few))
-    cached = list(denoise(denoiser, *few, gates_of(schedule, {})))
+    ways = None, gates_of(schedule, {})
+    plain, cached = (list(denoise(denoiser, x[:8], cond[:8], gates)) for gates in ways)
     title = f"{schedule.model}, {schedule.sampler}, T = {schedule.steps}"
     rows = {name: some[shown] for name, some in images.items()}
     return {

@@ -63,15 +63,15 @@ def test_the_demos_table_shows_theory_and_clock_side_by_side(tmp_path, capsys, s
         assert row in text
 
 
-def test_a_schedule_is_refused_before_anything_runs_or_frozen_at_the_commands_threshold(
+def test_a_schedule_is_refused_before_anything_runs_or_frozen_at_the_usual_threshold(
     tmp_path, capsys, small, unpainted
 ):
     Router(7, 16).schedule().save(tmp_path / "s.json")
     code, _, err = said(demo, f"--schedule {tmp_path}/s.json --out {tmp_path}/out", capsys)
     assert (code, len(err.splitlines()), "7 steps" in err) == (2, 1, True)
     assert not (tmp_path / "out").exists()
-    Router(3, 16, logits=torch.zeros(2, 16)).save(tmp_path / "r.safetensors")
-    options = f"--steps 3 --schedule {tmp_path}/r.safetensors --out {tmp_path} --tau 0.6"
+    Router(3, 16, logits=torch.full((2, 16), -4.0)).save(tmp_path / "r.safetensors")
+    options = f"--steps 3 --schedule {tmp_path}/r.safetensors --out {tmp_path}"
     assert re.search(r"CUR\)\s+66.7%", said(demo, options, capsys)[1])
 
 
