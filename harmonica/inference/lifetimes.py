@@ -63,12 +63,8 @@ class Plan:
         """Return the gate of step k over a walk's cache, which is empty after the last step.
 
         Called in the order of the walk, once for each site and step. A feature that was never
-        computed raises RuntimeError, as `reuse` does.
-
-        Args:
-            k: the step.
-            cache: holds the kept outputs of each site.
-            add: `weighted_sum` is exact, `fused_sum` takes fewer passes.
+        computed raises RuntimeError, as `reuse` does. `weighted_sum` is exact, `fused_sum` takes
+        fewer passes.
         """
         row = self.rows[k]
 
@@ -93,13 +89,8 @@ def fused_sum(weights: Sequence[float], features: History) -> Feature:
     terms = [(w, f) for w, f in zip(weights, features, strict=True) if w != 0]
     if len(terms) < 2 or not all(isinstance(feature, Tensor) for _, feature in terms):
         return weighted_sum(weights, features)
-    (scale, first), *rest = terms
-    if scale == 1:
-        (second_scale, second), *rest = rest
-        total = first.add(second, alpha=second_scale)
-    else:
-        total = first * scale
-    for w, feature in rest:
+    total: Tensor = terms[0][1] * terms[0][0]
+    for w, feature in terms[1:]:
         total.add_(feature, alpha=w)
     return total
 

@@ -4,15 +4,15 @@
 `gated_blocks` overrides the blocks that it knows, and asks the same gate with all of the branch
 inside:
 
-    gated          n = norm(h)·(1 + scale) + shift;  h + gate · ask(i, lambda: site(n))
-    gated_blocks   h + gate · ask(i, lambda: site(norm(h)·(1 + scale) + shift))
+    gated          n = norm(h)·(1 + scale) + shift;  h + α · gate(i, lambda: site(n))
+    gated_blocks   h + α · gate(i, lambda: site(norm(h)·(1 + scale) + shift))
 
 The same operations in the same order, so the same numbers bit for bit. Known are our DiT's block,
 U-ViT's, and diffusers' BasicTransformerBlock with adaLN-zero (DiTPipeline) and adaLN-single
 (PixArt). Whatever is unusual about a block or a call, a hook on a norm, a chunked feed-forward,
 arguments of an adapter, takes the plain way through `gated`, for this block and this call.
 
-    h tokens (B, L, D)   scale, shift, gate (B, 1, D)   out, what a site returned (B, L, D)
+    h tokens (B, L, D)   scale, shift, α (B, 1, D)   feature, what a site returned (B, L, D)
 
 This file does not know schedules, steps or samplers.
 """
@@ -32,82 +32,76 @@ from harmonica.cache import Compute, Feature, Gate, called_by, gated
 from harmonica.calls import of_call
 from harmonica.override import Answer, is_overridden, overridden
 
-Ask = Callable[[str, Compute], Feature]
+FeatureOf = Callable[[str, Compute], Feature]
 """(name of a block's site, branch) -> feature; a module that is no site computes."""
 
 
-class Arithmetic(NamedTuple):
-    """modulate(h, scale, shift) = h·(1 + scale) + shift, and add(h, gate, out) = gate·out + h."""
-
-    modulate: Callable[[Tensor, Tensor, Tensor], Tensor]
-    add: Callable[[Tensor, Tensor, Tensor], Tensor]
+def modulate(exact: bool, h: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Return h·(1 + scale) + shift; in one pass over memory, rounded once, if not `exact`."""
+    return h * (1 + scale) + shift if exact else torch.addcmul(shift, h, 1 + scale)
 
 
-EXACT = Arithmetic(
-    lambda h, scale, shift: h * (1 + scale) + shift,
-    lambda h, gate, out: gate * out + h,  # in this order: a sum lies in memory as its first part
-)
-FUSED = Arithmetic(
-    lambda h, scale, shift: torch.addcmul(shift, h, 1 + scale),
-    lambda h, gate, out: torch.addcmul(h.contiguous(), gate, out),
-)
-"""A product and a sum in one pass over memory: rounded once, not twice."""
+def add(exact: bool, h: Tensor, alpha: Tensor, feature: Tensor) -> Tensor:
+    """Return h + α·feature; in one pass over memory, rounded once, if not `exact`."""
+    # The product comes first: a sum lies in memory as its first part does.
+    return alpha * feature + h if exact else torch.addcmul(h.contiguous(), alpha, feature)
 
 
-def dit_block(block: Any, ask: Ask, math: Arithmetic, h: Tensor, c: Tensor) -> Tensor:
+def dit_block(block: Any, of: FeatureOf, exact: bool, h: Tensor, c: Tensor) -> Tensor:
     """Do what `dit.Block.forward` does."""
     parts = block.adaLN_modulation(c)[:, None].chunk(6, dim=-1)  # 6 × (B, 1, D)
-    shift1, scale1, gate1, shift2, scale2, gate2 = parts
-    out = ask("attn", lambda: block.attn(math.modulate(block.norm1(h), scale1, shift1)))
-    h = math.add(h, gate1, out)
-    out = ask("mlp", lambda: block.mlp(math.modulate(block.norm2(h), scale2, shift2)))
-    return math.add(h, gate2, out)
+    shift1, scale1, alpha1, shift2, scale2, alpha2 = parts
+    feature = of("attn", lambda: block.attn(modulate(exact, block.norm1(h), scale1, shift1)))
+    h = add(exact, h, alpha1, feature)
+    feature = of("mlp", lambda: block.mlp(modulate(exact, block.norm2(h), scale2, shift2)))
+    return add(exact, h, alpha2, feature)
 
 
-def uvit_block(block: Any, ask: Ask, _: Arithmetic, h: Tensor, skip: Tensor | None = None) -> Any:
+def uvit_block(block: Any, of: FeatureOf, _: bool, h: Tensor, skip: Tensor | None = None) -> Any:
     """Do what `uvit.Block.forward` does."""
     if block.skip_linear is not None and skip is not None:
         h = block.skip_linear(torch.cat([h, skip], dim=-1))
-    h = h + ask("attn", lambda: block.attn(block.norm1(h)))
-    return h + ask("mlp", lambda: block.mlp(block.norm2(h)))
+    h = h + of("attn", lambda: block.attn(block.norm1(h)))
+    return h + of("mlp", lambda: block.mlp(block.norm2(h)))
 
 
 def ada_zero_block(
-    block: Any, ask: Ask, math: Arithmetic, hidden_states: Tensor, timestep: Tensor,
+    block: Any, of: FeatureOf, exact: bool, hidden_states: Tensor, timestep: Tensor,
     class_labels: Tensor, added_cond_kwargs: object = None,
 ) -> Tensor:  # fmt: skip
     """Do what diffusers' block does with adaLN-zero, which has no cross-attention: DiTPipeline."""
     h, ada = hidden_states, block.norm1
     c = ada.emb(timestep, class_labels, hidden_dtype=h.dtype)  # (B, D)
-    parts = ada.linear(ada.silu(c)).chunk(6, dim=1)
-    shift1, scale1, gate1, shift2, scale2, gate2 = (part[:, None] for part in parts)  # (B, 1, D)
-    out = ask("attn1", lambda: block.attn1(math.modulate(ada.norm(h), scale1, shift1)))
-    h = math.add(h, gate1, out)
-    out = ask("ff", lambda: block.ff(math.modulate(block.norm3(h), scale2, shift2)))
-    return math.add(h, gate2, out)
+    parts = ada.linear(ada.silu(c))[:, None].chunk(6, dim=-1)  # 6 × (B, 1, D)
+    shift1, scale1, alpha1, shift2, scale2, alpha2 = parts
+    feature = of("attn1", lambda: block.attn1(modulate(exact, ada.norm(h), scale1, shift1)))
+    h = add(exact, h, alpha1, feature)
+    feature = of("ff", lambda: block.ff(modulate(exact, block.norm3(h), scale2, shift2)))
+    return add(exact, h, alpha2, feature)
 
 
 def ada_single_block(
-    block: Any, ask: Ask, math: Arithmetic, hidden_states: Tensor, timestep: Tensor,
+    block: Any, of: FeatureOf, exact: bool, hidden_states: Tensor, timestep: Tensor,
     encoder_hidden_states: Tensor | None = None, encoder_attention_mask: Tensor | None = None,
     attention_mask: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Do what diffusers' block does with adaLN-single, one modulation for all blocks: PixArt."""
     h = hidden_states  # (B, L, D)
     shared = block.scale_shift_table[None] + timestep.reshape(len(h), 6, -1)  # (B, 6, D)
-    shift1, scale1, gate1, shift2, scale2, gate2 = shared.chunk(6, dim=1)  # (B, 1, D)
+    shift1, scale1, alpha1, shift2, scale2, alpha2 = shared.chunk(6, dim=1)  # (B, 1, D)
     own = partial(block.attn1, encoder_hidden_states=None, attention_mask=attention_mask)
-    h = math.add(h, gate1, ask("attn1", lambda: own(math.modulate(block.norm1(h), scale1, shift1))))
-    h = ask("attn2", lambda: block.attn2(h, encoder_hidden_states, encoder_attention_mask)) + h
-    out = ask("ff", lambda: block.ff(math.modulate(block.norm2(h), scale2, shift2)))
-    return math.add(h, gate2, out)
+    feature = of("attn1", lambda: own(modulate(exact, block.norm1(h), scale1, shift1)))
+    h = add(exact, h, alpha1, feature)
+    h = of("attn2", lambda: block.attn2(h, encoder_hidden_states, encoder_attention_mask)) + h
+    feature = of("ff", lambda: block.ff(modulate(exact, block.norm2(h), scale2, shift2)))
+    return add(exact, h, alpha2, feature)
 
 
-class Form(NamedTuple):
-    """How to run blocks of one class with all of a branch inside the gate.
+class Known(NamedTuple):
+    """A class of blocks that can run with all of a branch inside the gate.
 
-    `run` is called with (block, ask, arithmetic, arguments of the block's forward) and returns what
-    that returns. An argument that it does not take must be None or empty.
+    `run` is called with (block, FeatureOf, exact, arguments of the block's forward) and returns
+    what that returns. An argument that it does not name must be None or empty.
     """
 
     kind: str  # name of the class; naming it does not import it
@@ -127,30 +121,29 @@ def _ada_zero(block: Any) -> bool:
 
 
 BASIC = "diffusers.models.attention.BasicTransformerBlock"
-FORMS = (
-    Form("harmonica.models.dit.Block", dit_block, ("attn", "mlp")),
-    Form("harmonica.models.uvit.Block", uvit_block, ("attn", "mlp")),
-    Form(BASIC, ada_zero_block, ("attn1", "ff"), ("norm1", "norm1.norm", "norm3"), _ada_zero),
-    Form(BASIC, ada_single_block, ("attn1", "attn2", "ff"),
-         fits=partial(_basic, norm_type="ada_norm_single", crosses=True)),
+KNOWN = (
+    Known("harmonica.models.dit.Block", dit_block, ("attn", "mlp")),
+    Known("harmonica.models.uvit.Block", uvit_block, ("attn", "mlp")),
+    Known(BASIC, ada_zero_block, ("attn1", "ff"), ("norm1", "norm1.norm", "norm3"), _ada_zero),
+    Known(BASIC, ada_single_block, ("attn1", "attn2", "ff"),
+          fits=partial(_basic, norm_type="ada_norm_single", crosses=True)),
 )  # fmt: skip
 
 
-def form_of(block: nn.Module) -> Form | None:
-    """Return how to run this block; None if it has to be run as it stands, since its class is not
+def known_block(block: nn.Module) -> Known | None:
+    """Return how to run this block; None if it has to run as it stands, since its class is not
     known, or something on it would see, or want, what is not called any more.
     """
     kind = f"{type(block).__module__}.{type(block).__qualname__}"
-    form = next((form for form in FORMS if form.kind == kind and form.fits(block)), None)
-    if form is None:
+    known = next((known for known in KNOWN if known.kind == kind and known.fits(block)), None)
+    if known is None or block.training:
         return None
-    norms = [block.get_submodule(name) for name in form.norms]
-    quiet = (*norms, *map(block.get_submodule, form.site_names))
-    replaced = any(
-        is_overridden(m, "forward") or called_by(m) != "forward" for m in (block, *norms)
-    )
-    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in quiet)
-    return None if replaced or hooked or block.training else form
+    norms = [block.get_submodule(name) for name in known.norms]
+    parts = (*norms, *map(block.get_submodule, known.site_names))
+    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in parts)
+    whose = (block, *norms)
+    own = all(not is_overridden(m, "forward") and called_by(m) == "forward" for m in whose)
+    return known if own and not hooked else None
 
 
 @cache
@@ -158,14 +151,14 @@ def _parameters(function: Callable[..., Any]) -> list[str]:
     return list(signature(function).parameters)
 
 
-def _arguments(block: nn.Module, form: Form, args: Any, kwargs: Any) -> dict[str, Any] | None:
-    """Return the arguments of a call by name, or None if the form does not do such a call."""
-    takes, does = _parameters(type(block).forward)[1:], _parameters(form.run)[3:]
-    named = dict(zip(takes, args, strict=False)) | kwargs
-    h, others = named.get(takes[0]), [named.pop(name) for name in named.keys() - {*does}]
-    usual = len(args) <= len(takes) and not (isinstance(h, Tensor) and h.dim() != 3)
-    empty = all(it is None or (isinstance(it, dict) and not it) for it in others)
-    return named if usual and empty else None
+def _arguments(block: nn.Module, known: Known, args: Any, kwargs: Any) -> dict[str, Any] | None:
+    """Return the arguments of a call by name, or None if `known.run` does not do such a call."""
+    names, used = _parameters(type(block).forward)[1:], _parameters(known.run)[3:]
+    given = dict(zip(names, args, strict=False)) | kwargs
+    h, unused = given.get(names[0]), [given.pop(name) for name in given.keys() - {*used}]
+    usual = len(args) <= len(names) and not (isinstance(h, Tensor) and h.dim() != 3)
+    empty = all(it is None or (isinstance(it, dict) and not it) for it in unused)
+    return given if usual and empty else None
 
 
 @contextmanager
@@ -174,22 +167,18 @@ def gated_blocks(
     exact: bool = True,
 ) -> Iterator[None]:  # fmt: skip
     """Do what `gated(sites, gate)` does, with the norm and the modulation before each site inside
-    the gate.
+    the gate, in the blocks of `model` that are known; sites elsewhere are overridden one by one.
 
-    Args:
-        model: whose blocks are looked through; sites in unknown ones are overridden one by one.
-        sites: as in `gated`.
-        gate: as in `gated`.
-        exact: the numbers of `gated` bit for bit; otherwise in fewer passes, and to rounding.
+    The numbers are those of `gated`, bit for bit if `exact`, else in fewer passes and to rounding.
     """
     modules = list(sites.values() if isinstance(sites, Mapping) else sites)
     column = {id(module): site for site, module in enumerate(modules)}
-    blocks = [(block, form) for block in model.modules() if (form := form_of(block))]
-    inside = {id(block.get_submodule(name)) for block, form in blocks for name in form.site_names}
+    blocks = [(block, known) for block in model.modules() if (known := known_block(block))]
+    inside = {id(block.get_submodule(name)) for block, known in blocks for name in known.site_names}
     rest = [site for site, module in enumerate(modules) if id(module) not in inside]
-    math = EXACT if exact else FUSED
-    known = ((block, "forward", _answer(block, form, column, gate, math)) for block, form in blocks)
-    with gated([modules[site] for site in rest], _renamed(gate, rest)), overridden(known):
+    answer_of = partial(_answer, column=column, gate=gate, exact=exact)
+    answers = ((block, "forward", answer_of(block, known)) for block, known in blocks)
+    with gated([modules[site] for site in rest], _renamed(gate, rest)), overridden(answers):
         yield
 
 
@@ -198,20 +187,20 @@ def _renamed(gate: Gate, columns: Sequence[int]) -> Gate:
 
 
 def _answer(
-    block: nn.Module, form: Form, column: Mapping[int, int], gate: Gate, math: Arithmetic
+    block: nn.Module, known: Known, column: Mapping[int, int], gate: Gate, exact: bool
 ) -> Answer:
     """Return what answers for a block; `column` is that of each site's module by its id."""
-    parts = {name: block.get_submodule(name) for name in form.site_names}
+    parts = {name: block.get_submodule(name) for name in known.site_names}
     columns = {name: column[id(part)] for name, part in parts.items() if id(part) in column}
 
-    def ask(name: str, compute: Compute) -> Feature:
+    def feature_of(name: str, compute: Compute) -> Feature:
         site = columns.get(name)
         return compute() if site is None else gate(of_call(site), compute)
 
     def answer(forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        named = _arguments(block, form, args, kwargs)
-        if named is not None and getattr(block, "_chunk_size", None) is None:
-            return form.run(block, ask, math, **named)
+        given = _arguments(block, known, args, kwargs)
+        if given is not None and getattr(block, "_chunk_size", None) is None:
+            return known.run(block, feature_of, exact, **given)
         with gated([parts[name] for name in columns], _renamed(gate, list(columns.values()))):
             return forward(*args, **kwargs)
 

@@ -13,7 +13,7 @@ from test_uvit import make as make_uvit
 from torch import nn
 
 from harmonica import Schedule, gated, reuse, sample
-from harmonica.models.blocks import form_of, gated_blocks
+from harmonica.models.blocks import gated_blocks, known_block
 from harmonica.models.pixart import PixArtDenoiser, random_prompts
 from harmonica.samplers import DDIM
 
@@ -60,7 +60,7 @@ def test_overridden_blocks_give_the_images_of_overridden_sites_bit_for_bit_fused
     kinds = ("Block", "BasicTransformerBlock")
     blocks = [module for module in d.model.modules() if type(module).__name__ in kinds]
     assert blocks
-    assert all(map(form_of, blocks)), "every block of the model is known"
+    assert all(map(known_block, blocks)), "every block of the model is known"
 
 
 def calls_of(d, run):
@@ -105,8 +105,8 @@ def test_an_unusual_block_is_run_as_it_stands_with_the_same_numbers(name, change
     d = MADE[name]()
     transformer = d.model if name == "pixart" else d.model.transformer
     UNUSUAL[change](transformer.transformer_blocks[1])
-    assert form_of(transformer.transformer_blocks[0])
-    assert form_of(transformer.transformer_blocks[1]) is None
+    assert known_block(transformer.transformer_blocks[0])
+    assert known_block(transformer.transformer_blocks[1]) is None
     if change != "training":
         x, cond = start(d, 1, 3)
         assert torch.equal(walk(d, table(d), x, cond), sample(d, x, cond, table(d)))
@@ -119,7 +119,7 @@ def test_another_kind_of_norm_is_not_known():
     of_kind["ada_norm_single"] = {"cross_attention_dim": 8, **positions}
     for kind, options in of_kind.items():
         block = BasicTransformerBlock(8, 2, 4, norm_type=kind, **options)
-        assert form_of(block.eval()) is None
+        assert known_block(block.eval()) is None
 
 
 UNUSUAL_CALLS = {"scaled": {"cross_attention_kwargs": {"scale": 0.5}}, "chunks": {}}
