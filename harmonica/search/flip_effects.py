@@ -117,18 +117,19 @@ class Sums:
 
     def __init__(self, schedule: Schedule, device: torch.device) -> None:
         table, own = schedule.compute, reads(schedule)
-        read, entries, changes = own != 0, [own.new_zeros(4, 0).long()], [own[:0, 0, 0]]
+        read, changes = own != 0, []
         for e in range(len(table) - 1):  # sites do not mix, so a row's entries are flipped together
             other = table.clone()
             other[1 + e] = ~other[1 + e]
             change = reads(with_table(schedule, other)) - own
-            where = change.nonzero().T  # few: (3, n) of step k, site, step c
-            read[tuple(where)] = True
-            entries.append(F.pad(where, (0, 0, 1, 0), value=e))
-            changes.append(change[tuple(where)])
-        columns = torch.cat(entries, 1), torch.cat(changes)
-        at = [columns[0][1] == k for k in range(len(table))]
-        self.changes = [[each[..., here].to(device) for each in columns] for here in at]
+            step, site, source = change.nonzero(as_tuple=True)  # few: a site reads step `source`
+            read[step, site, source] = True
+            by = change[step, site, source]
+            changes.append((torch.full_like(step, e), step, site, source, by))
+        row, step, site, source, by = map(torch.cat, zip(*changes, strict=True))
+        at = [step == k for k in range(len(table))]
+        parts = [(row[k], site[k], source[k], by[k]) for k in at]
+        self.changes = [[each.to(device) for each in part] for part in parts]  # of each step
         # of each step and site, the steps c whose outputs are read, newest first
         self.read = [[site.nonzero().flatten().flip(0).tolist() for site in row] for row in read]
         self.own, self.table = own.to(device), table.tolist()
@@ -136,9 +137,9 @@ class Sums:
 
     def at(self, k: int, z: Tensor) -> Tensor:
         """Return the weights of each site's outputs at step k, (N, T, B), for z (T−1, N, B)."""
-        (e, _, site, c), change = self.changes[k]
+        row, site, source, by = self.changes[k]
         own = self.own[k, :, :, None].to(z).repeat(1, 1, z.shape[2])
-        return own.index_put((site, c), change[:, None].to(z) * z[e, site], accumulate=True)
+        return own.index_put((site, source), by[:, None].to(z) * z[row, site], accumulate=True)
 
 
 def walk_with_flips(denoiser: Denoiser, sums: Sums, z: Tensor, x: Tensor, cond: Any) -> Tensor:

@@ -61,7 +61,7 @@ def learn_in_turn(  # noqa: D417 (some arguments are described together)
     )
     best = learn(denoiser, schedule, pool)
     for _ in range(turns):
-        tables = refine(denoiser, [best.compute], judging, others, target, budget=budget, gate=best)
+        tables = refine(denoiser, [best.compute], judging, others, target, budget=budget, fill=best)
         *_, judged = tables
         after = learn(denoiser, with_table(best, judged.table), pool)
         if not _validation_error(after) < _validation_error(best):
@@ -71,4 +71,4 @@ def learn_in_turn(  # noqa: D417 (some arguments are described together)
 
 
 def _validation_error(learned: Schedule) -> float:
-    return float(learned.provenance["weights_error"])
+    return float(learned.provenance["weights_validation_error"])

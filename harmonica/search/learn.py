@@ -9,8 +9,9 @@ whole walk:
         error = mean (image − target)²
         weights ← Adam step
 
-In this mean, a noise whose error is above CAP times the median counts less. A share of the pool is
-not trained on. It decides which start is taken and which weights are kept.
+A share of the pool, the validation noises, is not trained on. It decides which start is taken and
+which weights are kept. In the mean, a noise counts less if its error is above a limit that is fixed
+once: CAP times the median of the start's errors on the validation noises.
 Activations of the whole walk are kept where a quarter of the free memory holds them; otherwise each
 step runs again in backward. This file does not know where the table came from.
 """
@@ -32,22 +33,11 @@ from harmonica.memory import free_bytes, in_portions
 from harmonica.router import Schedule
 from harmonica.run_again import run_again, run_once
 from harmonica.search.paths import differentiable_walk
-from harmonica.search.references import (
-    CAP,
-    Pool,
-    image_errors,
-    outlier_weights,
-    pool_errors,
-    typical_error,
-)
+from harmonica.search.references import CAP, Pool, outlier_weights, pool_errors, typical_error
 from harmonica.table import outputs_before, require
 
-VALIDATION_SHARE = 6
-"""One noise of so many is not trained on."""
-
-LR = 0.01
-"""Adam's learning rate, which falls to zero along a half cosine. A rate of 0.02 ends
-equally near."""
+VALIDATION_SHARE = 6  # one noise of so many is not trained on
+LR = 0.01  # of Adam, falling to zero along a half cosine; 0.02 ends equally near
 
 
 def learn_weights(
@@ -80,11 +70,9 @@ def learn_weights(
     Raises ValueError if a number is out of range, the pool has fewer than two noises, or the
     schedule does not fit the denoiser; FloatingPointError if the error is not finite.
     """
-    require(
-        min(history, iterations, batch_size, len(pool) - 1) >= 1,
-        f"history is {history}, iterations {iterations}, batch_size {batch_size}, and the pool "
-        f"has {len(pool)} noises; expected 1 or more, and 2 noises or more",
-    )
+    given = f"history is {history}, iterations {iterations}, batch_size {batch_size}"
+    rule = f"and the pool has {len(pool)} noises; expected 1 or more, and 2 noises or more"
+    require(min(history, iterations, batch_size, len(pool) - 1) >= 1, f"{given}, {rule}")
     check_fit(schedule, denoiser)
     validation, training = held_back(pool)
     best, errors = _best_start(denoiser, schedule, validation, history)
@@ -98,7 +86,11 @@ def learn_weights(
             progress(update, error)
         if error < lowest:
             best, lowest = learned, error
-    facts = {"weights_history": history, "weights_pool": len(pool), "weights_error": lowest}
+    facts = {
+        "weights_history": history,
+        "weights_pool": len(pool),
+        "weights_validation_error": lowest,
+    }
     return replace(best, provenance={**schedule.provenance, **facts})
 
 
@@ -127,10 +119,10 @@ def _learn(
     """Yield updates and weights after each round over the pool, and after the last update."""
     weights, mask = _trainable(start, history, pool.x)
     optimizer = Adam([weights], betas=(0.9, 0.99))
-    checkpointing = not _walk_fits(denoiser, pool[batches[0]])
+    run = run_once if _walk_fits(denoiser, pool[batches[0]]) else run_again
     a_round = len(pool) // len(batches[0])
     for update, batch in enumerate(batches, start=1):
-        gradient = _gradient(denoiser, start, weights, pool[batch], limit, checkpointing)
+        gradient = _gradient(denoiser, start, weights, pool[batch], limit, run)
         _finite(float(gradient.sum()))
         weights.grad = gradient * mask
         share = update / len(batches)
@@ -168,27 +160,25 @@ def _gradient(
     weights: Tensor,
     batch: Pool,
     limit: float,
-    checkpointing: bool,
+    run: Callable[..., Any],
 ) -> Tensor:
     """Return the gradient (T, N, 1 + m) of the batch's mean error, noises whose error is above
     `limit` counting less.
     """
     table = schedule.compute.tolist()
 
-    def run(first: int, last: int) -> Tensor:
+    def gradient(first: int, last: int) -> Tensor:
         part = batch[slice(first, last)]
-        image = weighted_walk(
-            denoiser, table, weights, part.x, part.cond, checkpointing=checkpointing
-        )
-        away = image - part.images
-        errors = image_errors(image.detach(), part.images)
+        image = weighted_walk(denoiser, table, weights, part.x, part.cond, run)
+        away = image.detach() - part.images
+        errors = away.double().square().flatten(1).mean(1)
         counts = outlier_weights(errors, limit) / (len(batch) * away[0].numel())
-        direction = (2 * counts.view(-1, *[1] * (away.dim() - 1)) * away.detach()).to(image)
+        direction = (2 * counts.view(-1, *[1] * (away.dim() - 1)) * away).to(image)
         # in half precision a small gradient would vanish on its way through the walk
         scale = direction.abs().max().clamp_min(1e-30)
         return torch.autograd.grad(image, weights, direction / scale)[0] * scale
 
-    return torch.stack(list(in_portions(run, len(batch), len(batch)))).sum(0)
+    return torch.stack(list(in_portions(gradient, len(batch), len(batch)))).sum(0)
 
 
 def weighted_walk(
@@ -197,20 +187,15 @@ def weighted_walk(
     weights: Tensor,
     x: Tensor,
     cond: Any,
-    *,
-    checkpointing: bool = True,
+    run: Callable[..., Any] = run_again,
 ) -> Tensor:
     """Return the image (B, C, H, W) of noise x under a table, differentiable in the weights of its
-    gates (T, N, 1 + m).
-
-    `checkpointing` runs each step once more in backward, so that the activations of one step are
-    alive.
+    gates (T, N, 1 + m). `run` as in `differentiable_walk`.
     """
 
     def gate_of(k: int, w: Tensor, cache: Cache) -> Gate:
         return weighted(table[k], [row.unbind() for row in w.unbind()], cache)
 
-    run = run_again if checkpointing else run_once
     return differentiable_walk(denoiser, x, cond, weights.unbind(), gate_of, run)
 
 

@@ -47,7 +47,8 @@ def differentiable_walk(
     run: Callable[..., Any] = run_again,
 ) -> Tensor:
     """Return the image (B, C, H, W) of noise x, differentiable in the weights that gates read: step
-    k walks under gate_of(k, weights[k], cache). `run_again` keeps the activations of one step only.
+    k walks under gate_of(k, weights[k], cache). `run_again` keeps the activations of one step only,
+    `run_once` those of the whole walk.
     """
 
     def step(

@@ -19,7 +19,7 @@ a router is trained, nor whether a pool's images are references or those of the 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from itertools import combinations
 from typing import Any
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from harmonica.cache import Compute, Feature, gated
+from harmonica.cache import Cache, gated, reuse
 from harmonica.denoise import Denoiser
 from harmonica.memory import free_bytes
 from harmonica.processes import local_part, mean_over_ranks, world
@@ -71,7 +71,7 @@ def refine(
     target: Target,
     *,
     budget: float,
-    gate: Schedule | int = 0,
+    fill: Schedule | int = 0,
 ) -> Iterator[JudgedTable]:
     """Search from several tables, yielding each that is the best so far.
 
@@ -83,12 +83,12 @@ def refine(
         target: no table that is slower is yielded.
         budget: predictions of one noise to spend; a backward pass counts as two. A round that no
             longer fits is not begun.
-        gate: `Schedule.order` under which tables are run, or a schedule whose learned weights stay
-            as they are wherever its table does.
+        fill: what a skipped entry returns: `Schedule.order`, or a schedule whose learned weights
+            stay as they are wherever its table does.
 
     Raises ValueError if no table is on target, and then there is nothing to start from.
     """
-    search = Search(denoiser, pool, others, target, gate)
+    search = Search(denoiser, pool, others, target, fill)
     starts = [search.judge(table) for table in (*tables, *search.paths())]
     on_target = [start for start in starts if start.on_target]
     fastest = f"none of {len(starts)} tables is as fast as {target.speedup:g}"
@@ -117,12 +117,13 @@ class Search:
         pool: Pool,
         others: Iterator[Pool],
         target: Target,
-        gate: Schedule | int = 0,
+        fill: Schedule | int = 0,
     ) -> None:
         self.denoiser, self.pool, self.others, self.target = denoiser, pool, others, target
-        everything = torch.ones(denoiser.steps, len(denoiser.sites), dtype=torch.bool)
-        plain = Schedule(everything, tuple(denoiser.sites))
-        self.gate = replace(plain, order=gate) if isinstance(gate, int) else gate
+        if isinstance(fill, int):
+            everything = torch.ones(denoiser.steps, len(denoiser.sites), dtype=torch.bool)
+            fill = Schedule(everything, tuple(denoiser.sites), order=fill)
+        self.fill = fill
         self.walk = len(pool) * denoiser.steps  # predictions of a walk on all noises
         self.spent = float(self.walk)
         self._portion = noises_that_fit(denoiser, pool.x, pool.cond)
@@ -203,13 +204,13 @@ class Search:
     def _error(self, table: Tensor, noises: int) -> float:
         """Return the typical error of a table on the first noises of every process."""
         self.spent += noises * self.denoiser.steps
-        schedule = with_table(self.gate, table)
+        schedule = with_table(self.fill, table)
         errors = pool_errors(self.denoiser, self.pool[slice(noises)], schedule)
         return float(mean_over_ranks(typical_error(errors)))
 
     def _quadratic(self, table: Tensor) -> Quadratic:
         """Return the quadratic around a table, mean over noises and processes."""
-        pool, schedule = next(self.others), with_table(self.gate, table)
+        pool, schedule = next(self.others), with_table(self.fill, table)
         joint = (len(pool) * world(), *pool.x.shape[1:])
         signs = local_part(torch.randint(2, joint, generator=self._signs) * 2 - 1, joint[0])
         model = flip_effects_at(self.denoiser, schedule, pool, signs, portion=self._portion)
@@ -237,14 +238,9 @@ def noises_that_fit(denoiser: Denoiser, x: Tensor, cond: Any) -> int:
     """Return how many noises, PORTION at most, leave half of the free memory when the features of
     all T steps are alive, as they are while a walk is differentiated. Costs a prediction of x.
     """
-    features: list[int] = []
-
-    def gate(site: int, compute: Compute) -> Feature:
-        feature = compute()
-        features.extend(leaf.nbytes for leaf in tree_leaves(feature) if isinstance(leaf, Tensor))
-        return feature
-
-    with torch.no_grad(), gated(denoiser.sites, gate):
+    cache = Cache()
+    with torch.no_grad(), gated(denoiser.sites, reuse([True] * len(denoiser.sites), cache)):
         denoiser.predict(x, 0, cond)
-    each = denoiser.steps * sum(features) // len(x)
+    leaves = tree_leaves(list(cache.values()))
+    each = denoiser.steps * sum(f.nbytes for f in leaves if isinstance(f, Tensor)) // len(x)
     return max(1, min(PORTION, free_bytes(x.device) // 2 // max(each, 1)))

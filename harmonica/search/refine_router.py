@@ -61,13 +61,13 @@ def refine_router(  # noqa: D417 (some arguments share a line)
         noises = max(NOISES, int(allowed / one))
         pool, others = _pools(denoiser, noises, toward)
         total, budget_here = round(allowed / noises), allowed / world()
-        search = refine(denoiser, [table], pool, others, target, budget=budget_here, gate=order)
+        search = refine(denoiser, [table], pool, others, target, budget=budget_here, fill=order)
         with progress_bar(progress, total=total, unit="prediction", desc="refine") as bar:
             for judged in search:
                 table, spent = judged.table, judged.spent * world()
                 bar.set_postfix(error=f"{judged.error:.2e}", refresh=False)
                 bar.update(round(spent / noises) - bar.n)
-                facts = {"refined_for": round(spent / batch_size), "image_error": judged.error}
+                facts = {"refined_for": round(spent / batch_size), "typical_error": judged.error}
     _adopt(router, table, tau)
     facts |= {"target_speedup": target.speedup}
     facts |= {"toward": toward} if toward == "reference" else {}

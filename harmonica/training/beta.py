@@ -18,19 +18,19 @@ from harmonica.sdt import Update
 from harmonica.search.target import Target, logit
 
 GAIN, DAMPING = 0.15, 3.0
-"""Change of log β in a trajectory: per unit of log (spent / allowed), per unit of its change."""
+"""Change of log β after a walk: per unit of log (spent / allowed), per unit of its change."""
 
-FASTEST = 1.0  # log β changes at most this much in one trajectory
+FASTEST = 1.0  # log β changes at most this much after one walk
 
 
 class BetaController:
-    """Chooses β after each trajectory.
+    """Chooses β after each walk.
 
     `target` is the speedup to end on, `tau` τ at which the router on `device` will be frozen.
 
     Attributes:
         beta: (N,) float32 on the device, the price of each site; changed in place, so that `sdt`
-            sees it. Zero until a trajectory has shown how large the errors are.
+            sees it. Zero until a walk has shown how large the errors are.
         state: (3,) float64 on the CPU: log β, the last log (spent / allowed), and 1 once both are
             known.
     """
@@ -49,11 +49,12 @@ class BetaController:
         self.beta.copy_(self.weights * (math.exp(log_beta) if known else 0.0))
 
     def after(self, router: Router, update: Update) -> None:
-        """Change β if this update of `router` was the last of its trajectory."""
+        """Change β if this update of `router` was the last of its walk."""
         self._errors.append(update.lam * update.mse)
         if update.k < router.steps - 1:
             return
-        # an entry near τ is spent in part, so that β changes before the table does
+        # Row 0 always computes: cost.sum(). Other entries count σ(logit r − logit τ), a smooth
+        # version of r > τ, so that β reacts before an entry crosses τ.
         cost, near = self.target.cost.sites, router.logits.cpu().double() - logit(self.tau)
         spent = float(cost.sum() + (torch.sigmoid(near) * cost).sum())
         excess = math.log(spent / max(self.target.allowed, 1e-30))

@@ -2,7 +2,7 @@
 
     prediction    one guided prediction of the whole batch
     update        teacher, student and backward pass of one step
-    λ             T(T+1)/2 predictions, every `refresh_every` trajectories
+    λ             T(T+1)/2 predictions, every `refresh_every` walks
     search        what follows training to a target (harmonica.search.refine)
 
 The model lies on torch's meta device, `load(name, weights="random", device="meta")`, where nothing
@@ -106,13 +106,13 @@ def dry_run(
     T = denoiser.steps
     memory: dict[str, int] = {}
     memory["update"], weights, plain, update = _update(denoiser, start)
-    trajectories = -(-iterations // (T - 1))
-    predictions = 2 * iterations + trajectories
-    macs = iterations * update + trajectories * plain
+    walks = -(-iterations // (T - 1))
+    predictions = 2 * iterations + walks
+    macs = iterations * update + walks * plain
     if proxy is not None:
         memory["lambda"] = _lambda(denoiser, start)
-        walks = -(-trajectories // refresh_every) * T * (T + 1) // 2
-        predictions, macs = predictions + walks, macs + walks * plain
+        proxies = -(-walks // refresh_every) * T * (T + 1) // 2
+        predictions, macs = predictions + proxies, macs + proxies * plain
     if target and refine != 0:
         memory["search"] = _search(denoiser)
         whole = NOISES * ROUNDS * int(WALKS_PER_ROUND * T) // batch_size

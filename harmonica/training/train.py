@@ -50,7 +50,7 @@ def train_sdt(  # noqa: D417 (some arguments are described together)
     Without a target this is the paper. With one, β is chosen, and the table searched afterwards.
 
     Args:
-        iterations, batch_size: updates in all; noises in a trajectory, of all processes together.
+        iterations, batch_size: updates in all; noises in a walk, of all processes together.
         tau, beta, lr, refresh_every, proxy: as in `sdt`; leave beta out with a target.
         target_speedup, target_cur: to end on or just above; a speedup counts `cost`, or MACs.
         refine, order, toward: budget of the search, order of its gate, and image that it aims at.
@@ -89,7 +89,7 @@ def _check(
 def _train(
     denoiser: Denoiser, settings: Settings, state: TrainingState, saved: Checkpoint, bar: Any
 ) -> None:
-    """Draw, update, steer, show, save, a trajectory at a time, until the bar is full."""
+    """Draw, update, steer, show, save, a walk at a time, until the bar is full."""
     control, router, batch, tau = state.controller, state.router, settings.batch_size, settings.tau
     beta = settings.beta if control is None else control.beta
     how: dict[str, Any] = {"tau": tau, "beta": beta, "refresh_every": settings.refresh_every}

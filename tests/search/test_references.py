@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import harmonica
 from harmonica import Schedule, macs, sample
 from harmonica.memory import in_portions
+from harmonica.run_again import run_again, run_once
 from harmonica.search.in_turn import learn_in_turn
 from harmonica.search.learn import learn_weights, pool_errors, weighted_walk
 from harmonica.search.paths import whole_steps
@@ -126,12 +127,12 @@ def test_the_walk_that_is_differentiated_is_the_schedules_own(table, order):
         assert torch.allclose(image, sample(d, x, cond, schedule), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("checkpointing", [True, False])
-def test_the_gradient_is_that_of_finite_differences(checkpointing):
+@pytest.mark.parametrize("run", [run_again, run_once])
+def test_the_gradient_is_that_of_finite_differences(run):
     d, x, cond = with_noise(make(remembers=True), 2)
     weights = replace(TABLE, order=1).gate_weights.requires_grad_()
     direction = torch.randn(x.shape, generator=seeded(0)).to(x)
-    image = weighted_walk(d, TABLE.compute.tolist(), weights, x, cond, checkpointing=checkpointing)
+    image = weighted_walk(d, TABLE.compute.tolist(), weights, x, cond, run)
     gradient = torch.autograd.grad(image, weights, direction)[0]
     for entry in ((1, 0, 1), (3, 1, 2), (3, 3, 1), (1, 1, 0)):
         ends = []
@@ -149,7 +150,7 @@ def test_learned_weights_bring_images_nearer_and_leave_the_table_alone():
     assert torch.equal(learned.compute, TABLE.compute)
     assert learned.weights.shape == (4, 4, 4)
     assert pool_errors(make(), pool, learned).mean() < pool_errors(make(), pool, TABLE).mean()
-    assert learned.provenance["weights_error"] == min(error for _, error in seen)
+    assert learned.provenance["weights_validation_error"] == min(error for _, error in seen)
     assert learned == learn_weights(make(), TABLE, pool, **SMALL)  # nothing is random
 
 
@@ -173,10 +174,10 @@ def test_portions_of_a_batch_or_steps_that_run_again_give_the_same_weights(monke
     whole = learn_weights(d, TABLE, pool, **SMALL)
     monkeypatch.setattr("harmonica.search.learn.free_bytes", lambda device: 0)
     seen, walk = [], weighted_walk
-    noted = lambda *a, **how: seen.append(how["checkpointing"]) or walk(*a, **how)  # noqa: E731
+    noted = lambda *a: seen.append(a[-1]) or walk(*a)  # noqa: E731
     monkeypatch.setattr("harmonica.search.learn.weighted_walk", noted)
     assert learn_weights(d, TABLE, pool, **SMALL) == whole
-    assert all(seen)
+    assert set(seen) == {run_again}
 
 
 BAD = {

@@ -147,7 +147,7 @@ def test_learned_weights_are_kept_while_the_table_is_refined():
     target, pool = Target(1.4, macs(d), 5), references(d, noises=6, factor=4)
     table = whole_steps(d, (0, 2, 4))
     learned = learn_weights(d, Schedule(table, tuple(d.sites)), pool, iterations=4)
-    *_, end = refine(d, [table], pool, repeat(pool), target, budget=4000, gate=learned)
+    *_, end = refine(d, [table], pool, repeat(pool), target, budget=4000, fill=learned)
     assert end.error <= float(pool_errors(d, pool, learned).mean()) * (1 + 1e-9)
 
 
@@ -165,7 +165,7 @@ def test_a_candidate_that_is_worse_on_few_noises_is_not_walked_on_all(monkeypatc
 def test_a_larger_budget_judges_on_more_noises(monkeypatch):
     d, seen = make(), []
 
-    def watched(denoiser, tables, judged, others, target, *, budget, gate):
+    def watched(denoiser, tables, judged, others, target, *, budget, fill):
         seen.append((len(judged), len(next(others))))
         return iter(())
 

@@ -155,7 +155,7 @@ def _stages(
     about = {"method": "tune", "speedup": target.speedup}
     how: dict[str, Any] = denoiser.about | {"order": order, "provenance": about}
     with suppress(_HalfSpentError):
-        for stage in refine(denoiser, [], next(others), others, target, budget=half, gate=order):
+        for stage in refine(denoiser, [], next(others), others, target, budget=half, fill=order):
             bar.set_postfix(error=f"{stage.error:.2e}", refresh=False)
             yield (best := Schedule(stage.table, sites=tuple(denoiser.sites), **how))
     assert best is not None
