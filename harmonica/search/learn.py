@@ -40,7 +40,7 @@ VALIDATION_SHARE = 6  # one noise of so many is not trained on
 LR = 0.01  # of Adam, falling to zero along a half cosine; 0.02 ends equally near
 
 
-def learn_weights(
+def learn_weights(  # noqa: D417 (a denoiser is a denoiser)
     denoiser: Denoiser,
     schedule: Schedule,
     pool: Pool,
@@ -58,12 +58,10 @@ def learn_weights(
     returned. An update costs about three walks of `batch_size` noises, four where memory is short.
 
     Args:
-        denoiser: model, sampler, guidance.
         schedule: whose table stays as it is.
         pool: noises and targets (`references`); one in VALIDATION_SHARE is for validation.
         history: m, past outputs that a gate may read; memory grows with it.
-        iterations: updates.
-        batch_size: noises in an update; small ones with more updates do more for their price.
+        iterations, batch_size: updates, and noises in each; small ones do more for their price.
         generator: shuffles the pool; one with a seed of its own if None.
         progress: called after each validation as progress(updates, validation error).
 
