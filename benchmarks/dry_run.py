@@ -28,7 +28,7 @@ from update import build
 
 from harmonica import Router, sdt
 from harmonica.models import MODELS, load
-from harmonica.train import complete, count, parser
+from harmonica.train import complete, needs, parser
 from harmonica.training.dry_run import dry_run
 
 GIB = 2**30
@@ -44,7 +44,7 @@ def counted(model: str) -> dict[str, Any]:
         ["--model", model, "--device", "cuda", "--dry-run", "--target", "1.5"]
     )
     complete(args)
-    plan = count(args)
+    plan = needs(args)
     memory = {f"{name}_gib": round(size / GIB, 2) for name, size in plan.memory.items()}
     return {
         "batch_size": args.batch_size, "activation_checkpointing": args.activation_checkpointing,

@@ -85,24 +85,23 @@ def add_model_options(p: Parser) -> None:
 
 
 def load_model(
-    args: argparse.Namespace, device: str | torch.device | None = None, *, again: bool = False
+    args: argparse.Namespace, device: str | torch.device, *, checkpointing: bool = False
 ) -> Denoiser:
-    """Load the model that `add_model_options` asked for, to `device` or to args.device; `again`
-    runs its blocks again in backward (activation checkpointing).
+    """Load the model that `add_model_options` asked for to a device, with activation checkpointing
+    or without.
     """
     from harmonica.models import load
 
-    place = args.device if device is None else device
     names = ("sampler", "steps", "guidance", "weights", "prompts")
-    options = {name: getattr(args, name) for name in names} | {"device": place}
-    return load(args.model, **options, dtype=dtype_of(args, place), activation_checkpointing=again)
+    options = {name: getattr(args, name) for name in names}
+    options |= {"device": device, "dtype": dtype_of(args, device)}
+    return load(args.model, **options, activation_checkpointing=checkpointing)
 
 
 def dtype_of(args: argparse.Namespace, device: str | torch.device) -> torch.dtype:
     """Return the dtype of the weights that the options name, or the usual one of this device."""
     usual = "bfloat16" if torch.device(device).type == "cuda" else "float32"
-    dtype: torch.dtype = getattr(torch, args.dtype or usual)
-    return dtype
+    return getattr(torch, args.dtype or usual)  # type: ignore[no-any-return]
 
 
 def command(
@@ -110,18 +109,13 @@ def command(
 ) -> int:
     """Parse and run a command, which says its rank if it is one of several; return `exit_code`."""
     number, world = started_as()
-    if world > 1:
-        p.prog = f"{p.prog} (rank {number} of {world})"
+    p.prog += f" (rank {number} of {world})" if world > 1 else ""
     return exit_code(p.prog, lambda: run(p.parse_args(arguments)))
 
 
 def exit_code(prog: str, work: Callable[[], None]) -> int:
-    """Do the work of a command, parsing included; return 0, or the code of its end (see above)
-    after one line on stderr.
-    """
-    if isinstance(
-        sys.stdout, io.TextIOWrapper
-    ):  # print what an ASCII locale cannot show, such as ×
+    """Do the work of a command, parsing included; return the code of its end (see above)."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # an ASCII locale cannot show ×
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
@@ -138,8 +132,8 @@ def exit_code(prog: str, work: Callable[[], None]) -> int:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        said = _first_line(error).rpartition("] ")[2]
-        line, code = f"out of memory, {said} Take a smaller batch.", 2
+        first = _first_line(error).rpartition("] ")[2]
+        line, code = f"out of memory, {first} Take a smaller batch.", 2
     except (ValueError, OSError, ArithmeticError) as error:
         line, code = str(error), 2
     sys.stderr.write(" ".join(f"{prog}: {line}".split("\n")) + "\n")

@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
     check_target(args.target, None)
     cli.check_device(args.device)
     schedule = Schedule.load(args.schedule) if args.schedule else None
-    denoiser = cli.load_model(args)
+    denoiser = cli.load_model(args, args.device)
     if schedule is not None:
         schedule = fit(schedule, tuple(denoiser.sites))
         check_fit(schedule, denoiser)

@@ -35,12 +35,12 @@ AUTHORS = {"iterations": 20_000, "batch_size": 32, "beta": 7e-8, "lr": 0.01, "re
 QUICK = {"iterations": 1500, "batch_size": 8, "beta": 1e-7, "lr": 0.1, "refresh_every": 10}
 """Settings for a bundled model, which has about a thousandth of the weights."""
 
-AGAIN = {"activation_checkpointing": True}
+_CHECKPOINTING = {"activation_checkpointing": True}
 LARGE: dict[str, dict[str, Any]] = {
-    "pixart-alpha-512": AGAIN,
-    "pixart-alpha-1024": {**AGAIN, "batch_size": 8},
-    "pixart-sigma-1024": {**AGAIN, "batch_size": 8},
-    "pixart-sigma-2k": {**AGAIN, "batch_size": 2, "refine": 0},  # no search fits, of one noise
+    "pixart-alpha-512": _CHECKPOINTING,
+    "pixart-alpha-1024": {**_CHECKPOINTING, "batch_size": 8},
+    "pixart-sigma-1024": {**_CHECKPOINTING, "batch_size": 8},
+    "pixart-sigma-2k": {**_CHECKPOINTING, "batch_size": 2, "refine": 0},  # no search fits
 }
 """Other settings for models that would not fit into 80 GiB."""
 
@@ -78,9 +78,9 @@ def parser() -> cli.Parser:
     p.option("seed", cli.seed, "draws the first router and the noise", 0)
     p.add_argument("--resume", action="store_true", help="continue the router.safetensors in --out")
     p.add_argument("--dry-run", action="store_true", help="say what training will take, and stop")
-    again = "run blocks again in backward: less memory, more time (where 80 GiB need it)"
+    text = "run blocks again in backward: less memory, more time (where 80 GiB need it)"
     yes_or_no = argparse.BooleanOptionalAction
-    p.add_argument("--activation-checkpointing", action=yes_or_no, help=again)
+    p.add_argument("--activation-checkpointing", action=yes_or_no, help=text)
     return p
 
 
@@ -96,9 +96,9 @@ def run(args: argparse.Namespace) -> None:
     What can be checked without the model is checked first: a large one takes minutes to load.
     """
     complete(args)
-    first, again = started_as()[0] == 0, args.activation_checkpointing
+    first, checkpointing = started_as()[0] == 0, args.activation_checkpointing
     if args.dry_run:
-        print(f"{args.model}, T = {args.steps}, {args.iterations} updates\n{count(args)}")
+        print(f"{args.model}, T = {args.steps}, {args.iterations} updates\n{needs(args)}")
         return
     if first:
         _check_out(args)
@@ -106,18 +106,18 @@ def run(args: argparse.Namespace) -> None:
         batch_per_rank(args.batch_size)
         if device.type == "cuda":
             available, _ = torch.cuda.mem_get_info(device)
-            count(args).check(available, checkpointing=again)
-        denoiser = cli.load_model(args, device, again=again)
+            needs(args).check(available, checkpointing=checkpointing)
+        denoiser = cli.load_model(args, device, checkpointing=checkpointing)
         router = _train(denoiser, args)
         if rank() == 0:
             _freeze(denoiser, router, args)
 
 
-def count(args: argparse.Namespace) -> DryRun:
+def needs(args: argparse.Namespace) -> DryRun:
     """Count what training will take, for this process."""
     dtype = str(cli.dtype_of(args, args.device)).removeprefix("torch.")
     args = argparse.Namespace(**{**vars(args), "weights": "random", "dtype": dtype})
-    denoiser = cli.load_model(args, "meta", again=args.activation_checkpointing)
+    denoiser = cli.load_model(args, "meta", checkpointing=args.activation_checkpointing)
     settings = {name: getattr(args, name) for name in ("iterations", "refresh_every", "refine")}
     batch, target = -(-args.batch_size // started_as()[1]), args.target is not None and args.dry_run
     proxy = None if args.proxy == "none" else args.proxy

@@ -261,7 +261,7 @@ def command(name, place, out):
 def test_a_command_runs_on_the_device(name, tmp_path, capsys, monkeypatch):
     # Whether it fits is counted on meta tensors, which the sham device cannot have beside its own.
     fits = SimpleNamespace(check=lambda *_, **__: None)
-    monkeypatch.setattr("harmonica.train.count", lambda args: fits)
+    monkeypatch.setattr("harmonica.train.needs", lambda args: fits)
     with ShamDevice():
         code = command(name, "cuda", tmp_path / "out")
     assert (code, capsys.readouterr().err) == (0, "")

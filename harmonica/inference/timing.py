@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -54,6 +55,10 @@ def timed(x: Tensor) -> Iterator[Callable[[], float]]:
     end = now()
 
 
+AnyWalk = Callable[[Tensor, Any], Tensor]
+"""Noise and conditions -> images."""
+
+
 class Timing(NamedTuple):
     """Seconds of one walk, medians over turns."""
 
@@ -68,21 +73,18 @@ class Timing(NamedTuple):
 
 def measure(
     denoiser: Denoiser, schedule: Schedule, x: Tensor, cond: Any, *, repeats: int = 7,
-    walk: Callable[[Tensor, Any], Tensor] | None = None,
+    walk: AnyWalk | None = None,
 ) -> Timing:  # fmt: skip
     """Time the walk from noise x (B, C, H, W) with and without a schedule, by turns, `repeats` of
     which count. `walk` is the cached one, such as `Walk(denoiser, schedule)`; None is `sample`.
     """
-    walks: dict[str, Callable[[Tensor, Any], Tensor]] = {
-        "plain": lambda x, cond: sample(denoiser, x, cond),
-        "cached": walk or (lambda x, cond: sample(denoiser, x, cond, schedule)),
-    }
-    seconds = by_turns(walks, x, cond, repeats=repeats)
-    return Timing(median(seconds["plain"]), median(seconds["cached"]))
+    plain, cached = partial(sample, denoiser), partial(sample, denoiser, schedule=schedule)
+    seconds = by_turns({"plain": plain, "cached": walk or cached}, x, cond, repeats=repeats)
+    return Timing(*map(median, seconds.values()))
 
 
 def by_turns(
-    walks: Mapping[str, Callable[[Tensor, Any], Tensor]], x: Tensor, cond: Any, *, repeats: int
+    walks: Mapping[str, AnyWalk], x: Tensor, cond: Any, *, repeats: int
 ) -> dict[str, list[float]]:
     """Return the seconds of each walk, in the order of the turns, after one turn that warms up.
 

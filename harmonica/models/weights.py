@@ -29,9 +29,12 @@ def component(folder: StrPath, name: str, *classes: str) -> Path:
     """
     for place in (Path(folder) / name, Path(folder)):
         if (place / "config.json").is_file():
-            kind = files.read_json(place / "config.json").get("_class_name")
-            if classes and kind not in classes:
-                raise ValueError(f"{place} holds a {kind!s:.80}; a {classes[0]} was expected")
+            kind, known = (
+                files.read_json(place / "config.json").get("_class_name"),
+                classes or ("",),
+            )
+            fits = not classes or kind in classes
+            require(fits, f"{place} holds a {kind!s:.80}; a {known[0]} was expected")
             return place
     saved = "expected a folder saved by diffusers"
     raise FileNotFoundError(f"{folder} has no {name}/config.json; {saved}")
@@ -68,9 +71,8 @@ def read_state(path: StrPath) -> dict[str, Tensor]:
     data = files.read_pickle(path)
     if isinstance(data, dict):
         data = data.get("ema", data)  # a training checkpoint keeps an averaged copy
-    plain = isinstance(data, dict) and all(
-        isinstance(name, str) and files.is_plain(value) for name, value in data.items()
-    )
+    entries = data.items() if isinstance(data, dict) else [(None, None)]
+    plain = all(isinstance(name, str) and files.is_plain(value) for name, value in entries)
     require(plain, f"{path} does not hold tensors by parameter name")
     return data  # type: ignore[no-any-return]
 
@@ -93,24 +95,20 @@ def _must_be_finite(model: nn.Module, path: StrPath) -> None:
         require(bool(value.isfinite().all()), message)
 
 
+# The original DiT's modules and diffusers': outside of the blocks, in a block, in each block's own
+# copy of the embedders.
 _OUTSIDE = {"x_embedder.proj": "pos_embed.proj", "final_layer.linear": "proj_out_2"}
-_OUTSIDE["final_layer.adaLN_modulation.1"] = "proj_out_1"
+_OUTSIDE |= {"final_layer.adaLN_modulation.1": "proj_out_1"}
 _INSIDE = {"adaLN_modulation.1": "norm1.linear", "attn.proj": "attn1.to_out.0"}
 _INSIDE |= {"mlp.fc1": "ff.net.0.proj", "mlp.fc2": "ff.net.2"}
-_EMBEDDERS = {
-    "t_embedder.mlp.0": "timestep_embedder.linear_1",
-    "t_embedder.mlp.2": "timestep_embedder.linear_2",
-    "y_embedder.embedding_table": "class_embedder.embedding_table",
-}
-"""The original DiT's modules and diffusers': outside of the blocks, in a block, in each block's own
-copy of the embedders."""
+_EMBEDDERS = {f"t_embedder.mlp.{2 * i}": f"timestep_embedder.linear_{1 + i}" for i in (0, 1)}
+_EMBEDDERS |= {"y_embedder.embedding_table": "class_embedder.embedding_table"}
 
 
-def _dit_names(state: dict[str, Tensor], list_of_blocks: str) -> dict[str, list[str]]:
+def _dit_names(depth: int) -> dict[str, list[str]]:
     """Return what diffusers calls each module of the original: one name, that of each block's copy,
     or of the three parts of `qkv`.
     """
-    depth = len({key.split(".")[1] for key in state if key.startswith(f"{list_of_blocks}.")})
     blocks = [f"transformer_blocks.{i}" for i in range(depth)]
     names = {ours: [theirs] for ours, theirs in _OUTSIDE.items()}
     for ours, theirs in _EMBEDDERS.items():
@@ -118,7 +116,12 @@ def _dit_names(state: dict[str, Tensor], list_of_blocks: str) -> dict[str, list[
     for i, block in enumerate(blocks):
         names |= {f"blocks.{i}.{ours}": [f"{block}.{theirs}"] for ours, theirs in _INSIDE.items()}
         names[f"blocks.{i}.attn.qkv"] = [f"{block}.attn1.to_{part}" for part in "qkv"]
-    return names
+    kinds, name = ("weight", "bias"), "{}.{}".format
+    return {name(a, kind): [name(b, kind) for b in names[a]] for a in names for kind in kinds}
+
+
+def _depth(state: dict[str, Tensor], blocks: str) -> int:
+    return len({key.split(".")[1] for key in state if key.startswith(f"{blocks}.")})
 
 
 def dit_from_diffusers(state: dict[str, Tensor], positions: Tensor) -> dict[str, Tensor]:
@@ -129,18 +132,17 @@ def dit_from_diffusers(state: dict[str, Tensor], positions: Tensor) -> dict[str,
     original has one for all of them.
     """
     renamed = {"pos_embed": positions}
-    for ours, theirs in _dit_names(state, "transformer_blocks").items():
-        for kind in ("weight", "bias"):
-            parts = {key: state[key] for name in theirs if (key := f"{name}.{kind}") in state}
-            if len(parts) < len(theirs):
-                continue
-            if ours.endswith("qkv"):
-                renamed[f"{ours}.{kind}"] = torch.cat(list(parts.values()))
-                continue
-            renamed[f"{ours}.{kind}"] = first = parts[f"{theirs[0]}.{kind}"]
-            for key, part in parts.items():
-                use = "use the pipeline itself, from_pipeline(pipe, …)"
-                require(torch.equal(first, part), f"{key} differs from block 0's; {use}")
+    for ours, theirs in _dit_names(_depth(state, "transformer_blocks")).items():
+        parts = {name: state[name] for name in theirs if name in state}
+        if len(parts) < len(theirs):
+            continue
+        if ".qkv." in ours:
+            renamed[ours] = torch.cat(list(parts.values()))
+            continue
+        renamed[ours] = first = parts[theirs[0]]
+        for name, part in parts.items():
+            use = "use the pipeline itself, from_pipeline(pipe, …)"
+            require(torch.equal(first, part), f"{name} differs from block 0's; {use}")
     return renamed
 
 
@@ -149,10 +151,9 @@ def dit_to_diffusers(state: dict[str, Tensor]) -> dict[str, Tensor]:
     `dit_from_diffusers`; positions are left out.
     """
     renamed: dict[str, Tensor] = {}
-    for ours, theirs in _dit_names(state, "blocks").items():
-        for kind in ("weight", "bias"):
-            value = state.get(f"{ours}.{kind}")
-            if value is not None:
-                parts = value.chunk(3) if ours.endswith("qkv") else [value] * len(theirs)
-                renamed |= {f"{n}.{kind}": part for n, part in zip(theirs, parts, strict=True)}
+    for ours, theirs in _dit_names(_depth(state, "blocks")).items():
+        if ours in state:
+            value = state[ours]
+            parts = value.chunk(3) if ".qkv." in ours else [value] * len(theirs)
+            renamed |= zip(theirs, parts, strict=True)
     return renamed

@@ -207,7 +207,7 @@ def test_macs_by_hand_and_counting_leaves_nothing():
 def test_the_clock_warms_up_takes_turns_and_gives_medians(small, monkeypatch):
     walked, ticks, now = [], [], iter(range(0, 10_000, 10))
     durations = iter([99, 99, 5, 1, 50, 2, 6, 30])  # the first turn is thrown away
-    walk = lambda _, __, ___, table=None: walked.append(table)  # noqa: E731
+    walk = lambda *_, schedule=None: walked.append(schedule)  # noqa: E731
     monkeypatch.setattr(timing_module, "sample", walk)
 
     def clock():
