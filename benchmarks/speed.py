@@ -16,10 +16,10 @@ no step is favoured. Its ways are timed by turns, one walk of each in a turn, af
 
 and for `-pipe` cases, which are stock diffusers pipelines:
 
-    plain       the pipeline          sites, exact     under `cached`         fast    under `cached(exact=False)`
+    plain       the pipeline          exact            under `cached`
     pab         diffusers' own Pyramid Attention Broadcast, every second attention
     cache-dit   its DBCache, told to compute every second step; it computes the first block always   (extra `bench`)
-    its-table   that very table under `cached(exact=False)`
+    its-table   that very table under `cached`
 
 Ratios are taken within a turn; medians and quartiles are over turns. Every turn is written down as it ends, so a run
 that was stopped is continued by the same command, until a case has --turns turns. efficiency = measured / theoretical.
@@ -278,19 +278,15 @@ def of_pipeline(case: Case, device: str, dtype: torch.dtype) -> Bench:
     x = torch.randn(case.batch, 4, *[pipe.transformer.config.sample_size] * 2).to(device, dtype)
     counted, forward = counted_in(pipe, found, lambda: run(x, None))
 
-    def under(schedule: Schedule, **options: Any) -> Way:
+    def under(schedule: Schedule) -> Way:
         def way(x: Tensor, cond: Any) -> Any:
-            with cached(pipe, schedule, **options):
+            with cached(pipe, schedule):
                 return run(x, cond)
 
         return way
 
-    ways: dict[str, Way] = {
-        "plain": run,
-        "exact": under(schedule),
-        "fast": under(schedule, exact=False),
-    }
-    theory = dict.fromkeys(("exact", "fast"), schedule.speedup(counted))
+    ways: dict[str, Way] = {"plain": run, "exact": under(schedule)}
+    theory = {"exact": schedule.speedup(counted)}
     ways["pab"] = pab(pipe, run)
     attention = torch.ones(case.steps, len(found), dtype=torch.bool)
     attention[1::2, [name.endswith("attn1") for name in found]] = False
@@ -300,7 +296,7 @@ def of_pipeline(case: Case, device: str, dtype: torch.dtype) -> Bench:
         blocks = torch.ones(case.steps, len(found), dtype=torch.bool)
         blocks[1::2, [not name.startswith("transformer_blocks.0.") for name in found]] = False
         its = Schedule(blocks, sites=tuple(found))
-        ways["its-table"] = under(its, exact=False)
+        ways["its-table"] = under(its)
         theory["cache-dit"] = theory["its-table"] = its.speedup(counted)
     facts = cache_facts(found, schedule, forward, pipe.transformer)
     return Bench(

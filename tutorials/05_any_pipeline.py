@@ -24,7 +24,7 @@ import harmonica
 from harmonica import Schedule, image_error, sample
 from harmonica.evaluation import pictures as plots
 from harmonica.models import digits, load
-from harmonica.models.pipelines import disable_cache, enable_cache, from_pipeline, summary
+from harmonica.models.pipelines import disable_cache, enable_cache, from_pipeline
 from harmonica.models.sites import sites
 from harmonica.search.references import image_mse
 
@@ -189,9 +189,9 @@ plots.per_step({"λ": lam.tolist()}, ylabel="mean squared change of the latent")
 # A service keeps a pipeline cached until it is told otherwise. (`examples/server.py` is a small server.)
 
 # %%
-enable_cache(pipe, schedule)
+session = enable_cache(pipe, schedule)
 draw(), draw()
-print(summary(pipe))
+print(session)
 disable_cache(pipe)
 
 # %% [markdown]

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from harmonica.cache import Gate
 from harmonica.models.blocks import gated_blocks
-from harmonica.models.memo import Memo
 from harmonica.models.precompute import precomputed
 from harmonica.samplers import Memory, Sampler
 from harmonica.table import require
@@ -71,10 +70,10 @@ class Guided(ABC):
     @contextmanager
     def accelerated(self, gate: Gate, *, exact: bool) -> Iterator[Callable[[int], None]]:
         """Do what `harmonica.inference.walk.Accelerated` describes."""
-        memo = Memo(self.sampler.timesteps, exact=exact)
+        ahead = precomputed(self.model, self.sampler.timesteps, exact=exact)
         blocks = gated_blocks(self.model, self.sites, gate, exact=exact)
-        with precomputed(self.model, memo), blocks:
-            yield lambda k: setattr(memo, "k", k)
+        with ahead as begin_step, blocks:
+            yield begin_step
 
     @abstractmethod
     def predict(self, x: Tensor, k: int, cond: Tensor) -> Tensor:

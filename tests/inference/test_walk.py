@@ -2,7 +2,7 @@
 
 import threading
 import time
-from pipes import count_calls, randomised, stock_dit
+from pipes import count_calls, randomised
 
 import pytest
 import torch
@@ -18,8 +18,6 @@ from harmonica.inference.graph import GraphWalk, key_of
 from harmonica.inference.timing import milliseconds
 from harmonica.inference.walk import Accelerated, Walk
 from harmonica.models import MODELS, load, precompute
-from harmonica.models.memo import Memo
-from harmonica.models.precompute import equal_to_the_first
 from harmonica.samplers import SAMPLERS
 
 
@@ -94,22 +92,6 @@ def test_modulations_of_all_steps_are_one_product_per_block_or_of_as_many_as_fit
         assert relative(Walk(d)(x, y), sample(d, x, y)) < 1e-11
 
 
-@pytest.mark.parametrize("equal", [True, False])
-def test_equal_copies_of_an_embedding_run_once_and_different_ones_each(equal):
-    d, x, cond = with_noise(stock_dit(double=True, equal=equal), 2, 0)
-    embeddings = [block.norm1.emb for block in d.model.transformer.transformer_blocks]
-    assert equal_to_the_first(embeddings, Memo()) == [True, equal]
-    ran = count_calls(embeddings, lambda: Walk(d, exact=True)(x, cond))
-    assert sum(ran) == d.steps * (1 if equal else 2)  # by whichever asked first
-    assert torch.equal(Walk(d, exact=True)(x, cond), sample(d, x, cond))
-    assert relative(Walk(d)(x, cond), sample(d, x, cond)) < 1e-10
-    labels = [emb.class_embedder for emb in embeddings]
-    ran = count_calls(labels, lambda: Walk(d)(x, cond))
-    assert sum(ran) == (1 if equal else 1 + d.steps)  # a different one is not known ahead
-    embeddings[1].time_proj.downscale_freq_shift = 0  # of other settings they are not the same
-    assert equal_to_the_first(embeddings, Memo()) == [True, False]
-
-
 def test_the_text_is_projected_once_a_walk():
     d, x, cond = with_noise(MADE["pixart"](), 2, 0)
     blocks = d.model.transformer_blocks
@@ -132,7 +114,7 @@ def test_what_is_unknown_walks_by_overriding_sites_and_has_nothing_ahead():
     d, x, y = with_noise(Foreign(make()))
     assert not isinstance(d, Accelerated)
     assert torch.equal(Walk(d, table(d))(x, y), sample(d, x, y, table(d)))
-    with precompute.precomputed(model := nn.Linear(2, 2), Memo()):
+    with precompute.precomputed(model := nn.Linear(2, 2), (1.0,), exact=False):
         assert "forward" not in vars(model)
     with refused("this schedule has 2 steps"):
         Walk(make(), Schedule([[1] * 4, [0] * 4]))

@@ -25,15 +25,13 @@ from harmonica.models.pipelines.taps import patched
 from harmonica.override import Method
 from harmonica.router import Schedule
 
-# Open sessions of each pipeline, outermost first, and pipelines under `enable_cache`.
-_sessions: WeakKeyDictionary[Any, list[Session]] = WeakKeyDictionary()
-_enabled: WeakKeyDictionary[Any, tuple[ExitStack, Session]] = WeakKeyDictionary()
+_sessions: WeakKeyDictionary[Any, list[Session]] = WeakKeyDictionary()  # outermost first
 
 
 @contextmanager
 def cached(
     pipe: Any, schedules: Schedule | Sequence[Schedule], *,
-    sites: Mapping[str, nn.Module] | None = None, exact: bool = True,
+    sites: Mapping[str, nn.Module] | None = None,
     otherwise: Literal["raise", "compute"] = "raise", offload: bool = False,
 ) -> Iterator[Session]:  # fmt: skip
     """Run a stock diffusers pipeline under a schedule for as long as the `with` is open.
@@ -48,8 +46,6 @@ def cached(
         schedules: one for each set of timesteps that will run, or one alone. Other names of sites
             are understood (`harmonica.site_names`).
         sites: cacheable modules by name; None finds them (`harmonica.models.sites`).
-        exact: False, for DiT and PixArt pipelines, fuses sums, and DiT's modulation of many steps
-            is one product: faster, and other by rounding.
         otherwise: what to do at timesteps that no schedule is for.
         offload: keep features in pinned host memory; exact, at two copies for each feature.
 
@@ -59,7 +55,7 @@ def cached(
     the end if a schedule reuses and no site was ever skipped.
     """
     given = [schedules] if isinstance(schedules, Schedule) else list(schedules)
-    session = Session(pipe, given, sites, exact=exact, otherwise=otherwise, offload=offload)
+    session = Session(pipe, given, sites, otherwise, offload)
     kind, open_sessions = type(pipe), _sessions.setdefault(pipe, [])
     del pipe  # this frame must not keep it alive
     with patched(kind, "__call__", _walked):
@@ -73,18 +69,18 @@ def cached(
         warnings.warn(f"{walks}; call this very pipeline inside the with", stacklevel=3)
 
 
-def _walked(call: Method, pipe: Any, /, *args: Any, **kwargs: Any) -> Any:
+def _walked(call: Method, pipe: Any, args: Any, kwargs: Any) -> Any:
     """Call a pipeline, as a walk of its innermost session."""
-    sessions = _sessions.get(pipe)
-    if not sessions:
-        return call(pipe, *args, **kwargs)
-    session = sessions[-1]
+    open_sessions = _sessions.get(pipe)
+    if not open_sessions:
+        return call(*args, **kwargs)
+    session = open_sessions[-1]
     if inspect.isgeneratorfunction(call):
-        return _streamed(session, call(pipe, *args, **kwargs))
+        return _streamed(session, call(*args, **kwargs))
     if inspect.iscoroutinefunction(call):
-        return _awaited(session, call(pipe, *args, **kwargs))
+        return _awaited(session, call(*args, **kwargs))
     with session.walk():
-        return call(pipe, *args, **kwargs)
+        return call(*args, **kwargs)
 
 
 def _streamed(session: Session, images: Generator[Any, None, Any]) -> Generator[Any, None, Any]:
@@ -108,27 +104,26 @@ async def _awaited(session: Session, image: Any) -> Any:
         return await image
 
 
-def enable_cache(pipe: Any, schedules: Schedule | Sequence[Schedule], **options: Any) -> Session:
-    """Open `cached(pipe, schedules, …)` until `disable_cache(pipe)`, and return its session.
+def enable_cache(
+    pipe: Any, schedules: Schedule | Sequence[Schedule], *,
+    sites: Mapping[str, nn.Module] | None = None,
+    otherwise: Literal["raise", "compute"] = "raise", offload: bool = False,
+) -> Session:  # fmt: skip
+    """Open `cached` with these arguments until `disable_cache(pipe)`, and return its session.
 
-    A second call replaces the first. Takes the options of `cached`, and raises as it does.
+    A second call replaces the first.
     """
     stack = ExitStack()
-    session = stack.enter_context(cached(pipe, schedules, **options))
+    opened = cached(pipe, schedules, sites=sites, otherwise=otherwise, offload=offload)
+    session = stack.enter_context(opened)
     disable_cache(pipe)
-    _enabled[pipe] = stack, session
+    session.disable = stack.close
     finalize(pipe, stack.close).atexit = False
     return session
 
 
 def disable_cache(pipe: Any) -> None:
     """Make the pipeline the stock one again; nothing happens if no cache is enabled."""
-    if pipe in _enabled:
-        _enabled.pop(pipe)[0].close()
-
-
-def summary(pipe: Any) -> str:
-    """Say what `enable_cache` has done for this pipeline so far."""
-    if pipe not in _enabled:
-        return "no cache is enabled; enable_cache(pipe, schedule) enables one"
-    return str(_enabled[pipe][1])
+    for session in list(_sessions.get(pipe, ())):
+        if session.disable is not None:
+            session.disable()

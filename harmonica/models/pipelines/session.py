@@ -4,7 +4,6 @@ During a walk, in its thread or task alone:
 
     scheduler, its copies, transformer     tell the tracker what is called
     blocks and sites of the transformer    ask the tracker, which reuses or computes
-    embeddings, text projections           are answered ahead (harmonica.models.precompute)
 
 Between walks nothing stands on the transformer: it can be called, saved, copied and changed like
 any other. Every walk takes the scheduler, the transformer and the adapters that it finds.
@@ -14,7 +13,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from math import isclose
@@ -32,15 +32,11 @@ from harmonica.models.blocks import gated_blocks
 from harmonica.models.pipelines.checks import TRANSFORMERS, check_pipeline, transformers_of
 from harmonica.models.pipelines.taps import tapped
 from harmonica.models.pipelines.tracker import Counts, Rows, Tracker, current
-from harmonica.models.precompute import precomputed
 from harmonica.models.site_costs import cost_of_call
 from harmonica.models.sites import sites
 from harmonica.override import Method, overridden
 from harmonica.router import Schedule
 from harmonica.table import require
-
-PIPELINES = "DiTPipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline"
-"""What `cached(…, exact=False)` knows."""
 
 log = logging.getLogger(__name__)
 
@@ -49,22 +45,20 @@ class Session:
     """The tables of one open `cached`, and the counts of its walks; `report()` and `str()` tell.
 
     Takes what `cached` takes; the pipeline is not kept alive. `sites` are the names of the sites,
-    which the `schedules` are brought into.
+    which the `schedules` are brought into. `walks` counts those that were begun.
     """
 
     def __init__(
-        self, pipe: Any, schedules: Sequence[Schedule], modules: Mapping[str, nn.Module] | None, *,
-        exact: bool, otherwise: str, offload: bool,
+        self, pipe: Any, schedules: Sequence[Schedule], modules: Mapping[str, nn.Module] | None,
+        otherwise: str, offload: bool,
     ) -> None:  # fmt: skip
         check_pipeline(pipe)
-        self.pipe, self._kind, self.walks = ref(pipe), type(pipe).__name__, 0
-        known = f"exact=False is for {', '.join(PIPELINES)}, not {self._kind}; leave it out"
-        require(exact or self._kind in PIPELINES, known)
         choices = f"otherwise is {otherwise!r}; it must be 'raise' or 'compute'"
         require(otherwise in ("raise", "compute"), choices)
-        self._exact, self._otherwise, self._offload = exact, otherwise, offload
-        self._given = modules
-        self.sites = tuple(_sites_of(pipe) if modules is None else modules)
+        self.pipe, self._kind, self.walks = ref(pipe), type(pipe).__name__, 0
+        self.disable: Callable[[], None] | None = None  # where `enable_cache` opened it
+        self._given, self._otherwise, self._offload = modules, otherwise, offload
+        self.sites = tuple(_names(pipe) if modules is None else modules)
         self.schedules = [fit(schedule, self.sites) for schedule in schedules]
         for schedule in self.schedules:
             schedule.check(schedule.steps, self.sites)
@@ -83,14 +77,13 @@ class Session:
         """
         pipe: Any = self.pipe()
         check_pipeline(pipe)
-        models, choose = transformers_of(pipe), partial(self._choose, pipe.scheduler)
-        tracker = Tracker(choose, exact=self._exact, offload=self._offload)
-        taps = ((m, called_by(m), partial(self._tap, tracker, name)) for name, m in models.items())
-        blocks = gated_blocks(_both(pipe), self._modules(pipe), tracker.ask, exact=self._exact)
-        ahead = (precomputed(model, tracker.memo) for model in models.values())
+        tracker = Tracker(partial(self._choose, pipe.scheduler), self._offload)
+        models = transformers_of(pipe).items()
+        taps = ((m, called_by(m), partial(self._tap, tracker, name)) for name, m in models)
+        blocks = gated_blocks(_both(pipe), self._modules(pipe), tracker.ask)
         with ExitStack() as stack:
             stack.callback(self._close, tracker)
-            for context in (tapped(pipe.scheduler), overridden(taps), blocks, *ahead):
+            for context in (tapped(pipe.scheduler), overridden(taps), blocks):
                 stack.enter_context(context)
             with self._lock:
                 self.walks += 1
@@ -122,22 +115,16 @@ class Session:
         fitting = [(rows, k) for each, rows in pairs if (k := _row_of(each, times)) is not None]
         if fitting:
             return min(fitting, key=lambda pair: pair[1])
-        run = f"no table is for the {len(times)} steps {_span(times)}"
+        run = f"no table is for the {len(times)} steps {_span(times)} of this run"
         if self._otherwise == "compute":
-            self._say_once(f"{run} of a run, so all of it is computed")
+            self._say_once(f"{run}, so all of it is computed")
             return None
         have = "; ".join(f"{each.steps} steps {_span(each.timesteps)}" for each in self.schedules)
-        todo = "Run one of these, add a table, or pass otherwise='compute'"
-        message = f"{run} of this run; there are tables for {have}. {todo}"
-        if len(self.schedules) == 1:
-            try:
-                self.schedules[0].check(len(times), self.sites, times)
-            except ValueError as error:
-                message = str(error)
+        todo = "Run one of these, add a table (schedule.resample stretches one), or pass "
+        message = f"{run}; there are tables for {have}. {todo}otherwise='compute'"
         if getattr(scheduler.config, "use_dynamic_shifting", False):
-            shifts = "shifts its timesteps with the resolution (use_dynamic_shifting)"
-            message += f". {type(scheduler).__name__} {shifts}: a table belongs to the resolution "
-            message += "it was made at"
+            shifts = "shifts its timesteps with the resolution: a table belongs to the one it was"
+            message += f". {type(scheduler).__name__} {shifts} made at"
         raise ValueError(message)
 
     def _close(self, tracker: Tracker) -> None:
@@ -146,39 +133,39 @@ class Session:
             if tracker in self._live:
                 self._live.remove(tracker)
             self._ended += tracker.counts
-        for why, n in tracker.counts.beyond.items():
-            self._say_once(f"a walk computed {n} sites although the table reuses them: {why}", why)
+        for why in _beyond(tracker.counts):
+            self._say_once(f"sites are computed although the table reuses them: {why}")
 
-    def _say_once(self, text: str, key: str = "") -> None:
-        if (key or text) not in self._told:
-            self._told.add(key or text)
+    def _say_once(self, text: str) -> None:
+        if text not in self._told:
+            self._told.add(text)
             log.warning("%s (said once)", text)
 
     def _counts(self) -> Counts:
-        with self._lock:
-            return sum((tracker.counts for tracker in self._live), self._ended)
+        with self._lock:  # copies: walks go on counting meanwhile
+            return sum((Counter(tracker.counts) for tracker in self._live), self._ended)
 
     @property
     def skipped(self) -> int:
         """How often a site was answered without computing."""
-        return self._counts().skipped.total()
+        return _skipped(self._counts())
 
     def report(self) -> dict[str, Any]:
         """Return what has happened, in numbers, for a server's metrics: `asked` counts the answers
         of sites, `skipped` those without computing, and `beyond`, for each reason, those computed
         although the table reuses them.
         """
-        counts, report = self._counts(), {"walks": self.walks, "in_flight": len(self._live)}
-        asked, skipped = counts.asked, counts.skipped.total()
-        shares = {"reused_share": skipped / asked if asked else 0.0, "beyond": dict(counts.beyond)}
-        return {**report, "asked": asked, "skipped": skipped, **shares}
+        counts = self._counts()
+        asked, skipped = counts["asked", None], _skipped(counts)
+        walks = {"walks": self.walks, "in_flight": len(self._live)}
+        share = {"reused_share": skipped / max(asked, 1), "beyond": _beyond(counts)}
+        return {**walks, "asked": asked, "skipped": skipped, **share}
 
     def __str__(self) -> str:
-        report, of_all = self.report(), f"{len(self.sites)} sites, CUR"
-        sizes = ((f"{self._kind}, {each.steps} steps ×", each.cur) for each in self.schedules)
-        lines = [f"{size} {of_all} {cur:.1%}" for size, cur in sizes]
-        share, walks = report["reused_share"], report["walks"]
-        lines += [f"{share:.1%} of the sites reused so far, walks: {walks}"]
+        report, n = self.report(), len(self.sites)
+        tables = ((f"{each.steps} steps × {n} sites", each.cur) for each in self.schedules)
+        lines = [f"{self._kind}, {size}, CUR {cur:.1%}" for size, cur in tables]
+        lines += [f"{report['reused_share']:.1%} of the sites reused so far, walks: {self.walks}"]
         lines += [f"computed beyond the table: {n} ({why})" for why, n in report["beyond"].items()]
         if (speedup := self.speedup()) is not None:
             lines.append(f"theoretical speedup of the transformer {speedup:.2f}x")
@@ -190,14 +177,13 @@ class Session:
         Counting them takes seconds, once. None before the first walk, or if torch cannot count.
         """
         counts, full, saved = self._counts(), 0.0, 0.0
-        for name, calls in counts.calls.items():
-            paths = enumerate(map(_path, self.sites))
-            columns = [i for i, path in paths if path.startswith(f"{name}.")]
+        for name in list(self._inputs):
+            columns = [i for i, site in enumerate(self.sites) if _path(site).startswith(f"{name}.")]
             if (cost := self._cost(name, columns)) is None:
                 return None
-            full += calls * cost.total
+            full += counts["calls", name] * cost.total
             prices = zip(columns, cost.sites.tolist(), strict=True)
-            saved += sum(price * counts.skipped[i] for i, price in prices)
+            saved += sum(price * counts["skipped", i] for i, price in prices)
         return full / (full - saved) if full > saved else None
 
     def _cost(self, name: str, columns: Sequence[int]) -> Macs | None:
@@ -214,6 +200,14 @@ class Session:
         return self._costs.get(name)
 
 
+def _skipped(counts: Counts) -> int:
+    return sum(n for (what, _), n in counts.items() if what == "skipped")
+
+
+def _beyond(counts: Counts) -> dict[str, int]:
+    return {why: n for (what, why), n in counts.items() if what == "beyond"}
+
+
 def _row_of(schedule: Schedule, times: Sequence[float]) -> int | None:
     """Return the row of the first of these timesteps, None if the table is not for them.
 
@@ -226,7 +220,7 @@ def _row_of(schedule: Schedule, times: Sequence[float]) -> int | None:
     return offset if alike else None
 
 
-def _sites_of(pipe: Any) -> list[str]:
+def _names(pipe: Any) -> list[str]:
     own, *others = transformers_of(pipe).items()
     return [*sites(own[1]), *(f"{name}.{site}" for name, model in others for site in sites(model))]
 

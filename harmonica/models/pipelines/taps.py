@@ -10,17 +10,17 @@ made once more on the CPU.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
 from typing import Any
 
 import torch
 
-from harmonica.models.pipelines.standin import plain_scheduler
-from harmonica.models.pipelines.tracker import current
+from harmonica.models.pipelines.tracker import Tracker, current
 from harmonica.override import Method, overridden
 
 _lock = threading.RLock()
@@ -29,14 +29,15 @@ _patches: dict[tuple[type, str], list[Any]] = {}  # what was there, what stands 
 
 @contextmanager
 def patched(kind: type, name: str, answer: Method) -> Iterator[None]:
-    """Answer calls of a method of all objects of a class, in all threads, by answer(original, …).
+    """Answer calls of a method of all objects of a class, in all threads, by
+    answer(method of the object, object, arguments, keyword arguments).
 
     Subclasses are left alone. Who patches a method that is patched already shares the first
     answer, so all answers for one method must be the same function.
 
     >>> class Thing:
     ...     def name(self): return "thing"
-    >>> with patched(Thing, "name", lambda original, self: f"no {original(self)}"): Thing().name()
+    >>> with patched(Thing, "name", lambda name, *_: f"no {name()}"): Thing().name()
     'no thing'
     >>> Thing().name()
     'thing'
@@ -49,7 +50,7 @@ def patched(kind: type, name: str, answer: Method) -> Iterator[None]:
             def method(self: Any, *args: Any, **kwargs: Any) -> Any:
                 if type(self) is not kind:
                     return original(self, *args, **kwargs)
-                return answer(original, self, *args, **kwargs)
+                return answer(partial(original, self), self, args, kwargs)
 
             _patches[kind, name] = [vars(kind).get(name), method, 0]
             setattr(kind, name, method)
@@ -62,45 +63,46 @@ def patched(kind: type, name: str, answer: Method) -> Iterator[None]:
             patch[2] -= 1
             if patch[2] == 0:
                 del _patches[kind, name]
-                if vars(kind).get(name) is method and before is None:
-                    delattr(kind, name)
-                elif vars(kind).get(name) is method:
-                    setattr(kind, name, before)
+                if vars(kind).get(name) is method:
+                    setattr(kind, name, before) if before else delattr(kind, name)
 
 
 @contextmanager
 def tapped(scheduler: Any) -> Iterator[None]:
     """Let a scheduler and its copies tell the trackers of the walks that they run in."""
     with ExitStack() as stack:
-        for name, tap in (("set_timesteps", _set_timesteps), ("step", _step)):
-            stack.enter_context(patched(type(scheduler), name, tap))
+        for name, told in (("set_timesteps", _set_timesteps), ("step", _step)):
+            answer = partial(_after, told)
+            stack.enter_context(patched(type(scheduler), name, answer))
             if name in vars(scheduler):  # somebody's wrapper may call what the class had before
-                wrapped = [(scheduler, name, partial(_wrapped, tap, scheduler))]
-                stack.enter_context(overridden(wrapped))
+                wrapped = partial(_of_instance, answer, scheduler)
+                stack.enter_context(overridden([(scheduler, name, wrapped)]))
         yield
 
 
-def _wrapped(tap: Method, scheduler: Any, method: Method, args: Any, kwargs: Any) -> Any:
-    return tap(lambda _, *args, **kwargs: method(*args, **kwargs), scheduler, *args, **kwargs)
-
-
-def _set_timesteps(method: Method, scheduler: Any, /, *args: Any, **kwargs: Any) -> Any:
-    result, tracker = method(scheduler, *args, **kwargs), current.get()
+def _after(
+    tell: Callable[..., None], method: Method, scheduler: Any, args: Any, kwargs: Any
+) -> Any:
+    result, tracker = method(*args, **kwargs), current.get()
     if tracker is not None:
-        times, own = scheduler.timesteps, inspect.unwrap(type(scheduler).set_timesteps)
-        on_cpu, signature = scheduler, inspect.signature(own)
-        if not torch.as_tensor(times).is_cpu and "device" in signature.parameters:
-            on_cpu = plain_scheduler(scheduler, vars(scheduler))
-            bound = signature.bind(on_cpu, *args, **kwargs)
-            bound.arguments["device"] = "cpu"
-            own(*bound.args, **bound.kwargs)
-        tracker.begin(torch.as_tensor(on_cpu.timesteps).tolist(), times)
+        tell(tracker, scheduler, args, kwargs)
     return result
 
 
-def _step(method: Method, scheduler: Any, /, *args: Any, **kwargs: Any) -> Any:
-    result, tracker = method(scheduler, *args, **kwargs), current.get()
-    if tracker is not None:
-        bound = inspect.signature(type(scheduler).step).bind(scheduler, *args, **kwargs)
-        tracker.step(bound.arguments.get("timestep"))
-    return result
+def _of_instance(answer: Method, scheduler: Any, method: Method, args: Any, kwargs: Any) -> Any:
+    return answer(method, scheduler, args, kwargs)
+
+
+def _set_timesteps(tracker: Tracker, scheduler: Any, args: Any, kwargs: Any) -> None:
+    times, own = scheduler.timesteps, inspect.unwrap(type(scheduler).set_timesteps)
+    on_cpu, signature = scheduler, inspect.signature(own)
+    if not torch.as_tensor(times).is_cpu and "device" in signature.parameters:
+        bound = signature.bind(on_cpu := copy.copy(scheduler), *args, **kwargs)
+        bound.arguments["device"] = "cpu"
+        own(*bound.args, **bound.kwargs)
+    tracker.begin(torch.as_tensor(on_cpu.timesteps).tolist(), times)
+
+
+def _step(tracker: Tracker, scheduler: Any, args: Any, kwargs: Any) -> None:
+    bound = inspect.signature(type(scheduler).step).bind(scheduler, *args, **kwargs)
+    tracker.step(bound.arguments.get("timestep"))
