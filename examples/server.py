@@ -1,4 +1,4 @@
-"""A server that draws digits under a schedule: one model, two tables, many requests at once.
+"""A server that draws digits under a schedule: one model, several tables, many requests at once.
 
     pip install "harmonica-dit[server]"
     SCHEDULES=out/tune/schedule.json uvicorn --app-dir examples --factory server:app
@@ -21,9 +21,9 @@ from __future__ import annotations
 
 import io
 import os
-import threading
 from collections import Counter
 from queue import Queue
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -46,7 +46,7 @@ class CancelError(Exception):
 class StoppableScheduler(DPMSolverMultistepScheduler):
     """Raises CancelError at the next step once `stop` is set."""
 
-    stop = threading.Event()
+    stop = Event()
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """Take a step, or raise CancelError."""
@@ -72,39 +72,36 @@ def every(n: int, pipe: Any, steps: int) -> Schedule:
     return Schedule([[k % n == 0] * len(names) for k in range(steps)], names)
 
 
-def pipelines() -> tuple[list[Any], list[Schedule]]:
-    """Return light pipelines around the parts of one, each with its own scheduler, and the tables."""
-    first = model()
-    pipes = []
+def light_pipelines(pipe: Any) -> list[Any]:
+    """Return pipelines of the same parts, each with a scheduler of its own."""
+    config, pipes = pipe.scheduler.config, []
     for _ in range(PIPELINES):
-        scheduler = StoppableScheduler.from_config(first.scheduler.config)
-        pipes.append(type(first)(**first.components | {"scheduler": scheduler}))
+        own = {"scheduler": StoppableScheduler.from_config(config)}
+        pipes.append(type(pipe)(**pipe.components | own))
         pipes[-1].set_progress_bar_config(disable=True)
-    return pipes, tables(first)
+    return pipes
 
 
 def app() -> FastAPI:
     """Return the server."""
-    pipes, schedules = pipelines()
-    offered = [schedule.steps for schedule in schedules]
-    sessions = [enable_cache(pipe, schedules) for pipe in pipes]
-    stops, counts = dict[str, threading.Event](), {"images": 0, "cancelled": 0}
-    free: Queue[Any] = Queue()
-    for pipe in pipes:
-        free.put(pipe)
-    server = FastAPI(title="HarmoniCa")
+    pipe = model()
+    pipes, schedules = light_pipelines(pipe), tables(pipe)
+    sessions = [enable_cache(each, schedules) for each in pipes]
+    offered, free = [schedule.steps for schedule in schedules], Queue[Any]()
+    for each in pipes:
+        free.put(each)
+    stops, counts, server = dict[str, Event](), Counter[str](), FastAPI(title="HarmoniCa")
 
     @server.post("/images/{name}")
     def draw(name: str, label: int = 0, seed: int = 0, steps: int = 10) -> Response:
         if steps not in offered:
             raise HTTPException(422, f"steps is {steps}; there are tables for {offered}")
-        stop = threading.Event()
+        stop = Event()
         if stops.setdefault(name, stop) is not stop:
             raise HTTPException(409, f"{name} is being drawn; choose another name")
         pipe = free.get()  # in a thread of FastAPI's, so waiting here keeps nobody else waiting
         try:
-            pipe.scheduler.stop = stop
-            noise = torch.Generator().manual_seed(seed)
+            pipe.scheduler.stop, noise = stop, torch.Generator().manual_seed(seed)
             options = {"num_inference_steps": steps, "output_type": "np"}
             images = pipe([label], generator=noise, **options).images
         except CancelError:
@@ -112,7 +109,7 @@ def app() -> FastAPI:
             raise HTTPException(409, f"{name} was cancelled") from None
         finally:
             free.put(pipe)
-            stops.pop(name, None)
+            del stops[name]
         counts["images"] += 1
         np.save(file := io.BytesIO(), images)
         return Response(file.getvalue(), media_type="application/octet-stream")
@@ -126,12 +123,13 @@ def app() -> FastAPI:
     @server.get("/metrics")
     async def metrics() -> Response:
         reports = [session.report() for session in sessions]
-        numbers = {f"harmonica_{name}_total": count for name, count in counts.items()}
+        beyond = sum((Counter(report["beyond"]) for report in reports), Counter[str]())
+        numbers = {f"{name}_total": counts[name] for name in ("images", "cancelled")}
         for key in ("walks", "asked", "skipped", "in_flight"):
-            numbers[f"harmonica_{key}"] = sum(report[key] for report in reports)
-        for why, count in sum((Counter(report["beyond"]) for report in reports), Counter()).items():
-            numbers[f'harmonica_beyond{{reason="{why}"}}'] = count  # reuse that did not happen
-        lines = [f"{name} {number}" for name, number in numbers.items()]
-        return Response("\n".join(lines) + "\n", media_type="text/plain")
+            numbers[key] = sum(report[key] for report in reports)
+        for reason, count in beyond.items():  # sites that were computed although the table reuses
+            numbers[f'beyond{{reason="{reason}"}}'] = count
+        lines = [f"harmonica_{name} {number}\n" for name, number in numbers.items()]
+        return Response("".join(lines), media_type="text/plain")
 
     return server

@@ -128,7 +128,6 @@ def test_metrics_say_how_often_and_why_a_site_was_not_reused():
 
 def test_light_pipelines_are_made_of_any_pipeline():
     module = server()
-    module.model = pipes.pixart_pipe
-    served, _ = module.pipelines()
+    served = module.light_pipelines(pipes.pixart_pipe())
     assert len({id(pipe.scheduler) for pipe in served}) == module.PIPELINES
     assert {id(pipe.text_encoder) for pipe in served} == {id(served[0].text_encoder)}

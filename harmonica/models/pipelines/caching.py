@@ -69,7 +69,7 @@ def cached(
         warnings.warn(f"{walks}; call this very pipeline inside the with", stacklevel=3)
 
 
-def _walked(call: Method, pipe: Any, args: Any, kwargs: Any) -> Any:
+def _walked(pipe: Any, call: Method, args: Any, kwargs: Any) -> Any:
     """Call a pipeline, as a walk of its innermost session."""
     open_sessions = _sessions.get(pipe)
     if not open_sessions:

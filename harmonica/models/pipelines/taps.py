@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import inspect
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
 from typing import Any
@@ -30,14 +30,14 @@ _patches: dict[tuple[type, str], list[Any]] = {}  # what was there, what stands 
 @contextmanager
 def patched(kind: type, name: str, answer: Method) -> Iterator[None]:
     """Answer calls of a method of all objects of a class, in all threads, by
-    answer(method of the object, object, arguments, keyword arguments).
+    answer(object, its method, arguments, keyword arguments).
 
     Subclasses are left alone. Who patches a method that is patched already shares the first
     answer, so all answers for one method must be the same function.
 
     >>> class Thing:
     ...     def name(self): return "thing"
-    >>> with patched(Thing, "name", lambda name, *_: f"no {name()}"): Thing().name()
+    >>> with patched(Thing, "name", lambda _, name, *__: f"no {name()}"): Thing().name()
     'no thing'
     >>> Thing().name()
     'thing'
@@ -50,7 +50,7 @@ def patched(kind: type, name: str, answer: Method) -> Iterator[None]:
             def method(self: Any, *args: Any, **kwargs: Any) -> Any:
                 if type(self) is not kind:
                     return original(self, *args, **kwargs)
-                return answer(partial(original, self), self, args, kwargs)
+                return answer(self, partial(original, self), args, kwargs)
 
             _patches[kind, name] = [vars(kind).get(name), method, 0]
             setattr(kind, name, method)
@@ -75,22 +75,15 @@ def tapped(scheduler: Any) -> Iterator[None]:
             answer = partial(_after, told)
             stack.enter_context(patched(type(scheduler), name, answer))
             if name in vars(scheduler):  # somebody's wrapper may call what the class had before
-                wrapped = partial(_of_instance, answer, scheduler)
-                stack.enter_context(overridden([(scheduler, name, wrapped)]))
+                stack.enter_context(overridden([(scheduler, name, partial(answer, scheduler))]))
         yield
 
 
-def _after(
-    tell: Callable[..., None], method: Method, scheduler: Any, args: Any, kwargs: Any
-) -> Any:
+def _after(tell: Method, scheduler: Any, method: Method, args: Any, kwargs: Any) -> Any:
     result, tracker = method(*args, **kwargs), current.get()
     if tracker is not None:
         tell(tracker, scheduler, args, kwargs)
     return result
-
-
-def _of_instance(answer: Method, scheduler: Any, method: Method, args: Any, kwargs: Any) -> Any:
-    return answer(method, scheduler, args, kwargs)
 
 
 def _set_timesteps(tracker: Tracker, scheduler: Any, args: Any, kwargs: Any) -> None:
