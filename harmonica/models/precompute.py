@@ -44,7 +44,7 @@ class Memo:
 
 
 def once(memo: Memo, module: nn.Module) -> tuple[nn.Module, Answer]:
-    """Answer a module, whose inputs are the same at every step, by what it returned at the first."""
+    """Answer a module, whose inputs are always the same, by what it returned at the first step."""
 
     def answer(forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         return memo.get_or_make(module, partial(forward, *args, **kwargs))
@@ -53,7 +53,7 @@ def once(memo: Memo, module: nn.Module) -> tuple[nn.Module, Answer]:
 
 
 def every_time(memo: Memo, embedder: nn.Module) -> tuple[nn.Module, Answer]:
-    """Answer for t (B,), which are equal, by one row (1, D) of the embeddings of all T timesteps."""
+    """Answer for t (B,), which are equal, by one row (1, D) of the embedding of all timesteps."""
 
     def answer(forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         def make() -> Any:  # a list of them would be copied to the device, and waited for
