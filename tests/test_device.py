@@ -27,7 +27,7 @@ from harmonica.command_line import dtype_of
 from harmonica.inference.timing import milliseconds
 from harmonica.inference.walk import Walk
 from harmonica.models import autoencoder, load
-from harmonica.models.pipelines import cached, from_pipeline, general
+from harmonica.models.pipelines import cached, denoiser, from_pipeline
 from harmonica.models.sites import sites
 from harmonica.search import baselines
 from harmonica.search.flip_effects import flip_effects_at
@@ -132,7 +132,7 @@ def test_a_denoiser_of_a_pipeline_waits_no_more_than_a_run_of_it_at_every_step(n
         _, d, schedule = prepared("cpu")
         expected = sample(d, *start(d, 1, 0), schedule)
     # The sham device is a dispatch mode itself; a real one stays when dispatch modes are left.
-    monkeypatch.setattr(general, "without_modes", lambda: nullcontext(()))
+    monkeypatch.setattr(denoiser, "without_modes", lambda: nullcontext(()))
     with ShamDevice() as device:
         pipe, d, schedule = prepared("cuda")
         x, cond = start(d, 1, 0)

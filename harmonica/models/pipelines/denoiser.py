@@ -1,81 +1,221 @@
-"""from_pipeline: a pipeline as a `Denoiser`, to learn a schedule on the walk that it runs.
+"""PipelineDenoiser: a pipeline as a `Denoiser`, whose walk is made of the pipeline's own runs.
 
-One run of the pipeline is watched, and the denoiser made from it (`general.py`) must walk as the
-pipeline does. The transformer runs once, for the shapes of its outputs. After that every model of
-the loop answers numbers that depend on all its inputs and cost nothing, so a difference in anything
-that reaches a model or the scheduler is seen at the next step, and named with its number.
+    predict(x, k, cond)   runs the pipeline up to step k with x put in, and stops with the output
+                          that the model gives to the scheduler there
+    step(x, out, k, …)    steps a copy of the scheduler with the other inputs that predict saw there
+    cond                  (B, 2) int64: the row of the prompt, the seed of that sample's generator
+
+This file does not verify that a pipeline can be walked like this, nor what happens in a run.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack
+from contextvars import Context
+from dataclasses import replace
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch import Generator, Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes as without_modes
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.weak import WeakIdKeyDictionary
 
 from harmonica.cache import gated
-from harmonica.models.pipelines.general import PipelineDenoiser
-from harmonica.models.pipelines.inputs import inputs_of
-from harmonica.models.pipelines.recorded import NotFollowedError, Recorded, digest
-from harmonica.models.pipelines.standin import StandIns
-from harmonica.models.sites import sites
-from harmonica.storage.files import StrPath
+from harmonica.calls import in_call
+from harmonica.models.pipelines import facts as known
+from harmonica.models.pipelines.facts import Facts, NotFollowedError, SamplerState, SchedulerInputs
+from harmonica.models.pipelines.inputs import Inputs, Sample
+from harmonica.models.pipelines.pipeline_run import Memory, PipelineRun
+from harmonica.override import Method, overridden
+from harmonica.run_again import run_again
+from harmonica.table import require
 
-SEEDS = 20_000_003, 20_000_005
 
+class PipelineDenoiser:
+    """What `from_pipeline` returns: a `Denoiser`.
 
-def from_pipeline(
-    pipe: Any, *, steps: int | None = None, prompts: StrPath | Sequence[str] | None = None,
-    each: Mapping[str, Any] | None = None, guidance: float | None = None, **call: Any,
-) -> PipelineDenoiser:  # fmt: skip
-    """Return a denoiser whose walk is the pipeline's own, bit for bit.
-
-        denoiser = from_pipeline(pipe, steps=28, prompts="prompts.txt", guidance=3.5, height=1024)
-        router = train_sdt(denoiser)
-        with cached(pipe, router.schedule()):
-            image = pipe("…", num_inference_steps=28, guidance_scale=3.5, height=1024).images[0]
-
-    Any pipeline will do that runs one transformer step by step. The transformer is frozen, and runs
-    once here, to learn its shapes; nothing else of the pipeline is touched.
-
-    Args:
-        pipe: as it will be used: adapters loaded, offloading switched on, scheduler set.
-        steps: another name for `num_inference_steps`; T is read off the walk.
-        prompts: a file with one prompt a line, or the prompts; None for a bundled list, if the
-            pipeline takes prompts.
-        each: arguments that every sample has its own of, by name, instead of prompts or beside
-            them: tensors (rows, …) or lists of one length, such as `prompt_embeds`, `image`.
-        guidance: another name for `guidance_scale`.
-        **call: other arguments of the pipeline, the same for all samples.
-
-    Raises TypeError if it has no transformer or two, or does not take an argument; ValueError if
-    its walk cannot be followed, with the reason: `tune` then chooses whole steps.
+    Attributes:
+        steps, sites, about: see `Denoiser`.
+        inputs, facts: what the pipeline is called with, and what is known of its runs.
+        batched: whether the pipeline takes several samples at once; otherwise they run one by one,
+            and a site has a feature for each.
+        predictions: number of steps -> images predicted so far, by this and all its `with_steps`.
     """
-    call |= {"steps": steps, "guidance": guidance}
-    inputs, transformer = inputs_of(pipe, prompts, each, call), pipe.transformer
-    transformer.eval().requires_grad_(False)
-    denoiser = PipelineDenoiser(
-        StandIns(pipe), inputs, sites(transformer), _about(pipe, inputs.call)
-    )
-    try:
-        _verify_one(denoiser)
-    except NotFollowedError as mismatch:
-        can = "harmonica.tune can still choose whole steps from runs of the pipeline, and "
-        can += "cached(pipe, schedule) runs any table"
-        name = type(pipe).__name__
-        raise NotFollowedError(
-            f"{name} cannot be followed step by step: {mismatch}. {can}"
-        ) from None
-    # With one generator for a whole batch, a sample would depend on its neighbours.
-    if not denoiser.recorded[1].random:
-        with suppress(Exception):  # whatever a pipeline raises that does not take two at once
-            denoiser.batched = _takes_two(denoiser)
-    return denoiser
+
+    def __init__(self, pipe: Any, inputs: Inputs, sites: Mapping[str, nn.Module]) -> None:
+        self.pipe, self.inputs, self.sites, self.facts = pipe, inputs, sites, Facts()
+        self.steps, self.batched, self.about = 0, False, _about(pipe, inputs.call)
+        self.predictions = Counter[int]()
+        self._outputs: dict[int, known.Outputs] = defaultdict(dict)  # of so many samples at once
+        self._memory: Callable[..., Memory] = lru_cache(64)(lambda *_: {})  # of rows or samples
+        self._inputs_of: Any = WeakIdKeyDictionary()  # x -> step -> scheduler inputs of each run
+
+    @property
+    def draws_noise(self) -> bool:
+        """Whether a step of the scheduler draws noise."""
+        return self.facts.draws_noise
+
+    def with_steps(self, steps: int) -> PipelineDenoiser:
+        """Return the same pipeline with about so many steps; it is not verified again."""
+        number = round(self.inputs.call["num_inference_steps"] * steps / self.steps)
+        inputs = replace(self.inputs, call={**self.inputs.call, "num_inference_steps": number})
+        other = PipelineDenoiser(self.pipe, inputs, self.sites)
+        other.facts, other._outputs, other.batched = self.facts, self._outputs, self.batched
+        other.predictions = self.predictions
+        other.follow((0, 0))
+        return other
+
+    def follow(self, sample: Sample) -> None:
+        """Learn the facts from a whole run of one sample."""
+        self.facts = self.whole_run([sample]).facts
+        self.steps, times = len(self.facts.states), self.facts.timesteps
+        self.about["timesteps"] = times[-self.steps :] if len(times) >= self.steps else ()
+
+    @torch.no_grad()
+    def whole_run(self, samples: Sequence[Sample]) -> PipelineRun:
+        """Run all steps on made-up outputs; models run once where their outputs' shapes are not
+        known for so many samples.
+        """
+        facts = Facts(self.facts.models_in_loop, self.facts.uses_global_random, batch=len(samples))
+        images = 0 if self._knows_outputs(samples) else len(samples)
+        run = self._run(samples, facts, partial(_run_and_check, self.sites))
+        if not run.trace:
+            raise NotFollowedError("it never steps its scheduler, or steps a copy of it")
+        self.predictions[len(run.trace)] += images
+        return run
+
+    def draw(self, batch_size: int, generator: Generator) -> tuple[Tensor, Tensor]:
+        """Draw prompts and seeds; return the noise that the pipeline draws for them, and cond."""
+        options: dict[str, Any] = {"generator": generator, "device": generator.device}
+        rows = torch.randint(self.inputs.rows, (batch_size,), **options)
+        seeds = torch.randint(2**32, (batch_size,), **options)
+        cond = torch.stack([rows, seeds], 1).cpu()
+        return self.noise(cond), cond
+
+    def noise(self, cond: Tensor) -> Tensor:
+        """Return the x that the pipeline starts from for these prompts and seeds, (B, …)."""
+        with torch.no_grad(), without_modes():
+            runs = [self._run([sample], self.facts, None, 0) for sample in _samples(cond)]
+            firsts = [run.inputs.sample for run in runs if run.inputs is not None]
+            return torch.cat([self.facts.first_half(x) for x in firsts if x is not None])
+
+    def predict(self, x: Tensor, k: int, cond: Tensor) -> Tensor:
+        """Return the output that the pipeline hands to its scheduler at step k, for x (B, …); raise
+        ValueError if x or cond do not fit, or k is no step.
+        """
+        self._check(x, k, cond)
+        samples, pairs = _samples(cond), list[tuple[Tensor, SchedulerInputs]]()
+        groups = [samples] if self.batched else [[sample] for sample in samples]
+        with without_modes() as modes:
+            if k > 0 and not self._knows_outputs(groups[0]):
+                Context().run(self.whole_run, groups[0])  # where no gate is open
+            for i, (group, part) in enumerate(zip(groups, x.chunk(len(groups)), strict=True)):
+                run_model = partial(_run_model, modes, i * len(self.facts.shapes))
+                pairs.append(self.predict_at_once(group, part, k, run_model))
+        self.predictions[self.steps] += 0 if modes else len(samples)
+        self._inputs_of.setdefault(x, {})[k] = [inputs for _, inputs in pairs]
+        return pairs[0][0] if len(pairs) == 1 else torch.cat([out for out, _ in pairs])
+
+    def _check(self, x: Tensor, k: int, cond: Tensor) -> None:
+        (n, *shape), rows, T = self.facts.x.shape, self.inputs.rows, self.steps
+        require(0 <= k < T, f"step {k} of a walk of {T} steps, 0 to {T - 1}")
+        fits = cond.dim() == 2 and cond.shape[1] == 2 and not cond.is_floating_point() and len(cond)
+        sizes = ", ".join(["B" if n == 1 else f"{n}·B", *map(str, shape)])
+        require(
+            bool(fits) and x.shape == (len(cond) * n, *shape),
+            f"found x {tuple(x.shape)} and cond {tuple(cond.shape)} {cond.dtype}; expected "
+            f"({sizes}) and (B, 2) whole numbers, as `draw` returns",
+        )
+        chosen = [row for row, _ in _samples(cond)]
+        exist = all(0 <= row < rows for row in chosen)
+        require(exist, f"cond names rows {chosen}; there are {rows} prompts")
+
+    def predict_at_once(
+        self, samples: Sequence[Sample], x: Tensor, k: int, run_model: Method | None = None
+    ) -> tuple[Tensor, SchedulerInputs]:
+        """Predict in one run; return the output, made up without `run_model`, and what else the
+        scheduler was given.
+        """
+        run, facts = self._run(samples, self.facts, run_model, k, x), self.facts
+        if run.inputs is None:
+            raise NotFollowedError(f"the pipeline ends before step {k}")
+        sample = x if run.inputs.sample is None else run.inputs.sample
+        own = k > 0 or facts.x_source is not None or torch.equal(facts.first_half(sample), x)
+        fixed = f"{self.about['model']} starts from noise of its own and lets none be put in"
+        require(own, f"{fixed}; pass x and cond as `draw` returned them")
+        return facts.output_for_x(run.out, sample), run.inputs
+
+    def step(self, x: Tensor, out: Tensor, k: int, memory: dict[str, Any]) -> Tensor:
+        """Return x after step k; raise RuntimeError unless `predict` was called with this very x
+        and k before, and `memory` holds what the steps before left in it.
+        """
+        inputs: list[SchedulerInputs] = self._inputs_of.get(x, {}).get(k, [])
+        if not inputs:
+            todo = f"call predict(x, {k}, …) before step"
+            raise RuntimeError(f"step {k} of an x that was not predicted; {todo}")
+        if k > 0 and "samplers" not in memory:
+            left = "what the steps before it left in `memory`"
+            raise RuntimeError(f"step {k} needs {left}; pass a copy")
+        samplers = memory.get("samplers", [each.start for each in inputs])
+        parts = zip(x.chunk(len(inputs)), out.chunk(len(inputs)), inputs, samplers, strict=True)
+        pairs = [self.step_at_once(*part) for part in parts]
+        memory["samplers"] = tuple(sampler for _, sampler in pairs)
+        return pairs[0][0] if len(pairs) == 1 else torch.cat([after for after, _ in pairs])
+
+    def step_at_once(
+        self, x: Tensor, out: Tensor, inputs: SchedulerInputs, sampler: SamplerState
+    ) -> tuple[Tensor, SamplerState]:
+        """Take the step of one run with a copy of the sampler; return x and the sampler after it."""
+        states, generators = iter(sampler.generators), list[Generator]()
+        scheduler = known.copied_scheduler(sampler.scheduler)
+        sample = x if inputs.sample is None else inputs.sample
+        doubled = self.facts.doubled and 2 * len(out) == len(sample)
+        given = {"model_output": torch.cat([out, out]) if doubled else out, "sample": sample}
+        given |= {name: sampler.carried[i] for name, i in inputs.carried.items()}
+
+        def again(generator: Generator) -> Generator:
+            generators.append(Generator(generator.device).set_state(next(states)))
+            return generators[-1]
+
+        arguments = tree_map_only(Generator, again, {**inputs.arguments, **given})
+        arguments |= arguments.pop("kwargs", {})
+        device = torch.device(self.pipe._execution_device)
+        with known.random_states(device, sampler.random) as random:
+            result = scheduler.step(**arguments)
+        after, *carried = tree_leaves(result)
+        states_after = [generator.get_state() for generator in generators]
+        return self.facts.first_half(after), SamplerState(scheduler, carried, states_after, random)
+
+    def _run(
+        self, samples: Sequence[Sample], facts: Facts, run_model: Method | None,
+        stop_at: int | None = None, x: Tensor | None = None,
+    ) -> PipelineRun:  # fmt: skip
+        """Run the pipeline once for these samples; see `PipelineRun`."""
+        memories = self._memory(tuple(row for row, _ in samples)), self._memory(tuple(samples))
+        outputs = self._outputs[len(samples)]
+        run = PipelineRun(self.pipe, facts, outputs, *memories, run_model, stop_at, x)
+        own = known.global_generators(run.device) if facts.uses_global_random else []
+        seeds = [Generator(g.device).manual_seed(samples[0][1]).get_state() for g in own]
+        with known.random_states(run.device, seeds) as after:
+            run(self.inputs.of(samples))
+        if stop_at is None:
+            drew = (not torch.equal(*pair) for pair in zip(seeds, after, strict=True))
+            facts.uses_global_random = any(drew)
+        return run
+
+    def _knows_outputs(self, samples: Sequence[Sample]) -> bool:
+        """Tell whether the shapes of all outputs are known for so many samples at once."""
+        looping = {key for key in self._outputs[1] if key[0] in self.facts.models_in_loop}
+        return bool(looping) and looping <= self._outputs[len(samples)].keys()
+
+
+def _samples(cond: Tensor) -> list[Sample]:
+    return [(int(row), int(seed)) for row, seed in cond.tolist()]
 
 
 def _about(pipe: Any, call: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,83 +230,49 @@ def _about(pipe: Any, call: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _verify_one(denoiser: PipelineDenoiser) -> None:
-    """Raise NotFollowedError unless the walk of one sample is the pipeline's."""
-    recorded, cond = denoiser.recorded[1], torch.tensor([[0, SEEDS[0]]])
-    if "step" in vars(denoiser.stand_ins.pipe.scheduler):
-        raise NotFollowedError("somebody has wrapped the step of its scheduler, which is copied")
-    denoiser.watch(cond, recorded, _ran_once(denoiser.sites))
-    if len(recorded.looping) > 1:  # known only now, so that the first step ran them
-        recorded = recorded.again(1)
-        denoiser.watch(cond, recorded)
-    _verify(denoiser, recorded, cond)
+def _run_and_check(
+    sites: Mapping[str, nn.Module], name: str, model: Method, _: int, args: Any, kwargs: Any
+) -> Any:
+    """Run a model; raise NotFollowedError if it is the transformer and sites do not run once."""
+    if name != "transformer":
+        return model(*args, **kwargs)
+    calls = Counter[int]()
+
+    def gate(site: int, compute: Callable[[], Any]) -> Any:
+        calls[site] += 1
+        return compute()
+
+    with gated(sites, gate):
+        output = model(*args, **kwargs)
+    if not calls:
+        none = "its transformer ran and asked no site"
+        raise NotFollowedError(f"{none}; something else has replaced its modules")
+    [(site, count)] = calls.most_common(1)
+    if count > 1:
+        raise NotFollowedError(
+            f"{list(sites)[site]} is called more than once in one call of the transformer, and "
+            "has one feature (if its feed-forward runs in chunks, call "
+            "set_chunk_feed_forward(None, 0) on the blocks)"
+        )
+    return output
 
 
-def _takes_two(denoiser: PipelineDenoiser) -> bool:
-    """Tell whether two samples in a run start from the noise that each starts from alone, and their
-    walk is the pipeline's (or raise NotFollowedError).
+def _run_model(
+    modes: Sequence[Any], first_call: int, name: str, model: Any, call: int, args: Any, kwargs: Any
+) -> Any:
+    """Run a model; the transformer runs under the dispatch modes that were on when the prediction
+    was asked for, such as a count on fake tensors; `run_again` checkpoints blocks that shall be.
     """
-    two = denoiser.recorded[1].again(2)
-    cond = torch.tensor([[0, SEEDS[0]], [min(1, denoiser.inputs.rows - 1), SEEDS[1]]])
-    denoiser.watch(cond, two)
-    ones = denoiser.noise(cond)
-    if (ones - two.first).norm() > 1e-3 * ones.norm():
-        return False
-    denoiser.batched = True
-    try:
-        _verify(denoiser, two, cond)
-    finally:
-        denoiser.batched = False
-    return True
-
-
-def _ran_once(sites: Mapping[str, nn.Module]) -> Callable[..., Any]:
-    """Return what runs the transformer for real: (module, args, kwargs) -> its output's shapes."""
-
-    def run(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        calls = Counter[int]()
-
-        def gate(site: int, compute: Callable[[], Any]) -> Any:
-            calls[site] += 1
-            return compute()
-
-        with gated(sites, gate):
-            output = module(*args, **kwargs)
-        if not calls:
-            none = "its transformer ran and asked no site"
-            raise NotFollowedError(f"{none}; something else has replaced its modules")
-        [(site, count)] = calls.most_common(1)
-        if count > 1:
-            raise NotFollowedError(
-                f"{list(sites)[site]} is called more than once in one call of the transformer, and "
-                "has one feature (if its feed-forward runs in chunks, call "
-                "set_chunk_feed_forward(None, 0) on the blocks)"
-            )
-        return tree_map_only(Tensor, lambda x: x.new_empty(()).expand(x.shape), output)
-
-    return run
-
-
-@torch.no_grad()
-def _verify(denoiser: PipelineDenoiser, recorded: Recorded, cond: Tensor) -> None:
-    """Raise NotFollowedError unless predict and step give what the whole run showed, to the bit."""
-    x, memory, steps = recorded.first, dict[str, Any](), len(recorded.steps)
-    if recorded.entry is not None:  # see whether another x than the pipeline's own can be put in
-        arrival = denoiser.pretend(0.5 * x, 0, cond)[1]
-        if arrival.sample is not None and not torch.equal(recorded.fold(arrival.sample), 0.5 * x):
-            recorded.entry = None
-    for k, (given, after) in enumerate(zip(recorded.steps, recorded.after, strict=True)):
-        at = f"step {k} of {steps}"
-        out, arrival = denoiser.pretend(x, k, cond)
-        sample = x if arrival.sample is None else recorded.fold(arrival.sample)
-        for argument, value in {**arrival.arguments, "model_output": out, "sample": sample}.items():
-            if argument not in arrival.carried and given.get(argument) != digest(value):
-                raise NotFollowedError(
-                    f"at {at} the scheduler's {argument} is not that of the pipeline's own run; "
-                    "something that is neither x nor the scheduler's is carried from step to step "
-                    "(guidance with a memory, a second latent, noise drawn in the loop)"
-                )
-        x = denoiser.step(x, out, k, memory)
-        if digest(x) != after:
-            elsewhere = "a copy of the scheduler steps elsewhere than the pipeline's own"
-            raise NotFollowedError(f"at {at} {elsewhere}")
+    if name != "transformer":
+        return model(*args, **kwargs)
+    name, parts = "_gradient_checkpointing_func", model.modules()
+    blocks = [part for part in parts if getattr(part, "gradient_checkpointing", False)]
+    able = (block for block in blocks if callable(getattr(block, name, None)))
+    checkpointed = ((block, name, lambda _, args, kwargs: run_again(*args)) for block in able)
+    with ExitStack() as stack:
+        for mode in modes:
+            stack.enter_context(mode)
+        if torch.is_grad_enabled():
+            stack.enter_context(overridden(checkpointed))
+        stack.enter_context(in_call(first_call + call))
+        return model(*args, **kwargs)

@@ -23,10 +23,10 @@ from torch.utils._pytree import tree_leaves
 from harmonica.cost import macs
 from harmonica.inference.timing import milliseconds
 from harmonica.models.pipelines.caching import cached
-from harmonica.models.pipelines.denoiser import from_pipeline
-from harmonica.models.pipelines.general import PipelineDenoiser
+from harmonica.models.pipelines.denoiser import PipelineDenoiser
+from harmonica.models.pipelines.facts import NotFollowedError, timesteps_of
+from harmonica.models.pipelines.follow import from_pipeline
 from harmonica.models.pipelines.inputs import Inputs, inputs_of
-from harmonica.models.pipelines.recorded import NotFollowedError, timesteps_of
 from harmonica.models.sites import sites
 from harmonica.override import Method, overridden
 from harmonica.router import Schedule
@@ -93,7 +93,7 @@ def tune(  # noqa: D417 (some arguments are described together)
     else:
         schedule = _searched(denoiser, target, order, budget, progress)
     spent: dict[str, Any] = {"predictions": denoiser.predictions.total()}
-    return _with_all_timesteps(schedule, denoiser.timesteps, {**schedule.provenance, **spent})
+    return _with_all_timesteps(schedule, denoiser.facts.timesteps, {**schedule.provenance, **spent})
 
 
 def _check_budget(budget: int, least: int, steps: int) -> None:

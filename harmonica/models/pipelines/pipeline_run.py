@@ -1,0 +1,275 @@
+"""PipelineRun: one run of a pipeline's own `__call__`, in which models run only where they must.
+
+What runs is a *stand-in*: a copy of the pipeline whose methods, models and scheduler come here
+first when they are called. The pipeline itself is never changed. There are two kinds of runs:
+
+    stop_at None   all steps on made-up outputs of the models, to note Facts and a Trace
+    stop_at k      skip to step k, put x in, stop when the scheduler is called, and keep its inputs
+
+At a skipped step a model returns zeros of its output's shapes, and the scheduler its own sample,
+the one before step k returns x. This file does not know denoisers, schedules or gates.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+import sys
+from collections import Counter
+from collections.abc import Hashable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+from harmonica.models.pipelines import facts as known
+from harmonica.models.pipelines.facts import Facts, NotFollowedError, Outputs
+from harmonica.override import Answer, Method, overridden
+
+Memory = dict[Hashable, Any]
+"""(method, number of its call) -> what it returned, and the state of torch's generator after it."""
+
+ENCODES = re.compile(r"_?(encode|get)_\w*(prompt|text|embed)\w*")
+"""Methods of pipelines whose result depends on the condition alone."""
+
+
+class StopRun(BaseException):
+    """Ends a run that has what it wanted; not an Exception, so that no pipeline catches it."""
+
+
+class PipelineRun:
+    """One run of a pipeline, which begins when this is called with the pipeline's arguments.
+
+    Args:
+        pipe, facts: the pipeline, and what is known of its runs, which a whole run adds to.
+        outputs: shapes of the models' outputs for this number of samples; new ones are added.
+        of_rows, of_samples: what is remembered for these prompts, and for these with these seeds.
+        run_model: (name, its forward, number of its call in this step, args, kwargs) -> output of a
+            model of the loop where it must run; None makes outputs up.
+        stop_at, x: see above; x None leaves the pipeline's own at step 0.
+
+    Attributes:
+        trace: what a whole run saw, empty of others.
+        inputs, out: what the scheduler was given where the run stopped; None of whole runs.
+    """
+
+    def __init__(
+        self, pipe: Any, facts: Facts, outputs: Outputs, of_rows: Memory, of_samples: Memory,
+        run_model: Method | None, stop_at: int | None = None, x: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        self.pipe, self.facts, self.outputs, self.run_model = pipe, facts, outputs, run_model
+        self.stop_at, self.x, self.k = stop_at, x, 0  # k is the step that the run is in
+        self.trace, self.out = known.Trace(), None
+        self.inputs: known.SchedulerInputs | None = None
+        self._of_rows, self._of_samples = of_rows, of_samples
+        self.device = torch.device(pipe._execution_device)
+        self._scheduler = known.copied_scheduler(pipe.scheduler)
+        self._calls = Counter[str]()  # of each method, and of each model in this step
+        self._remembering = False  # inside a call whose result is remembered
+        self._drawn: list[tuple[known.LatentSource, Tensor]] = []
+        self._placeholders: list[Any] = []  # for what a skipped step returns beside x
+        self._grad = torch.is_grad_enabled()  # pipelines run under no_grad
+
+    def __call__(self, arguments: Mapping[str, Any]) -> None:
+        """Run the pipeline until it ends or this run has what it wants."""
+        stand_in: Any = object.__new__(type(self.pipe))
+        own = vars(stand_in)
+        own.update(vars(self.pipe), scheduler=self._scheduler)
+        own["_progress_bar_config"] = {"disable": True}
+        models = {name: it for name, it in own.items() if isinstance(it, nn.Module)}
+        own |= {name: self._stand_in_of(name, model) for name, model in models.items()}
+        try:
+            with overridden(self._answers(stand_in)):
+                stand_in(**arguments)
+        except StopRun as stop:
+            if stop.args != (self,):
+                raise
+
+    def _answers(self, stand_in: Any) -> Iterator[tuple[Any, str, Answer]]:
+        yield self._scheduler, "step", self._step
+        kind = type(self.pipe)
+        if hasattr(module := sys.modules[kind.__module__], "randn_tensor"):
+            yield module, "randn_tensor", partial(self._draw, "randn_tensor")
+        for name in dir(kind):
+            if inspect.isfunction(inspect.getattr_static(kind, name)):
+                if name == "prepare_latents":
+                    yield stand_in, name, partial(self._draw, name)
+                elif ENCODES.fullmatch(name):
+                    yield stand_in, name, partial(self._encode, name)
+
+    def _stand_in_of(self, name: str, model: nn.Module) -> nn.Module:
+        """Return a shallow copy whose forward, encode and decode come here first, without the hooks
+        of the original, which is what runs in the end.
+        """
+        stand_in = copy.copy(model)
+        own = vars(stand_in)
+        hooks = {key for key, it in own.items() if "_hooks" in key and isinstance(it, dict)}
+        own |= {key: type(own[key])() for key in hooks}
+        own["forward"] = partial(self._call, name, model)
+        for method in ("encode", "decode"):
+            if callable(getattr(model, method, None)):
+                own[method] = partial(self._call, f"{name}.{method}", getattr(model, method))
+        return stand_in
+
+    def _draw(self, source: str, original: Method, args: Any, kwargs: Any) -> Any:
+        """Draw latents: note where x may come from, or put x in where it does."""
+        result, call = original(*args, **kwargs), self._count(source)
+        leaves, spec = tree_flatten(result)
+        if self.stop_at is None and self.k == 0:
+            places = (((source, call, i), leaf) for i, leaf in enumerate(leaves))
+            self._drawn += [(place, leaf) for place, leaf in places if isinstance(leaf, Tensor)]
+        place = self.facts.x_source
+        if self.stop_at != 0 or self.x is None or place is None or (source, call) != place[:2]:
+            return result
+        leaves[place[2]] = self.x
+        torch.set_grad_enabled(self._grad)  # pipelines put theirs back
+        return tree_unflatten(leaves, spec)
+
+    def _encode(self, name: str, original: Method, args: Any, kwargs: Any) -> Any:
+        """Encode the condition, or remember it; what takes a generator is not remembered."""
+        compute = partial(original, *args, **kwargs)
+        draws = any(isinstance(leaf, Generator) for leaf in tree_leaves((args, kwargs)))
+        remembered = not draws and not self._remembering
+        return self._remember(self._of_rows, name, compute) if remembered else compute()
+
+    def _remember(self, memory: Memory, name: str, compute: Method) -> Any:
+        key = (name, self._count(name))
+        if key not in memory:
+            self._remembering, before = True, torch.get_rng_state()
+            try:
+                with torch.inference_mode(False), torch.no_grad():
+                    result = compute()
+            finally:
+                self._remembering = False
+            drew = not torch.equal(before, torch.get_rng_state())
+            memory[key] = result, torch.get_rng_state() if drew else None
+        result, after = memory[key]
+        if after is not None:
+            torch.set_rng_state(after)
+        return tree_map(lambda leaf: leaf, result)  # transformers take what they read out of a list
+
+    def _call(self, name: str, model: Method, *args: Any, **kwargs: Any) -> Any:
+        """Return the output of a model or of its encode or decode: `model(…)` if it runs."""
+        if self._remembering:
+            return model(*args, **kwargs)
+        if name.endswith(".decode") and self.k > 0:
+            raise StopRun(self)
+        looping = self.facts.models_in_loop
+        if name not in looping and (self.k == 0 or self.stop_at is not None):
+            output = self._remember(self._of_samples, name, partial(model, *args, **kwargs))
+            self.outputs.setdefault((name, self._calls[name] - 1), known.shapes_of(output))
+            return output
+        if name not in looping:  # it ran at step 0 as if it ran before the loop only
+            looping.add(name)
+            del self._calls[name]
+        call = self._count(name)
+        if name == "transformer" and self.stop_at is None:
+            self._note_shapes(call, (args, kwargs))
+        return self._output(name, call, model, args, kwargs)
+
+    def _output(self, name: str, call: int, model: Method, args: Any, kwargs: Any) -> Any:
+        """Return the output of a model of the loop."""
+        key, whole, at_stop = (name, call), self.stop_at is None, self.k == self.stop_at
+        runs = self.run_model is not None and (at_stop or (whole and key not in self.outputs))
+        if self.k > 0 and key not in self.outputs:
+            raise NotFollowedError(f"{name} is called {call + 1} times, and {call} times at step 0")
+        if runs and self.run_model is not None:
+            torch.set_grad_enabled(self._grad)
+            output = self.run_model(name, model, call, args, kwargs)
+            self.outputs.setdefault(key, known.shapes_of(output))
+            if at_stop:
+                fake = any(isinstance(leaf, FakeTensor) for leaf in tree_leaves(output))
+                return known.zeros(self.outputs[key]) if fake else output
+        if whole or at_stop:
+            return known.made_up(self.outputs[key], name, call, (args, kwargs))
+        return known.zeros(self.outputs[key])
+
+    def _note_shapes(self, call: int, inputs: Any) -> None:
+        shapes = [x.shape for x in tree_leaves(inputs) if isinstance(x, Tensor)]
+        if self.k == 0:
+            self.facts.shapes.append(shapes)
+        elif call < len(self.facts.shapes) and shapes != self.facts.shapes[call]:
+            then = [tuple(shape) for shape in self.facts.shapes[call]]
+            now = f"the transformer's inputs have shapes {[tuple(shape) for shape in shapes]}"
+            raise NotFollowedError(f"{now}, and had {then} at step 0")
+
+    def _step(self, step: Method, args: Any, kwargs: Any) -> Any:
+        """Take a step of a whole run, skip a step, or stop with what the scheduler is given."""
+        given = dict(inspect.signature(step).bind(*args, **kwargs).arguments)
+        if self.stop_at is None:
+            return self._record(partial(step, *args, **kwargs), given)
+        if self.k == self.stop_at:
+            self._stop(given)
+        return self._skip(given["sample"])
+
+    def _record(self, step: Method, given: dict[str, Any]) -> Any:
+        facts, calls, sample = self.facts, self._calls["transformer"], given.get("sample")
+        if calls != len(facts.shapes) or not calls:
+            raise NotFollowedError(
+                f"the transformer is called {calls} times, {len(facts.shapes)} times at step 0 "
+                "(guidance that begins or ends midway, or a step without the transformer)"
+            )
+        if not isinstance(sample, Tensor) or not sample.is_floating_point():
+            raise NotFollowedError("its scheduler steps no noisy image, a tensor `sample`")
+        if self.k == 0:
+            self._note_x(sample)
+        given["model_output"] = facts.output_for_x(given["model_output"], sample)
+        given["sample"] = facts.first_half(sample)
+        digests = {name: known.digest(value) for name, value in given.items()}
+        sources = [*known.generators_in(given), *known.global_generators(self.device)]
+        before = [generator.get_state() for generator in sources]
+        result = step()
+        drew = (not torch.equal(g.get_state(), b) for g, b in zip(sources, before, strict=True))
+        facts.draws_noise |= any(drew)
+        facts.first_result = result if self.k == 0 else facts.first_result
+        facts.states.append(vars(known.copied_scheduler(self._scheduler)))
+        self.trace.append((digests, known.digest(facts.first_half(tree_leaves(result)[0]))))
+        self._next_step()
+        return result
+
+    def _note_x(self, sample: Tensor) -> None:
+        """Note the x of step 0, and where it comes from."""
+        facts, halves = self.facts, sample.chunk(2)
+        facts.doubled = len(sample) == 2 * facts.batch and torch.equal(halves[0], halves[-1])
+        facts.x = facts.first_half(sample).clone()
+        facts.timesteps = known.timesteps_of(self._scheduler)
+        alike = (place for place, x in self._drawn if x.shape == facts.x.shape and x.equal(facts.x))
+        facts.x_source = next(alike, None)
+
+    def _skip(self, sample: Tensor) -> Any:
+        """Return what the scheduler would, around this sample, or x before the last step."""
+        vars(self._scheduler).update(self.facts.states[self.k])
+        self._next_step()
+        if self.k == self.stop_at and self.x is not None:
+            torch.set_grad_enabled(self._grad)
+            sample = torch.cat([self.x, self.x]) if self.facts.doubled else self.x
+        (like, *others), spec = tree_flatten(self.facts.first_result)
+        alike = (isinstance(leaf, Tensor) and leaf.shape[1:] == like.shape[1:] for leaf in others)
+        pairs = zip(others, alike, strict=True)
+        self._placeholders = [torch.zeros_like(sample) if same else leaf for leaf, same in pairs]
+        return tree_unflatten([sample, *self._placeholders], spec)
+
+    def _stop(self, given: dict[str, Any]) -> None:
+        sample, self.out = given.pop("sample"), given.pop("model_output")
+        places = {id(it): i for i, it in enumerate(self._placeholders) if isinstance(it, Tensor)}
+        carried = {name: places[id(it)] for name, it in given.items() if id(it) in places}
+        torchs = known.global_generators(self.device) if self.facts.uses_global_random else []
+        states = [[g.get_state() for g in some] for some in (known.generators_in(given), torchs)]
+        start = known.SamplerState(known.copied_scheduler(self._scheduler), [], *states)
+        kept = None if sample is self.x else sample
+        self.inputs = known.SchedulerInputs(given, kept, carried, start)
+        raise StopRun(self)
+
+    def _count(self, name: str) -> int:
+        """Return how often this was called before, and count this call."""
+        self._calls[name] += 1
+        return self._calls[name] - 1
+
+    def _next_step(self) -> None:
+        self.k += 1
+        for name in self.facts.models_in_loop:
+            self._calls.pop(name, None)
