@@ -273,7 +273,7 @@ def test_a_pipeline_that_cannot_be_followed_gets_whole_steps_and_is_told_what_wa
     pipe, schedule = tuned_unfollowed("flux", **how)
     assert schedule.speedup(sites(pipe.transformer).macs) >= 1.3
     assert {tuple(row) for row in schedule.compute.tolist()} <= {(True,) * 9, (False,) * 9}
-    with refused("the run has 5"), cached(pipe, schedule):
+    with refused("the 5 steps"), cached(pipe, schedule):
         run_embedded(pipe, 5)
 
 

@@ -170,7 +170,7 @@ class PipelineDenoiser:
     def step_at_once(
         self, x: Tensor, out: Tensor, inputs: SchedulerInputs, sampler: SamplerState
     ) -> tuple[Tensor, SamplerState]:
-        """Take the step of one run with a copy of the sampler; return x and the sampler after it."""
+        """Take the step of one run with a copy of the sampler; return x and the sampler then."""
         states, generators = iter(sampler.generators), list[Generator]()
         scheduler = known.copied_scheduler(sampler.scheduler)
         sample = x if inputs.sample is None else inputs.sample

@@ -21,7 +21,7 @@ from torch import Generator, Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 LatentSource = tuple[str, int, int]
-"""A tensor that the pipeline draws: by prepare_latents or randn_tensor, in which call, which leaf."""
+"""A tensor that is drawn: by prepare_latents or randn_tensor, in which call, which leaf."""
 
 Outputs = dict[tuple[str, int], Any]
 """(model, number of its call in a step) -> its output at step 0, of which only shapes are kept."""
@@ -71,7 +71,7 @@ class SamplerState:
 
 @dataclass(frozen=True)
 class SchedulerInputs:
-    """What a run gave its scheduler at the step where it was stopped, but for the model's output."""
+    """What a run gave its scheduler where it was stopped, beside the output of the model."""
 
     arguments: dict[str, Any]  # by name, without the sample
     sample: Tensor | None  # None where it is x itself, which must not be kept alive
