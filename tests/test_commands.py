@@ -2,20 +2,16 @@
 
 import inspect
 import re
-import subprocess
-import sys
-import time
 from importlib import import_module
 
 import pytest
 import torch
-from conftest import press_ctrl_c, refused, said, seeded
-from test_processes import environment, torchrun
+from conftest import raising, refused, said, seeded
+from test_processes import torchrun
 
 from harmonica import Router, Schedule, demo, image_sets, models, train, train_sdt
 from harmonica import processes as distributed
 from harmonica.models.prompts import read_prompts
-from harmonica.storage.files import read_tensors
 
 tune = import_module("harmonica.tune")  # the module; harmonica.tune is a function too
 COMMANDS = {"demo": demo, "image_sets": image_sets, "train": train, "tune": tune}
@@ -120,7 +116,6 @@ def test_help_explains_every_option(command):
 
 
 SHORT = "--steps 4 --iterations 6 --batch-size 2 --refresh-every 2"
-QUICK = {"batch_size": 2, "beta": 1e-7, "lr": 0.1, "progress": False}
 
 
 def trained(out, capsys, more=""):
@@ -141,35 +136,19 @@ def test_it_trains_freezes_and_says_what_it_wrote(tmp_path, capsys):
         assert str(tmp_path / "a b" / name) in out
 
 
-def test_the_command_is_the_library(tmp_path, capsys):
+def test_the_command_is_the_library_stopped_and_resumed_or_not(tmp_path, capsys):
     options = "--proxy telescoping --beta 1e-5 --lr 0.2 --tau 0.3 --seed 3"
-    settings = {"proxy": "telescoping", "beta": 1e-5, "lr": 0.2, "tau": 0.3}
-    how = {"iterations": 6, "refresh_every": 2, "generator": seeded(3)}
-    router = train_sdt(models.load("tiny", steps=4), **{**QUICK, **settings, **how})
-    assert torch.equal(trained(tmp_path, capsys, options), router.logits)
-
-
-def test_iterations_do_stop_the_command_in_the_middle_of_a_trajectory(tmp_path, capsys):
-    trained(tmp_path, capsys, "--iterations 4")
-    facts = read_tensors(tmp_path / "router.safetensors")[1]
-    assert facts["about"]["provenance"]["iterations"] == 4
-    stopped = train_sdt(models.load("tiny", steps=4), iterations=5, proxy=None, **QUICK)
-    again = trained(tmp_path / "b", capsys, "--iterations 5 --proxy none")
-    assert torch.equal(again, stopped.logits)
-    assert not torch.equal(again, Router(4, 16, generator=seeded(0)).logits)
-
-
-def test_there_is_a_final_checkpoint_however_rarely_they_are_written(tmp_path, capsys):
-    router = train_sdt(models.load("tiny", steps=4), iterations=6, refresh_every=2, **QUICK)
-    assert torch.equal(trained(tmp_path, capsys, "--checkpoint-every 1000000"), router.logits)
-
-
-def test_a_resumed_command_ends_where_an_uninterrupted_one_does(tmp_path, capsys):
-    whole = trained(tmp_path / "whole", capsys, "--iterations 13")
-    trained(tmp_path / "parts", capsys, "--iterations 4")
-    assert torch.equal(trained(tmp_path / "parts", capsys, "--iterations 13 --resume"), whole)
-    one, two = (tmp_path / name / "schedule.json" for name in ("whole", "parts"))
-    assert one.read_text() == two.read_text()
+    settings = {"batch_size": 2, "proxy": "telescoping", "beta": 1e-5, "lr": 0.2, "tau": 0.3}
+    how = {"iterations": 6, "refresh_every": 2, "generator": seeded(3), "progress": False}
+    router = train_sdt(models.load("tiny", steps=4), **settings, **how)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert torch.equal(trained(whole, capsys, options), router.logits)
+    trained(parts, capsys, f"{options} --iterations 4")
+    assert torch.equal(trained(parts, capsys, f"{options} --resume"), router.logits)
+    assert (whole / "schedule.json").read_text() == (parts / "schedule.json").read_text()
+    other = f"{SHORT} {options} --lr 0.3 --out {parts} --resume"
+    code, _, err = said(train, other, capsys)
+    assert (code, "lr 0.2 -> 0.3" in err) == (2, True)
 
 
 def test_the_defaults_are_the_authors_but_for_the_bundled_model():
@@ -191,24 +170,11 @@ def test_a_checkpoint_is_not_lost_nor_imagined_whatever_the_model(tmp_path, monk
     assert path.read_text() == "hours of work"
 
 
-def test_other_settings_are_not_resumed(tmp_path, capsys):
-    trained(tmp_path, capsys)
-    code, _, err = said(train, f"{SHORT} --lr 0.3 --out {tmp_path} --resume", capsys)
-    assert code == 2
-    assert "lr 0.1 -> 0.3" in err
-
-
-def test_ctrl_c_is_130_and_one_line_that_says_how_to_go_on(tmp_path):
-    script = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    script += "from harmonica.train import main; sys.exit(main())"
-    options = "--steps 4 --batch-size 2 --iterations 1000000 --checkpoint-every 10 --out"
-    command = [sys.executable, "-c", script, *options.split(), tmp_path]
-    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment())
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "router.safetensors").exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    _, err = press_ctrl_c(child, timeout=20)
-    assert (child.returncode, len(err.splitlines())) == (130, 1)
+def test_ctrl_c_is_130_and_one_line_that_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+    stop = KeyboardInterrupt("stopped; router.safetensors continues it with resume=True")
+    monkeypatch.setattr(train, "train_sdt", raising(stop))
+    code, _, err = said(train, f"{SHORT} --out {tmp_path}", capsys)
+    assert (code, len(err.splitlines())) == (130, 1)
     assert "router.safetensors continues it with --resume" in err
     assert "resume=True" not in err
 

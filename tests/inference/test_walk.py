@@ -120,23 +120,6 @@ def test_what_is_unknown_walks_by_overriding_sites_and_has_nothing_ahead():
         Walk(make(), Schedule([[1] * 4, [0] * 4]))
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("name", ["tiny", "dit-xl", "pixart-alpha-1024", "uvit-h"])
-@pytest.mark.parametrize("sampler", ["ddim", "dpm-solver++"])
-@pytest.mark.usefixtures("small")
-def test_a_walk_waits_for_nothing(name, sampler):
-    d, x, cond = with_noise(loaded(name, sampler, device="cuda"), 2, 0)
-    walk = Walk(d, table(d))
-    walk(x, cond)  # libraries start
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        walk(x, cond)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 def slowed(function, seconds):
     def slow(*args, **kwargs):
         time.sleep(seconds)

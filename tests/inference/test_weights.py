@@ -8,14 +8,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import equal, make, refused, seeded, seeds, tables, with_noise
+from conftest import make, refused, seeded, seeds, tables, with_noise
 from hypothesis import given
 from hypothesis import strategies as st
 from speed import peak
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from harmonica import Router, Schedule, macs, sample, train_sdt
-from harmonica.denoise import denoise, final_image, gates_of
+from harmonica.denoise import denoise, final_image
 from harmonica.forecast import taylor_weights, weighted, weighted_sum
 from harmonica.inference.lifetimes import Plan, fused_sum
 from harmonica.inference.walk import Walk
@@ -184,17 +184,6 @@ def test_a_refined_table_says_how_it_is_to_be_run():
 
 sizes = st.tuples(st.integers(1, 6), st.sampled_from([2, 4]))
 any_table = sizes.flatmap(lambda size: tables(*size))
-
-
-@given(any_table, seeds)
-def test_a_plan_computes_where_the_schedule_does_and_gives_its_images(schedule, seed):
-    d, x, y = with_noise(make(schedule.steps, depth=len(schedule.sites) // 2), seed=seed)
-    plan, kept = Plan.of(schedule), {}
-    planned = denoise(d, x, y, lambda k: plan.gate(k, kept))
-    assert equal(planned, denoise(d, x, y, gates_of(schedule, {})))
-    assert kept == {}
-    computes = [[entry.computes for entry in row] for row in Plan.of(schedule).rows]
-    assert computes == schedule.compute.tolist()
 
 
 @given(any_table | schedules())

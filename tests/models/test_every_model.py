@@ -254,14 +254,6 @@ def test_an_original_uvit_file_loads_strictly(tmp_path, suffix):
         load("uvit-h", weights=path)
 
 
-def test_prompts_come_from_a_file_or_a_list_or_are_bundled(tmp_path):
-    path = tmp_path / "prompts.txt"
-    path.write_text("a cat\n\n# not this\na dog\n", encoding="utf-8")
-    assert loaded("pixart-alpha-256", prompts=path).prompts.texts == ("a cat", "a dog")
-    assert loaded("pixart-alpha-256", prompts=["one"]).prompts.texts == ("one",)
-    assert len(loaded("pixart-alpha-256").prompts.texts) == 64
-
-
 OF_ANOTHER_MODEL = [
     ("pixart-alpha-256", "nowhere", "has no transformer/config.json"),
     ("pixart-alpha-256", "dit", "holds a DiTTransformer2DModel; a PixArtTransformer2DModel was"),
