@@ -45,8 +45,7 @@ from harmonica.evaluation.pictures import save, tradeoff
 from harmonica.inference.walk import Walk
 from harmonica.models import load
 from harmonica.search import baselines
-from harmonica.search.in_turn import learn_in_turn
-from harmonica.search.learn import learn_weights
+from harmonica.search.learn import learn_in_turn, learn_weights
 from harmonica.search.references import Pool, image_mse
 from harmonica.search.refine_router import refine_router
 from harmonica.search.target import Target

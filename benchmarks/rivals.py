@@ -32,7 +32,7 @@ from harmonica.denoise import Denoiser
 from harmonica.forecast import History, weighted_sum
 from harmonica.iepo import objective
 from harmonica.samplers import alphas_cumprod
-from harmonica.search.baselines import every, fewest_reused, named, reuse_lowest, steps_that_compute
+from harmonica.search.baselines import every, fewest_reused, named, steps_that_compute
 from harmonica.search.paths import Fork, continue_walk, whole_steps
 from harmonica.search.references import image_mse
 from harmonica.table import require
@@ -78,6 +78,20 @@ def random_table(denoiser: Denoiser, generator: torch.Generator, *, speedup: flo
     r = torch.rand(shape, generator=generator, device=generator.device).cpu()
     r[0] = inf
     return named(denoiser, reuse_lowest(denoiser, r, speedup), "random", {"speedup": speedup})
+
+
+def reuse_lowest(denoiser: Denoiser, r: Tensor, speedup: float) -> Tensor:
+    """Return the table (T, N) that reuses as many of the lowest scores r (T, N) as the speedup
+    takes; infinite scores compute.
+    """
+    order = r.flatten().argsort(stable=True)[: int(r.isfinite().sum())]
+
+    def table(n: int) -> Tensor:
+        compute = torch.ones(r.numel(), dtype=torch.bool)
+        compute[order[:n]] = False
+        return compute.view_as(r)
+
+    return table(fewest_reused(denoiser, table, len(order), speedup))
 
 
 def fewer_steps(steps: int, speedup: float) -> int:

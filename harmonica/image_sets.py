@@ -110,17 +110,13 @@ def check_out(out: Path) -> None:
 def generator_of(seed: int, i: int) -> torch.Generator:
     """Return the generator of image i; four billion images have different ones.
 
-    torch reads 32 bits of a seed. To hash (seed, i) to 32 bits would give two of 50 000 images the
-    same generator every third time.
+    torch reads 32 bits of a seed. A hash of (seed, i) would often give two images the same one.
     """
     return torch.Generator().manual_seed((zlib.crc32(str(seed).encode()) + i) % 2**32)
 
 
 def draw_images(denoiser: Denoiser, numbers: Sequence[int], seed: int) -> tuple[Tensor, Tensor]:
-    """Draw noise (B, C, H, W) and conditions (B,) of these images, each from its own generator.
-
-    Raises ValueError if conditions are not one whole number for each image.
-    """
+    """Draw noise (B, C, H, W) and conditions (B,) of these images, each from its own generator."""
     drawn = [denoiser.draw(1, generator_of(seed, i)) for i in numbers]
     for _, cond in drawn:
         whole = isinstance(cond, Tensor) and cond.shape == (1,) and not cond.is_floating_point()
@@ -178,9 +174,7 @@ def _settings(denoiser: Denoiser, schedule: Schedule | None, seed: int) -> dict[
 
 
 def _begin(parts: Path, settings: dict[str, Any], held: ExitStack) -> None:
-    """Make the folder of finished images, or check that it was begun with these settings; hold it
-    for this run.
-    """
+    """Make or check the folder of finished images, and hold it for this run."""
     parts.mkdir(parents=True, exist_ok=True)
     held.enter_context(files.exclusive_lock(parts))
     if not (parts / SETTINGS).is_file():
@@ -209,9 +203,7 @@ def _put_together(out: Path, pictures: Sequence[Path], denoiser: Denoiser, seed:
 
 
 def _write_npz(pictures: Sequence[Path], labels: Sequence[int], path: Path) -> None:
-    """Write arr_0 and arr_1 as numpy.savez does, but image by image: 50 000 images of 256 pixels
-    are 10 GB, which need not be in memory.
-    """
+    """Write what numpy.savez would, image by image: 50 000 of 256 pixels are 10 GB."""
     size = read_png(pictures[0]).shape  # (H, W, 3)
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(pictures), *size)}
     with zipfile.ZipFile(path, "w") as archive:  # stored, not packed

@@ -6,9 +6,9 @@
     rank     this process's number, 0 … world − 1; rank 0 alone writes files and shows progress
     part     the samples of one rank: rank, rank + world, rank + 2·world, … of the joint batch
 
-Every rank draws the noise of the joint batch, which is cheap, from the same generator, and keeps
-its part. So the generator has the same state everywhere, and a checkpoint fits any number of
-processes. Ranks exchange only a row's gradient, a loss and λ.
+Every rank draws the noise of the joint batch from the same generator, and keeps its part. So the
+generator has the same state everywhere, and a checkpoint fits any number of processes. Ranks
+exchange only a row's gradient, a loss and λ.
 
 Alone, or where torch was built without torch.distributed, every function here does nothing.
 """
@@ -37,8 +37,8 @@ def started_as() -> tuple[int, int]:
 def processes(device: str = "cpu") -> Iterator[torch.device]:
     """Join the processes that torchrun started until the `with` ends, and give this one's device.
 
-    Under torchrun `device` is "cpu" (gloo) or "cuda" (nccl), of which each process takes
-    cuda:LOCAL_RANK; ValueError if there are too few. Alone it is anything that torch knows.
+    Under torchrun `device` is "cpu" (gloo) or "cuda" (nccl: each process takes cuda:LOCAL_RANK;
+    ValueError if there are too few). Alone it is anything that torch knows.
     """
     if started_as()[1] == 1:
         yield torch.device(device)
@@ -52,9 +52,8 @@ def processes(device: str = "cpu") -> Iterator[torch.device]:
         require(local < count, f"{lacks}; start at most {count} here")
         mine = torch.device("cuda", local)
         torch.cuda.set_device(mine)  # nccl talks from the current one
-    # Loading a model imports this module. Its functions have the group as a default argument, so if
-    # it is imported while the group lives, the group and its threads live until Python ends. A
-    # thread that then frees a tensor kills the process.
+    # Loading a model imports this module, whose functions have the group as a default argument. So
+    # if it were imported later, the group's threads would live on, and kill Python at its end.
     from torch.distributed.nn import functional  # noqa: F401
 
     dist.init_process_group("nccl" if mine.type == "cuda" else "gloo")
@@ -85,9 +84,7 @@ def progress_bar(shown: bool, **how: Any) -> Any:
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:
-    """Return the mean of a tensor over the processes, the same bits on each, on its own device;
-    alone, the tensor itself.
-    """
+    """Return the mean over the processes, the same bits on each; alone, the tensor itself."""
     if world() == 1:
         return value
     on_gpu = dist.get_backend() == "nccl"  # which refuses tensors of the CPU

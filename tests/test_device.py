@@ -31,7 +31,7 @@ from harmonica.models.pipelines import cached, denoiser, from_pipeline
 from harmonica.models.sites import sites
 from harmonica.search import baselines
 from harmonica.search.flip_effects import flip_effects_at
-from harmonica.search.in_turn import learn_in_turn
+from harmonica.search.learn import learn_in_turn
 from harmonica.search.references import Pool, references
 from harmonica.search.target import Target
 
@@ -302,6 +302,7 @@ def test_whatever_is_reduced_over_processes_lies_on_the_device(monkeypatch, devi
     """Two processes that have drawn the same: a sum is twice what one has."""
     places = []
     fakes = {"is_available": True, "is_initialized": True, "get_rank": 0, "get_world_size": 2}
+    fakes["barrier"] = None
     for name, value in {**fakes, "get_backend": "nccl", "broadcast_object_list": None}.items():
         monkeypatch.setattr(torch.distributed, name, lambda *_, value=value: value)
     all_reduce = lambda tensor: places.append(tensor.device.type) or tensor.mul_(2)  # noqa: E731

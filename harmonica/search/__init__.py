@@ -7,6 +7,5 @@ flip_effects     what flipping entries of a table does to the image
 refine           flip entries as long as the error falls
 refine_router    a trained router, put on target and refined
 references       images of the same sampler with many more steps, and errors to them
-learn            the weights of a schedule's gates, by gradients
-in_turn          a table and the weights of its gates, each learned for the other
+learn            the weights of a schedule's gates, by gradients; table and weights in turn
 """

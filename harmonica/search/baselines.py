@@ -18,7 +18,6 @@ from fractions import Fraction
 from math import inf
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from harmonica.cost import macs
@@ -61,20 +60,6 @@ def steps_that_compute(denoiser: Denoiser, speedup: float) -> int:
     """Return how many whole steps may compute at a speedup."""
     table = lambda n: whole_steps(denoiser, range(denoiser.steps - n))  # noqa: E731
     return denoiser.steps - fewest_reused(denoiser, table, denoiser.steps - 1, speedup)
-
-
-def reuse_lowest(denoiser: Denoiser, r: Tensor, speedup: float) -> Tensor:
-    """Return the table (T, N) that reuses as many of the lowest scores r (T, N) as the speedup
-    takes; infinite scores compute.
-    """
-    order = r.flatten().argsort(stable=True)[: int(r.isfinite().sum())]
-
-    def table(n: int) -> Tensor:
-        compute = torch.ones(r.numel(), dtype=torch.bool)
-        compute[order[:n]] = False
-        return compute.view_as(r)
-
-    return table(fewest_reused(denoiser, table, len(order), speedup))
 
 
 def fewest_reused(

@@ -19,6 +19,7 @@ step runs again in backward. This file does not know where the table came from.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -32,11 +33,15 @@ from harmonica.forecast import taylor_weights, weighted
 from harmonica.memory import free_bytes, in_portions
 from harmonica.router import Schedule
 from harmonica.run_again import run_again, run_once
+from harmonica.search.flip_effects import with_table
 from harmonica.search.paths import differentiable_walk
 from harmonica.search.references import CAP, Pool, outlier_weights, pool_errors, typical_error
+from harmonica.search.refine import WALKS_PER_ROUND, few_of, refine
+from harmonica.search.target import Target
 from harmonica.table import outputs_before, require
 
 VALIDATION_SHARE = 6  # one noise of so many is not trained on
+TURN_ROUNDS, TURN_NOISES = 8, 256  # of the search in a turn; half of the pool at most
 LR = 0.01  # of Adam, falling to zero along a half cosine; 0.02 ends equally near
 
 
@@ -90,6 +95,54 @@ def learn_weights(  # noqa: D417 (a denoiser is a denoiser)
         "weights_validation_error": lowest,
     }
     return replace(best, provenance={**schedule.provenance, **facts})
+
+
+def learn_in_turn(  # noqa: D417 (some arguments are described together)
+    denoiser: Denoiser,
+    schedule: Schedule,
+    pool: Pool,
+    target: Target,
+    *,
+    turns: int = 3,
+    iterations: int = 288,
+    batch_size: int = 16,
+    generator: torch.Generator | None = None,
+) -> Schedule:
+    """Return a schedule on target whose table and weights were learned in turn, each for the other.
+
+    A search flips single entries of the table under the weights, which know the outputs that they
+    may read, and weights are learned for the new table. The validation noises decide: a turn after
+    which their error has not fallen is not kept, and is the last. One turn costs about TURN_ROUNDS
+    rounds of the search on its noises, and an update about three walks of `batch_size` noises.
+
+    Args:
+        denoiser, pool, iterations, batch_size, generator: as in `learn_weights`.
+        schedule, target: with or without weights; the speedup that it has and must have.
+        turns: at most so many times the table is searched and the weights learned again.
+
+    Raises ValueError if a number is out of range, or the schedule is slower than the target.
+    """
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    _, training = held_back(pool)
+    judging = training[slice(min(max(len(pool) // 2, 1), TURN_NOISES))]
+    few = few_of(len(judging))
+    others = cycle([training[slice(i, i + few)] for i in range(0, len(training) - few + 1, few)])
+    budget = TURN_ROUNDS * WALKS_PER_ROUND * denoiser.steps * len(judging)  # of one noise
+    how: dict[str, Any] = {"iterations": iterations, "batch_size": batch_size}
+
+    def learn(table: Schedule) -> Schedule:
+        return learn_weights(denoiser, table, pool, generator=generator, **how)
+
+    best = learn(schedule)
+    for _ in range(turns):
+        tables = refine(denoiser, [best.compute], judging, others, target, budget=budget, fill=best)
+        *_, judged = tables
+        after = learn(with_table(best, judged.table))
+        before, now = (float(each.provenance["weights_validation_error"]) for each in (best, after))
+        if not now < before:
+            break
+        best = after
+    return best
 
 
 def held_back(pool: Pool) -> tuple[Pool, Pool]:

@@ -2,10 +2,8 @@
 
 A file is written under another name beside its own and then renamed. So a reader sees the old file
 or the new one, and a full disk or a killed process leaves the old one in place. Whatever bytes a
-file holds, reading it gives a value or an error that names the file; docs/faults.md lists what was
-tried.
-
-This file does not know what the JSON and the tensors mean.
+file holds, reading it gives a value or an error that names it (docs/faults.md). This file does not
+know what the JSON and the tensors mean.
 """
 
 import argparse
@@ -71,8 +69,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 def write_whole(path: StrPath, write: Callable[[Path], Any]) -> None:
     """Let `write` fill a file beside `path`, under a new name each time, then rename it to `path`.
 
-    Of two runs that write one file, the last one stays. Raises FileNotFoundError if the folder does
-    not exist, and an OSError that names `path` if the disk is full, say.
+    Raises FileNotFoundError if there is no such folder, or an OSError that names `path`.
     """
     path = Path(path)
     if not path.parent.is_dir():
@@ -180,8 +177,7 @@ def read_tensors(path: StrPath) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def read_pickle(path: StrPath) -> Any:
     """Unpickle tensors, containers and argparse.Namespace, a plain bag of values.
 
-    Raises FileNotFoundError, or ValueError if the file is damaged or holds anything else, which is
-    never run. torch's own message would advise to run it.
+    Raises FileNotFoundError, or ValueError if the file is damaged or holds more, which is not run.
     """
     if is_archive(existing(path)):
         with decoding(path, "is a damaged archive"), zipfile.ZipFile(path) as archive:

@@ -13,8 +13,7 @@ import harmonica
 from harmonica import Schedule, macs, sample
 from harmonica.memory import in_portions
 from harmonica.run_again import run_again, run_once
-from harmonica.search.in_turn import learn_in_turn
-from harmonica.search.learn import learn_weights, pool_errors, weighted_walk
+from harmonica.search.learn import learn_in_turn, learn_weights, pool_errors, weighted_walk
 from harmonica.search.paths import whole_steps
 from harmonica.search.references import (
     Pool,
