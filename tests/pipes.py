@@ -89,9 +89,9 @@ def tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
 
 
-def dit_pipe(seed: int = 0, scheduler: Any = None, *, equal: bool = False) -> Any:
+def dit_pipe(seed: int = 0, scheduler: Any = None) -> Any:
     scheduler = scheduler or diffusers.DDIMScheduler(clip_sample=False)
-    return silent(diffusers.DiTPipeline(dit_transformer(seed, equal=equal), vae(), scheduler))
+    return silent(diffusers.DiTPipeline(dit_transformer(seed), vae(), scheduler))
 
 
 def pixart_pipe(kind="Alpha", seed=0, *, micro=False, scheduler=None) -> Any:
@@ -294,7 +294,7 @@ class StockDiT(nn.Module):
         return self.transformer(x, timestep=t, class_labels=y, return_dict=False)[0]
 
 
-def stock_dit(steps: int = 4, *, double: bool = False, equal: bool = False) -> DiTDenoiser:
+def stock_dit(steps: int = 4) -> DiTDenoiser:
     """Return diffusers' DiT as a denoiser."""
-    transformer = dit_transformer(equal=equal).to(torch.float64 if double else torch.float32)
+    transformer = dit_transformer()
     return DiTDenoiser(StockDiT(transformer), DDIM(steps), sites=sites(transformer))

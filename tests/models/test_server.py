@@ -64,7 +64,7 @@ class Loop:
 
 
 def loop():
-    return Loop(dit_transformer(equal=True), DDIMScheduler())
+    return Loop(dit_transformer())
 
 
 def is_stock(transformer):
@@ -288,10 +288,6 @@ def load(model):
     model.load_state_dict({k: 0.5 * v + 0.01 for k, v in model.state_dict().items()})
 
 
-def one_of_equals(model):
-    next(m for m in model.modules() if isinstance(m, nn.Linear)).weight.mul_(1.5)
-
-
 def swap(model):
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
@@ -299,7 +295,7 @@ def swap(model):
                 setattr(module, name, randomised(copy.deepcopy(child), 5))
 
 
-CHANGES = {f.__name__: f for f in (all_linear, scale, fuse_and_remove, load, one_of_equals, swap)}
+CHANGES = {f.__name__: f for f in (scale, fuse_and_remove, load, swap)}
 CHANGES["to double"] = nn.Module.double
 
 

@@ -78,9 +78,9 @@ class Session:
         pipe: Any = self.pipe()
         check_pipeline(pipe)
         tracker = Tracker(partial(self._choose, pipe.scheduler), self._offload)
-        models = transformers_of(pipe).items()
-        taps = ((m, called_by(m), partial(self._tap, tracker, name)) for name, m in models)
-        blocks = gated_blocks(_both(pipe), self._modules(pipe), tracker.ask)
+        models = nn.ModuleDict(transformers_of(pipe))
+        taps = ((m, called_by(m), partial(self._tap, tracker, name)) for name, m in models.items())
+        blocks = gated_blocks(models, self._modules(pipe), tracker.ask)
         with ExitStack() as stack:
             stack.callback(self._close, tracker)
             for context in (tapped(pipe.scheduler), overridden(taps), blocks):
@@ -104,7 +104,8 @@ class Session:
         if self._given is not None:
             return list(self._given.values())
         try:
-            return [_both(pipe).get_submodule(_path(site)) for site in self.sites]
+            models = nn.ModuleDict(transformers_of(pipe))
+            return [models.get_submodule(_path(site)) for site in self.sites]
         except AttributeError as error:
             todo = "after changing the model's parts, open cached(pipe, schedule) again"
             raise ValueError(f"a site of this table is gone ({error}); {todo}") from None
@@ -133,8 +134,9 @@ class Session:
             if tracker in self._live:
                 self._live.remove(tracker)
             self._ended += tracker.counts
-        for why in _beyond(tracker.counts):
-            self._say_once(f"sites are computed although the table reuses them: {why}")
+        for what, why in tracker.counts:
+            if what == "beyond":
+                self._say_once(f"sites are computed although the table reuses them: {why}")
 
     def _say_once(self, text: str) -> None:
         if text not in self._told:
@@ -148,7 +150,7 @@ class Session:
     @property
     def skipped(self) -> int:
         """How often a site was answered without computing."""
-        return _skipped(self._counts())
+        return int(self.report()["skipped"])
 
     def report(self) -> dict[str, Any]:
         """Return what has happened, in numbers, for a server's metrics: `asked` counts the answers
@@ -156,10 +158,12 @@ class Session:
         although the table reuses them.
         """
         counts = self._counts()
-        asked, skipped = counts["asked", None], _skipped(counts)
-        walks = {"walks": self.walks, "in_flight": len(self._live)}
-        share = {"reused_share": skipped / max(asked, 1), "beyond": _beyond(counts)}
-        return {**walks, "asked": asked, "skipped": skipped, **share}
+        asked = counts["asked", None]
+        skipped = sum(n for (what, _), n in counts.items() if what == "skipped")
+        beyond = {why: n for (what, why), n in counts.items() if what == "beyond"}
+        walks = {"walks": self.walks, "in_flight": len(self._live), "asked": asked}
+        share = {"skipped": skipped, "reused_share": skipped / max(asked, 1)}
+        return {**walks, **share, "beyond": beyond}
 
     def __str__(self) -> str:
         report, n = self.report(), len(self.sites)
@@ -200,14 +204,6 @@ class Session:
         return self._costs.get(name)
 
 
-def _skipped(counts: Counts) -> int:
-    return sum(n for (what, _), n in counts.items() if what == "skipped")
-
-
-def _beyond(counts: Counts) -> dict[str, int]:
-    return {why: n for (what, why), n in counts.items() if what == "beyond"}
-
-
 def _row_of(schedule: Schedule, times: Sequence[float]) -> int | None:
     """Return the row of the first of these timesteps, None if the table is not for them.
 
@@ -228,13 +224,6 @@ def _names(pipe: Any) -> list[str]:
 def _path(site: str) -> str:
     """Return where a site is in the pipeline."""
     return site if site.split(".")[0] in TRANSFORMERS[1:] else f"{TRANSFORMERS[0]}.{site}"
-
-
-def _both(pipe: Any) -> nn.Module:
-    """Return a module that holds all transformers of a pipeline."""
-    both = nn.Module()
-    both._modules.update(transformers_of(pipe))  # not added one by one: that looks like a change
-    return both
 
 
 def _span(times: Sequence[float]) -> str:
