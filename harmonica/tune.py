@@ -39,9 +39,7 @@ def parser() -> Parser:
     """Return the command line of tuning."""
     p = Parser("tune", __doc__)
     call = "other arguments of the pipeline: height=1024 width=1024"
-    p.add_argument(
-        "--pipeline", required=True, help="a folder of a diffusers pipeline, or Hub name"
-    )
+    p.add_argument("--pipeline", required=True, help="a folder, or the name of a Hub repository")
     p.add_argument("--speedup", type=float, required=True, help="theoretical, of the transformer")
     p.option("steps", whole, "num_inference_steps (the pipeline's own)")
     p.option("guidance", float, "guidance_scale (the pipeline's own)")
@@ -99,10 +97,8 @@ def _run(args: argparse.Namespace) -> None:
     factor = 1 / max(float((fast - plain).abs().max()), 1e-6)
     both = torch.cat([plain, fast, 0.5 + (fast - plain) * factor / 2], 1)
     Image.fromarray(both.mul(255).round().byte().numpy()).save(args.out / "comparison.png")
-    print(
-        f"{session}\nwrote to {args.out}: schedule.json; comparison.png, an image without and with"
-    )
-    print(f"the schedule, and the difference, {factor:.0f} times enlarged")
+    print(f"{session}\nwrote to {args.out}: schedule.json; comparison.png, an image without and")
+    print(f"with the schedule, and the difference, {factor:.0f} times enlarged")
 
 
 def _load(name: str, dtype: torch.dtype) -> Any:

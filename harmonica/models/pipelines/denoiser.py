@@ -125,12 +125,11 @@ class PipelineDenoiser:
         (n, *shape), rows, T = self.facts.x.shape, self.inputs.rows, self.steps
         require(0 <= k < T, f"step {k} of a walk of {T} steps, 0 to {T - 1}")
         fits = cond.dim() == 2 and cond.shape[1] == 2 and not cond.is_floating_point() and len(cond)
+        fits = fits and x.shape == (len(cond) * n, *shape)
         sizes = ", ".join(["B" if n == 1 else f"{n}·B", *map(str, shape)])
-        require(
-            bool(fits) and x.shape == (len(cond) * n, *shape),
-            f"found x {tuple(x.shape)} and cond {tuple(cond.shape)} {cond.dtype}; expected "
-            f"({sizes}) and (B, 2) whole numbers, as `draw` returns",
-        )
+        pair = f"x {tuple(x.shape)} and cond {tuple(cond.shape)} {cond.dtype}"
+        todo = f"expected ({sizes}) and (B, 2) whole numbers, as `draw` returns"
+        require(bool(fits), f"found {pair}; {todo}")
         chosen = [row for row, _ in _samples(cond)]
         exist = all(0 <= row < rows for row in chosen)
         require(exist, f"cond names rows {chosen}; there are {rows} prompts")
@@ -145,10 +144,10 @@ class PipelineDenoiser:
         if run.inputs is None:
             raise NotFollowedError(f"the pipeline ends before step {k}")
         sample = x if run.inputs.sample is None else run.inputs.sample
-        own = k > 0 or facts.x_source is not None or torch.equal(facts.first_half(sample), x)
+        allowed = k > 0 or facts.x_source is not None or torch.equal(facts.first_half(sample), x)
         fixed = f"{self.about['model']} starts from noise of its own and lets none be put in"
-        require(own, f"{fixed}; pass x and cond as `draw` returned them")
-        return facts.output_for_x(run.out, sample), run.inputs
+        require(allowed, f"{fixed}; pass x and cond as `draw` returned them")
+        return facts.first_half(run.out), run.inputs
 
     def step(self, x: Tensor, out: Tensor, k: int, memory: dict[str, Any]) -> Tensor:
         """Return x after step k; raise RuntimeError unless `predict` was called with this very x
@@ -174,8 +173,8 @@ class PipelineDenoiser:
         states, generators = iter(sampler.generators), list[Generator]()
         scheduler = known.copied_scheduler(sampler.scheduler)
         sample = x if inputs.sample is None else inputs.sample
-        doubled = self.facts.doubled and 2 * len(out) == len(sample)
-        given = {"model_output": torch.cat([out, out]) if doubled else out, "sample": sample}
+        out = torch.cat([out, out]) if self.facts.doubled else out
+        given = {"model_output": out, "sample": sample}
         given |= {name: sampler.carried[i] for name, i in inputs.carried.items()}
 
         def again(generator: Generator) -> Generator:
@@ -188,7 +187,7 @@ class PipelineDenoiser:
         with known.random_states(device, sampler.random) as random:
             result = scheduler.step(**arguments)
         after, *carried = tree_leaves(result)
-        states_after = [generator.get_state() for generator in generators]
+        states_after = known.states_of(generators)
         return self.facts.first_half(after), SamplerState(scheduler, carried, states_after, random)
 
     def _run(
@@ -200,12 +199,11 @@ class PipelineDenoiser:
         outputs = self._outputs[len(samples)]
         run = PipelineRun(self.pipe, facts, outputs, *memories, run_model, stop_at, x)
         own = known.global_generators(run.device) if facts.uses_global_random else []
-        seeds = [Generator(g.device).manual_seed(samples[0][1]).get_state() for g in own]
+        seeds = known.states_of(Generator(g.device).manual_seed(samples[0][1]) for g in own)
         with known.random_states(run.device, seeds) as after:
             run(self.inputs.of(samples))
         if stop_at is None:
-            drew = (not torch.equal(*pair) for pair in zip(seeds, after, strict=True))
-            facts.uses_global_random = any(drew)
+            facts.uses_global_random = known.digest(seeds) != known.digest(after)
         return run
 
     def _knows_outputs(self, samples: Sequence[Sample]) -> bool:
@@ -223,11 +221,9 @@ def _about(pipe: Any, call: Mapping[str, Any]) -> dict[str, Any]:
     size = "x".join(str(call[side]) for side in ("height", "width") if side in call)
     default = inspect.signature(type(pipe).__call__).parameters.get("guidance_scale")
     scale = call.get("guidance_scale", getattr(default, "default", None))
-    return {
-        "model": "-".join([type(pipe).__name__, *([size] if size else [])]),
-        "sampler": type(pipe.scheduler).__name__,
-        "guidance": float(scale) if isinstance(scale, int | float) else None,
-    }
+    guidance = float(scale) if isinstance(scale, int | float) else None
+    model = f"{type(pipe).__name__}-{size}".rstrip("-")
+    return {"model": model, "sampler": type(pipe.scheduler).__name__, "guidance": guidance}
 
 
 def _run_and_check(
@@ -249,11 +245,9 @@ def _run_and_check(
         raise NotFollowedError(f"{none}; something else has replaced its modules")
     [(site, count)] = calls.most_common(1)
     if count > 1:
-        raise NotFollowedError(
-            f"{list(sites)[site]} is called more than once in one call of the transformer, and "
-            "has one feature (if its feed-forward runs in chunks, call "
-            "set_chunk_feed_forward(None, 0) on the blocks)"
-        )
+        twice = f"{list(sites)[site]} is called more than once in one call of the transformer"
+        todo = "if it runs in chunks, call set_chunk_feed_forward(None, 0) on the blocks"
+        raise NotFollowedError(f"{twice}, and has one feature ({todo})")
     return output
 
 

@@ -11,7 +11,7 @@ This file does not know pipelines or denoisers.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,12 +51,8 @@ class Facts:
     states: list[dict[str, Any]] = field(default_factory=list)  # of the scheduler, after each step
 
     def first_half(self, x: Tensor) -> Tensor:
-        """Return the x of [x; x], if that is what the scheduler steps."""
+        """Return the x of [x; x], or the output for it, if that is what the scheduler steps."""
         return x[: len(x) // 2] if self.doubled else x
-
-    def output_for_x(self, out: Any, sample: Tensor) -> Any:
-        """Return the model's output for x, if the scheduler is given [out; out] with [x; x]."""
-        return self.first_half(out) if isinstance(out, Tensor) and len(out) == len(sample) else out
 
 
 @dataclass(frozen=True)
@@ -96,9 +92,14 @@ def timesteps_of(scheduler: Any) -> tuple[float, ...]:
     return tuple(map(float, torch.as_tensor(scheduler.timesteps).flatten().tolist()))
 
 
-def generators_in(arguments: dict[str, Any]) -> list[Generator]:
-    """Return the generators among the arguments of a step, in their order."""
-    return [leaf for leaf in tree_leaves(list(arguments.values())) if isinstance(leaf, Generator)]
+def generators_in(tree: Any) -> list[Generator]:
+    """Return the generators among some arguments, in their order."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Generator)]
+
+
+def states_of(generators: Iterable[Generator]) -> list[Tensor]:
+    """Return the state of each generator."""
+    return [generator.get_state() for generator in generators]
 
 
 def global_generators(device: torch.device) -> list[Generator]:
@@ -116,14 +117,14 @@ def random_states(device: torch.device, states: list[Tensor]) -> Iterator[list[T
     holds their states afterwards.
     """
     generators = global_generators(device) if states else []
-    before, after = [g.get_state() for g in generators], list[Tensor]()
+    before, after = states_of(generators), list[Tensor]()
     try:
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
         yield after
     finally:
+        after += states_of(generators)
         for generator, state in zip(generators, before, strict=True):
-            after.append(generator.get_state())
             generator.set_state(state)
 
 
@@ -146,11 +147,11 @@ def made_up(output: Any, name: str, call: int, inputs: Any) -> Any:
     share = digest(inputs) % 10_007 / 10_007
     generator = Generator().manual_seed(len(name) + 1000 * call)
 
-    def drawn(leaf: Tensor) -> Tensor:
+    def draw(leaf: Tensor) -> Tensor:
         noise = torch.randn(leaf.shape, generator=generator) * (0.5 + share)
         return noise.to(leaf) if leaf.is_floating_point() else leaf
 
-    return tree_map_only(Tensor, drawn, output)
+    return tree_map_only(Tensor, draw, output)
 
 
 def digest(value: Any) -> int:

@@ -22,7 +22,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
@@ -54,7 +54,7 @@ class PipelineRun:
 
     Attributes:
         trace: what a whole run saw, empty of others.
-        inputs, out: what the scheduler was given where the run stopped; None of whole runs.
+        inputs, out: what the scheduler was given where the run stopped, the model's output apart.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class PipelineRun:
     ) -> None:  # fmt: skip
         self.pipe, self.facts, self.outputs, self.run_model = pipe, facts, outputs, run_model
         self.stop_at, self.x, self.k = stop_at, x, 0  # k is the step that the run is in
-        self.trace, self.out = known.Trace(), None
+        self.trace, self.out = known.Trace(), torch.empty(0)
         self.inputs: known.SchedulerInputs | None = None
         self._of_rows, self._of_samples = of_rows, of_samples
         self.device = torch.device(pipe._execution_device)
@@ -132,9 +132,9 @@ class PipelineRun:
     def _encode(self, name: str, original: Method, args: Any, kwargs: Any) -> Any:
         """Encode the condition, or remember it; what takes a generator is not remembered."""
         compute = partial(original, *args, **kwargs)
-        draws = any(isinstance(leaf, Generator) for leaf in tree_leaves((args, kwargs)))
-        remembered = not draws and not self._remembering
-        return self._remember(self._of_rows, name, compute) if remembered else compute()
+        if self._remembering or known.generators_in((args, kwargs)):
+            return compute()
+        return self._remember(self._of_rows, name, compute)
 
     def _remember(self, memory: Memory, name: str, compute: Method) -> Any:
         key = (name, self._count(name))
@@ -173,18 +173,17 @@ class PipelineRun:
 
     def _output(self, name: str, call: int, model: Method, args: Any, kwargs: Any) -> Any:
         """Return the output of a model of the loop."""
-        key, whole, at_stop = (name, call), self.stop_at is None, self.k == self.stop_at
-        runs = self.run_model is not None and (at_stop or (whole and key not in self.outputs))
+        key, at_stop = (name, call), self.k == self.stop_at
         if self.k > 0 and key not in self.outputs:
             raise NotFollowedError(f"{name} is called {call + 1} times, and {call} times at step 0")
-        if runs and self.run_model is not None:
+        if self.run_model is not None and (at_stop or key not in self.outputs):
             torch.set_grad_enabled(self._grad)
             output = self.run_model(name, model, call, args, kwargs)
             self.outputs.setdefault(key, known.shapes_of(output))
             if at_stop:
                 fake = any(isinstance(leaf, FakeTensor) for leaf in tree_leaves(output))
                 return known.zeros(self.outputs[key]) if fake else output
-        if whole or at_stop:
+        if at_stop or self.stop_at is None:
             return known.made_up(self.outputs[key], name, call, (args, kwargs))
         return known.zeros(self.outputs[key])
 
@@ -217,14 +216,12 @@ class PipelineRun:
             raise NotFollowedError("its scheduler steps no noisy image, a tensor `sample`")
         if self.k == 0:
             self._note_x(sample)
-        given["model_output"] = facts.output_for_x(given["model_output"], sample)
-        given["sample"] = facts.first_half(sample)
-        digests = {name: known.digest(value) for name, value in given.items()}
+        own = {name: facts.first_half(given[name]) for name in ("model_output", "sample")}
+        digests = {name: known.digest(value) for name, value in {**given, **own}.items()}
         sources = [*known.generators_in(given), *known.global_generators(self.device)]
-        before = [generator.get_state() for generator in sources]
+        before = known.digest(known.states_of(sources))
         result = step()
-        drew = (not torch.equal(g.get_state(), b) for g, b in zip(sources, before, strict=True))
-        facts.draws_noise |= any(drew)
+        facts.draws_noise |= known.digest(known.states_of(sources)) != before
         facts.first_result = result if self.k == 0 else facts.first_result
         facts.states.append(vars(known.copied_scheduler(self._scheduler)))
         self.trace.append((digests, known.digest(facts.first_half(tree_leaves(result)[0]))))
@@ -248,17 +245,18 @@ class PipelineRun:
             torch.set_grad_enabled(self._grad)
             sample = torch.cat([self.x, self.x]) if self.facts.doubled else self.x
         (like, *others), spec = tree_flatten(self.facts.first_result)
-        alike = (isinstance(leaf, Tensor) and leaf.shape[1:] == like.shape[1:] for leaf in others)
-        pairs = zip(others, alike, strict=True)
-        self._placeholders = [torch.zeros_like(sample) if same else leaf for leaf, same in pairs]
-        return tree_unflatten([sample, *self._placeholders], spec)
+        for i, leaf in enumerate(others):
+            if isinstance(leaf, Tensor) and leaf.shape[1:] == like.shape[1:]:
+                others[i] = torch.zeros_like(sample)
+        self._placeholders = others
+        return tree_unflatten([sample, *others], spec)
 
     def _stop(self, given: dict[str, Any]) -> None:
         sample, self.out = given.pop("sample"), given.pop("model_output")
         places = {id(it): i for i, it in enumerate(self._placeholders) if isinstance(it, Tensor)}
         carried = {name: places[id(it)] for name, it in given.items() if id(it) in places}
         torchs = known.global_generators(self.device) if self.facts.uses_global_random else []
-        states = [[g.get_state() for g in some] for some in (known.generators_in(given), torchs)]
+        states = known.states_of(known.generators_in(given)), known.states_of(torchs)
         start = known.SamplerState(known.copied_scheduler(self._scheduler), [], *states)
         kept = None if sample is self.x else sample
         self.inputs = known.SchedulerInputs(given, kept, carried, start)

@@ -88,12 +88,11 @@ def tune(  # noqa: D417 (some arguments are described together)
     measure = milliseconds(denoiser) if cost == "milliseconds" else macs(denoiser)
     target = Target(speedup, measure, denoiser.steps)
     budget = WALKS * denoiser.steps if budget is None else budget
-    if method == "sdt":
-        schedule = _trained(denoiser, target, order, budget, progress)
-    else:
-        schedule = _searched(denoiser, target, order, budget, progress)
+    way = _trained if method == "sdt" else _searched
+    schedule = way(denoiser, target, order, budget, progress)
     spent: dict[str, Any] = {"predictions": denoiser.predictions.total()}
-    return _with_all_timesteps(schedule, denoiser.facts.timesteps, {**schedule.provenance, **spent})
+    schedule = replace(schedule, provenance={**schedule.provenance, **spent})
+    return _with_all_timesteps(schedule, denoiser.facts.timesteps)
 
 
 def _check_budget(budget: int, least: int, steps: int) -> None:
@@ -119,51 +118,48 @@ def _searched(
     from tqdm.auto import tqdm
 
     _check_budget(budget, 2 * denoiser.steps * (denoiser.steps + 9), denoiser.steps)
-    best = None
+    best: Schedule | None = None
     with tqdm(total=budget, unit="prediction", desc="tune", disable=not progress) as bar:
         try:
-            for schedule in _stages(denoiser, target, order, budget, bar):
-                best = schedule
+            for best in _stages(denoiser, target, order, budget):
+                bar.set_postfix(error=f"{best.provenance['image_error']:.2e}", refresh=False)
                 bar.update(denoiser.predictions.total() - bar.n)
         except (Exception, KeyboardInterrupt) as error:
             if best is None:
                 raise
             if isinstance(error, Exception):
-                what = f"{type(error).__name__}: {error}"
-                warnings.warn(
-                    f"tune ends early, with the best schedule so far: {what}", stacklevel=3
-                )
+                what = f"with the best schedule so far: {type(error).__name__}: {error}"
+                warnings.warn(f"tune ends early, {what}", stacklevel=3)
     assert best is not None
     return best
 
 
+class _HalfSpentError(Exception):
+    """Ends the search where its next round would spend more than half of the budget."""
+
+
 def _stages(
-    denoiser: PipelineDenoiser, target: Target, order: int, budget: int, bar: Any
+    denoiser: PipelineDenoiser, target: Target, order: int, budget: int
 ) -> Iterator[Schedule]:
     """Yield schedules, each better than the one before."""
-    generator, half = torch.Generator().manual_seed(SEED), budget // 2
-    finer = finer_walk(denoiser, FACTOR if NOISES * FACTOR * denoiser.steps <= half // 4 else 1)
-    round_ = NOISES * (WALKS_PER_ROUND * denoiser.steps + finer.steps)
+    T, half, generator = denoiser.steps, budget // 2, torch.Generator().manual_seed(SEED)
+    finer = finer_walk(denoiser, FACTOR if half // 4 >= NOISES * FACTOR * T else 1)
+    a_round = NOISES * (WALKS_PER_ROUND * T + finer.steps)
 
     def pools() -> Iterator[Pool]:
-        yield with_images(finer, *denoiser.draw(NOISES, generator))
-        while denoiser.predictions.total() + round_ <= half:
+        while True:
             yield with_images(finer, *denoiser.draw(NOISES, generator))
-        raise _HalfSpentError
+            if denoiser.predictions.total() + a_round > half:
+                raise _HalfSpentError
 
     best, others = None, pools()
-    about = {"method": "tune", "speedup": target.speedup}
-    how: dict[str, Any] = denoiser.about | {"order": order, "provenance": about}
     with suppress(_HalfSpentError):
         for stage in refine(denoiser, [], next(others), others, target, budget=half, fill=order):
-            bar.set_postfix(error=f"{stage.error:.2e}", refresh=False)
+            about = {"method": "tune", "speedup": target.speedup, "image_error": stage.error}
+            how: dict[str, Any] = denoiser.about | {"order": order, "provenance": about}
             yield (best := Schedule(stage.table, sites=tuple(denoiser.sites), **how))
     assert best is not None
     yield _weighted(denoiser, best, budget - max(half, denoiser.predictions.total()))
-
-
-class _HalfSpentError(Exception):
-    """Ends the search when the references of its next round would spend more than half."""
 
 
 def _weighted(denoiser: PipelineDenoiser, schedule: Schedule, budget: int) -> Schedule:
@@ -184,44 +180,41 @@ def _from_runs(pipe: Any, inputs: Inputs, speedup: float, progress: bool) -> Sch
     """Return whole steps chosen from T runs of the pipeline, which compute T(T+1)/2 steps."""
     from tqdm.auto import tqdm
 
-    columns = sites(pipe.transformer)
-    plain, times = steps_of_run(pipe, inputs.of([(0, SEED)])), timesteps_of(pipe.scheduler)
-    steps, width, cost = len(plain), len(columns), columns.macs
-    require(steps > 0, f"{type(pipe).__name__} never steps its scheduler, so no table fits it")
-    count = min(int(Target(speedup, cost, steps).allowed / float(cost.sites.sum())), steps)
-    names: dict[str, Any] = {"model": type(pipe).__name__, "sampler": type(pipe.scheduler).__name__}
+    def run() -> list[Tensor]:
+        return steps_of_run(pipe, inputs.of([(0, SEED)]))
 
-    about: dict[str, Any] = {"method": "tune, whole steps from runs", "runs": steps}
-    about |= {"speedup": speedup}
+    columns, plain, times = sites(pipe.transformer), run(), timesteps_of(pipe.scheduler)
+    T, N, cost, name = len(plain), len(columns), columns.macs, type(pipe).__name__
+    require(T > 0, f"{name} never steps its scheduler, so no table fits it")
+    count = min(int(Target(speedup, cost, T).allowed / float(cost.sites.sum())), T)
+    about = {"method": "tune, whole steps from runs", "runs": T, "speedup": speedup}
+    fields = {"model": name, "sampler": type(pipe.scheduler).__name__, "provenance": about}
 
     def whole_steps(computing: Collection[int]) -> Schedule:
-        rows = torch.tensor([[k in computing] * width for k in range(steps)])
-        return _with_all_timesteps(Schedule(rows, sites=tuple(columns), **names), times, about)
+        rows = torch.tensor([[k in computing] * N for k in range(T)])
+        how: dict[str, Any] = {"sites": tuple(columns), **fields}
+        return _with_all_timesteps(Schedule(rows, **how), times)
 
-    errors = torch.zeros(steps, steps, dtype=torch.float64)
-    for j in tqdm(range(steps - 1), unit="run", desc="tune", disable=not progress):
+    errors = torch.zeros(T, T, dtype=torch.float64)
+    for j in tqdm(range(T - 1), unit="run", desc="tune", disable=not progress):
         with cached(pipe, whole_steps(range(j + 1))):
-            for k, after in enumerate(steps_of_run(pipe, inputs.of([(0, SEED)]))):
+            for k, after in enumerate(run()):
                 errors[j, k] = float((after.double() - plain[k].double()).square().mean())
     return whole_steps(cheapest_path(errors, count))
 
 
-def _with_all_timesteps(
-    schedule: Schedule, times: tuple[float, ...], provenance: Mapping[str, Any]
-) -> Schedule:
-    """Return a schedule with this provenance, and rows for the scheduler's timesteps before its
-    first one: `cached` chooses a table by all of them, and a run from an image leaves some out.
+def _with_all_timesteps(schedule: Schedule, times: tuple[float, ...]) -> Schedule:
+    """Return a schedule with rows for the scheduler's timesteps before its first one: `cached`
+    chooses a table by all of them, and a run that begins from an image (strength) leaves some out.
     """
     before, N = len(times) - schedule.steps, len(schedule.sites)
-    if before < 0:
-        return replace(schedule, timesteps=(), provenance=provenance)
+    if before <= 0:
+        return replace(schedule, timesteps=() if before else times)
     compute = torch.cat([torch.ones(before, N, dtype=torch.bool), schedule.compute])
-    weights = schedule.gate_weights if before else schedule.weights
-    if before and weights is not None:
+    if (weights := schedule.gate_weights) is not None:  # Taylor's, of the rows that will run
         fresh = torch.eye(weights.shape[2])[0].expand(before, N, -1)
         weights = torch.cat([fresh, weights])
-    how: dict[str, Any] = {"timesteps": times, "provenance": provenance}
-    return replace(schedule, compute=compute, weights=weights, **how)
+    return replace(schedule, compute=compute, weights=weights, timesteps=times)
 
 
 def steps_of_run(pipe: Any, call: Mapping[str, Any]) -> list[Tensor]:
