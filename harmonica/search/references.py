@@ -9,9 +9,8 @@ close to that solution. A cached walk can be nearer to it than the uncached walk
     error     mean squared difference of an image to its target, in squared units of the image
 
 A pool is made once and shared by whatever is tuned towards it. A few noises may end at another
-image altogether. They say little about small changes, so whatever is fitted to errors, or judged by
-them, counts such a noise less (`outlier_weights`, `typical_error`). This file does not know how
-tables are made.
+image altogether and say little about small changes. So what is fitted to errors, or judged by them,
+counts such a noise less (`outlier_weights`, `typical_error`).
 """
 
 from __future__ import annotations
@@ -127,10 +126,9 @@ def references(
 ) -> Pool:
     """Return a pool: noises that the denoiser draws, and the image of factor·T steps for each.
 
-    That costs noises·factor·T predictions; a factor of 1 gives the uncached walk's images. So does
-    a sampler that draws noise during the walk, where a finer walk ends at another image; a warning
-    says so. The generator draws the noises; it has a seed of its own if None. The file at `path`
-    keeps the images, and continues what an earlier call left there. `progress` is called as
+    That costs noises·factor·T predictions; a factor of 1 gives the uncached walk's images, and so
+    does a sampler that draws noise during the walk (`finer_walk`). The file at `path` keeps the
+    images, and continues what an earlier call left there. `progress` is called as
     progress(images that are done, noises).
 
     Raises ValueError if a number is below 1, the denoiser has no finer walk, or the file at `path`
@@ -155,10 +153,8 @@ def references(
 
 
 def finer_walk(denoiser: Denoiser, factor: int = 10) -> Denoiser:
-    """Return the denoiser with factor·T steps, itself for a factor of 1 or a sampler that draws
-    noise.
-
-    Raises ValueError if the denoiser cannot be had with that many steps.
+    """Return the denoiser with factor·T steps, itself for a factor of 1 or, with a warning, a
+    sampler that draws noise. Raises ValueError if it cannot be had with that many steps.
     """
     if factor == 1:
         return denoiser
@@ -191,8 +187,7 @@ def _kept(path: StrPath, x: Tensor, steps: int) -> list[Tensor]:
     whole = {"x", "images"} <= tensors.keys() and facts.get("steps") == steps
     held = f"{path} holds no references of {steps} steps (found {facts.get('steps', 'unknown')}"
     require(whole, f"{held} steps); name another file")
-    images, before = tensors["images"], tensors["x"]
-    same = before.shape == x.shape and torch.equal(before, x.cpu())
-    same = same and images.shape[1:] == x.shape[1:] and len(images) <= len(x)
-    require(same, f"{path} holds references of other noises; name another file")
+    images = tensors["images"]
+    fit = torch.equal(tensors["x"], x.cpu()) and images.shape[1:] == x.shape[1:]
+    require(fit and len(images) <= len(x), f"{path} holds references of other noises; name another")
     return [images.to(x)]

@@ -38,18 +38,15 @@ def refine_router(  # noqa: D417 (some arguments share a line)
     progress: bool = False,
 ) -> None:
     """Flip entries of the router's table until it is on target, refine the table, and set the
-    scores so that freezing at τ gives it: one whose decision changed just beyond τ.
+    scores so that freezing at τ > 0 gives it: one whose decision changed just beyond τ.
 
     Args:
-        denoiser, target: model, sampler, guidance; the speedup, and the cost it is counted in.
         router: changed in place; provenance says what was spent, and the table's `typical_error`.
-        tau: τ, at which it will be frozen, above 0: at 0 nothing is reused.
         budget: predictions of batch_size noises, of all processes; ROUNDS rounds on NOISES noises
             if None, 0 only flips until the table is on target. A budget m times the default uses m
             times as many noises.
         order: how skipped sites are filled, `Schedule.order`; the router will say so.
-        toward: what images should be near; a reference costs 10·T predictions a noise beside the
-            budget.
+        toward: what images should be near; a reference costs 10·T predictions a noise more.
     """
     rule = "a target needs 0 < tau < 1, since nothing is reused at 0"
     require(0.0 < tau < 1.0, f"tau is {tau}; {rule}")
@@ -69,10 +66,10 @@ def refine_router(  # noqa: D417 (some arguments share a line)
                 bar.update(round(spent / noises) - bar.n)
                 facts = {"refined_for": round(spent / batch_size), "typical_error": judged.error}
     _adopt(router, table, tau)
-    facts |= {"target_speedup": target.speedup}
-    facts |= {"toward": toward} if toward == "reference" else {}
-    provenance = router.about.get("provenance", {}) | facts
-    router.about |= {"order": order, "provenance": provenance}
+    facts["target_speedup"] = target.speedup
+    if toward == "reference":
+        facts["toward"] = toward
+    router.about |= {"order": order, "provenance": router.about.get("provenance", {}) | facts}
 
 
 def _pools(denoiser: Denoiser, noises: int, toward: Toward) -> tuple[Pool, Iterator[Pool]]:

@@ -71,14 +71,18 @@ class Target:
         return table
 
 
-def check_target(speedup: float | None, beta: float | None = None, order: int = 0) -> None:
-    """Raise ValueError for a target that no model could meet, or that comes with a β, or for an
-    order without a target; what needs the model is checked by `Target`.
+def check_target(
+    speedup: float | None, beta: float | None = None, order: int = 0, toward: str = "uncached"
+) -> None:
+    """Raise ValueError for a target that no model could meet, or that comes with a β, or for what
+    needs a target and has none; what needs the model is checked by `Target`.
     """
     given = f"the target speedup is {speedup}"
     require(0 <= order <= 9, f"order is {order}; expected 0 to 9")
     if speedup is None:
         require(order == 0, f"order is {order} and {given}; an order above 0 is for a target")
+        aimless = "toward='reference' is for the search; give target_speedup as well"
+        require(toward != "reference", aimless)
         return
     require(1 <= speedup < math.inf, f"{given}; it must be 1 (compute all) or more")
     todo = "training to a target chooses beta by itself, leave it out"

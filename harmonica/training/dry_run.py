@@ -36,22 +36,18 @@ from harmonica.search.refine_router import NOISES, ROUNDS
 from harmonica.table import require
 
 aten = torch.ops.aten
-ATTENTION = aten._scaled_dot_product_efficient_attention
 GIB = 2**30
 H100 = 400e12  # floating-point operations a second that a large model reaches there in bf16
 
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a training run will take.
-
-    `memory` is for an "update", "lambda" and, with a target, the "search" of one noise.
-    """
+    """What a training run will take."""
 
     predictions: int  # of the whole batch, λ and the search included
     macs: float  # multiply-accumulates, backward passes included
     weights: int  # bytes of the model
-    memory: dict[str, int]  # bytes at most, by what runs
+    memory: dict[str, int]  # bytes at most of an "update", "lambda" and the "search" of one noise
     batch_size: int  # noises of this process
 
     def hours(self) -> float:
@@ -61,14 +57,12 @@ class DryRun:
     def check(self, available: int, *, checkpointing: bool) -> None:
         """Raise ValueError, saying what to change, if the run does not fit into so many bytes."""
         most = max(self.memory.values())
-        together = [size for name, size in self.memory.items() if name != "search"]
-        each = (max(together) - self.weights) / self.batch_size
-        batch = int((available - self.weights) / each)  # noises that fit
+        together = max(size for name, size in self.memory.items() if name != "search")
+        batch = (available - self.weights) * self.batch_size // (together - self.weights)
         ways = [f"--batch-size {batch}"] if batch > 0 else []
         ways += [] if checkpointing else ["--activation-checkpointing"]
         need = f"training needs {most / GIB:.1f} GiB at batch size {self.batch_size}"
-        has = f"the device has {available / GIB:.1f}"
-        todo = " or ".join(ways) or "a larger device"
+        has, todo = f"the device has {available / GIB:.1f}", " or ".join(ways) or "a larger device"
         require(most <= available, f"{need} and {has}; take {todo}")
 
     def __str__(self) -> str:
@@ -143,25 +137,21 @@ def _lambda(denoiser: Denoiser, start: tuple[Any, Any]) -> int:
 
 
 def _search(denoiser: Denoiser) -> int:
-    """Return the peak of the search's largest piece, the effects of all flips, on one noise; it
-    takes as many noises at a time as fit.
+    """Return the peak of the search's largest piece, the effects of all flips, on one noise.
 
     It is counted on walks of four and five steps; each further step keeps as much again.
     """
     x, cond = denoiser.draw(1, torch.Generator().manual_seed(0))
     peaks = []
-    for steps in (4, 5):
-        short = _first_steps(denoiser, steps)
+    for short in (_first_steps(denoiser, 4), _first_steps(denoiser, 5)):
         table = Schedule(torch.ones(short.steps, len(denoiser.sites)), tuple(denoiser.sites))
         with metered() as meter:
-            pool = with_images(short, x, cond)
-            flip_effects_at(short, table, pool, torch.ones_like(x))
+            flip_effects_at(short, table, with_images(short, x, cond), torch.ones_like(x))
         peaks.append(meter.peak)
     return peaks[0] + (denoiser.steps - 4) * (peaks[1] - peaks[0])
 
 
 def _first_steps(denoiser: Denoiser, steps: int) -> Denoiser:
-    """Return the denoiser of a walk that is left after so many steps."""
     short = copy.copy(denoiser)
     short.steps = min(steps, denoiser.steps)
     return short
@@ -217,8 +207,9 @@ def metered() -> Iterator[Meter]:
 def _fused(original: Callable[..., Tensor], args: Any, kwargs: Any) -> Tensor:
     if not args[0].is_meta:
         return original(*args, **kwargs)
+    attention = aten._scaled_dot_product_efficient_attention
     mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
-    result: Tensor = ATTENTION(*args[:3], mask, args[0].requires_grad)[0]
+    result: Tensor = attention(*args[:3], mask, args[0].requires_grad)[0]
     return result
 
 

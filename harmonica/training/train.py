@@ -17,9 +17,8 @@ from harmonica.router import Router
 from harmonica.sdt import BETA, sdt
 from harmonica.search.references import Toward, factor_of, finer_walk
 from harmonica.search.refine_router import refine_router
-from harmonica.search.target import Target, check_target, target_of
+from harmonica.search.target import check_target, target_of
 from harmonica.storage.files import StrPath
-from harmonica.table import require
 from harmonica.training.checkpoint import Checkpoint, Settings, TrainingState, start
 
 
@@ -45,9 +44,8 @@ def train_sdt(  # noqa: D417 (some arguments are described together)
     resume: bool = False,
     progress: bool = True,
 ) -> Router:
-    """Train a router from noise alone; the defaults are the authors' settings for DiT-XL/2.
-
-    Without a target this is the paper. With one, β is chosen, and the table searched afterwards.
+    """Train a router from noise alone; the defaults are the authors' settings for DiT-XL/2. With a
+    target, which is beyond the paper, β is chosen, and the table searched afterwards.
 
     Args:
         iterations, batch_size: updates in all; noises in a walk, of all processes together.
@@ -60,46 +58,42 @@ def train_sdt(  # noqa: D417 (some arguments are described together)
     Raises TypeError or ValueError if an argument does not fit, OSError if `checkpoint` does not.
     """
     target = target_of(denoiser, target_speedup, target_cur, cost)
-    _check(denoiser, target, beta, order, toward)
+    speedup, price = None if target is None else target.speedup, None if beta == BETA else beta
+    check_target(speedup, price, order, toward)
+    finer_walk(denoiser, factor_of(toward))  # what the search would raise, raised before training
     settings = Settings(batch_size, tau, beta, lr, refresh_every, proxy, target)
     state = start(denoiser, settings, generator)
     with Checkpoint(checkpoint, checkpoint_every, settings, denoiser) as saved:
         saved.begin(state, iterations, resume=resume)
-        bar = progress_bar(progress, total=iterations, initial=state.updates, unit="update")
-        _train(denoiser, settings, state, saved, bar)
+        _train(denoiser, settings, state, saved, iterations, progress)
         if target is not None:
-            how: dict[str, Any] = {"tau": tau, "batch_size": batch_size, "order": order}
-            how |= {"toward": toward, "progress": progress}
-            _refine(partial(refine_router, denoiser, state.router, target, **how), refine)
+            search = partial(refine_router, denoiser, state.router, target, batch_size=batch_size)
+            how = partial(search, tau=tau, order=order, toward=toward, progress=progress)
+            _refine(how, refine)
             saved.write()
     return state.router
 
 
-def _check(
-    denoiser: Denoiser, target: Target | None, beta: float, order: int, toward: Toward
-) -> None:
-    """Raise before training what the search would raise after it."""
-    speedup = None if target is None else target.speedup
-    check_target(speedup, None if beta == BETA else beta, order)
-    finer_walk(denoiser, factor_of(toward))
-    needed = target is not None or toward != "reference"
-    require(needed, "toward='reference' is for the search; give target_speedup as well")
-
-
 def _train(
-    denoiser: Denoiser, settings: Settings, state: TrainingState, saved: Checkpoint, bar: Any
+    denoiser: Denoiser,
+    settings: Settings,
+    state: TrainingState,
+    saved: Checkpoint,
+    iterations: int,
+    progress: bool,
 ) -> None:
-    """Draw, update, steer, show, save, a walk at a time, until the bar is full."""
+    """Draw, update, steer, show, save, a walk at a time."""
+    bar = progress_bar(progress, total=iterations, initial=state.updates, unit="update")
     control, router, batch, tau = state.controller, state.router, settings.batch_size, settings.tau
     beta = settings.beta if control is None else control.beta
     how: dict[str, Any] = {"tau": tau, "beta": beta, "refresh_every": settings.refresh_every}
     how |= {"proxy": settings.proxy, "optimizer": state.optimizer, "lam": state.lam}
     how |= {"mean": mean_over_ranks}
     cost = None if bar.disable else macs(denoiser)
-    while state.updates < bar.total:
+    while state.updates < iterations:
         noise = [local_part(denoiser.draw(batch, state.generator), batch)]
         updates = sdt(denoiser, router, noise, trajectory=state.trajectory, **how)
-        for update in islice(updates, bar.total - state.updates):
+        for update in islice(updates, iterations - state.updates):
             state.count(update)
             if control is not None:
                 control.after(router, update)

@@ -65,7 +65,7 @@ def test_an_interrupted_pool_is_continued_and_a_file_of_others_refused(tmp_path,
     with refused(r"no references of 12 steps \(found 8 steps\)"):
         references(d, noises=12, factor=3, path=path)
     for other in ({"noises": 11}, {"generator": seeded(1), "noises": 12}):
-        with refused("of other noises; name another file"):
+        with refused("of other noises; name another"):
             references(d, factor=2, path=path, **other)
     write_tensors(path, {"logits": torch.zeros(1)}, {})
     with refused(r"found unknown steps"):
