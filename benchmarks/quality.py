@@ -163,8 +163,9 @@ def weighted(schedule: Schedule, denoiser: Denoiser, job: Job) -> Schedule:
     """Learn weights towards the reference, on a pool that all methods share."""
     *_, seed, args = job
     pool, generator = pool_of(denoiser, args.pool, None, args), torch.Generator().manual_seed(seed)
+    updates: int = args.weight_updates
     return learn_weights(
-        denoiser, schedule, pool, iterations=288, batch_size=16, generator=generator
+        denoiser, schedule, pool, iterations=updates, batch_size=16, generator=generator
     )
 
 
@@ -313,6 +314,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0.1, help="of an update")
     parser.add_argument("--refresh-every", type=int, default=10, help="walks between two λ")
     parser.add_argument("--pool", type=int, default=1536, help="noises that weights are learned on")
+    parser.add_argument("--weight-updates", type=int, default=576, help="of 16 noises")
     parser.add_argument("--seeds", type=int, default=3, help="of what is trained")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument(
