@@ -27,19 +27,19 @@ def check_denoiser(denoiser: Denoiser) -> None:
     x, cond = denoiser.draw(2, torch.Generator().manual_seed(0))
     _each_site_is_asked_once(denoiser, x, cond)
     for name, site in denoiser.sites.items():
-        free = any(p.requires_grad for p in site.parameters())
-        assert not free, f"{name}: a weight asks for a gradient; freeze it"
+        frozen = not any(p.requires_grad for p in site.parameters())
+        assert frozen, f"{name}: a weight asks for a gradient; freeze it"
         assert not site.training, f"{name} is in training mode; call eval() on the model"
     _cached_features_are_left_alone(denoiser, x, cond)
-    random_state = torch.get_rng_state()
+    state = torch.get_rng_state()
     plain = list(denoise(denoiser, x, cond))
-    same = torch.equal(random_state, torch.get_rng_state())
-    assert same, "the walk draws from torch's global generator"
+    alone = torch.equal(state, torch.get_rng_state())
+    assert alone, "the walk draws from torch's global generator"
     assert len(plain) == denoiser.steps, f"a walk has {len(plain)} steps, not {denoiser.steps}"
     _computing_everything_is_the_plain_model_also_from_a_fork(denoiser, x, cond, plain)
     if isinstance(cond, Tensor):  # how to split other conditions is not known here
-        alone = final_image(denoise(denoiser, x[:1], cond[:1]))
-        close = (alone - plain[-1][:1]).norm() <= 1e-3 * (1 + plain[-1][:1].norm())
+        one, of_two = final_image(denoise(denoiser, x[:1], cond[:1])), plain[-1][:1]
+        close = (one - of_two).norm() <= 1e-3 * (1 + of_two.norm())
         assert close, "an image depends on its neighbours in the batch"
 
 

@@ -9,8 +9,7 @@ is done, so DiT-XL counts in a second.
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -34,13 +33,12 @@ def macs(denoiser: Denoiser) -> Macs:
     return count(lambda: denoiser.predict(x, 0, cond), denoiser.sites).macs
 
 
-@dataclass(frozen=True)
-class Count:
+class Count(NamedTuple):
     """What one run of a model did."""
 
     macs: Macs  # of the sites and of the rest
     calls: tuple[int, ...]  # of each site, N numbers; a table of decisions needs each to be 1
-    modules: Mapping[str, float]  # MACs; names begin with the class of the outermost one called
+    modules: dict[str, float]  # MACs; names begin with the class of the outermost one called
 
 
 def count(run: Callable[[], Any], sites: Mapping[str, nn.Module], *, fake: bool = True) -> Count:

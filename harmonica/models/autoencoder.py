@@ -21,8 +21,6 @@ from harmonica.models.weights import component, from_diffusers
 from harmonica.storage.files import StrPath
 from harmonica.storage.hub import download
 
-Decoder = Callable[[Tensor], Tensor]
-
 ROOM = 2 * 2**30
 """Bytes that the largest layers may take while images are decoded, as many at a time as fit."""
 
@@ -30,7 +28,7 @@ ROOM = 2 * 2**30
 def decoder(
     name: str, weights: StrPath | None = None, *, vae: StrPath | None = None,
     device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
-) -> Decoder:  # fmt: skip
+) -> Callable[[Tensor], Tensor]:  # fmt: skip
     """Return what turns the latents of a model into float32 images, a few at a time (`ROOM`).
 
     Args:
@@ -74,6 +72,6 @@ def _read(name: str, weights: StrPath | None, vae: StrPath | None) -> Any:
     elif name in PIXART:
         folder = download(PIXART[name].rest, ["vae/*"], otherwise=ways) / "vae"
     else:
-        files = ["*.json", "*.safetensors"]
-        folder = download("stabilityai/sd-vae-ft-ema", files, otherwise=ways)
+        file = ["*.json", "*.safetensors"]
+        folder = download("stabilityai/sd-vae-ft-ema", file, otherwise=ways)
     return from_diffusers(AutoencoderKL, folder)

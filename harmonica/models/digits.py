@@ -33,12 +33,10 @@ class Pixels(nn.Module):
         self.register_buffer("nothing", torch.empty(0))
 
     @property
-    def device(self) -> torch.device:
-        """Where it is, which a pipeline asks of its parts."""
+    def device(self) -> torch.device:  # a pipeline asks its parts
         return next(self.buffers()).device
 
-    def decode(self, latents: Tensor) -> SimpleNamespace:
-        """Return latents (B, 1, 8, 8) as `sample`, where diffusers looks for it."""
+    def decode(self, latents: Tensor) -> SimpleNamespace:  # diffusers looks for `sample`
         return SimpleNamespace(sample=latents)
 
 
@@ -65,8 +63,7 @@ def pipeline(denoiser: DiTDenoiser) -> Any:
     transformer.load_state_dict(dit_to_diffusers(state))
     for block in transformer.transformer_blocks:
         block.norm1.emb.time_proj.downscale_freq_shift, block.norm3.eps = 0, 1e-6
-    pipe: Any = DiTPipeline(
-        transformer.eval().requires_grad_(False), Pixels(), DPMSolverMultistepScheduler()
-    )
+    transformer.eval().requires_grad_(False)
+    pipe: Any = DiTPipeline(transformer, Pixels(), DPMSolverMultistepScheduler())
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -58,7 +58,6 @@ class Guided(ABC):
 
     @property
     def draws_noise(self) -> bool:
-        """Whether the sampler draws noise during the walk."""
         return self.sampler.draws_noise
 
     def with_steps(self: Self, steps: int) -> Self:
@@ -89,9 +88,10 @@ class Guided(ABC):
         One seed gives one noise on every machine: it is drawn on the generator's device, then
         moved. x is float32 where the weights are half as wide: a walk adds up small steps.
         """
-        like, place = next(self.model.parameters()), generator.device
-        x = torch.randn((batch_size, *self.shape), generator=generator, device=place)
-        cond = torch.randint(self.conditions, (batch_size,), generator=generator, device=place)
+        like: Tensor = next(self.model.parameters())
+        options: dict[str, Any] = {"generator": generator, "device": generator.device}
+        x = torch.randn((batch_size, *self.shape), **options)
+        cond = torch.randint(self.conditions, (batch_size,), **options)
         wide = torch.promote_types(like.dtype, torch.float32)
         return x.to(like.device, wide), cond.to(like.device)
 
@@ -114,9 +114,10 @@ def check_inputs(x: Tensor, cond: Tensor, shape: tuple[int, ...]) -> None:
     beside it. Values are not looked at, since a GPU would have to be waited for.
     """
     fits = x.ndim == 4 and tuple(x.shape[1:]) == shape and tuple(cond.shape) == (len(x),) != (0,)
-    require(
-        fits and x.device == cond.device and not cond.is_floating_point(),
-        f"found noise {tuple(x.shape)} on {x.device}, conditions {tuple(cond.shape)} {cond.dtype} "
-        f"on {cond.device}; expected (B, {', '.join(map(str, shape))}) and (B,) whole numbers on "
-        "one device, B at least 1, as `draw` returns",
+    fits = fits and x.device == cond.device and not cond.is_floating_point()
+    noise = f"found noise {tuple(x.shape)} on {x.device}"
+    conditions = f"conditions {tuple(cond.shape)} {cond.dtype} on {cond.device}"
+    expected = (
+        f"(B, {', '.join(map(str, shape))}) and (B,) whole numbers on one device, B at least 1"
     )
+    require(fits, f"{noise}, {conditions}; expected {expected}, as `draw` returns")

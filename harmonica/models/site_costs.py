@@ -71,9 +71,8 @@ def counted(
     none = f"none of the {len(modules)} modules that look like sites is called"
     require(bool(called), f"{name}: {none}; {ADVICE}")
     each = result.macs.sites[[times == 1 for times in result.calls]]
-    sizes = result.modules.items()
-    by_name = {path.removeprefix(f"{name}."): size for path, size in sizes if "." in path}
-    return called, Macs(each, result.macs.rest), _largest(by_name, called)[:3]
+    sizes = {path.partition(".")[2]: size for path, size in result.modules.items()}
+    return called, Macs(each, result.macs.rest), _largest(sizes, called)[:3]
 
 
 def _twin(transformer: nn.Module) -> nn.Module:
@@ -95,26 +94,20 @@ def estimated(
             for name, module in block.named_modules(prefix=path):
                 sizes[name] = float(sum(p.numel() for p in module.parameters() if p.dim() > 1))
     each = torch.tensor([sizes[name] for name in modules], dtype=torch.float64)
-    of_tokens = {  # modulation, normalisation and embedding run for an image, not for each token
-        name: size
-        for name, size in sizes.items()
-        if not any(NOT_A_SITE.fullmatch(word) for word in re.split(r"[._]", name.lower()))
-    }
-    largest = _largest(of_tokens, modules)
+    words = {name: re.split(r"[._]", name.lower()) for name in sizes}
+    for_image = {name for name in sizes if any(map(NOT_A_SITE.fullmatch, words[name]))}
+    # Modulation, normalisation and embedding run for an image, not for each token.
+    largest = _largest({name: sizes[name] for name in sizes if name not in for_image}, modules)
     return Macs(each, sum(size for _, size in largest)), largest[:3]
 
 
 def _largest(sizes: Mapping[str, float], modules: Mapping[str, nn.Module]) -> Uncovered:
     """Return the largest modules that hold no site and are part of none, nor of one another."""
-
-    def above(name: str) -> set[str]:
-        return {name.rsplit(".", depth)[0] for depth in range(name.count(".") + 1)}
-
-    holds = set().union(*map(above, modules))
     outermost: dict[str, float] = {}
-    for name in sorted(sizes, key=lambda name: name.count(".")):
-        covered = name in holds or above(name) & (modules.keys() | outermost.keys())
-        if name and sizes[name] and not covered:
+    for name in sorted(filter(None, sizes), key=lambda name: name.count(".")):
+        inside = any(f"{name}.".startswith(f"{other}.") for other in (*modules, *outermost))
+        holds = any(site.startswith(f"{name}.") for site in modules)
+        if sizes[name] and not inside and not holds:
             outermost[name] = sizes[name]
     return tuple(sorted(outermost.items(), key=lambda item: -item[1]))
 
