@@ -38,7 +38,6 @@ class Count(NamedTuple):
 
     macs: Macs  # of the sites and of the rest
     calls: tuple[int, ...]  # of each site, N numbers; a table of decisions needs each to be 1
-    modules: dict[str, float]  # MACs; names begin with the class of the outermost one called
 
 
 def count(run: Callable[[], Any], sites: Mapping[str, nn.Module], *, fake: bool = True) -> Count:
@@ -62,7 +61,6 @@ def count(run: Callable[[], Any], sites: Mapping[str, nn.Module], *, fake: bool 
     eager = torch.compiler.set_stance("force_eager")
     with torch.no_grad(), eager, sdpa_kernel(SDPBackend.MATH), shapes, counter, gated(sites, gate):
         run()
-    macs_of = {name: sum(flops.values()) / 2 for name, flops in counter.get_flop_counts().items()}
     each = torch.tensor(counts, dtype=torch.float64) / 2  # two operations are one MAC
     rest = counter.get_total_flops() / 2 - float(each.sum())
-    return Count(Macs(each, rest), tuple(calls), macs_of)
+    return Count(Macs(each, rest), tuple(calls))

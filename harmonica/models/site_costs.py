@@ -23,9 +23,6 @@ from torch.utils._pytree import tree_map, tree_map_only
 from harmonica.cost import Count, Macs, count
 from harmonica.table import require
 
-Uncovered = tuple[tuple[str, float], ...]
-"""(name, MACs) of modules."""
-
 NOT_A_SITE = re.compile(r"\w*norm\d*|adaln\w*|act|mod|modulation|drop(out)?|emb\w*|time\w*|film\w*")
 ADVICE = "give the modules yourself, as cached(pipe, schedule, sites={name: module, …})"
 
@@ -56,7 +53,7 @@ def count_calls(
 
 def counted(
     transformer: nn.Module, modules: Mapping[str, nn.Module], inputs: Mapping[str, Any]
-) -> tuple[dict[str, nn.Module], Macs, Uncovered]:
+) -> tuple[dict[str, nn.Module], Macs]:
     """Count one forward of a twin, so that nothing the model keeps between calls stays in it."""
     name = type(transformer).__name__
     result = count_calls(transformer, modules, inputs)
@@ -71,8 +68,7 @@ def counted(
     none = f"none of the {len(modules)} modules that look like sites is called"
     require(bool(called), f"{name}: {none}; {ADVICE}")
     each = result.macs.sites[[times == 1 for times in result.calls]]
-    sizes = {path.partition(".")[2]: size for path, size in result.modules.items()}
-    return called, Macs(each, result.macs.rest), _largest(sizes, called)[:3]
+    return called, Macs(each, result.macs.rest)
 
 
 def _twin(transformer: nn.Module) -> nn.Module:
@@ -84,32 +80,22 @@ def _twin(transformer: nn.Module) -> nn.Module:
     return twin
 
 
-def estimated(
-    blocks: Mapping[str, nn.Module], modules: Mapping[str, nn.Module]
-) -> tuple[Macs, Uncovered]:
-    """Estimate MACs per token: one for each entry of a matrix in the blocks that hold sites."""
-    sizes: dict[str, float] = {}
+def estimated(blocks: Mapping[str, nn.Module], modules: Mapping[str, nn.Module]) -> Macs:
+    """Estimate MACs per token: one for each entry of a matrix in the blocks that hold sites, but
+    for modulation, normalisation and embedding, which run for an image and not for each token.
+    """
+    sizes, rest = dict.fromkeys(modules, 0.0), 0.0
     for path, block in blocks.items():
-        if any(name == path or name.startswith(f"{path}.") for name in modules):
-            for name, module in block.named_modules(prefix=path):
-                sizes[name] = float(sum(p.numel() for p in module.parameters() if p.dim() > 1))
-    each = torch.tensor([sizes[name] for name in modules], dtype=torch.float64)
-    words = {name: re.split(r"[._]", name.lower()) for name in sizes}
-    for_image = {name for name in sizes if any(map(NOT_A_SITE.fullmatch, words[name]))}
-    # Modulation, normalisation and embedding run for an image, not for each token.
-    largest = _largest({name: sizes[name] for name in sizes if name not in for_image}, modules)
-    return Macs(each, sum(size for _, size in largest)), largest[:3]
-
-
-def _largest(sizes: Mapping[str, float], modules: Mapping[str, nn.Module]) -> Uncovered:
-    """Return the largest modules that hold no site and are part of none, nor of one another."""
-    outermost: dict[str, float] = {}
-    for name in sorted(filter(None, sizes), key=lambda name: name.count(".")):
-        inside = any(f"{name}.".startswith(f"{other}.") for other in (*modules, *outermost))
-        holds = any(site.startswith(f"{name}.") for site in modules)
-        if sizes[name] and not inside and not holds:
-            outermost[name] = sizes[name]
-    return tuple(sorted(outermost.items(), key=lambda item: -item[1]))
+        inside = [site for site in modules if f"{site}.".startswith(f"{path}.")]
+        for name, part in block.named_modules(prefix=path) if inside else ():
+            size = sum(p.numel() for p in part.parameters(recurse=False) if p.dim() > 1)
+            site = next((site for site in inside if f"{name}.".startswith(f"{site}.")), None)
+            words = re.split(r"[._]", name.lower())
+            if site is not None:
+                sizes[site] += size
+            elif part is not block and not any(map(NOT_A_SITE.fullmatch, words)):
+                rest += size
+    return Macs(torch.tensor([*sizes.values()], dtype=torch.float64), rest)
 
 
 def cost_of_call(model: nn.Module, modules: Mapping[str, nn.Module], inputs: Any) -> Macs | None:

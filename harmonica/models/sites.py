@@ -26,7 +26,6 @@ run those without their cache. This file does not know pipelines, samplers or ro
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -35,7 +34,7 @@ from typing import Any
 from torch import nn
 
 from harmonica.cost import Macs
-from harmonica.models.site_costs import ADVICE, NOT_A_SITE, Uncovered, counted, estimated
+from harmonica.models.site_costs import ADVICE, NOT_A_SITE, counted, estimated
 from harmonica.table import require
 
 # One word of a module's name, such as those of img_mlp.
@@ -64,7 +63,6 @@ class Sites(Mapping[str, nn.Module]):
     kinds: tuple[str, ...]  # N words: attention, cross-attention, feed-forward or both
     macs: Macs  # of one forward, or of one token if estimated
     counted: bool  # in a forward, not estimated from the sizes of the weights
-    uncovered: Uncovered = ()  # the largest modules that no site covers
 
     def __getitem__(self, name: str) -> nn.Module:
         return self.modules[name]
@@ -95,8 +93,7 @@ def sites(transformer: nn.Module, inputs: Mapping[str, Any] | None = None) -> Si
             that hold sites: no attention products, and every expert of a mixture.
 
     Raises ValueError if it is not a module, has no sites, has a module at two sites, chunks its
-    feed-forwards, or calls a site several times in a forward. Warns UserWarning, naming the largest
-    modules left out, if the sites cover less than half of the MACs.
+    feed-forwards, or calls a site several times in a forward.
 
     >>> block = nn.ModuleDict({"attn": nn.Linear(4, 4), "ff": nn.Linear(4, 8)})
     >>> print(sites(nn.ModuleDict({"blocks": nn.ModuleList([block])})))
@@ -112,16 +109,11 @@ def sites(transformer: nn.Module, inputs: Mapping[str, Any] | None = None) -> Si
     modules = {name: transformer.get_submodule(name) for name in kinds}
     _check_cacheable(kind.__name__, blocks, modules)
     if inputs is None:
-        macs, uncovered = estimated(blocks, modules)
+        macs = estimated(blocks, modules)
     else:
-        modules, macs, uncovered = counted(transformer, modules, inputs)
-    if macs.covered < 0.5:
-        cover = f"the {len(modules)} sites of {kind.__name__} cover {macs.covered:.1%} of its MACs"
-        largest = ", ".join(f"{name} ({size / macs.total:.1%})" for name, size in uncovered)
-        left_out = f"the largest modules left out are {largest}; to add some, {ADVICE}"
-        warnings.warn(f"{cover}; {left_out}", stacklevel=2)
+        modules, macs = counted(transformer, modules, inputs)
     of_these = tuple(kinds[name] for name in modules)
-    return Sites(MappingProxyType(modules), of_these, macs, inputs is not None, uncovered)
+    return Sites(MappingProxyType(modules), of_these, macs, inputs is not None)
 
 
 def kind_of(name: str) -> str | None:

@@ -1,7 +1,6 @@
 """sites(): the rule on small models made for it, its messages, and what it says about models of known cost."""
 
 import copy
-import warnings
 
 import diffusers
 import pytest
@@ -149,14 +148,13 @@ def test_macs_are_counted_with_inputs_and_estimated_without_but_for_modulation()
     model = Model(blocks=blocks("attn", "ff"), head=linear(8))
     counted, estimated = sites(model, X), sites(model)
     assert counted.macs.sites.tolist() == [3 * 16.0] * 4  # three tokens through 4 × 4
-    assert (counted.macs.rest, counted.uncovered) == (192.0, (("head", 192.0),))
+    assert counted.macs.rest == 192.0
     assert estimated.macs.sites.tolist() == [16.0] * 4
     assert estimated.macs.rest == 0.0  # the head is in no block
     assert "counted in one forward" in str(counted)
     assert "estimated per token" in str(estimated)
     block = Model(attn=linear(), adaLN_modulation=linear(8), norm1=linear(), skip_linear=linear())
-    found = sites(Model(blocks=stack(block)))
-    assert (found.macs.rest, found.uncovered) == (16.0, (("blocks.0.skip_linear", 16.0),))
+    assert sites(Model(blocks=stack(block))).macs.rest == 16.0
 
 
 def test_shapes_alone_count_what_arithmetic_counts_and_a_model_that_looks_at_values_is_counted():
@@ -169,7 +167,7 @@ def test_shapes_alone_count_what_arithmetic_counts_and_a_model_that_looks_at_val
     found = dict(sites(model))
     fake, real = (count(lambda: model(**inputs), found, fake=fake) for fake in (True, False))
     assert fake.macs.sites.tolist() == real.macs.sites.tolist()
-    assert (fake.macs.rest, fake.calls, fake.modules) == (real.macs.rest, real.calls, real.modules)
+    assert (fake.macs.rest, fake.calls) == (real.macs.rest, real.calls)
 
 
 def test_counting_is_not_misled_by_a_wrapped_forward_and_leaves_nothing_behind():
@@ -190,14 +188,7 @@ def test_counting_is_not_misled_by_a_wrapped_forward_and_leaves_nothing_behind()
     assert sites(model, X).macs.covered == 1.0
 
 
-def test_the_table_has_a_line_for_each_site_and_low_coverage_warns():
-    model = Model(blocks=blocks("attn"), head=linear(32))
-    message = r"2 sites of Model cover 11\.1% .* left out are head \(88\.9%\)"
-    with pytest.warns(UserWarning, match=message):
-        sites(model, X)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        sites(model)
+def test_the_table_has_a_line_for_each_site_and_is_not_changed():
     found = sites(Model(blocks=blocks("attn", "ff")), X)
     attention, feed_forward, *_, last = lines = str(found).splitlines()
     assert attention.split() == ["blocks.0.attn", "attention", "25.0%"]
@@ -216,7 +207,6 @@ PUBLISHED = {
 """Total MACs in G, then the share of each kind in %: DiT-XL/2 and PixArt at 256 × 256."""
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_shares_of_dit_and_pixart_are_met(name):
     published, config = PUBLISHED[name]
@@ -235,12 +225,10 @@ def test_published_shares_of_dit_and_pixart_are_met(name):
     assert (found.macs.total / 1e9, *shares.values()) == pytest.approx(published, abs=0.15)
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_in_flux_like_models_all_of_the_blocks_is_within_reach():
     """With proj_out alone a single-stream block would still compute its attention and its feed-forward."""
-    flux, inputs = ZOO["FluxTransformer2DModel"]()
-    found = sites(flux, inputs)
-    single = [name for name, _ in found.uncovered if name.startswith("single_transformer_blocks")]
-    assert all("norm" in name for name in single)
+    flux, _ = ZOO["FluxTransformer2DModel"]()
+    found = sites(flux)
+    assert found.macs.rest == 0.0
     kinds = {kind for name, kind in zip(found, found.kinds, strict=True) if "single" in name}
     assert kinds == {"attention", "feed-forward", "both"}
