@@ -107,10 +107,10 @@ def milliseconds(denoiser: Denoiser, batch_size: int = 1, *, repeats: int = 7) -
     schedule saves, the sampler included. Keep the result: the next measurement differs by a few
     percent, and a training run can only be resumed with the same costs.
     """
-    counts = f"batch_size {batch_size}, repeats {repeats}"
-    require(batch_size >= 1 and repeats >= 1, f"found {counts}; expected 1 or more of each")
-    walk, (x, cond) = Walk(denoiser), denoiser.draw(batch_size, torch.Generator().manual_seed(0))
-    turns = [_site_times(walk, x, cond) for _ in range(repeats + 1)][1:]
+    numbers = f"batch_size {batch_size}, repeats {repeats}"
+    require(batch_size >= 1 and repeats >= 1, f"found {numbers}; expected 1 or more of each")
+    start = denoiser.draw(batch_size, torch.Generator().manual_seed(0))
+    turns = [_site_times(Walk(denoiser), *start) for _ in range(repeats + 1)][1:]
     *each, total = (median(values) / denoiser.steps for values in zip(*turns, strict=True))
     return Macs(torch.tensor(each, dtype=torch.float64), max(total - sum(each), 0.0))
 

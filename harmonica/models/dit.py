@@ -105,17 +105,14 @@ class DiT(nn.Module):
     """A diffusion transformer conditioned on a class; the defaults are DiT-XL/2's.
 
     Args:
-        input_size: H = W of the latent (32 for 256×256 images, 64 for 512×512).
+        input_size: H = W of the latent (32 for 256×256 images, 64 for 512×512); divisible by P.
         patch_size: P.
         in_channels: C, 4 for the Stable Diffusion latent.
-        hidden_size: D; divisible by 4 and by num_heads.
+        hidden_size: D; divisible by 4 and by num_heads, else ValueError.
         depth: number of blocks.
         num_heads: attention heads.
         num_classes: real classes; label `num_classes` is the null class.
-        learn_sigma: predict a variance channel for each noise channel (the original does; the
-            bundled one does not).
-
-    Raises ValueError if a size does not divide another.
+        learn_sigma: predict a variance channel for each noise channel, as the original does.
     """
 
     def __init__(

@@ -60,9 +60,8 @@ def transformer_of(variant: Variant) -> Any:
     """Return diffusers' transformer of this variant with new weights, on torch's current device."""
     from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
 
-    return PixArtTransformer2DModel(
-        **XL, sample_size=variant.latent_size, use_additional_conditions=variant.micro_conditions
-    )
+    size, micro = variant.latent_size, variant.micro_conditions
+    return PixArtTransformer2DModel(**XL, sample_size=size, use_additional_conditions=micro)
 
 
 def read_transformer(folder: Path, variant: Variant, name: str, dtype: torch.dtype) -> Any:
@@ -107,13 +106,12 @@ def encode(
     """Encode P prompts of at most L tokens with the T5 of a diffusers folder, and let it go.
 
     T5 runs in `dtype` on `device`; the embeddings come back to the CPU. Raises FileNotFoundError if
-    the folder lacks `tokenizer` or `text_encoder`, ValueError if a package that reads T5 is
-    missing.
+    the folder lacks a part, ValueError if a package that reads T5 is missing.
     """
-    for part, file in (("text_encoder", "config.json"), ("tokenizer", "tokenizer_config.json")):
-        if not (folder / part / file).is_file():
+    for file in ("text_encoder/config.json", "tokenizer/tokenizer_config.json"):
+        if not (folder / file).is_file():
             whole = "expected the folder of a whole diffusers pipeline"
-            raise FileNotFoundError(f"{folder} has no {part}/{file}; {whole}")
+            raise FileNotFoundError(f"{folder} has no {file}; {whole}")
     try:
         for package in ("sentencepiece", "google.protobuf", "transformers"):
             import_module(package)
@@ -142,10 +140,8 @@ class PixArtDenoiser(Guided):
     """A frozen PixArt with encoded prompts; a condition is the number of one of them.
 
     Guidance runs one batch [null, conditional] of 2B and mixes all latent channels, as diffusers'
-    pipelines do.
-
-    Args (the others are described at `Guided`):
-        transformer: diffusers' `PixArtTransformer2DModel`.
+    pipelines do. `transformer` is diffusers' `PixArtTransformer2DModel`; the other arguments are
+    described at `Guided`.
     """
 
     def __init__(
@@ -181,9 +177,8 @@ class PixArtDenoiser(Guided):
         if self.model.use_additional_conditions:  # in pixels, eight for each latent place
             height, width = 8 * x.shape[2], 8 * x.shape[3]
             # Filled in where they are needed: a list would be copied to the device, and waited for.
-            sides = [text.new_full((len(x), 1), side) for side in (height, width)]
-            size["resolution"] = torch.cat(sides, dim=1)
-            size["aspect_ratio"] = text.new_full((len(x), 1), height / width)
+            full = [text.new_full((len(x), 1), each) for each in (height, width, height / width)]
+            size = {"resolution": torch.cat(full[:2], dim=1), "aspect_ratio": full[2]}
         out: Tensor = self.model(
             x.to(text.dtype), encoder_hidden_states=text, encoder_attention_mask=mask,
             timestep=self.clock(x, k), added_cond_kwargs=size, return_dict=False,

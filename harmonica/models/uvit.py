@@ -59,12 +59,8 @@ class Block(nn.Module):
 class UViT(nn.Module):
     """A U-ViT conditioned on a class. It predicts noise alone, no variance.
 
-    Args as of `DiT`, except
-        depth: blocks on both sides of the middle one, which is not counted; even.
-        num_classes: real classes; label `num_classes` is the null one. (The original counts both.)
-
-    Raises ValueError if a size does not divide another.
-
+    Args as of `DiT`, but `depth` counts the blocks on both sides of the middle one and is even.
+    (The original's `num_classes` counts the null class too.)
     """
 
     def __init__(
