@@ -21,7 +21,7 @@ from math import inf
 from typing import Any
 
 import torch
-from smoothcache import block_and_kind
+from smoothcache import block_and_kind, fewest_reused
 from torch import Tensor
 from torch.optim import AdamW
 from torch.utils._pytree import tree_leaves
@@ -32,9 +32,10 @@ from harmonica.denoise import Denoiser
 from harmonica.forecast import History, weighted_sum
 from harmonica.iepo import objective
 from harmonica.samplers import alphas_cumprod
-from harmonica.search.baselines import every, fewest_reused, named, steps_that_compute
+from harmonica.search.baselines import every, named
 from harmonica.search.paths import Fork, continue_walk, whole_steps
 from harmonica.search.references import image_mse
+from harmonica.search.target import Target
 from harmonica.table import require
 
 QUANTILES = 200
@@ -201,7 +202,7 @@ def greedy(
     `switches` finds them, within `budget` predictions.
     """
     cost = macs(denoiser)
-    steps_that_compute(denoiser, speedup)  # refuses what is out of reach before anything is spent
+    Target(speedup, cost, denoiser.steps)  # refuses what is out of reach before anything is spent
     compute, spent = whole_steps(denoiser, range(denoiser.steps)), 0
     search = switches(denoiser, x, cond, prices=cost.sites, budget=budget)
     while Schedule(compute).speedup(cost) < speedup:

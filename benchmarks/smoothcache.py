@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Callable
 from math import inf, nextafter
 from typing import Any
 
@@ -9,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from harmonica import Schedule
+from harmonica import Schedule, macs
 from harmonica.cache import Compute, Feature, Gate
 from harmonica.denoise import Denoiser, denoise, final_image
-from harmonica.search.baselines import fewest_reused, named
+from harmonica.search.baselines import named
 from harmonica.table import require
 
 
@@ -99,3 +101,19 @@ def block_and_kind(site: str) -> tuple[str, str]:
     """Return the block and the kind of a site, ("blocks.3", "attn") of "blocks.3.attn"."""
     block, _, kind = site.rpartition(".")
     return block or site, kind
+
+
+def fewest_reused(
+    denoiser: Denoiser, table: Callable[[int], Tensor], most: int, speedup: float
+) -> int:
+    """Return the least n ≤ most whose table(n) has the speedup; the more n, the more it reuses."""
+    cost = macs(denoiser)
+
+    def speed(n: int) -> float:
+        return Schedule(table(n)).speedup(cost)
+
+    require(speedup >= 1, f"speedup is {speedup}; it must be 1 (compute all) or more")
+    n = bisect_left(range(most + 1), speedup, key=speed)
+    maximum = "" if n <= most else f"{speed(most):.4g}"
+    require(n <= most, f"speedup is {speedup:g}; the maximum of this method here is {maximum}")
+    return n

@@ -12,8 +12,7 @@ computed feature; where its paper does something else, the docstring says so. Mo
 methods are in benchmarks/rivals.py.
 """
 
-from bisect import bisect_left
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from fractions import Fraction
 from math import inf
 from typing import Any
@@ -24,6 +23,7 @@ from harmonica.cost import macs
 from harmonica.denoise import Denoiser
 from harmonica.router import Schedule
 from harmonica.search.paths import cheapest_path, reuse_errors, spread, whole_steps
+from harmonica.search.target import Target
 from harmonica.table import require
 
 
@@ -37,8 +37,9 @@ def every(denoiser: Denoiser, n: float | None = None, *, speedup: float | None =
     one = (n is None) != (speedup is None)
     require(one, f"n is {n} and speedup {speedup}; give one of the two")
     require(n is None or 1 <= n < inf, f"n is {n}; it must be 1 (compute all) or more steps")
-    steps = denoiser.steps
-    interval = Fraction(n or Fraction(steps, steps_that_compute(denoiser, speedup or 1.0)))
+    steps, interval = denoiser.steps, Fraction(n or 1)
+    if speedup is not None:
+        interval = Fraction(steps, Target(speedup, macs(denoiser), steps).whole_steps)
     table = whole_steps(denoiser, spread(steps, interval))
     return named(denoiser, table, "FORA", {"interval": float(interval)})
 
@@ -51,31 +52,10 @@ def dynamic_programming(denoiser: Denoiser, x: Tensor, cond: Any, *, speedup: fl
     DPCache predicts skipped features from several computed ones. Here the last is reused, so that a
     step's cost depends on it alone.
     """
-    path = cheapest_path(reuse_errors(denoiser, x, cond), steps_that_compute(denoiser, speedup))
+    target = Target(speedup, macs(denoiser), denoiser.steps)
+    path = cheapest_path(reuse_errors(denoiser, x, cond), target.whole_steps)
     settings = {"speedup": speedup, "noises": len(x)}
     return named(denoiser, whole_steps(denoiser, path), "dynamic programming", settings)
-
-
-def steps_that_compute(denoiser: Denoiser, speedup: float) -> int:
-    """Return how many whole steps may compute at a speedup."""
-    table = lambda n: whole_steps(denoiser, range(denoiser.steps - n))  # noqa: E731
-    return denoiser.steps - fewest_reused(denoiser, table, denoiser.steps - 1, speedup)
-
-
-def fewest_reused(
-    denoiser: Denoiser, table: Callable[[int], Tensor], most: int, speedup: float
-) -> int:
-    """Return the least n ≤ most whose table(n) has the speedup; the more n, the more it reuses."""
-    cost = macs(denoiser)
-
-    def speed(n: int) -> float:
-        return Schedule(table(n)).speedup(cost)
-
-    require(speedup >= 1, f"speedup is {speedup}; it must be 1 (compute all) or more")
-    n = bisect_left(range(most + 1), speedup, key=speed)
-    maximum = "" if n <= most else f"{speed(most):.4g}"
-    require(n <= most, f"speedup is {speedup:g}; the maximum of this method here is {maximum}")
-    return n
 
 
 def named(

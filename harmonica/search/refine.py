@@ -39,6 +39,10 @@ from harmonica.search.references import PORTION, Pool, pool_errors, typical_erro
 from harmonica.search.target import Target
 from harmonica.table import require
 
+Fill = Schedule | int
+"""What a skipped entry returns: `Schedule.order`, or a schedule whose learned weights stay as they
+are wherever its table does."""
+
 FLIPS = 32  # entries that flip in one round, at most; the quadratic is believed no farther away
 PAIRS = 10  # pairs of rows that are walked in one round, at most
 SIGNS_SEED = 20_000_003  # of the random signs that a quadratic takes
@@ -63,7 +67,7 @@ class JudgedTable:
     spent: float  # predictions of one noise so far
 
 
-def refine(
+def refine(  # noqa: D417 (denoiser and `Fill` are described where they are defined)
     denoiser: Denoiser,
     tables: Sequence[Tensor],
     pool: Pool,
@@ -71,20 +75,17 @@ def refine(
     target: Target,
     *,
     budget: float,
-    fill: Schedule | int = 0,
+    fill: Fill = 0,
 ) -> Iterator[JudgedTable]:
     """Search from several tables, yielding each that is the best so far.
 
     Args:
-        denoiser: model, sampler, guidance.
         tables: (T, N) bool each, such as a trained one; paths of whole steps are added to them.
         pool: the noises that tables are judged on, and their targets.
         others: noises for the quadratics, a pool for each round.
         target: no table that is slower is yielded.
         budget: predictions of one noise to spend; a backward pass counts as two. A round that no
             longer fits is not begun.
-        fill: what a skipped entry returns: `Schedule.order`, or a schedule whose learned weights
-            stay as they are wherever its table does.
 
     Raises ValueError if no table is on target, and then there is nothing to start from.
     """
@@ -112,12 +113,7 @@ class Search:
     """The walks of one search, of which `spent` counts predictions of one noise; see `refine`."""
 
     def __init__(
-        self,
-        denoiser: Denoiser,
-        pool: Pool,
-        others: Iterator[Pool],
-        target: Target,
-        fill: Schedule | int = 0,
+        self, denoiser: Denoiser, pool: Pool, others: Iterator[Pool], target: Target, fill: Fill = 0
     ) -> None:
         self.denoiser, self.pool, self.others, self.target = denoiser, pool, others, target
         if isinstance(fill, int):
@@ -136,7 +132,7 @@ class Search:
         """Return the cheapest and the evenly spread path of as many whole steps as the target
         allows, and one more.
         """
-        steps, sites = self.denoiser.steps, self.target.cost.sites
+        steps = self.denoiser.steps
         pool = self.pool[slice(few_of(len(self.pool)))]
 
         def total(part: Pool) -> Tensor:
@@ -145,7 +141,7 @@ class Search:
         errors = torch.stack(list(pool.portions(total, self._portion))).sum(0)
         errors = mean_over_ranks(errors / len(pool)).cpu()
         self.spent += len(pool) * steps * (2 + (steps - 1) / 2)
-        most = int(self.target.allowed / float(sites.sum()))
+        most = self.target.whole_steps
         counts = [n for n in (most, most + 1) if 1 <= n <= steps]
         pairs = [(cheapest_path(errors, n), spread(steps, Fraction(steps, n))) for n in counts]
         return [whole_steps(self.denoiser, path) for pair in pairs for path in pair]

@@ -45,6 +45,11 @@ class Target:
         """What the sites that compute may cost in one walk."""
         return self.steps * (self.cost.total / self.speedup - self.cost.rest) * (1 + 1e-12)
 
+    @property
+    def whole_steps(self) -> int:
+        """How many steps may compute all of their sites."""
+        return int(self.allowed / float(self.cost.sites.sum()))
+
     def spent(self, compute: Tensor) -> float:
         """Return what the sites that compute cost in one walk under a table (T, N)."""
         return float((compute * self.cost.sites).sum())

@@ -34,6 +34,15 @@ def existing(path: StrPath) -> Path:
     return path
 
 
+def refuse_existing(path: StrPath, todo: str) -> None:
+    """Raise FileExistsError if a file is there, FileNotFoundError if there is no folder for it."""
+    folder = Path(path).absolute().parent
+    if Path(path).exists():
+        raise FileExistsError(f"{path} exists; {todo}")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder; make it first")
+
+
 def refused(path: StrPath, verdict: str, error: BaseException | str) -> ValueError:
     """Return the error that refuses a file: its name, the verdict, and the reason in short.
 

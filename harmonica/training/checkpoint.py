@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from harmonica.processes import batch_per_rank, from_rank_0, rank
 from harmonica.router import Router
 from harmonica.sdt import Update
 from harmonica.search.target import Target
-from harmonica.storage.files import StrPath, changes, decoding
+from harmonica.storage.files import StrPath, changes, decoding, refuse_existing
 from harmonica.storage.formats import build, read_router, write_router
 from harmonica.table import require
 from harmonica.training.beta import BetaController
@@ -88,10 +87,9 @@ class TrainingState:
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Set everything to what was captured; raise ValueError or KeyError if it does not fit."""
-        for name in ("updates", "trajectory"):
-            counted = isinstance(facts[name], int) and 0 <= facts[name] <= 10**12
-            require(counted, f"{name} is {facts[name]!r:.40}")
-        self.updates, self.trajectory = facts["updates"], facts["trajectory"]
+        self.updates, self.trajectory = counts = facts["updates"], facts["trajectory"]
+        counted = all(isinstance(count, int) and 0 <= count <= 10**12 for count in counts)
+        require(counted, f"updates and trajectory are {counts!r:.80}")
         self.router.about["provenance"]["iterations"] = self.updates
         logits = _tensor(tensors, "state.logits", self.router.logits)
         for k, row in enumerate(self.router.rows):
@@ -173,7 +171,7 @@ class Checkpoint:
             if resume:
                 self._restore(state, iterations)
             elif self.path is not None:
-                self._check_new(Path(self.path))
+                refuse_existing(self.path, "resume=True continues it, or choose another name")
             tensors, facts = state.capture()
             return {name: value.cpu() for name, value in tensors.items()}, facts
 
@@ -210,15 +208,6 @@ class Checkpoint:
             todo = f"{self.path} continues it with resume=True"
             kept = todo if self.path else "nothing was saved"
             raise KeyboardInterrupt(f"stopped after {self.written} updates; {kept}") from None
-
-    @staticmethod
-    def _check_new(path: Path) -> None:
-        if path.exists():
-            todo = "resume=True continues it, or choose another name"
-            raise FileExistsError(f"{path} exists; {todo}")
-        folder = path.absolute().parent
-        if not folder.is_dir():
-            raise FileNotFoundError(f"{folder}: no such folder; make it before training")
 
     def _restore(self, state: TrainingState, iterations: int) -> None:
         path = "the checkpoint to resume" if self.path is None else self.path

@@ -230,7 +230,7 @@ def test_provenance_counts_the_updates_that_were_made(tmp_path, small):
     router = train_sdt(small, iterations=6, checkpoint=path, resume=True, **how)
     assert router.about["provenance"]["iterations"] == 6
     assert torch.equal(Router.load(path).logits, router.logits)
-    with pytest.raises(FileNotFoundError, match="no such folder; make it before training"):
+    with pytest.raises(FileNotFoundError, match="no such folder; make it first"):
         train_sdt(small, iterations=3, checkpoint=tmp_path / "no" / "r.safetensors", **how)
 
 
