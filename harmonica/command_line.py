@@ -21,8 +21,9 @@ from typing import Any, NoReturn
 
 import torch
 
-from harmonica.denoise import Denoiser
+from harmonica import models
 from harmonica.memory import is_out_of_memory
+from harmonica.models.guided import Guided
 from harmonica.processes import started_as
 from harmonica.table import require
 
@@ -86,16 +87,14 @@ def add_model_options(p: Parser) -> None:
 
 def load_model(
     args: argparse.Namespace, device: str | torch.device, *, checkpointing: bool = False
-) -> Denoiser:
+) -> Guided:
     """Load the model that `add_model_options` asked for to a device, with activation checkpointing
     or without.
     """
-    from harmonica.models import load
-
     names = ("sampler", "steps", "guidance", "weights", "prompts")
     options = {name: getattr(args, name) for name in names}
     options |= {"device": device, "dtype": dtype_of(args, device)}
-    return load(args.model, **options, activation_checkpointing=checkpointing)
+    return models.load(args.model, **options, activation_checkpointing=checkpointing)
 
 
 def dtype_of(args: argparse.Namespace, device: str | torch.device) -> torch.dtype:

@@ -26,7 +26,7 @@ from harmonica import command_line as cli
 from harmonica.columns import fit
 from harmonica.denoise import check_fit, gates_of
 from harmonica.inference.timing import measure
-from harmonica.inference.walk import Refinable, Walk
+from harmonica.inference.walk import Walk
 from harmonica.models import BUNDLED
 from harmonica.search.baselines import dynamic_programming, named
 from harmonica.search.learn import learn_weights
@@ -83,11 +83,10 @@ def run(args: argparse.Namespace) -> None:
     with exclusive_lock(args.out):
         schedule = _schedule(denoiser, args) if schedule is None else schedule
         schedule.save(args.out / "schedule.json")  # first of all: it may have taken hours
-        count = args.images or (HELD_OUT if denoiser.about["model"] in BUNDLED else 4)
+        count = args.images or (HELD_OUT if args.model in BUNDLED else 4)
         x, cond = denoiser.draw(count, torch.Generator().manual_seed(1_000_003))
         walks = {"uncached": sample(denoiser, x, cond), "cached": Walk(denoiser, schedule)(x, cond)}
-        refinable = isinstance(denoiser, Refinable) and not denoiser.draws_noise
-        if args.weights != "random" and refinable:
+        if args.weights != "random" and not denoiser.draws_noise:
             walks = {"reference": sample(finer_walk(denoiser), x, cond), **walks}
         images = {name: decode(end).cpu() for name, end in walks.items()}
         print("\n".join(_report(denoiser, schedule, x, cond, images)))
@@ -100,7 +99,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _schedule(denoiser: Denoiser, args: argparse.Namespace) -> Schedule:
     """Make a table by the method asked for; with random weights every other step computes."""
-    generator, bundled = torch.Generator().manual_seed(0), denoiser.about["model"] in BUNDLED
+    generator, bundled = torch.Generator().manual_seed(0), args.model in BUNDLED
     if args.weights == "random" and args.iterations is None:
         rows = whole_steps(denoiser, range(0, denoiser.steps, 2))  # (T, N)
         return named(denoiser, rows, "every other step", {})
@@ -152,8 +151,8 @@ def _pictures(
     from harmonica.evaluation import pictures
     from harmonica.models import PixArtDenoiser
 
-    model, shown = str(denoiser.about["model"]), torch.arange(min(SHOWN, len(cond)))
-    if model in BUNDLED:  # one of each class
+    shown = torch.arange(min(SHOWN, len(cond)))
+    if denoiser.about["model"] in BUNDLED:  # one of each class
         shown = torch.cat([(cond.cpu() == label).nonzero()[:1, 0] for label in range(10)])
     if isinstance(denoiser, PixArtDenoiser):
         labels = [denoiser.prompts.texts[i][:14] for i in cond[shown].tolist()]

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import copy
 import zlib
-from collections.abc import Callable
+from importlib import import_module
 from itertools import accumulate, repeat
 from typing import Any, Literal, Protocol
 
@@ -126,18 +126,39 @@ class DDIM:
         return type(self)(steps, self.betas)
 
 
+_LATENTS = {"clip_sample": False}  # diffusers clips to [−1, 1], where images are
+_ORDERS = {"predictor_order": 2, "corrector_order": 2, "algorithm_type": "data_prediction"}
+_SCHEDULERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    # Lu et al. 2022, with PixArt's settings
+    "dpm-solver++": ("scheduling_dpmsolver_multistep", "DPMSolverMultistepScheduler", {}),
+    # Nichol & Dhariwal 2021
+    "iddpm": ("scheduling_ddpm", "DDPMScheduler", {"variance_type": "learned_range", **_LATENTS}),
+    # Xue et al. 2023, with τ(t) = 1 for 200 ≤ t ≤ 800, else 0
+    "sa-solver": ("scheduling_sasolver", "SASolverScheduler", _ORDERS),
+}
+"""By name of the sampler: module, class and settings of diffusers' scheduler."""
+
+
 class Scheduled:
-    """A diffusers scheduler whose timesteps are set, as a sampler whose state belongs to the walk.
+    """A diffusers scheduler as a sampler whose state belongs to the walk.
 
     Every step works on a copy of the scheduler whose state comes out of `memory` and goes back into
     it, so walks share nothing and a fork is exact. Noise comes from a generator seeded by (seed of
     the sample, k), so that any step can be run again; without `memory["seeds"]`, one integer a
-    sample, the seeds are computed from x_T.
+    sample, the seeds are computed from x_T. Where a model has no variance channels, IDDPM takes the
+    posterior's variance (Ho et al. 2020).
     """
 
-    def __init__(self, scheduler: Any, name: str, betas: Betas, *, draws_noise: bool) -> None:
-        self.name, self.betas, self.draws_noise = name, betas, draws_noise
-        self.learns_variance = scheduler.config.get("variance_type") == "learned_range"
+    def __init__(self, name: str, steps: int, betas: Betas) -> None:
+        module, kind, options = _SCHEDULERS[name]
+        of_diffusers = import_module(f"diffusers.schedulers.{module}")
+        scheduler = getattr(of_diffusers, kind)(**_TRAINED[betas], **options)
+        if name == "iddpm":
+            scheduler.set_timesteps(timesteps=list(spaced_timesteps(steps)))
+        else:
+            scheduler.set_timesteps(steps)
+        self.name, self.betas, self.draws_noise = name, betas, name != "dpm-solver++"
+        self.learns_variance = name == "iddpm"
         self._times = scheduler.timesteps.cpu()  # (T,); on a GPU, every step would wait for it
         self.timesteps: tuple[float, ...] = tuple(self._times.tolist())
         self._scheduler, self._start = scheduler, _copied(vars(scheduler))
@@ -165,38 +186,6 @@ class Scheduled:
         return make_sampler(self.name, steps, self.betas)
 
 
-def iddpm(steps: int, betas: Betas = "linear") -> Scheduled:
-    """Return ancestral sampling with learned variance (Nichol & Dhariwal 2021); a model without
-    variance channels is sampled with the posterior's (Ho et al. 2020).
-    """
-    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
-
-    # clip_sample defaults to true in diffusers, for images in [−1, 1]; these are latents
-    options = {**_TRAINED[betas], "variance_type": "learned_range", "clip_sample": False}
-    scheduler = DDPMScheduler(**options)
-    scheduler.set_timesteps(timesteps=list(spaced_timesteps(steps)))
-    return Scheduled(scheduler, "iddpm", betas, draws_noise=True)
-
-
-def dpm_solver(steps: int, betas: Betas = "linear") -> Scheduled:
-    """Return DPM-Solver++, multistep of order 2 (Lu et al. 2022), with PixArt's settings."""
-    from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
-
-    scheduler = DPMSolverMultistepScheduler(**_TRAINED[betas])
-    scheduler.set_timesteps(steps)
-    return Scheduled(scheduler, "dpm-solver++", betas, draws_noise=False)
-
-
-def sa_solver(steps: int, betas: Betas = "linear") -> Scheduled:
-    """Return SA-Solver (Xue et al. 2023) of orders 2 and 2, τ(t) = 1 for 200 ≤ t ≤ 800, else 0."""
-    from diffusers.schedulers.scheduling_sasolver import SASolverScheduler
-
-    orders = {"predictor_order": 2, "corrector_order": 2, "algorithm_type": "data_prediction"}
-    scheduler = SASolverScheduler(**_TRAINED[betas], **orders)
-    scheduler.set_timesteps(steps)
-    return Scheduled(scheduler, "sa-solver", betas, draws_noise=True)
-
-
 def _copied(state: Any) -> Any:
     """Copy dicts, lists and tensors; a deep copy would fail under autograd."""
     if type(state) is dict:  # not a scheduler's config, which stays as it is
@@ -211,14 +200,12 @@ def noise_generator(seed: int, k: int) -> torch.Generator:
     return torch.Generator().manual_seed(zlib.crc32(f"{seed} {k}".encode()))
 
 
-SAMPLERS: dict[str, Callable[[int, Betas], Sampler]] = {
-    "ddim": DDIM, "dpm-solver++": dpm_solver, "iddpm": iddpm, "sa-solver": sa_solver,
-}  # fmt: skip
-"""Samplers by the name that `load(…, sampler=…)` and schedules use."""
+SAMPLERS = ("ddim", *_SCHEDULERS)
+"""The names that `load(…, sampler=…)` and schedules use."""
 
 
 def make_sampler(name: str, steps: int, betas: Betas = "linear") -> Sampler:
     """Return the sampler called `name` with T = `steps`, for a model trained with `betas`."""
     require(name in SAMPLERS, f"sampler is {name!r}; this version has {', '.join(SAMPLERS)}")
     _check_steps(steps)
-    return SAMPLERS[name](steps, betas)
+    return DDIM(steps, betas) if name == "ddim" else Scheduled(name, steps, betas)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from harmonica import Schedule, check_denoiser, denoise, train_sdt
 from harmonica.denoise import final_image
 from harmonica.models.dit import DiT, DiTDenoiser
-from harmonica.samplers import SAMPLERS, alphas_cumprod, iddpm, make_sampler, spaced_timesteps
+from harmonica.samplers import SAMPLERS, alphas_cumprod, make_sampler, spaced_timesteps
 from harmonica.samplers import noise_generator as noise_of
 
 BETAS = ("linear", "scaled-linear")
@@ -80,7 +80,7 @@ def test_a_multistep_walk_is_the_one_diffusers_takes(name, betas):
 def test_iddpm_is_its_definition(learned):
     """Nichol & Dhariwal 2021: mean of the posterior, log-variance between its own and β by the model's v in [−1, 1]."""
     steps, times = 7, spaced_timesteps(7)
-    sampler = iddpm(steps)
+    sampler = make_sampler("iddpm", steps)
     assert sampler.timesteps == times
     a = alphas_cumprod()
     generator = seeded(0)
