@@ -4,6 +4,7 @@ Where nothing valid is kept, the cache computes; what is reused is counted as it
 """
 
 import asyncio
+import contextlib
 import copy
 import gc
 import itertools
@@ -122,6 +123,20 @@ def test_pipelines_that_share_a_transformer_run_at_once_each_under_its_own_table
     for pipe in pipes:
         disable_cache(pipe)
     assert is_stock(shared)
+
+
+@pytest.mark.parametrize("inner_cached", [True, False])
+def test_a_pipeline_called_in_the_walk_of_another_changes_neither_image(inner_cached):
+    outer, images = loop(), []
+    inner = Loop(outer.transformer, DDIMScheduler())
+    with torch.no_grad(), contextlib.ExitStack() as stack:
+        if inner_cached:
+            stack.enter_context(cached(inner, table(inner, every=4)))
+        alone, expected = inner(2), under(outer, table(outer), outer)
+        with cached(outer, table(outer)):
+            image = outer(after=lambda k: images.append(inner(2)))
+    assert torch.equal(image, expected)
+    assert equal(images, [alone] * 4)
 
 
 class Streaming(Loop):
@@ -246,6 +261,28 @@ def test_features_are_let_go_before_the_image_is_decoded_and_do_not_pile_up(call
     assert (alive[-1], max(alive) < 50) == (0, True)
 
 
+def test_after_the_last_step_everything_computes():
+    pipe, answers = loop(), []
+    last = lambda k: answers.append(asked(pipe.transformer)) if k == 3 else None  # noqa: E731
+    under(pipe, table(pipe), pipe, after=last)
+    assert torch.equal(answers[0], asked(pipe.transformer))
+
+
+class Tail(DDIMScheduler):
+    """Leaves out the first timestep of the scheduler that it derives from."""
+
+    def set_timesteps(self, *args, **kwargs):
+        super().set_timesteps(*args, **kwargs)
+        self.timesteps = self.timesteps[1:]
+
+
+def test_a_scheduler_is_followed_while_the_class_that_it_derives_from_is_followed_too():
+    pipe, other = Loop(loop().transformer, Tail()), loop()
+    rows = Schedule([[1] * 4, [0] * 4, [1] * 4], timesteps=(500, 250, 0))
+    with cached(pipe, rows), cached(other, table(other)) as session, session.walk():
+        assert computed(pipe) == [4, 0, 4]
+
+
 def test_siblings_that_share_transformer_and_scheduler_make_their_stock_images():
     pipe = pipes.pixart_pipe()
     plain, kind = run(pipe), type(pipe)
@@ -350,12 +387,13 @@ def test_a_feature_changed_in_place_is_never_reused_spoilt():
             assert torch.equal(stock(), plain)
             assert (session.skipped, session.report()["beyond"]) == (0, {"changed in place": 8})
     with torch.inference_mode():  # torch counts no changes there: features are copied
-        images = []
-        for pipe in map(halved, (True, False)):
-            with cached(pipe, table(pipe)) as session:
-                images.append(pipe())
-                assert session.skipped == 8
-        assert torch.equal(*images)
+        for options in ({}, {"offload": True}):
+            images = []
+            for pipe in map(halved, (True, False)):
+                with cached(pipe, table(pipe, every=4), **options) as session:
+                    images.append(pipe())
+                    assert session.skipped == 12
+            assert torch.equal(*images)
 
 
 def computed(pipe, **call):
@@ -376,8 +414,11 @@ def test_the_first_step_that_runs_computes_and_the_others_follow_their_rows(star
     assert ran == [4] + [4 if k % 3 == 0 else 0 for k in range(start + 1, 6)]
 
 
-def test_timesteps_that_are_the_tail_of_a_tables_run_its_last_rows():
+@pytest.mark.parametrize("as_number", [False, True])
+def test_timesteps_that_are_the_tail_of_a_tables_run_its_last_rows(as_number):
     pipe = Loop(loop().transformer, DDPMScheduler())
+    if as_number:
+        pipe.step = lambda eps, t, x: Loop.step(pipe, eps, int(t), x)
     rows = Schedule([[1] * 4, [0] * 4] * 2, tuple(sites(pipe.transformer)), (800, 600, 400, 200))
     with cached(pipe, rows):
         assert computed(pipe, timesteps=[600, 400, 200]) == [4, 4, 0]
@@ -395,6 +436,7 @@ CHANGING = {
     "batch": ({"batch": lambda k: 2 if k < 3 else 1}, 12, 4),  # guidance ends
     "fewer calls": ({"calls": lambda k: 2 if k < 3 else 1}, 20, 0),
     "more calls": ({"calls": lambda k: 1 if k < 3 else 2}, 24, 4),
+    "a call left out": ({"calls": lambda k: 1 if k in (1, 2) else 2}, 24, 4),
 }
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import copy_context
 from typing import Any, Literal
 from weakref import WeakKeyDictionary, finalize
@@ -22,6 +22,7 @@ from torch import nn
 
 from harmonica.models.pipelines.session import Session
 from harmonica.models.pipelines.taps import patched
+from harmonica.models.pipelines.tracker import current
 from harmonica.override import Method
 from harmonica.router import Schedule
 
@@ -70,22 +71,35 @@ def cached(
 
 
 def _walked(pipe: Any, call: Method, args: Any, kwargs: Any) -> Any:
-    """Call a pipeline, as a walk of its innermost session."""
+    """Call a pipeline, as a walk of its innermost session if it has one."""
     open_sessions = _sessions.get(pipe)
-    if not open_sessions:
+    if not open_sessions and current.get() is None:
         return call(*args, **kwargs)
-    session = open_sessions[-1]
+    walk = open_sessions[-1].walk() if open_sessions else _no_walk()
     if inspect.isgeneratorfunction(call):
-        return _streamed(session, call(*args, **kwargs))
+        return _streamed(walk, call(*args, **kwargs))
     if inspect.iscoroutinefunction(call):
-        return _awaited(session, call(*args, **kwargs))
-    with session.walk():
+        return _awaited(walk, call(*args, **kwargs))
+    with walk:
         return call(*args, **kwargs)
 
 
-def _streamed(session: Session, images: Generator[Any, None, Any]) -> Generator[Any, None, Any]:
+@contextmanager
+def _no_walk() -> Iterator[None]:
+    """Keep a pipeline that has no session out of the walk in which it is called."""
+    outer = current.get()
+    current.set(None)
+    try:
+        yield
+    finally:
+        current.set(outer)
+
+
+def _streamed(
+    walk: AbstractContextManager[None], images: Generator[Any, None, Any]
+) -> Generator[Any, None, Any]:
     # A context of its own: between two images, the caller's calls of the model are the caller's.
-    context, walk = copy_context(), session.walk()
+    context = copy_context()
     context.run(walk.__enter__)
     try:
         while True:
@@ -99,8 +113,8 @@ def _streamed(session: Session, images: Generator[Any, None, Any]) -> Generator[
         context.run(walk.__exit__, None, None, None)
 
 
-async def _awaited(session: Session, image: Any) -> Any:
-    with session.walk():
+async def _awaited(walk: AbstractContextManager[None], image: Any) -> Any:
+    with walk:
         return await image
 
 
