@@ -50,7 +50,7 @@ class PipelineDenoiser:
     def __init__(self, pipe: Any, inputs: Inputs, sites: Mapping[str, nn.Module]) -> None:
         self.pipe, self.inputs, self.sites, self.facts = pipe, inputs, sites, Facts()
         self.steps, self.batched, self.about = 0, False, _about(pipe, inputs.call)
-        self.predictions = Counter[int]()
+        self.predictions, self._devices = Counter[int](), dict[torch.device, torch.device]()
         self._outputs: dict[int, known.Outputs] = defaultdict(dict)  # of so many samples at once
         self._memory: Callable[..., Memory] = lru_cache(64)(lambda *_: {})  # of rows or samples
         self._inputs_of: Any = WeakIdKeyDictionary()  # x -> step -> scheduler inputs of each run
@@ -81,7 +81,7 @@ class PipelineDenoiser:
         """Run all steps on made-up outputs; models run once where their outputs' shapes are not
         known for so many samples.
         """
-        facts = Facts(self.facts.models_in_loop, self.facts.uses_global_random, batch=len(samples))
+        facts = Facts(self.facts.models_in_loop, self.facts.uses_global_random)
         images = 0 if self._knows_outputs(samples) else len(samples)
         run = self._run(samples, facts, partial(_run_and_check, self.sites))
         if not run.trace:
@@ -183,8 +183,7 @@ class PipelineDenoiser:
 
         arguments = tree_map_only(Generator, again, {**inputs.arguments, **given})
         arguments |= arguments.pop("kwargs", {})
-        device = torch.device(self.pipe._execution_device)
-        with known.random_states(device, sampler.random) as random:
+        with known.random_states(self._device(), sampler.random) as random:
             result = scheduler.step(**arguments)
         after, *carried = tree_leaves(result)
         states_after = known.states_of(generators)
@@ -197,14 +196,22 @@ class PipelineDenoiser:
         """Run the pipeline once for these samples; see `PipelineRun`."""
         memories = self._memory(tuple(row for row, _ in samples)), self._memory(tuple(samples))
         outputs = self._outputs[len(samples)]
-        run = PipelineRun(self.pipe, facts, outputs, *memories, run_model, stop_at, x)
-        own = known.global_generators(run.device) if facts.uses_global_random else []
+        device = self._device()
+        run = PipelineRun(self.pipe, device, facts, outputs, *memories, run_model, stop_at, x)
+        own = known.global_generators(device) if facts.uses_global_random else []
         seeds = known.states_of(Generator(g.device).manual_seed(samples[0][1]) for g in own)
-        with known.random_states(run.device, seeds) as after:
+        with known.random_states(device, seeds) as after:
             run(self.inputs.of(samples))
         if stop_at is None:
             facts.uses_global_random = known.digest(seeds) != known.digest(after)
         return run
+
+    def _device(self) -> torch.device:
+        """Return where the pipeline runs; it looks through all its modules, so this remembers."""
+        home = next(self.pipe.transformer.parameters()).device
+        if home not in self._devices:
+            self._devices[home] = torch.device(self.pipe._execution_device)
+        return self._devices[home]
 
     def _knows_outputs(self, samples: Sequence[Sample]) -> bool:
         """Tell whether the shapes of all outputs are known for so many samples at once."""

@@ -40,7 +40,6 @@ class Facts:
 
     models_in_loop: set[str] = field(default_factory=lambda: {"transformer"})  # run at every step
     uses_global_random: bool = True  # draws from torch's global generators
-    batch: int = 1  # samples in it
     draws_noise: bool = False  # a step of the scheduler does
     shapes: list[list[torch.Size]] = field(default_factory=list)  # of each call's inputs, one step
     x: Tensor = field(default_factory=lambda: torch.empty(0))  # at step 0

@@ -18,7 +18,8 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -33,52 +34,48 @@ from harmonica.override import Answer, Method, overridden
 Memory = dict[Hashable, Any]
 """(method, number of its call) -> what it returned, and the state of torch's generator after it."""
 
-ENCODES = re.compile(r"_?(encode|get)_\w*(prompt|text|embed)\w*")
-"""Methods of pipelines whose result depends on the condition alone."""
+ENCODES_OR_DRAWS = re.compile(r"_?(encode|get)_\w*(prompt|text|embed)\w*|prepare_latents")
+"""Methods of pipelines whose result depends on the condition alone, and the one that draws noise."""
 
 
 class StopRun(BaseException):
     """Ends a run that has what it wanted; not an Exception, so that no pipeline catches it."""
 
 
+@dataclass(eq=False)
 class PipelineRun:
-    """One run of a pipeline, which begins when this is called with the pipeline's arguments.
+    """One run of a pipeline, which begins when this is called with the pipeline's arguments."""
 
-    Args:
-        pipe, facts: the pipeline, and what is known of its runs, which a whole run adds to.
-        outputs: shapes of the models' outputs for this number of samples; new ones are added.
-        of_rows, of_samples: what is remembered for these prompts, and for these with these seeds.
-        run_model: (name, its forward, number of its call in this step, args, kwargs) -> output of a
-            model of the loop where it must run; None makes outputs up.
-        stop_at, x: see above; x None leaves the pipeline's own at step 0.
+    pipe: Any
+    device: torch.device  # where the pipeline runs
+    facts: Facts  # what is known of its runs; a whole run adds to it
+    outputs: Outputs  # of the models for this number of samples; a model that runs adds to it
+    of_rows: Memory  # what is remembered for these prompts
+    of_samples: Memory  # what is remembered for these prompts and seeds
+    run_model: Method | None  # (name, forward, number of its call in this step, args, kwargs) ->
+    # output of a model of the loop where it must run; None makes outputs up
+    stop_at: int | None = None
+    x: Tensor | None = None  # at stop_at; None at step 0 leaves the pipeline's own
 
-    Attributes:
-        trace: what a whole run saw, empty of others.
-        inputs, out: what the scheduler was given where the run stopped, the model's output apart.
-    """
+    trace: known.Trace = field(default_factory=list)  # filled by a whole run
+    inputs: known.SchedulerInputs | None = None  # filled by a run that stops, and so is `out`
+    out: Tensor = field(default_factory=lambda: torch.empty(0))  # what the model gave the scheduler
 
-    def __init__(
-        self, pipe: Any, facts: Facts, outputs: Outputs, of_rows: Memory, of_samples: Memory,
-        run_model: Method | None, stop_at: int | None = None, x: Tensor | None = None,
-    ) -> None:  # fmt: skip
-        self.pipe, self.facts, self.outputs, self.run_model = pipe, facts, outputs, run_model
-        self.stop_at, self.x, self.k = stop_at, x, 0  # k is the step that the run is in
-        self.trace, self.out = known.Trace(), torch.empty(0)
-        self.inputs: known.SchedulerInputs | None = None
-        self._of_rows, self._of_samples = of_rows, of_samples
-        self.device = torch.device(pipe._execution_device)
-        self._scheduler = known.copied_scheduler(pipe.scheduler)
+    def __post_init__(self) -> None:
+        self.k = 0  # the step that the run is in
+        self._scheduler = known.copied_scheduler(self.pipe.scheduler)
         self._calls = Counter[str]()  # of each method, and of each model in this step
         self._remembering = False  # inside a call whose result is remembered
-        self._drawn: list[tuple[known.LatentSource, Tensor]] = []
+        self._drawn: list[tuple[known.LatentSource, Any]] = []
         self._placeholders: list[Any] = []  # for what a skipped step returns beside x
         self._grad = torch.is_grad_enabled()  # pipelines run under no_grad
 
     def __call__(self, arguments: Mapping[str, Any]) -> None:
         """Run the pipeline until it ends or this run has what it wants."""
-        stand_in: Any = object.__new__(type(self.pipe))
+        kind: Any = type(self.pipe)
+        stand_in: Any = object.__new__(_on_one_device(kind))
         own = vars(stand_in)
-        own.update(vars(self.pipe), scheduler=self._scheduler)
+        own.update(vars(self.pipe), scheduler=self._scheduler, _known_device=self.device)
         own["_progress_bar_config"] = {"disable": True}
         models = {name: it for name, it in own.items() if isinstance(it, nn.Module)}
         own |= {name: self._stand_in_of(name, model) for name, model in models.items()}
@@ -94,12 +91,10 @@ class PipelineRun:
         kind = type(self.pipe)
         if hasattr(module := sys.modules[kind.__module__], "randn_tensor"):
             yield module, "randn_tensor", partial(self._draw, "randn_tensor")
-        for name in dir(kind):
+        for name in filter(ENCODES_OR_DRAWS.fullmatch, dir(kind)):
+            answer = self._draw if name == "prepare_latents" else self._encode
             if inspect.isfunction(inspect.getattr_static(kind, name)):
-                if name == "prepare_latents":
-                    yield stand_in, name, partial(self._draw, name)
-                elif ENCODES.fullmatch(name):
-                    yield stand_in, name, partial(self._encode, name)
+                yield stand_in, name, partial(answer, name)
 
     def _stand_in_of(self, name: str, model: nn.Module) -> nn.Module:
         """Return a shallow copy whose forward, encode and decode come here first, without the hooks
@@ -120,8 +115,7 @@ class PipelineRun:
         result, call = original(*args, **kwargs), self._count(source)
         leaves, spec = tree_flatten(result)
         if self.stop_at is None and self.k == 0:
-            places = (((source, call, i), leaf) for i, leaf in enumerate(leaves))
-            self._drawn += [(place, leaf) for place, leaf in places if isinstance(leaf, Tensor)]
+            self._drawn += [((source, call, i), leaf) for i, leaf in enumerate(leaves)]
         place = self.facts.x_source
         if self.stop_at != 0 or self.x is None or place is None or (source, call) != place[:2]:
             return result
@@ -134,7 +128,7 @@ class PipelineRun:
         compute = partial(original, *args, **kwargs)
         if self._remembering or known.generators_in((args, kwargs)):
             return compute()
-        return self._remember(self._of_rows, name, compute)
+        return self._remember(self.of_rows, name, compute)
 
     def _remember(self, memory: Memory, name: str, compute: Method) -> Any:
         key = (name, self._count(name))
@@ -160,7 +154,7 @@ class PipelineRun:
             raise StopRun(self)
         looping = self.facts.models_in_loop
         if name not in looping and (self.k == 0 or self.stop_at is not None):
-            output = self._remember(self._of_samples, name, partial(model, *args, **kwargs))
+            output = self._remember(self.of_samples, name, partial(model, *args, **kwargs))
             self.outputs.setdefault((name, self._calls[name] - 1), known.shapes_of(output))
             return output
         if name not in looping:  # it ran at step 0 as if it ran before the loop only
@@ -231,10 +225,11 @@ class PipelineRun:
     def _note_x(self, sample: Tensor) -> None:
         """Note the x of step 0, and where it comes from."""
         facts, halves = self.facts, sample.chunk(2)
-        facts.doubled = len(sample) == 2 * facts.batch and torch.equal(halves[0], halves[-1])
+        facts.doubled = len(sample) % 2 == 0 and torch.equal(*halves)
         facts.x = facts.first_half(sample).clone()
         facts.timesteps = known.timesteps_of(self._scheduler)
-        alike = (place for place, x in self._drawn if x.shape == facts.x.shape and x.equal(facts.x))
+        tensors = ((place, it) for place, it in self._drawn if isinstance(it, Tensor))
+        alike = (place for place, it in tensors if it.shape == facts.x.shape and it.equal(facts.x))
         facts.x_source = next(alike, None)
 
     def _skip(self, sample: Tensor) -> Any:
@@ -271,3 +266,13 @@ class PipelineRun:
         self.k += 1
         for name in self.facts.models_in_loop:
             self._calls.pop(name, None)
+
+
+@cache
+def _on_one_device(kind: Any) -> Any:
+    """Return a class derived from a pipeline's, whose instances know their device; a pipeline looks
+    through all modules for it, at every call.
+    """
+    known_device = property(lambda stand_in: stand_in._known_device)
+    members = {"__module__": kind.__module__, "_execution_device": known_device}
+    return type(kind.__name__, (kind,), members)
