@@ -212,6 +212,17 @@ def test_the_pipeline_and_another_denoiser_of_it_may_run_in_between():
     assert equal(plain, between)
 
 
+def test_a_batch_may_be_met_first_at_a_later_step_and_open_gates_are_asked_once():
+    (_, d), (_, other) = denoiser_of("flux"), denoiser_of("flux")
+    cond, asked = torch.tensor([[0, 7], [1, 8], [0, 9]]), []
+    x = d.noise(cond)
+    with gated(d.sites, lambda site, compute: (asked.append(site), compute())[1]):
+        out = d.predict(x, 2, cond)
+    assert sorted(asked) == list(range(len(d.sites)))
+    other.predict(x, 0, cond)
+    assert torch.equal(out, other.predict(x, 2, cond))
+
+
 def tuned(name, pipe=None, **more):
     make, arguments = WALKS[name]
     arguments = {**arguments, "steps": 4, "progress": False, "speedup": 1.3, **more}
