@@ -35,7 +35,7 @@ Memory = dict[Hashable, Any]
 """(method, number of its call) -> what it returned, and the state of torch's generator after it."""
 
 ENCODES_OR_DRAWS = re.compile(r"_?(encode|get)_\w*(prompt|text|embed)\w*|prepare_latents")
-"""Methods of pipelines whose result depends on the condition alone, and the one that draws noise."""
+"""Methods of pipelines whose result depends on the condition alone, and the one that draws x."""
 
 
 class StopRun(BaseException):
