@@ -205,15 +205,6 @@ def test_a_key_is_shapes_types_and_what_is_no_tensor():
     assert same not in [*others, key_of(x.double(), {"y": y, "mode": "a"})]
 
 
-def test_without_a_cuda_device_the_walk_runs_and_says_why():
-    d, x, y = with_noise(make())
-    walk = Walk(d, table(d))
-    draw = GraphWalk(walk)
-    assert torch.equal(draw(x, y), walk(x, y))
-    assert draw.reason == "x is on cpu; graphs are for CUDA devices"
-    assert len(draw.graphs) == 0
-
-
 @pytest.mark.usefixtures("small")
 def test_a_sampler_that_draws_noise_is_not_captured():
     for sampler in ("ddim", "dpm-solver++", "iddpm", "sa-solver"):
@@ -222,17 +213,6 @@ def test_a_sampler_that_draws_noise_is_not_captured():
         draw(*start(d, 1, 0))
         assert tape.captured == (not draws)
         assert ("the sampler draws noise at every step" in (draw.reason or "")) == draws
-
-
-def test_a_good_graph_stays_where_the_next_capture_fails():
-    d, tape = make(), Tape()
-    draw = GraphWalk(Walk(d, table(d)), most=1, capture=tape)
-    draw(*start(d, batch=1))
-    tape.fails = RuntimeError("no")
-    draw(*start(d, batch=2))
-    assert len(draw.graphs) == 1
-    draw(*start(d, batch=1))
-    assert (tape.captured, tape.replayed, draw.reason) == (1, 2, None)
 
 
 WHY_NOT = {"waits": "capturing failed: _local_scalar_dense at test_walk", "succeeds": "None"}
@@ -262,17 +242,25 @@ def test_a_capture_fails_with_its_first_cause_and_the_stream_is_put_back(how, mo
     assert len(draw.graphs) == (how == "succeeds")
 
 
-def test_a_capture_that_fails_falls_back_and_is_not_tried_again_but_for_memory():
-    d, x, y = with_noise(make())
+def test_a_capture_that_fails_falls_back_and_keeps_good_graphs_and_is_tried_again_for_memory():
+    d, tape = make(), Tape()
     walk = Walk(d, table(d))
-    for error in (RuntimeError("not permitted\nmore"), torch.OutOfMemoryError("no room")):
-        tape = Tape(error)
-        draw = GraphWalk(walk, capture=tape)
-        assert torch.equal(draw(x, y), walk(x, y))
+    cpu, draw = GraphWalk(walk), GraphWalk(walk, most=1, capture=tape)
+    assert torch.equal(cpu(*start(d)), walk(*start(d)))
+    assert cpu.reason == "x is on cpu; graphs are for CUDA devices"
+    draw(*start(d, batch=1))
+    for batch, error in (
+        (2, RuntimeError("not permitted\nmore")),
+        (3, torch.OutOfMemoryError("no")),
+    ):
+        tape.fails = error
+        assert torch.equal(draw(*start(d, batch)), walk(*start(d, batch)))
         assert draw.reason == f"capturing failed: {str(error).splitlines()[0]}"
         tape.fails = None
-        draw(x, y)
-        assert tape.captured == isinstance(error, torch.OutOfMemoryError)
+        draw(*start(d, batch=1))  # its graph is still there
+        assert (tape.captured, draw.reason) == (1, None)
+        draw(*start(d, batch))
+        assert tape.captured == 1 + isinstance(error, torch.OutOfMemoryError)
 
 
 @pytest.mark.gpu

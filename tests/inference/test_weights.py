@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from speed import peak
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from harmonica import Router, Schedule, macs, sample, train_sdt
+from harmonica import Router, Schedule, sample
 from harmonica.denoise import denoise, final_image
 from harmonica.forecast import taylor_weights, weighted, weighted_sum
 from harmonica.inference.lifetimes import Plan, fused_sum
@@ -172,16 +172,6 @@ def test_differences_are_those_of_the_paper():
     assert float(weights[7] @ past) == 16 + 6 * 3 + 2 * 9 / 2
 
 
-def test_a_refined_table_says_how_it_is_to_be_run():
-    d = make(dtype=torch.float32)
-    how = {"iterations": 6, "batch_size": 2, "lr": 0.2, "refine": 4000, "progress": False}
-    schedule = train_sdt(d, target_speedup=1.5, order=1, **how).schedule(0.1)
-    assert schedule.order == 1
-    assert schedule.speedup(macs(d)) >= 1.5
-    with refused("order is 1 and the target"):  # without one, training keeps to the paper
-        train_sdt(d, iterations=1, order=1)
-
-
 sizes = st.tuples(st.integers(1, 6), st.sampled_from([2, 4]))
 any_table = sizes.flatmap(lambda size: tables(*size))
 
@@ -203,12 +193,6 @@ def test_the_peak_of_live_features_is_what_the_plan_says(schedule):
             peaks.append(sum(ref() is not None for ref in alive))
     most = peak(plan, [2.0] * len(schedule.sites)) / 2
     assert (max(peaks), peaks[-1], cache) == (most, 0, {})
-
-
-def test_every_kept_feature_is_read_and_let_go_once():
-    for column, kept in (([1, 0, 0, 1, 0], [1, 1, 0, 1, 0]), ([1] * 5, [0] * 5)):
-        plan = Plan.of(Schedule([[entry] for entry in column]))
-        assert [len(row[0].keep) for row in plan.rows] == kept
 
 
 def test_nothing_of_a_walk_is_alive_after_it():
