@@ -155,11 +155,8 @@ def _dit(name: str, weights: StrPath | None, model: Any) -> tuple[dict[str, torc
     from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 
     place = component(weights, "transformer", "DiTTransformer2DModel", "Transformer2DModel")
-    theirs = from_diffusers(DiTTransformer2DModel, place)
-    size, own = theirs.config.sample_size, model.input_size
-    # Positions are made anew, so the shapes alone would fit.
-    require(size == own, f"{weights} is for a latent of {size} × {size}; this model has {own}")
-    positions = sincos_positions(model.pos_embed.shape[2], own // model.patch_size)
+    theirs = from_diffusers(DiTTransformer2DModel, place, model.input_size)
+    positions = sincos_positions(model.pos_embed.shape[2], model.input_size // model.patch_size)
     return dit_from_diffusers(theirs.state_dict(), positions), weights
 
 
@@ -168,6 +165,8 @@ def _pixart(
     device: str | torch.device,
 ) -> tuple[Any, Prompts]:  # fmt: skip
     """Return diffusers' transformer, and the prompts as its text encoder reads them."""
+    from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
+
     variant = PIXART[name]
     if weights == "random":
         encoded = pixart.random_prompts(texts, variant.text_tokens, pixart.XL["caption_channels"])
@@ -181,4 +180,5 @@ def _pixart(
     folder = given or fetch(variant.transformer, ["transformer/*"])
     folder = component(folder, "transformer", "PixArtTransformer2DModel", "Transformer2DModel")
     encoded = pixart.encode(text_folder, texts, variant.text_tokens, dtype, device)
-    return pixart.read_transformer(folder, variant, name, dtype).to(device), encoded
+    model = from_diffusers(PixArtTransformer2DModel, folder, variant.latent_size, dtype)
+    return model.to(device), encoded

@@ -23,10 +23,8 @@ from torch import Tensor
 
 from harmonica.models.guided import Guided, check_inputs
 from harmonica.models.sites import sites
-from harmonica.models.weights import from_diffusers
 from harmonica.samplers import Sampler
 from harmonica.storage.files import decoding
-from harmonica.table import require
 
 
 @dataclass(frozen=True)
@@ -62,16 +60,6 @@ def transformer_of(variant: Variant) -> Any:
 
     size, micro = variant.latent_size, variant.micro_conditions
     return PixArtTransformer2DModel(**XL, sample_size=size, use_additional_conditions=micro)
-
-
-def read_transformer(folder: Path, variant: Variant, name: str, dtype: torch.dtype) -> Any:
-    """Read diffusers' transformer from its folder; raise ValueError if it is another variant's."""
-    from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
-
-    transformer = from_diffusers(PixArtTransformer2DModel, folder, torch_dtype=dtype)
-    size, own = transformer.config.sample_size, variant.latent_size
-    require(size == own, f"{folder} is for a latent of {size} × {size}; {name} has {own}")
-    return transformer
 
 
 @dataclass(frozen=True)

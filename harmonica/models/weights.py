@@ -40,18 +40,22 @@ def component(folder: StrPath, name: str, *classes: str) -> Path:
     raise FileNotFoundError(f"{folder} has no {name}/config.json; {saved}")
 
 
-def from_diffusers(kind: Any, folder: StrPath, **options: Any) -> Any:
+def from_diffusers(
+    kind: Any, folder: StrPath, latent_size: int | None = None, dtype: torch.dtype | None = None
+) -> Any:
     """Read a model of a class of diffusers from the folder that one was saved to, all of it.
 
-    Raises ValueError, naming the folder, if it is damaged, or lacks a parameter (diffusers would
-    draw it and go on), or has one that is not finite. Options are those of its `from_pretrained`.
+    Raises ValueError, naming the folder, if it is damaged, lacks a parameter (diffusers would draw
+    it and go on), has one that is not finite, or is for a latent of another size.
     """
     with files.decoding(folder, f"cannot be read as a {kind.__name__} saved by diffusers"):
-        model, told = kind.from_pretrained(folder, output_loading_info=True, **options)
+        model, told = kind.from_pretrained(folder, output_loading_info=True, torch_dtype=dtype)
     lacks = sorted(told["missing_keys"])
     first = f"{len(lacks)} parameters, the first of them {lacks[:1]}"
     require(not lacks, f"{folder} lacks {first}; the file is damaged, or of another model")
     _must_be_finite(model, folder)
+    size = latent_size if latent_size is None else model.config.sample_size
+    require(size == latent_size, f"{folder} is for a latent of size {size}, not {latent_size}")
     return model
 
 

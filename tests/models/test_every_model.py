@@ -262,9 +262,9 @@ OF_ANOTHER_MODEL = [
         "pixart/transformer",
         "has no text_encoder/config.json; expected the folde",
     ),
-    ("pixart-alpha-256", "wide", "is for a latent of 16 × 16; pixart-alpha-256 has 8"),
+    ("pixart-alpha-256", "wide", "is for a latent of size 16, not 8"),
     ("dit-xl", "pixart", "holds a PixArtTransformer2DModel; a DiTTransformer2DModel was expected"),
-    ("dit-xl", "large", "is for a latent of 16 × 16; this model has 8"),
+    ("dit-xl", "large", "is for a latent of size 16, not 8"),
     ("uvit-h", "dit", "is a folder; uvit-h takes the original file"),
 ]
 
