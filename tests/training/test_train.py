@@ -82,14 +82,7 @@ def test_a_checkpoint_is_written_every_so_often(tmp_path, monkeypatch):
     assert writes == [6, 12, 12]  # at the first start of a trajectory after 5, and at the end
 
 
-def test_an_existing_checkpoint_is_not_overwritten(tmp_path):
-    path = tmp_path / "c"
-    router_of(single(), 3, checkpoint=path)
-    with pytest.raises(FileExistsError, match="resume=True continues it"):
-        router_of(single(), 3, checkpoint=path)
-
-
-def test_resuming_refuses_what_it_cannot_continue(tmp_path):
+def test_a_checkpoint_is_not_overwritten_and_only_continued_by_the_same_run(tmp_path):
     d, path = single(), tmp_path / "c"
     again = lambda d=d, **more: router_of(d, 6, checkpoint=path, resume=True, **more)  # noqa: E731
     with pytest.raises(FileNotFoundError, match="no such file"):
@@ -97,6 +90,10 @@ def test_resuming_refuses_what_it_cannot_continue(tmp_path):
     with pytest.raises(FileNotFoundError, match="the checkpoint to resume"):
         router_of(d, 3, resume=True)
     router_of(d, 3, checkpoint=path)
+    with pytest.raises(FileExistsError, match="resume=True continues it"):
+        router_of(d, 3, checkpoint=path)
+    with refused(r"trained with other settings \(weights"):
+        again(single(seed=1))
     with refused(r"other settings \(beta 0.0001 -> 0.1\)"):
         again(beta=0.1)
     with refused("guidance 1.5 -> 4.0"):
@@ -232,13 +229,6 @@ def test_provenance_counts_the_updates_that_were_made(tmp_path, small):
     assert torch.equal(Router.load(path).logits, router.logits)
     with pytest.raises(FileNotFoundError, match="no such folder; make it first"):
         train_sdt(small, iterations=3, checkpoint=tmp_path / "no" / "r.safetensors", **how)
-
-
-def test_other_weights_are_not_resumed(tmp_path):
-    path, how = tmp_path / "r.safetensors", {"batch_size": 1, "progress": False}
-    train_sdt(make(seed=0), iterations=3, checkpoint=path, **how)
-    with refused("trained with other settings \\(weights"):
-        train_sdt(make(seed=1), iterations=6, checkpoint=path, resume=True, **how)
 
 
 def test_a_search_without_memory_leaves_a_table_on_target_and_can_go_on(tmp_path, monkeypatch):
