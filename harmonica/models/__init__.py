@@ -107,11 +107,9 @@ def load(
     model.activation_checkpointing = activation_checkpointing
     if name == "uvit-h":
         return UViTDenoiser(model, walk, guidance=scale)
-    guided, own = (
-        None if name in BUNDLED else 3,
-        name.removesuffix("-256"),
-    )  # 3 of 4 in the original
-    return DiTDenoiser(model, walk, guidance=scale, guided_channels=guided, name=own)
+    channels = None if name in BUNDLED else 3  # of the latent's 4, as in the original
+    name = name.removesuffix("-256")
+    return DiTDenoiser(model, walk, guidance=scale, guided_channels=channels, name=name)
 
 
 def _birthplace(weights: StrPath | None, device: str | torch.device) -> torch.device:

@@ -117,7 +117,5 @@ def check_inputs(x: Tensor, cond: Tensor, shape: tuple[int, ...]) -> None:
     fits = fits and x.device == cond.device and not cond.is_floating_point()
     noise = f"found noise {tuple(x.shape)} on {x.device}"
     conditions = f"conditions {tuple(cond.shape)} {cond.dtype} on {cond.device}"
-    expected = (
-        f"(B, {', '.join(map(str, shape))}) and (B,) whole numbers on one device, B at least 1"
-    )
-    require(fits, f"{noise}, {conditions}; expected {expected}, as `draw` returns")
+    expected = f"(B, {', '.join(map(str, shape))}) and (B,) whole numbers on one device"
+    require(fits, f"{noise}, {conditions}; expected {expected}, B at least 1, as `draw` returns")

@@ -23,13 +23,13 @@ from torch.utils._pytree import tree_map, tree_map_only
 from harmonica.cost import Count, Macs, count
 from harmonica.table import require
 
+Modules = Mapping[str, nn.Module]  # by name
+Inputs = Mapping[str, Any]  # keyword arguments of a forward
 NOT_A_SITE = re.compile(r"\w*norm\d*|adaln\w*|act|mod|modulation|drop(out)?|emb\w*|time\w*|film\w*")
 ADVICE = "give the modules yourself, as cached(pipe, schedule, sites={name: module, …})"
 
 
-def count_calls(
-    transformer: nn.Module, modules: Mapping[str, nn.Module], inputs: Mapping[str, Any]
-) -> Count | None:
+def count_calls(transformer: nn.Module, modules: Modules, inputs: Inputs) -> Count | None:
     """Count one forward, for modules of one's own choice; None if torch cannot count it: fake
     tensors have no values, flex attention has no counter.
     """
@@ -51,9 +51,7 @@ def count_calls(
     return None
 
 
-def counted(
-    transformer: nn.Module, modules: Mapping[str, nn.Module], inputs: Mapping[str, Any]
-) -> tuple[dict[str, nn.Module], Macs]:
+def counted(transformer: nn.Module, modules: Modules, inputs: Inputs) -> tuple[Modules, Macs]:
     """Count one forward of a twin, so that nothing the model keeps between calls stays in it."""
     name = type(transformer).__name__
     result = count_calls(transformer, modules, inputs)
@@ -80,7 +78,7 @@ def _twin(transformer: nn.Module) -> nn.Module:
     return twin
 
 
-def estimated(blocks: Mapping[str, nn.Module], modules: Mapping[str, nn.Module]) -> Macs:
+def estimated(blocks: Modules, modules: Modules) -> Macs:
     """Estimate MACs per token: one for each entry of a matrix in the blocks that hold sites, but
     for modulation, normalisation and embedding, which run for an image and not for each token.
     """
@@ -98,11 +96,11 @@ def estimated(blocks: Mapping[str, nn.Module], modules: Mapping[str, nn.Module])
     return Macs(torch.tensor([*sizes.values()], dtype=torch.float64), rest)
 
 
-def cost_of_call(model: nn.Module, modules: Mapping[str, nn.Module], inputs: Any) -> Macs | None:
+def cost_of_call(model: nn.Module, modules: Modules, inputs: Any) -> Macs | None:
     """Count a call (args, kwargs) with zeros for its tensors; None if torch cannot."""
     zeros = partial(torch.zeros_like, device=next(model.parameters()).device)
     args, kwargs = tree_map_only(Tensor, zeros, inputs)
     names = list(inspect.signature(type(model).forward).parameters)[1:]
     with torch.no_grad():
-        counted = count_calls(model, modules, {**dict(zip(names, args, strict=False)), **kwargs})
-    return None if counted is None else counted.macs
+        count = count_calls(model, modules, {**dict(zip(names, args, strict=False)), **kwargs})
+    return count and count.macs

@@ -34,7 +34,7 @@ from typing import Any
 from torch import nn
 
 from harmonica.cost import Macs
-from harmonica.models.site_costs import ADVICE, NOT_A_SITE, counted, estimated
+from harmonica.models.site_costs import ADVICE, NOT_A_SITE, Modules, counted, estimated
 from harmonica.table import require
 
 # One word of a module's name, such as those of img_mlp.
@@ -46,11 +46,8 @@ _NOT_THE_DENOISER = re.compile(
     r"refine|embed|encoder|extractor|projection|projector|fus(ion|er)|perceiver$"
     r"|^(text|txt|context|caption)_"
 )
-CALLED_TWICE = {
-    "CogView4TransformerBlock": ("ff", ""),
-    "GlmImageTransformerBlock": ("ff", ""),
-    "EasyAnimateTransformerBlock": ("ff", "txt_ff"),
-}
+CALLED_TWICE = {"EasyAnimateTransformerBlock": ("ff", "txt_ff")}
+CALLED_TWICE |= {f"{model}TransformerBlock": ("ff", "") for model in ("CogView4", "GlmImage")}
 """By class of a block: (a module that it calls on the image's tokens and then on the text's, the
 module that it calls on the text's instead where it has one). What is called twice is no site."""
 
@@ -59,7 +56,7 @@ module that it calls on the text's instead where it has one). What is called twi
 class Sites(Mapping[str, nn.Module]):
     """The cacheable modules of a transformer by name: the columns of a router's table."""
 
-    modules: Mapping[str, nn.Module]
+    modules: Modules
     kinds: tuple[str, ...]  # N words: attention, cross-attention, feed-forward or both
     macs: Macs  # of one forward, or of one token if estimated
     counted: bool  # in a forward, not estimated from the sizes of the weights
@@ -106,7 +103,7 @@ def sites(transformer: nn.Module, inputs: Mapping[str, Any] | None = None) -> Si
     require(isinstance(transformer, nn.Module), takes)
     blocks = dict(_blocks(transformer, ""))
     kinds = dict(part for path, block in blocks.items() for part in _inside(block, path))
-    modules = {name: transformer.get_submodule(name) for name in kinds}
+    modules: Modules = {name: transformer.get_submodule(name) for name in kinds}
     _check_cacheable(kind.__name__, blocks, modules)
     if inputs is None:
         macs = estimated(blocks, modules)
@@ -162,9 +159,7 @@ def _inside(block: nn.Module, path: str) -> Iterator[tuple[str, str]]:
             yield from _inside(child, f"{path}.{name}")
 
 
-def _check_cacheable(
-    name: str, blocks: Mapping[str, nn.Module], modules: Mapping[str, nn.Module]
-) -> None:
+def _check_cacheable(name: str, blocks: Modules, modules: Modules) -> None:
     lists = ", ".join(dict.fromkeys(path.rpartition(".")[0] for path in blocks))
     where = "modules (attn…, ff…, mlp …) inside the blocks of its lists"
     looked = f"looked for attention and feed-forward {where} ({lists or 'no list of blocks'})"

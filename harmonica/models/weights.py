@@ -29,12 +29,9 @@ def component(folder: StrPath, name: str, *classes: str) -> Path:
     """
     for place in (Path(folder) / name, Path(folder)):
         if (place / "config.json").is_file():
-            kind, known = (
-                files.read_json(place / "config.json").get("_class_name"),
-                classes or ("",),
-            )
-            fits = not classes or kind in classes
-            require(fits, f"{place} holds a {kind!s:.80}; a {known[0]} was expected")
+            kind = files.read_json(place / "config.json").get("_class_name")
+            if classes and kind not in classes:
+                raise ValueError(f"{place} holds a {kind!s:.80}; a {classes[0]} was expected")
             return place
     saved = "expected a folder saved by diffusers"
     raise FileNotFoundError(f"{folder} has no {name}/config.json; {saved}")
