@@ -22,6 +22,7 @@ from __future__ import annotations
 import io
 import os
 from collections import Counter
+from concurrent.futures import CancelledError
 from queue import Queue
 from threading import Event
 from typing import Any
@@ -39,19 +40,15 @@ PIPELINES = 4
 """Images that are drawn at once."""
 
 
-class CancelError(Exception):
-    """Somebody asked for a walk to end."""
-
-
 class StoppableScheduler(DPMSolverMultistepScheduler):
-    """Raises CancelError at the next step once `stop` is set."""
+    """Raises CancelledError at the next step once `stop` is set."""
 
     stop = Event()
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
-        """Take a step, or raise CancelError."""
+        """Take a step, or raise CancelledError."""
         if self.stop.is_set():
-            raise CancelError
+            raise CancelledError
         return super().step(*args, **kwargs)
 
 
@@ -104,7 +101,7 @@ def app() -> FastAPI:
             pipe.scheduler.stop, noise = stop, torch.Generator().manual_seed(seed)
             options = {"num_inference_steps": steps, "output_type": "np"}
             images = pipe([label], generator=noise, **options).images
-        except CancelError:
+        except CancelledError:
             counts["cancelled"] += 1
             raise HTTPException(409, f"{name} was cancelled") from None
         finally:
@@ -122,13 +119,11 @@ def app() -> FastAPI:
 
     @server.get("/metrics")
     async def metrics() -> Response:
-        reports = [session.report() for session in sessions]
-        beyond = sum((Counter(report["beyond"]) for report in reports), Counter[str]())
-        numbers = {f"{name}_total": counts[name] for name in ("images", "cancelled")}
-        for key in ("walks", "asked", "skipped", "in_flight"):
-            numbers[key] = sum(report[key] for report in reports)
-        for reason, count in beyond.items():  # sites that were computed although the table reuses
-            numbers[f'beyond{{reason="{reason}"}}'] = count
+        numbers = Counter({f"{name}_total": counts[name] for name in ("images", "cancelled")})
+        for report in (session.report() for session in sessions):
+            numbers.update({key: report[key] for key in ("walks", "asked", "skipped", "in_flight")})
+            for reason, count in report["beyond"].items():  # computed although the table reuses
+                numbers[f'beyond{{reason="{reason}"}}'] += count
         lines = [f"harmonica_{name} {number}\n" for name, number in numbers.items()]
         return Response("".join(lines), media_type="text/plain")
 

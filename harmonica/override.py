@@ -70,11 +70,8 @@ class Override(partial[Any]):
         self.key.answers.remove(answer)
         own = vars(self.thing)
         if not self.key.answers and own.get(self.name) is self:
-            before = self.before
-            while isinstance(before, Override) and not before.key.answers:
-                before = before.before
-            own[self.name] = before
-            if before is None:
+            own[self.name] = self.before
+            if self.before is None:
                 del own[self.name]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -191,7 +188,6 @@ def _both(inner: Answer, outer: Answer) -> Replacement:
 
 def is_overridden(thing: Any, name: str) -> bool:
     """Tell whether somebody answers for thing.name in this context, or has put a wrapper there."""
-    override = vars(thing).get(name)
-    while isinstance(override, Override) and override.key not in _get_answers():
-        override = override.before
-    return override is not None
+    own = vars(thing).get(name)
+    ours = isinstance(own, Override) and own.key not in _get_answers()
+    return (own.before if ours else own) is not None
