@@ -350,28 +350,6 @@ def test_after_any_change_of_the_model_computing_everything_is_the_stock_image(c
             assert not torch.equal(*expected)
 
 
-class Waits(torch.utils._python_dispatch.TorchDispatchMode):
-    """Counts what would wait for a device."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        slow = ("_local_scalar", "equal.default", "nonzero")
-        self.count += any(word in str(func) for word in slow)
-        return func(*args, **(kwargs or {}))
-
-
-def test_a_walk_waits_as_often_for_many_steps_as_for_few():
-    def waits(schedule_of, steps):
-        pipe = loop()
-        with torch.no_grad(), Waits() as mode, cached(pipe, schedule_of(pipe, steps)):
-            pipe(steps=steps)
-        return mode.count
-
-    more = {of: waits(of, 12) - waits(of, 4) for of in (table, everything)}
-    assert more[table] <= more[everything]
-
-
 def test_a_feature_changed_in_place_is_never_reused_spoilt():
     def halved(in_place):
         pipe = loop()

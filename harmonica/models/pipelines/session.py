@@ -182,26 +182,26 @@ class Session:
         """
         counts, full, saved = self._counts(), 0.0, 0.0
         for name in list(self._inputs):
-            columns = [i for i, site in enumerate(self.sites) if _path(site).startswith(f"{name}.")]
-            if (cost := self._cost(name, columns)) is None:
+            mine = [i for i, site in enumerate(self.sites) if _path(site).startswith(f"{name}.")]
+            if name not in self._costs:
+                self._costs[name] = self._cost(name, mine)
+            if (cost := self._costs[name]) is None:
                 return None
             full += counts["calls", name] * cost.total
-            prices = zip(columns, cost.sites.tolist(), strict=True)
+            prices = zip(mine, cost.sites.tolist(), strict=True)
             saved += sum(price * counts["skipped", i] for i, price in prices)
         return full / (full - saved) if full > saved else None
 
     def _cost(self, name: str, columns: Sequence[int]) -> Macs | None:
-        """Count one call like the first one, with zeros for its tensors; None if torch cannot."""
-        pipe = self.pipe()
-        if name not in self._costs and pipe is not None:
-            self._costs[name] = None
-            try:
-                modules = self._modules(pipe)
-                parts = {self.sites[i]: modules[i] for i in columns}
-                self._costs[name] = cost_of_call(getattr(pipe, name), parts, self._inputs[name])
-            except Exception as error:  # a summary must not fail where the pipeline ran
-                self._say_once(f"the operations of {name} cannot be counted: {error}")
-        return self._costs.get(name)
+        """Count a call like the first one of this transformer; None if torch cannot."""
+        pipe: Any = self.pipe()
+        try:
+            modules = self._modules(pipe)
+            parts = {self.sites[i]: modules[i] for i in columns}
+            return cost_of_call(getattr(pipe, name), parts, self._inputs[name])
+        except Exception as error:  # a summary must not fail where the pipeline ran
+            self._say_once(f"the operations of {name} cannot be counted: {error}")
+            return None
 
 
 def _row_of(schedule: Schedule, times: Sequence[float]) -> int | None:
