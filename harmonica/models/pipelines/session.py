@@ -157,12 +157,13 @@ class Session:
         of sites, `skipped` those without computing, and `beyond`, for each reason, those computed
         although the table reuses them.
         """
-        counts = self._counts()
-        asked = counts["asked", None]
-        skipped = sum(n for (what, _), n in counts.items() if what == "skipped")
-        beyond = {why: n for (what, why), n in counts.items() if what == "beyond"}
+        counts, totals = self._counts().items(), Counter[str]()
+        for (event, _), n in counts:
+            totals[event] += n
+        asked, skipped = totals["skipped"] + totals["computed"], totals["skipped"]
         walks = {"walks": self.walks, "in_flight": len(self._live), "asked": asked}
         share = {"skipped": skipped, "reused_share": skipped / max(asked, 1)}
+        beyond = {why: n for (event, why), n in counts if event == "beyond"}
         return {**walks, **share, "beyond": beyond}
 
     def __str__(self) -> str:

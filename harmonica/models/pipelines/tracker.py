@@ -38,9 +38,9 @@ Rows = Sequence[Sequence[Entry]]
 """Of a table's `Plan`, T of N."""
 
 Counts = Counter[tuple[str, Any]]
-"""How often something has happened: ("asked", None) of the sites, ("skipped", site) without
-computing, ("calls", name of a transformer), and ("beyond", reason) for what was computed although
-the table reuses it."""
+"""How often something has happened: ("computed", site) and ("skipped", site) for each answer of a
+site, ("calls", name of a transformer), and ("beyond", reason) for what was computed although the
+table reuses it."""
 
 UNKNOWN = -1
 FIRST = Entry(True, (1.0,), (0,), (UNKNOWN,))
@@ -187,8 +187,8 @@ class Tracker:
         """Answer a site; the gate of a walk."""
         if current.get() is not self:
             return compute()  # another pipeline is called inside this one
-        self.counts["asked", None] += 1
         if (call := self._call) is None:
+            self.counts["computed", site] += 1
             return compute()
         if call.reused.get(site):
             raise RuntimeError(
@@ -204,6 +204,7 @@ class Tracker:
         if reuses:
             self.counts["skipped", site] += 1
         else:
+            self.counts["computed", site] += 1
             if not entry.computes:
                 why = SPOILT if len(valid) < len(kept) else IN_PARTS if again else MISSING
                 self.counts["beyond", why] += 1
