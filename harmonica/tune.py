@@ -21,7 +21,7 @@ from torch import Tensor
 
 from harmonica.command_line import DTYPES, Parser, check_device, command, make_writable, seed, whole
 from harmonica.models.pipelines import cached, tune
-from harmonica.models.pipelines.inputs import inputs_of
+from harmonica.models.pipelines.inputs import Inputs, inputs_of
 
 
 class _Command(ModuleType):
@@ -91,9 +91,9 @@ def _run(args: argparse.Namespace) -> None:
     schedule = tune(pipe, args.prompts, budget=args.budget, cost=args.cost, **how, **call)
     schedule.save(args.out / "schedule.json")
     pipe.set_progress_bar_config(disable=True)
-    plain = _image(pipe, inputs.of([(0, args.seed)]))
+    plain = _image(pipe, inputs, args.seed)
     with cached(pipe, schedule) as session:
-        fast = _image(pipe, inputs.of([(0, args.seed)]))
+        fast = _image(pipe, inputs, args.seed)
     factor = 1 / max(float((fast - plain).abs().max()), 1e-6)
     both = torch.cat([plain, fast, 0.5 + (fast - plain) * factor / 2], 1)
     Image.fromarray(both.mul(255).round().byte().numpy()).save(args.out / "comparison.png")
@@ -109,9 +109,11 @@ def _load(name: str, dtype: torch.dtype) -> Any:
         return DiffusionPipeline.from_pretrained(name, torch_dtype=dtype)
 
 
-def _image(pipe: Any, call: dict[str, Any]) -> Tensor:
+def _image(pipe: Any, inputs: Inputs, seed: int) -> Tensor:
     """Return the pipeline's image, or the first frame of its video, (H, W, 3) in [0, 1]."""
-    output = pipe(**call | {"output_type": "np"})
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # for a pipeline that takes no generator
+        output = pipe(**inputs.of([(0, seed)]) | {"output_type": "np"})
     images = torch.as_tensor(next(iter(output.values())))  # (B, [frames,] H, W, 3)
     return images.reshape(-1, *images.shape[-3:])[0].float()
 

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import wraps
 from importlib import import_module
-from pipes import WALKS, pixart_pipe, run_embedded, walked
+from pipes import WALKS, dit_pipe, pixart_pipe, run_embedded, walked
 
 import diffusers
 import pytest
@@ -364,3 +364,23 @@ def test_the_command_tunes_a_saved_pipeline_and_shows_an_image(tmp_path, capsys)
     import_module("harmonica.tune")
     with pytest.raises((TypeError, ValueError), match="NoneType"):
         harmonica.tune(None, speedup=1.5)
+
+
+class WithoutGenerator(diffusers.DiTPipeline):
+    def __call__(self, class_labels, num_inference_steps=2, output_type="pil"):
+        how = {"num_inference_steps": num_inference_steps, "output_type": output_type}
+        return super().__call__(class_labels, **how)
+
+
+def test_the_command_shows_one_seed_of_a_pipeline_that_takes_no_generator(tmp_path, monkeypatch):
+    command, pipe = import_module("harmonica.tune"), WithoutGenerator(**dit_pipe().components)
+    monkeypatch.setattr(command, "_load", lambda *_: pipe)
+    random = torch.get_rng_state()
+    options = ["--out", str(tmp_path), "--speedup", "1", "--budget", "50"]
+    assert command.main(["--pipeline", "x", *options]) == 0
+    assert torch.equal(torch.get_rng_state(), random)
+    with Image.open(tmp_path / "comparison.png") as picture:
+        shown = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).float()
+    without, under, _ = shown.view(64, 3, 64, 3).unbind(1)
+    assert torch.equal(without, under)  # as the table computes everything
+    assert without.std() > 1
