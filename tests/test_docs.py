@@ -21,7 +21,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 def names_of_tests() -> set[str]:
     """Return the names of all tests."""
-    paths = (ROOT / "tests").rglob("test_*.py")
+    paths = [*(ROOT / "tests").rglob("test_*.py"), *(ROOT / "benchmarks").rglob("test_*.py")]
     trees = [ast.parse(path.read_text(encoding="utf-8")) for path in paths]
     nodes = [node for tree in trees for node in ast.walk(tree)]
     return {n.name for n in nodes if isinstance(n, ast.FunctionDef) and n.name[:5] == "test_"}

@@ -5,17 +5,15 @@ Where a fault can be made for real (the system's own refusal to write, a signal,
 
 import ast
 import os
-import signal
 import subprocess
 import sys
-import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import conftest
 import pytest
 import torch
-from conftest import make, press_ctrl_c, raising
+from conftest import make, raising
 
 from harmonica import Router, Schedule, demo, image_sets, train, train_sdt
 from harmonica.evaluation import pictures as plots
@@ -139,37 +137,6 @@ def started(*arguments, **how):
     environment.pop("PYTHONUNBUFFERED", None)  # as in a terminal
     how |= {"stderr": subprocess.PIPE, "text": True, "cwd": ROOT, "env": environment}
     return subprocess.Popen([sys.executable, *arguments], **how)
-
-
-def test_ctrl_c_ends_a_benchmark_with_workers_at_once_in_one_line(tmp_path):
-    options = f"--noises 64 --steps 4 --out {tmp_path}/o --results {tmp_path}/r".split()
-    how = {"stdout": subprocess.DEVNULL, "start_new_session": True}
-    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 (a background job's is not)
-    child = started("benchmarks/quality.py", *options, preexec_fn=heard, **how)
-    deadline = time.monotonic() + 90
-    while not list(tmp_path.glob("o/*.json")) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    time.sleep(0.5)
-    interrupt = lambda number: os.killpg(child.pid, number)  # noqa: E731 (a terminal tells all)
-    _, err = press_ctrl_c(child, interrupt, timeout=20)
-    assert child.returncode == 130
-    assert err.splitlines() == ["python benchmarks/quality.py: stopped"]
-    assert not list(tmp_path.rglob("*.part"))
-    assert not (tmp_path / "r").exists()
-
-
-SHARED = ("record", "bootstrap", "scores", "rivals", "smoothcache", "fuzzing", "judges", "figures")
-"""Files of benchmarks/ that are not run by themselves."""
-
-
-def test_every_benchmark_ends_as_a_command_of_the_library_does():
-    """Ctrl-C, bad input and a closed pipe take one line because `record.ended` runs it."""
-    scripts = [path for path in (ROOT / "benchmarks").glob("*.py") if path.stem not in SHARED]
-    assert len(scripts) > 10
-    for path in scripts:
-        text = path.read_text(encoding="utf-8")
-        assert ast.unparse(ast.parse(text).body[-1]).endswith("ended(main)"), path.name
-        assert "parse_args(" in text, f"{path.name} would run for minutes when asked for --help"
 
 
 @pytest.mark.parametrize("what", ["-m harmonica.train", "benchmarks/gate.py"])

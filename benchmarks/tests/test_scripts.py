@@ -1,11 +1,20 @@
-"""The speed benchmarks' own laws: tables of the asked share, ratios within a turn, a run that continues or is cut short."""
+"""The scripts: how each ends, and the speed benchmarks' laws: tables of a given share, ratios within a turn, a run that
+continues or is cut short.
+"""
 
+import ast
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+from conftest import press_ctrl_c
+from test_faults import ROOT, started
 
 BENCHMARKS = Path(__file__).parents[1]
 sys.path.insert(0, str(BENCHMARKS))
@@ -44,3 +53,34 @@ def test_every_item_for_a_card_runs_on_the_cpu_or_says_why_not(tmp_path, monkeyp
     figures = json.loads((tmp_path / "gpu-quick.json").read_text(encoding="ascii"))["figures"]
     assert not [name for name, item in figures.items() if "failed" in str(item)]
     assert {"target", "dit", "update", "refinement", "milliseconds", "training"} <= figures.keys()
+
+
+def test_ctrl_c_ends_a_benchmark_with_workers_at_once_in_one_line(tmp_path):
+    options = f"--noises 64 --steps 4 --out {tmp_path}/o --results {tmp_path}/r".split()
+    how = {"stdout": subprocess.DEVNULL, "start_new_session": True}
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 (a background job's is not)
+    child = started("benchmarks/quality.py", *options, preexec_fn=heard, **how)
+    deadline = time.monotonic() + 90
+    while not list(tmp_path.glob("o/*.json")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(0.5)
+    interrupt = lambda number: os.killpg(child.pid, number)  # noqa: E731 (a terminal tells all)
+    _, err = press_ctrl_c(child, interrupt, timeout=20)
+    assert child.returncode == 130
+    assert err.splitlines() == ["python benchmarks/quality.py: stopped"]
+    assert not list(tmp_path.rglob("*.part"))
+    assert not (tmp_path / "r").exists()
+
+
+SHARED = ("record", "bootstrap", "scores", "rivals", "smoothcache", "fuzzing", "judges", "figures")
+"""Files of benchmarks/ that are not run by themselves."""
+
+
+def test_every_benchmark_ends_as_a_command_of_the_library_does():
+    """Ctrl-C, bad input and a closed pipe take one line because `record.ended` runs it."""
+    scripts = [path for path in (ROOT / "benchmarks").glob("*.py") if path.stem not in SHARED]
+    assert len(scripts) > 10
+    for path in scripts:
+        text = path.read_text(encoding="utf-8")
+        assert ast.unparse(ast.parse(text).body[-1]).endswith("ended(main)"), path.name
+        assert "parse_args(" in text, f"{path.name} would run for minutes when asked for --help"
