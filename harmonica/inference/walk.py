@@ -6,7 +6,7 @@
 Besides the sites that the schedule skips, a walk leaves out
 
     norm and modulation before a skipped site       models/blocks.py          same images
-    embeddings that every step or block repeats     models/precompute.py      same images
+    labels and text that every step embeds again    models/precompute.py      same images
     features that no later step reads               inference/lifetimes.py    less memory
     modulation of single steps: W in one product    models/precompute.py      to rounding
     passes over memory in h + gate·out              models/blocks.py          to rounding
