@@ -43,25 +43,32 @@ def client_of(app):
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server")
 
 
-async def serve(app, count, cancelled=()):
+async def serve(app, requests, cancelled=()):
+    """Post pairs of a name and parameters at once, and cancel some; return answers and metrics."""
     async with client_of(app) as client:
 
-        async def one(i):
-            return await client.post(f"/images/{i}", params=request(i))
-
-        async def cancel(i):
-            while not (await client.delete(f"/images/{i}")).json():
+        async def cancel(name):
+            while not (await client.delete(f"/images/{name}")).json():
                 await asyncio.sleep(0)
 
-        answers = asyncio.gather(*map(one, range(count)))
+        posts = [client.post(f"/images/{name}", params=params) for name, params in requests]
+        answers = asyncio.gather(*posts)
         await asyncio.gather(*map(cancel, cancelled))
         return await answers, (await client.get("/metrics")).text
+
+
+def post(app, *names, **params):
+    return asyncio.run(serve(app, [(name, params) for name in names]))
+
+
+def numbered(count):
+    return [(i, request(i)) for i in range(count)]
 
 
 def test_fifty_requests_at_once_ten_of_them_cancelled_give_the_images_made_alone():
     module = server()
     cancelled = range(3, 50, 5)
-    answers, metrics = asyncio.run(serve(module.app(), 50, cancelled))
+    answers, metrics = asyncio.run(serve(module.app(), numbered(50), cancelled))
     assert {answer.status_code for answer in answers} == {200, 409}
     drawn = [i for i, answer in enumerate(answers) if answer.status_code == 200]
     assert set(range(50)) - set(cancelled) <= set(drawn)
@@ -82,26 +89,19 @@ def test_memory_is_flat():
 
     counts = []
     for _ in range(3):
-        asyncio.run(serve(app, 12, [5]))
+        asyncio.run(serve(app, numbered(12), [5]))
         counts.append(tensors())
     assert counts[2] < counts[1] + 6  # a leak would be one tensor or more for each of 12 requests
 
 
-async def post(app, *names, **params):
-    async with client_of(app) as client:
-        asked = [client.post(f"/images/{name}", params=params) for name in names]
-        answers = await asyncio.gather(*asked)
-        return answers, (await client.get("/metrics")).text
-
-
 def test_steps_without_a_table_are_refused_with_what_there_is():
-    (answer,), _ = asyncio.run(post(server().app(), "mine", steps=7))
+    (answer,), _ = post(server().app(), "mine", steps=7)
     assert answer.status_code == 422
     assert "there are tables for [10, 20]" in answer.text
 
 
 def test_a_name_that_is_in_use_is_refused_and_the_first_of_that_name_is_drawn():
-    answers, _ = asyncio.run(post(server().app(), "mine", "mine"))
+    answers, _ = post(server().app(), "mine", "mine")
     assert sorted(answer.status_code for answer in answers) == [200, 409]
     refused = next(answer for answer in answers if answer.status_code == 409)
     assert "mine is being drawn; choose another name" in refused.text
@@ -111,7 +111,7 @@ def test_tables_that_were_tuned_are_read_from_files(monkeypatch, tmp_path):
     module, path = server(), tmp_path / "schedule.json"
     module.every(2, module.model(), 5).save(path)
     monkeypatch.setenv("SCHEDULES", str(path))
-    (answer,), metrics = asyncio.run(post(module.app(), "mine", steps=5))
+    (answer,), metrics = post(module.app(), "mine", steps=5)
     assert answer.status_code == 200
     assert "harmonica_skipped 32\n" in metrics  # 16 sites at two of 5 steps
 
@@ -122,7 +122,7 @@ def test_metrics_say_how_often_and_why_a_site_was_not_reused():
     for site in sites(pipe.transformer).values():
         site.register_forward_hook(lambda _, __, out: out.mul_(0.5))
     module.model = lambda: pipe
-    _, metrics = asyncio.run(post(module.app(), "mine"))
+    _, metrics = post(module.app(), "mine")
     assert 'harmonica_beyond{reason="changed in place"} 80\n' in metrics
 
 

@@ -215,17 +215,6 @@ def test_a_copy_made_under_a_cache_runs_its_own_weights():
     assert not torch.equal(mine, answer(pipe.transformer))
 
 
-def test_a_scheduler_copied_under_a_cache_keeps_its_own_state():
-    pipe = pixart_pipe(scheduler=diffusers.DPMSolverMultistepScheduler())
-    x = torch.randn(1, 4, 8, 8)
-    with cached(pipe, everything(pipe)):
-        twin = copy.deepcopy(pipe.scheduler)
-        twin.set_timesteps(4)
-        twin.step(x, twin.timesteps[0], x)
-        assert (twin.lower_order_nums, pipe.scheduler.lower_order_nums) == (1, 0)
-        assert pipe.scheduler.num_inference_steps is None
-
-
 def test_a_walk_under_inference_mode_does_not_break_later_training():
     pipe = dit_pipe()
     with torch.inference_mode(), cached(pipe, table(pipe)):
