@@ -72,7 +72,7 @@ def test_ctrl_c_ends_a_benchmark_with_workers_at_once_in_one_line(tmp_path):
     assert not (tmp_path / "r").exists()
 
 
-SHARED = ("record", "bootstrap", "scores", "rivals", "smoothcache", "fuzzing", "judges", "figures")
+SHARED = ("record", "bootstrap", "scores", "rivals", "smoothcache", "fuzzing", "judges")
 """Files of benchmarks/ that are not run by themselves."""
 
 
