@@ -25,10 +25,8 @@ from harmonica.models import load
 from harmonica.search import baselines
 from harmonica.search.references import image_mse
 
-sys.path += [
-    "benchmarks",
-    "../benchmarks",
-]  # of a clone: Learning-to-Cache and the digits are there
+# This tutorial runs in a clone: Learning-to-Cache and the real digits are in its folder benchmarks.
+sys.path += ["benchmarks", "../benchmarks"]
 from judges import digits
 from rivals import learning_to_cache
 
