@@ -122,6 +122,14 @@ def small() -> DiTDenoiser:
     return make()
 
 
+@pytest.fixture
+def small_models(monkeypatch):
+    """Let `load` make small models of the real classes (small.py)."""
+    from small import shrink
+
+    shrink(monkeypatch)
+
+
 def tables(steps: int = 4, sites: int = 4) -> st.SearchStrategy[Schedule]:
     """Draw a schedule: any decisions, a first row of true."""
     row = st.lists(st.booleans(), min_size=sites, max_size=sites)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import raising, said
 from matplotlib.figure import Figure
-from test_every_model import SMALL_PIXART
+from small import SMALL_PIXART
 
 from harmonica import Router, Schedule, demo
 from harmonica.evaluation import pictures as plots

@@ -16,9 +16,8 @@ import torch
 from conftest import seeded, start, with_noise
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from sham import Sham, ShamDevice
+from small import loaded, table
 from smoothcache import smoothcache
-from test_blocks import table
-from test_every_model import loaded, small  # noqa: F401 (a fixture: every model is small)
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map_only
 

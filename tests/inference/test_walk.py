@@ -9,8 +9,7 @@ import torch
 from conftest import attributes, equal, make, raising, refused, seeds, start, tables, with_noise
 from hypothesis import given
 from sham import ShamDevice
-from test_blocks import MADE, in_double, table
-from test_every_model import loaded, small  # noqa: F401 (a fixture: every model is small)
+from small import MADE, in_double, loaded, table
 from torch import nn
 
 from harmonica import Macs, Schedule, sample, train_sdt
@@ -35,7 +34,7 @@ def test_an_exact_walk_is_sample_bit_for_bit_and_another_to_rounding(schedule, s
 
 @pytest.mark.parametrize("sampler", sorted(SAMPLERS))
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.usefixtures("small")
+@pytest.mark.usefixtures("small_models")
 def test_every_model_under_every_sampler(name, sampler):
     d, x, cond = with_noise(in_double(loaded(name, sampler)), 2, 0)
     schedule = table(d)
@@ -205,7 +204,7 @@ def test_a_key_is_shapes_types_and_what_is_no_tensor():
     assert same not in [*others, key_of(x.double(), {"y": y, "mode": "a"})]
 
 
-@pytest.mark.usefixtures("small")
+@pytest.mark.usefixtures("small_models")
 def test_a_sampler_that_draws_noise_is_not_captured():
     for sampler in ("ddim", "dpm-solver++", "iddpm", "sa-solver"):
         d, tape, draws = loaded("pixart-alpha-256", sampler), Tape(), sampler[0] in "is"
@@ -220,7 +219,7 @@ WHY_NOT |= {"fails": "capturing failed: the first cause"}
 
 
 @pytest.mark.parametrize("how", WHY_NOT)
-@pytest.mark.usefixtures("small")
+@pytest.mark.usefixtures("small_models")
 def test_a_capture_fails_with_its_first_cause_and_the_stream_is_put_back(how, monkeypatch):
     monkeypatch.setattr(threading, "active_count", lambda: 1)
     with ShamDevice() as device:
@@ -269,7 +268,7 @@ def test_a_capture_that_fails_falls_back_and_keeps_good_graphs_and_is_tried_agai
     "name", ["tiny", "dit-xl", "pixart-alpha-256", "pixart-alpha-1024", "uvit-h"]
 )
 @pytest.mark.parametrize("sampler", ["ddim", "dpm-solver++"])
-@pytest.mark.usefixtures("small")
+@pytest.mark.usefixtures("small_models")
 def test_a_replayed_graph_is_the_eager_walk_bit_for_bit(name, sampler):
     d = loaded(name, sampler, device="cuda")
     walk = Walk(d, table(d))

@@ -8,9 +8,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import make, refused, seeded, seeds, tables, with_noise
+from conftest import make, refused, seeds, tables, with_noise
 from hypothesis import given
 from hypothesis import strategies as st
+from small import weigh
 from speed import peak
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,16 +21,6 @@ from harmonica.forecast import taylor_weights, weighted, weighted_sum
 from harmonica.inference.lifetimes import Plan, fused_sum
 from harmonica.inference.walk import Walk
 from harmonica.storage.foreign import write_smoothcache
-
-
-def weigh(table, past, seed=0):
-    """Return a schedule with random weights wherever its table allows them."""
-    generator = seeded(seed)
-    weights = torch.randn(*table.compute.shape, 1 + past, generator=generator)
-    computed = table.compute.cumsum(0) - table.compute.long()
-    weights *= torch.arange(1 + past) <= computed[:, :, None]
-    weights[:, :, 0] *= table.compute
-    return replace(table, weights=weights)
 
 
 def schedules(steps=6):

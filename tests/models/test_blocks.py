@@ -2,33 +2,17 @@
 
 import contextlib
 import itertools
-from pipes import pixart_transformer, stock_dit
+from pipes import pixart_transformer
 
 import pytest
 import torch
-from conftest import attributes, make, noting, raising, seeded, start, with_noise
+from conftest import attributes, make, noting, raising, start, with_noise
 from diffusers.models.attention import BasicTransformerBlock
-from test_uvit import make as make_uvit
+from small import MADE, table
 from torch import nn
 
 from harmonica import Schedule, gated, reuse, sample
 from harmonica.models.blocks import gated_blocks, known_block
-from harmonica.models.pixart import PixArtDenoiser, random_prompts
-from harmonica.samplers import DDIM
-
-
-def pixart(steps=4):
-    return PixArtDenoiser(pixart_transformer(), DDIM(steps), random_prompts(["a", "b"], 6, 12))
-
-
-def in_double(d):
-    d.model.double()
-    if isinstance(d, PixArtDenoiser):
-        d.prompts = d.prompts.to(torch.zeros(0, dtype=torch.float64))
-    return d
-
-
-MADE = {"dit": make, "stock": stock_dit, "pixart": pixart, "uvit": make_uvit}
 
 
 def walk(d, schedule, x, cond, **options):
@@ -39,12 +23,6 @@ def walk(d, schedule, x, cond, **options):
         with torch.no_grad(), gated_blocks(d.model, d.sites, gate, **options):
             x = d.step(x, d.predict(x, k, cond), k, memory)
     return x
-
-
-def table(d, share=0.5, seed=0):
-    rows = torch.rand(d.steps, len(d.sites), generator=seeded(seed)) > share
-    rows[0] = True
-    return Schedule(rows, sites=tuple(d.sites))
 
 
 @pytest.mark.parametrize("name", MADE)

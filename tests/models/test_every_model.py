@@ -7,7 +7,7 @@ import gc
 import json
 import shutil
 import sys
-from pipes import dit_transformer, pixart_pipe, pixart_transformer, randomised, vae
+from pipes import dit_transformer, pixart_pipe, pixart_transformer, vae
 
 import diffusers
 import huggingface_hub
@@ -16,46 +16,19 @@ import torch
 from conftest import refused, seeded, with_noise
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save_file
+from small import SMALL_DIT, SMALL_UVIT, loaded
 from transformers import T5EncoderModel
 
 from harmonica import Router, check_denoiser, image_error, sample, sdt, train_sdt
 from harmonica.inference.walk import Walk
-from harmonica.models import BUNDLED, DITS, MODELS, PIXART, load, pixart
-from harmonica.models import __dict__ as models
+from harmonica.models import BUNDLED, MODELS, load
 from harmonica.models.dit import DiT
-from harmonica.models.pixart import Variant
 from harmonica.models.uvit import UViT
 from harmonica.samplers import SAMPLERS
 from harmonica.search.flip_effects import flip_effects_at
 from harmonica.search.references import Pool
 
-SMALL_DIT = {"input_size": 8, "patch_size": 2, "hidden_size": 16, "depth": 2, "num_heads": 2}
-SMALL_PIXART = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2}
-SMALL_PIXART |= {"cross_attention_dim": 24, "caption_channels": 12}
-SMALL_UVIT = SMALL_DIT | {"in_channels": 4, "num_classes": 5}
-
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch):
-    """Shrink every model but the bundled one; class, loading and everything else stay."""
-    for name in DITS:
-        if name not in BUNDLED:
-            monkeypatch.setitem(DITS, name, SMALL_DIT)
-    for name, variant in PIXART.items():
-        small = Variant(8, 6, variant.micro_conditions, variant.transformer, variant.rest)
-        monkeypatch.setitem(PIXART, name, small)
-    monkeypatch.setattr(pixart, "XL", SMALL_PIXART)
-    monkeypatch.setitem(models, "UVIT_H", SMALL_UVIT)
-
-
-def loaded(name: str, sampler: str | None = None, steps: int = 4, **more):
-    weights = None if name in BUNDLED else "random"
-    d = load(name, sampler=sampler, steps=steps, weights=weights, **more)
-    if name not in BUNDLED:
-        randomised(d.model)  # DiT starts with gates of zero, under which no site matters
-    return d
-
-
+pytestmark = pytest.mark.usefixtures("small_models")
 NAMES = [name for name in MODELS if name != "garments"]  # it is tiny's class, and larger
 
 

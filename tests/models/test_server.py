@@ -22,8 +22,8 @@ import torch
 from conftest import equal, make, noting, raising, refused, seeded, start
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from peft import LoraConfig, inject_adapter_in_model
-from test_blocks import MADE
-from test_blocks import table as rows_for
+from small import MADE
+from small import table as rows_for
 from torch import nn
 
 from harmonica import Schedule, gated, sample

@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
-from conftest import SMALL, noting, redrawn, refused, seeded, seeds, start, tables, with_noise
+from conftest import SMALL, noting, refused, seeded, seeds, start, tables, with_noise
 from hypothesis import given
 from hypothesis import strategies as st
+from small import make_uvit, uvit_model
 
 from harmonica import Router, Schedule, check_denoiser, macs, sample
 from harmonica.cache import blend, gated, reuse
@@ -18,15 +19,6 @@ from harmonica.samplers import DDIM
 SITES = 6  # of the small one: attn and mlp of three blocks
 
 
-def small_model(*, dtype=torch.float64, depth=2, seed=0):
-    """Return a model whose every weight is random, so that every site and every skip matters."""
-    return redrawn(UViT(**SMALL, depth=depth), seed).to(dtype)
-
-
-def make(steps=4, *, guidance=1.4, **options):
-    return UViTDenoiser(small_model(**options), DDIM(steps), guidance=guidance, name="small")
-
-
 def of_full_size(**options):
     with torch.device("meta"):
         model = UViT(**UVIT_H)
@@ -35,7 +27,7 @@ def of_full_size(**options):
 
 @pytest.fixture
 def small():
-    return make()
+    return make_uvit()
 
 
 def random_scores(sites, seed=0):
@@ -75,7 +67,7 @@ def test_the_sites_are_those_of_every_block_in_the_order_they_run():
     blocks = [*sides[0], "mid_block", *sides[1]]
     sites = [f"{block}.{kind}" for block in blocks for kind in ("attn", "mlp")]
     assert list(of_full_size().sites) == sites
-    d, asked = make(depth=4), []
+    d, asked = make_uvit(depth=4), []
     x, y = start(d)
     with gated(d.sites, noting(asked)):
         d.predict(x, 0, y)
@@ -156,7 +148,7 @@ def written_again(w, x, t, y, *, heads=2, patch=2):
 
 @pytest.mark.parametrize("depth", [2, 4])
 def test_the_model_is_the_one_written_again_its_timesteps_as_cosines_then_sines(depth):
-    model = small_model(depth=depth)
+    model = uvit_model(depth=depth)
     x = torch.randn(3, 2, 4, 4, generator=seeded(1), dtype=torch.float64)
     y, t = torch.tensor([0, 3, 2]), torch.tensor([0.0, 1.0, 0.5])  # which float32 holds well
     with torch.no_grad():
@@ -194,7 +186,7 @@ def two_calls(d, gate_of, x, k, y):
 
 @given(tables(sites=SITES), st.booleans(), seeds)
 def test_one_cache_is_a_cache_for_each_call_of_the_original(schedule, soft, seed):
-    d, x, y = with_noise(make(), seed=seed)
+    d, x, y = with_noise(make_uvit(), seed=seed)
     caches = {}, {}, {}
     r = torch.where(schedule.compute, random_scores(SITES, seed), 0.01)
     r[0] = 1.0
@@ -216,17 +208,17 @@ def test_guidance_is_the_originals_with_one_added_to_its_scale(small):
     with torch.no_grad():
         conditional, null = (small.model(x, t, labels) for labels in (y, torch.tensor([3, 3])))
         out = small.predict(x, 1, y)
-        assert torch.equal(make(guidance=1.0).predict(x, 1, y), conditional)
+        assert torch.equal(make_uvit(guidance=1.0).predict(x, 1, y), conditional)
     torch.testing.assert_close(out, conditional + 0.4 * (conditional - null))
     assert out.shape == x.shape
     assert UViTDenoiser(small.model, small.sampler).guidance == 1.4
     with refused(r"guidance is 0.4; it must be 1 \(off\) or more"):
-        make(guidance=0.4)
+        make_uvit(guidance=0.4)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 1.4])
 def test_the_model_counts_timesteps_from_one(guidance):
-    d, seen = make(guidance=guidance), []
+    d, seen = make_uvit(guidance=guidance), []
     d.model.register_forward_pre_hook(lambda _, call: seen.append(call[1].tolist()))
     sample(d, *start(d))
     calls = 1 if guidance == 1.0 else 2
@@ -238,11 +230,11 @@ def test_the_model_counts_timesteps_from_one(guidance):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_guidance_of_half_weights_is_not_rounded_to_half(dtype):
-    d, x, y = with_noise(make(dtype=dtype))
+    d, x, y = with_noise(make_uvit(dtype=dtype))
     calls = (d.model(x.to(dtype), torch.full((2,), 1000.0), z).float() for z in (y, y * 0 + 3))
     conditional, null = calls
     assert torch.equal(d.predict(x, 0, y), null + 1.4 * (conditional - null))
-    check_denoiser(make(guidance=1.0))
+    check_denoiser(make_uvit(guidance=1.0))
 
 
 def test_the_long_skips_compute_where_every_site_is_reused(small):

@@ -7,7 +7,7 @@ import torch
 from conftest import attributes, make, seeded, seeds, tables, with_noise
 from hypothesis import given
 from hypothesis import strategies as st
-from test_weights import weigh
+from small import weigh
 
 from harmonica import Macs, Router, Schedule, gated, sample
 from harmonica.models import load
