@@ -34,6 +34,8 @@ from harmonica.search.learn import learn_in_turn
 from harmonica.search.references import Pool, references
 from harmonica.search.target import Target
 
+pytestmark = pytest.mark.usefixtures("small_models")
+
 MODELS = ["tiny", "dit-xl", "pixart-alpha-256", "pixart-alpha-1024", "uvit-h"]
 
 
