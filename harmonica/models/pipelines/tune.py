@@ -68,7 +68,7 @@ def tune(  # noqa: D417 (some arguments are described together)
         order: how skipped sites are filled before weights are learned, `Schedule.order`.
         method: "auto", or "sdt", the paper's training, about three predictions an update and noise.
         budget: predictions of one image that may be spent, a backward pass counts as two; those of
-            1000 walks if None. Whole steps take 2·T·(T + 9) at least, so less is refused.
+            1000 walks if None. Whole steps take about T·(T + 13) / 2 at least; less is refused.
         cost: None counts multiply-accumulates, "milliseconds" measures the sites on this device.
         progress: show a bar.
 
@@ -117,11 +117,14 @@ def _searched(
     """Return the best schedule of the stages that the budget is enough for."""
     from tqdm.auto import tqdm
 
-    _check_budget(budget, 2 * denoiser.steps * (denoiser.steps + 9), denoiser.steps)
+    T, spent = denoiser.steps, denoiser.predictions.total()
+    a_noise = 1 + T * (T + 13) // 2  # whole steps: errors of all runs of reuse, and 6 walks
+    _check_budget(budget, spent + a_noise, T)
+    size = min(NOISES, (budget - spent) // a_noise)
     best: Schedule | None = None
     with tqdm(total=budget, unit="prediction", desc="tune", disable=not progress) as bar:
         try:
-            for best in _stages(denoiser, target, order, budget):
+            for best in _stages(denoiser, target, order, budget, size):
                 bar.set_postfix(error=f"{best.provenance['image_error']:.2e}", refresh=False)
                 bar.update(denoiser.predictions.total() - bar.n)
         except (Exception, KeyboardInterrupt) as error:
@@ -139,16 +142,16 @@ class _HalfSpentError(Exception):
 
 
 def _stages(
-    denoiser: PipelineDenoiser, target: Target, order: int, budget: int
+    denoiser: PipelineDenoiser, target: Target, order: int, budget: int, size: int
 ) -> Iterator[Schedule]:
-    """Yield schedules, each better than the one before."""
+    """Yield schedules, each better than the one before, judged on `size` noises at a time."""
     T, half, generator = denoiser.steps, budget // 2, torch.Generator().manual_seed(SEED)
-    finer = finer_walk(denoiser, FACTOR if half // 4 >= NOISES * FACTOR * T else 1)
-    a_round = NOISES * (WALKS_PER_ROUND * T + finer.steps)
+    finer = finer_walk(denoiser, FACTOR if half // 4 >= size * FACTOR * T else 1)
+    a_round = size * (WALKS_PER_ROUND * T + finer.steps)
 
     def pools() -> Iterator[Pool]:
         while True:
-            yield with_images(finer, *denoiser.draw(NOISES, generator))
+            yield with_images(finer, *denoiser.draw(size, generator))
             if denoiser.predictions.total() + a_round > half:
                 raise _HalfSpentError
 
