@@ -31,9 +31,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from harmonica import sample
-from harmonica.evaluation.pictures import save, sheet
 from harmonica.models import BUNDLED, DITS, load
 from harmonica.models.dit import DiT
+from harmonica.pictures import save, sheet
 from harmonica.samplers import TRAIN_TIMESTEPS, alphas_cumprod
 from harmonica.storage.files import write_tensors
 

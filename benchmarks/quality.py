@@ -41,9 +41,9 @@ from smoothcache import smoothcache
 from torch import Tensor
 
 from harmonica import Denoiser, Router, Schedule, macs, references, sample, train_sdt
-from harmonica.evaluation.pictures import save, tradeoff
 from harmonica.inference.walk import Walk
 from harmonica.models import load
+from harmonica.pictures import save, tradeoff
 from harmonica.search import baselines
 from harmonica.search.learn import learn_in_turn, learn_weights
 from harmonica.search.references import Pool, image_mse

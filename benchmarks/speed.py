@@ -46,12 +46,12 @@ from torch import Tensor, nn
 from harmonica import Schedule, macs, sample
 from harmonica.cache import gated
 from harmonica.cost import Macs, count
-from harmonica.evaluation.pictures import save
 from harmonica.inference.graph import GraphWalk
 from harmonica.inference.lifetimes import Plan
 from harmonica.inference.walk import Accelerated, Walk
 from harmonica.models import load
 from harmonica.models.dit import DiT, DiTDenoiser
+from harmonica.pictures import save
 from harmonica.samplers import DDIM
 from harmonica.storage.files import read_json
 

@@ -26,8 +26,8 @@ from torch import Tensor
 from harmonica import Denoiser, Schedule, macs, references, sample, train_sdt
 from harmonica.cache import Cache, Gate, reuse
 from harmonica.denoise import denoise, final_image
-from harmonica.evaluation.pictures import per_step, save
 from harmonica.models import load
+from harmonica.pictures import per_step, save
 from harmonica.search.references import image_mse
 
 RUN = range(1, 8)  # the steps that reuse everything

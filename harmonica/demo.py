@@ -45,6 +45,9 @@ updates of the weights, of eight noises each."""
 
 TIMED, SHOWN = 64, 10  # images in a timed batch, and in the picture
 
+GARMENTS = ["T-shirt", "trousers", "pullover", "dress", "coat"]
+GARMENTS += ["sandal", "shirt", "trainer", "bag", "boot"]
+
 
 def parser() -> cli.Parser:
     """Return the command line of the demo."""
@@ -67,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """Make or load a table, draw, measure, print, save."""
-    from harmonica.evaluation import pictures
+    from harmonica import pictures
     from harmonica.models.autoencoder import decoder
 
     check_target(args.target, None)
@@ -148,7 +151,7 @@ def _pictures(
     denoiser: Denoiser, schedule: Schedule, x: Tensor, cond: Tensor, images: dict[str, Tensor]
 ) -> dict[str, "Figure"]:
     """Return the images in rows, the table, and the error along the walk."""
-    from harmonica.evaluation import pictures
+    from harmonica import pictures
     from harmonica.models import PixArtDenoiser
 
     shown = torch.arange(min(SHOWN, len(cond)))
@@ -157,7 +160,8 @@ def _pictures(
     if isinstance(denoiser, PixArtDenoiser):
         labels = [denoiser.prompts.texts[i][:14] for i in cond[shown].tolist()]
     else:
-        labels = [str(label) for label in cond[shown].tolist()]
+        names = GARMENTS if denoiser.about["model"] == "garments" else []
+        labels = [names[i] if names else str(i) for i in cond[shown].tolist()]
     ways = None, gates_of(schedule, {})
     plain, cached = (list(denoise(denoiser, x[:8], cond[:8], gates)) for gates in ways)
     title = f"{schedule.model}, {schedule.sampler}, T = {schedule.steps}"

@@ -18,8 +18,7 @@ LAYERS = (
     {"search", "inference"},
     {"training"},
     {"models"},
-    {"evaluation"},
-    {"command_line"},
+    {"command_line", "pictures"},
     {"demo", "train", "image_sets", "tune"},
 )
 """From the ground floor up: a file imports from its own layer and from those below it."""
@@ -33,9 +32,9 @@ def imports(path: Path) -> set[str]:
     """Return the modules of ours that a file imports, deferred and type-only imports counted."""
     modules = set()
     for node in nodes(path):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("harmonica."):
+        if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith("harmonica."):
             inner = {f"{node.module}.{alias.name}" for alias in node.names}
-            modules |= inner & FILES.keys() or {node.module}
+            modules |= inner & FILES.keys() or {node.module} - {"harmonica"}
         if isinstance(node, ast.Import):
             modules |= {alias.name for alias in node.names if alias.name.startswith("harmonica.")}
     return modules

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from small import SMALL_PIXART
 
 from harmonica import Router, Schedule, demo
-from harmonica.evaluation import pictures as plots
+from harmonica import pictures as plots
 from harmonica.models import DITS, PIXART, pixart
 from harmonica.models.pixart import Variant
 

@@ -16,7 +16,7 @@ import torch
 from conftest import make, raising
 
 from harmonica import Router, Schedule, demo, image_sets, train, train_sdt
-from harmonica.evaluation import pictures as plots
+from harmonica import pictures as plots
 from harmonica.storage.files import exclusive_lock
 from harmonica.storage.foreign import write_smoothcache
 from harmonica.storage.hub import write_folder

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import harmonica.sdt
-from harmonica.evaluation import pictures as plots
+from harmonica import pictures as plots
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "tutorials").glob("[0-9]*.py"))

@@ -20,7 +20,7 @@
 import torch
 
 from harmonica import Schedule, denoise, macs, sample
-from harmonica.evaluation import pictures as plots
+from harmonica import pictures as plots
 from harmonica.models import load
 from harmonica.search import baselines
 from harmonica.search.references import image_mse

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from harmonica import Schedule, denoise, gated, macs, reuse, sample
-from harmonica.evaluation import pictures as plots
+from harmonica import pictures as plots
 from harmonica.inference.timing import measure
 from harmonica.inference.walk import Walk
 from harmonica.models import load

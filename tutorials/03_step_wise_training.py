@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from torch.optim import AdamW
 
 from harmonica import Router, blend, denoise, gated, macs, objective, reuse, sample, sdt
-from harmonica.evaluation import pictures as plots
+from harmonica import pictures as plots
 from harmonica.models import load
 from harmonica.search import baselines
 from harmonica.search.references import image_mse

@@ -15,8 +15,8 @@
 import torch
 
 from harmonica import Router, blend, denoise, image_error, macs, sample, sdt
+from harmonica import pictures as plots
 from harmonica.denoise import final_image
-from harmonica.evaluation import pictures as plots
 from harmonica.models import load
 from harmonica.search.references import image_mse
 

@@ -22,7 +22,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransfo
 
 import harmonica
 from harmonica import Schedule, image_error, sample
-from harmonica.evaluation import pictures as plots
+from harmonica import pictures as plots
 from harmonica.models import digits, load
 from harmonica.models.pipelines import disable_cache, enable_cache, from_pipeline
 from harmonica.models.sites import sites

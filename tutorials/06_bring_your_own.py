@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from harmonica import Schedule, check_denoiser, denoise, macs, sample, train_sdt
-from harmonica.evaluation import pictures as plots
+from harmonica import pictures as plots
 from harmonica.samplers import DDIM, alphas_cumprod
 from harmonica.search import baselines
 

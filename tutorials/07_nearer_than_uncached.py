@@ -18,7 +18,7 @@ import torch
 from matplotlib.figure import Figure
 
 from harmonica import learn_weights, macs, references, sample
-from harmonica.evaluation import pictures as plots
+from harmonica import pictures as plots
 from harmonica.inference.walk import Walk
 from harmonica.models import load
 from harmonica.search import baselines
