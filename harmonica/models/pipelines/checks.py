@@ -66,6 +66,7 @@ def _other_cache(pipe: Any, model: nn.Module) -> str:
         for hook in getattr(getattr(part, "_diffusers_hook", None), "hooks", ()):
             if any(word in hook for word in OTHER_CACHES):
                 return f"diffusers' hook {hook}"
-    if getattr(model, "_is_cached", False) or getattr(pipe, "_is_cached", False):
+    # cache-dit marks the class of the pipeline as well, but patches this transformer alone
+    if "_is_cached" in vars(model) or "_is_cached" in vars(pipe):
         return "cache-dit's or one like it (_is_cached is set)"
     return ""
