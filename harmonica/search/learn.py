@@ -35,7 +35,14 @@ from harmonica.router import Schedule
 from harmonica.run_again import run_again, run_once
 from harmonica.search.flip_effects import with_table
 from harmonica.search.paths import differentiable_walk
-from harmonica.search.references import CAP, Pool, outlier_weights, pool_errors, typical_error
+from harmonica.search.references import (
+    CAP,
+    Pool,
+    image_errors,
+    outlier_weights,
+    pool_errors,
+    typical_error,
+)
 from harmonica.search.refine import WALKS_PER_ROUND, few_of, refine
 from harmonica.search.target import Target
 from harmonica.table import outputs_before, require
@@ -222,7 +229,7 @@ def _gradient(
         part = batch[slice(first, last)]
         image = weighted_walk(denoiser, table, weights, part.x, part.cond, run)
         away = image.detach() - part.images
-        errors = away.double().square().flatten(1).mean(1)
+        errors = image_errors(image.detach(), part.images)
         counts = outlier_weights(errors, limit) / (len(batch) * away[0].numel())
         direction = (2 * counts.view(-1, *[1] * (away.dim() - 1)) * away).to(image)
         # in half precision a small gradient would vanish on its way through the walk

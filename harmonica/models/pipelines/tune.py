@@ -189,7 +189,7 @@ def _from_runs(pipe: Any, inputs: Inputs, speedup: float, progress: bool) -> Sch
     columns, plain, times = sites(pipe.transformer), run(), timesteps_of(pipe.scheduler)
     T, N, cost, name = len(plain), len(columns), columns.macs, type(pipe).__name__
     require(T > 0, f"{name} never steps its scheduler, so no table fits it")
-    count = min(int(Target(speedup, cost, T).allowed / float(cost.sites.sum())), T)
+    count = min(Target(speedup, cost, T).whole_steps, T)
     about = {"method": "tune, whole steps from runs", "runs": T, "speedup": speedup}
     fields = {"model": name, "sampler": type(pipe.scheduler).__name__, "provenance": about}
 
