@@ -44,8 +44,8 @@ def train_sdt(  # noqa: D417 (some arguments are described together)
     resume: bool = False,
     progress: bool = True,
 ) -> Router:
-    """Train a router from noise alone; the defaults are the authors' settings for DiT-XL/2. With a
-    target, which is beyond the paper, β is chosen, and the table searched afterwards.
+    """Train a router from noise alone. With a target, which is beyond the paper, β is chosen, and
+    the table searched afterwards. The defaults follow the authors; β is theirs for T = 10.
 
     Args:
         iterations, batch_size: updates in all; noises in a walk, of all processes together.
