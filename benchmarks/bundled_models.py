@@ -7,7 +7,7 @@
     python benchmarks/bundled_models.py figures           sample both, judge, record, draw: half an hour
 
 Fashion-MNIST (MIT licence) is read from the four idx files that Debian's package dataset-fashion-mnist
-installs, or from the folder that --photographs names. Training minimises E‖ε − ε_θ(√ᾱ·x₀ + √(1−ᾱ)·ε, t, y)‖²
+installs. Training minimises E‖ε − ε_θ(√ᾱ·x₀ + √(1−ᾱ)·ε, t, y)‖²
 (Ho et al. 2020, eq. 14) and keeps an average of the weights, which is what is written.
 """
 

@@ -5,8 +5,8 @@
 
 In `clock` every output, computed ones too, is a sum of the fresh one and three past ones, as after `learn_weights`.
 The same walk without its sums is that of the same table under reuse, so weights_over_reuse = all / (all − sums).
-Seconds are the processor's, of one thread, so that other work on the machine does not count; `wall` is what passed on
-the clock. Writes results/weights_make.json and results/weights_clock.json.
+`_s` are seconds of the processor, of one thread unless --threads says otherwise, so that other work on the machine does
+not count; `_wall_s` is what passed on the clock. Writes results/weights_make.json and results/weights_clock.json.
 """
 
 from __future__ import annotations
@@ -116,8 +116,9 @@ def main() -> None:
     parser.add_argument("what", nargs="?", choices=("make", "clock", "both"), default="both")
     parser.add_argument("names", nargs="*", default=list(BATCH))
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(args.threads)
     if args.what != "clock":
         make()
     if args.what != "make":
