@@ -20,11 +20,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 
 from harmonica import models
+from harmonica.columns import fit
+from harmonica.denoise import check_fit
 from harmonica.memory import is_out_of_memory
 from harmonica.models.guided import Guided
 from harmonica.processes import started_as
+from harmonica.router import Schedule
 from harmonica.table import require
 
 DTYPES = ("float32", "bfloat16", "float16")  # of the weights; a router is always float32
@@ -85,16 +89,35 @@ def add_model_options(p: Parser) -> None:
     p.option("dtype", DTYPES, dtypes)
 
 
+def add_image_options(p: Parser) -> None:
+    """Add the options of a model, and those that `load_for_images` reads besides."""
+    add_model_options(p)
+    p.option("vae", Path, "autoencoder saved by diffusers", shown="DIR")
+    p.option("schedule", Path, "table to follow", shown="FILE")
+
+
 def load_model(
     args: argparse.Namespace, device: str | torch.device, *, checkpointing: bool = False
 ) -> Guided:
-    """Load the model that `add_model_options` asked for to a device, with activation checkpointing
-    or without.
-    """
+    """Load the model of the options to a device, with activation checkpointing or without."""
     names = ("sampler", "steps", "guidance", "weights", "prompts")
-    options = {name: getattr(args, name) for name in names}
-    options |= {"device": device, "dtype": dtype_of(args, device)}
-    return models.load(args.model, **options, activation_checkpointing=checkpointing)
+    options = {name: getattr(args, name) for name in names} | {"dtype": dtype_of(args, device)}
+    return models.load(args.model, **options, device=device, activation_checkpointing=checkpointing)
+
+
+def load_for_images(
+    args: argparse.Namespace, device: str | torch.device
+) -> tuple[Guided, Schedule | None, Callable[[Tensor], Tensor]]:
+    """Load a model, a schedule that fits it, if one is given, and what decodes its latents."""
+    from harmonica.models.autoencoder import decoder
+
+    schedule = Schedule.load(args.schedule) if args.schedule else None
+    denoiser, dtype = load_model(args, device), dtype_of(args, device)
+    if schedule is not None:
+        schedule = fit(schedule, tuple(denoiser.sites))
+        check_fit(schedule, denoiser)
+    decode = decoder(args.model, args.weights, vae=args.vae, device=device, dtype=dtype)
+    return denoiser, schedule, decode
 
 
 def dtype_of(args: argparse.Namespace, device: str | torch.device) -> torch.dtype:
@@ -104,10 +127,11 @@ def dtype_of(args: argparse.Namespace, device: str | torch.device) -> torch.dtyp
 
 
 def command(
-    p: Parser, run: Callable[[argparse.Namespace], None], arguments: Sequence[str] | None
-) -> int:
+    parser: Callable[[], Parser], run: Callable[[argparse.Namespace], None],
+    arguments: Sequence[str] | None = None,
+) -> int:  # fmt: skip
     """Parse and run a command, which says its rank if it is one of several; return `exit_code`."""
-    number, world = started_as()
+    p, (number, world) = parser(), started_as()
     p.prog += f" (rank {number} of {world})" if world > 1 else ""
     return exit_code(p.prog, lambda: run(p.parse_args(arguments)))
 

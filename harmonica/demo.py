@@ -3,8 +3,8 @@
     python -m harmonica.demo                  beyond the paper: dynamic programming chooses the
                                               steps that compute, then the weights of past outputs
                                               are learned towards the reference
-    python -m harmonica.demo --method sdt     the paper: step-wise denoising training of a router
-    python -m harmonica.demo --schedule FILE  any table, such as one by python -m harmonica.train
+    python -m harmonica.demo --schedule FILE  any table, such as one of the paper's training, by
+                                              python -m harmonica.train
 
 The reference of a noise is the image that the same sampler makes of it with ten times the steps.
 One table is printed; schedule.json and three pictures are written to --out. With the bundled model
@@ -15,26 +15,26 @@ file; with --weights random they are timed without any, and the pictures are noi
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from harmonica import Denoiser, Schedule, denoise, macs, sample, train_sdt
+from harmonica import Denoiser, Schedule, denoise, macs, sample
 from harmonica import command_line as cli
-from harmonica.columns import fit
-from harmonica.denoise import check_fit, gates_of
+from harmonica.denoise import gates_of
 from harmonica.inference.timing import measure
 from harmonica.inference.walk import Walk
-from harmonica.models import BUNDLED
+from harmonica.models import BUNDLED, PixArtDenoiser
+from harmonica.models.guided import Guided
 from harmonica.search.baselines import dynamic_programming, named
 from harmonica.search.learn import learn_weights
 from harmonica.search.paths import whole_steps
 from harmonica.search.references import finer_walk, image_mse, references
 from harmonica.search.target import check_target
 from harmonica.storage.files import exclusive_lock
-from harmonica.train import AUTHORS, QUICK, TARGET
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,39 +52,24 @@ GARMENTS += ["sandal", "shirt", "trainer", "bag", "boot"]
 def parser() -> cli.Parser:
     """Return the command line of the demo."""
     p = cli.Parser("demo", __doc__)
-    cli.add_model_options(p)
-    p.option("vae", Path, "autoencoder saved by diffusers", shown="DIR")
+    cli.add_image_options(p)
     p.option("images", cli.count, f"held-out noises ({HELD_OUT} for a bundled model, else 4)")
-    p.option("schedule", Path, "use this table, make none", shown="FILE")
-    p.option("method", ("weights", "sdt"), "see above", "weights")
-    p.option("target", float, f"{TARGET} (2 for weights)", shown="SPEEDUP")
-    p.option("iterations", cli.count, f"updates (of weights {UPDATES}; of sdt as in train)")
+    p.option("target", float, "theoretical speedup of the table that is made", 2.0, "SPEEDUP")
+    p.option("iterations", cli.count, "updates of the weights", UPDATES)
     p.option("out", Path, "folder for results", Path("out/demo"), "DIR")
     return p
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the demo; return 0, 2 for bad input or 130 after Ctrl-C, with one line on stderr."""
-    return cli.command(parser(), run, arguments)
 
 
 def run(args: argparse.Namespace) -> None:
     """Make or load a table, draw, measure, print, save."""
     from harmonica import pictures
-    from harmonica.models.autoencoder import decoder
 
     check_target(args.target, None)
     cli.check_device(args.device)
-    schedule = Schedule.load(args.schedule) if args.schedule else None
-    denoiser = cli.load_model(args, args.device)
-    if schedule is not None:
-        schedule = fit(schedule, tuple(denoiser.sites))
-        check_fit(schedule, denoiser)
-    dtype = cli.dtype_of(args, args.device)
-    decode = decoder(args.model, args.weights, vae=args.vae, device=args.device, dtype=dtype)
+    denoiser, schedule, decode = cli.load_for_images(args, args.device)
     cli.make_writable(args.out)
     with exclusive_lock(args.out):
-        schedule = _schedule(denoiser, args) if schedule is None else schedule
+        schedule = schedule or _schedule(denoiser, args)
         schedule.save(args.out / "schedule.json")  # first of all: it may have taken hours
         count = args.images or (HELD_OUT if args.model in BUNDLED else 4)
         x, cond = denoiser.draw(count, torch.Generator().manual_seed(1_000_003))
@@ -100,25 +85,20 @@ def run(args: argparse.Namespace) -> None:
         print(f"schedule.json and pictures are in {args.out}")
 
 
+main = partial(cli.command, parser, run)
+
+
 def _schedule(denoiser: Denoiser, args: argparse.Namespace) -> Schedule:
-    """Make a table by the method asked for; with random weights every other step computes."""
-    generator, bundled = torch.Generator().manual_seed(0), args.model in BUNDLED
-    if args.weights == "random" and args.iterations is None:
+    """Make a table; with random weights every other step computes."""
+    if args.weights == "random":
         rows = whole_steps(denoiser, range(0, denoiser.steps, 2))  # (T, N)
         return named(denoiser, rows, "every other step", {})
-    if args.method == "sdt":
-        settings: dict[str, Any] = dict(QUICK if bundled else AUTHORS)
-        if args.target is not None:
-            del settings["beta"]
-        settings["iterations"] = args.iterations or settings["iterations"]
-        settings |= {"target_speedup": args.target, "generator": generator}
-        return train_sdt(denoiser, **settings).schedule()
     # four times the steps come close to the reference at two fifths of its price
-    pool = references(denoiser, noises=POOL if bundled else 16, factor=4, generator=generator)
+    noises, generator = POOL if args.model in BUNDLED else 16, torch.Generator().manual_seed(0)
+    pool = references(denoiser, noises=noises, factor=4, generator=generator)
     few = pool[slice(CHOOSING)]
-    table = dynamic_programming(denoiser, few.x, few.cond, speedup=args.target or 2.0)
-    updates = args.iterations or UPDATES
-    return learn_weights(denoiser, table, pool, iterations=updates, batch_size=8)
+    table = dynamic_programming(denoiser, few.x, few.cond, speedup=args.target)
+    return learn_weights(denoiser, table, pool, iterations=args.iterations, batch_size=8)
 
 
 def _report(
@@ -148,20 +128,19 @@ def _report(
 
 
 def _pictures(
-    denoiser: Denoiser, schedule: Schedule, x: Tensor, cond: Tensor, images: dict[str, Tensor]
+    denoiser: Guided, schedule: Schedule, x: Tensor, cond: Tensor, images: dict[str, Tensor]
 ) -> dict[str, "Figure"]:
     """Return the images in rows, the table, and the error along the walk."""
     from harmonica import pictures
-    from harmonica.models import PixArtDenoiser
 
     shown = torch.arange(min(SHOWN, len(cond)))
     if denoiser.about["model"] in BUNDLED:  # one of each class
         shown = torch.cat([(cond.cpu() == label).nonzero()[:1, 0] for label in range(10)])
     if isinstance(denoiser, PixArtDenoiser):
-        labels = [denoiser.prompts.texts[i][:14] for i in cond[shown].tolist()]
+        names: Sequence[object] = denoiser.prompts.texts
     else:
-        names = GARMENTS if denoiser.about["model"] == "garments" else []
-        labels = [names[i] if names else str(i) for i in cond[shown].tolist()]
+        names = GARMENTS if denoiser.about["model"] == "garments" else range(denoiser.conditions)
+    labels = [str(names[i])[:14] for i in cond[shown].tolist()]
     ways = None, gates_of(schedule, {})
     plain, cached = (list(denoise(denoiser, x[:8], cond[:8], gates)) for gates in ways)
     title = f"{schedule.model}, {schedule.sampler}, T = {schedule.steps}"

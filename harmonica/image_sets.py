@@ -19,7 +19,7 @@ import hashlib
 import json
 import shutil
 import sys
-import zipfile
+import tempfile
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -30,12 +30,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from numpy.lib import format as npy
 from PIL import Image  # matplotlib brings Pillow along
 from torch import Tensor
 
 from harmonica import command_line as cli
-from harmonica.columns import fit
 from harmonica.denoise import Denoiser
 from harmonica.inference.walk import Walk
 from harmonica.processes import from_rank_0, processes, progress_bar, rank, started_as, world
@@ -77,24 +75,26 @@ def write_images(  # noqa: D417 (some arguments share a line)
     check_out(out)
     for name, value in (("count", count), ("batch_size", batch_size)):
         require(value >= 1, f"{name} is {value}; it must be 1 or more")
-    pictures = [_parts_of(out) / f"{i:06}.png" for i in range(count)]
-    settings = _settings(denoiser, schedule, seed)
+    parts, settings = _parts_of(out), _settings(denoiser, schedule, seed)
+    pictures = [parts / f"{i:06}.png" for i in range(count)]
     with ExitStack() as held:
 
-        def begin() -> list[list[int]]:
-            _begin(_parts_of(out), settings, held)
-            missing = [i for i, picture in enumerate(pictures) if not picture.exists()]
-            return [missing[i : i + batch_size] for i in range(0, len(missing), batch_size)]
+        def begin() -> list[int]:
+            parts.mkdir(parents=True, exist_ok=True)
+            held.enter_context(files.exclusive_lock(parts))
+            _check_settings(parts, settings)
+            return [i for i, picture in enumerate(pictures) if not picture.exists()]
 
-        batches = from_rank_0(begin)[rank() :: world()]
+        missing = from_rank_0(begin)
+        batches = [missing[i : i + batch_size] for i in range(0, len(missing), batch_size)]
         try:
-            for numbers in progress_bar(progress, iterable=batches, unit="batch"):
+            for numbers in progress_bar(progress, iterable=batches[rank() :: world()]):
                 images = to_uint8(decode(walk(*draw_images(denoiser, numbers, seed))))
                 for i, image in zip(numbers, images, strict=True):
                     write_png(pictures[i], image)
             from_rank_0(lambda: _put_together(out, pictures, denoiser, seed))
         except KeyboardInterrupt:
-            kept = f"finished images are in {_parts_of(out)}, run the same again to continue"
+            kept = f"finished images are in {parts}, run the same again to continue"
             raise KeyboardInterrupt(f"stopped; {kept}") from None
     return out
 
@@ -165,18 +165,16 @@ def _labels_of(out: Path) -> Path:
 
 def _settings(denoiser: Denoiser, schedule: Schedule | None, seed: int) -> dict[str, Any]:
     """Return what all images of one set have in common, as JSON has it."""
-    about: dict[str, Any] = {"seed": seed, **json.loads(json.dumps(denoiser.about))}
-    if schedule is None:
-        return about | {"schedule": "none"}
-    weights = schedule.gate_weights
-    content = repr((schedule.compute.tolist(), None if weights is None else weights.tolist()))
-    return about | {"schedule": hashlib.sha256(content.encode()).hexdigest()}
+    about = {"seed": seed, "schedule": "none", **json.loads(json.dumps(denoiser.about))}
+    if schedule is not None:
+        tables = (schedule.compute, schedule.gate_weights)
+        content = repr([None if table is None else table.tolist() for table in tables])
+        about["schedule"] = hashlib.sha256(content.encode()).hexdigest()
+    return about
 
 
-def _begin(parts: Path, settings: dict[str, Any], held: ExitStack) -> None:
-    """Make or check the folder of finished images, and hold it for this run."""
-    parts.mkdir(parents=True, exist_ok=True)
-    held.enter_context(files.exclusive_lock(parts))
+def _check_settings(parts: Path, settings: dict[str, Any]) -> None:
+    """Write the settings to the folder of finished images, or compare them with those there."""
     if not (parts / SETTINGS).is_file():
         files.write_json(parts / SETTINGS, settings)
     other = files.changes(files.read_json(parts / SETTINGS), settings)
@@ -203,29 +201,23 @@ def _put_together(out: Path, pictures: Sequence[Path], denoiser: Denoiser, seed:
 
 
 def _write_npz(pictures: Sequence[Path], labels: Sequence[int], path: Path) -> None:
-    """Write what numpy.savez would, image by image: 50 000 of 256 pixels are 10 GB."""
+    """Write an array of the images: by way of the disk, as 50 000 of 256 pixels are 10 GB."""
     size = read_png(pictures[0]).shape  # (H, W, 3)
-    header = {"descr": "|u1", "fortran_order": False, "shape": (len(pictures), *size)}
-    with zipfile.ZipFile(path, "w") as archive:  # stored, not packed
-        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-            npy.write_array_header_1_0(file, header)
-            for picture in pictures:
-                image = read_png(picture)
-                other = (
-                    f"images differ in size: {image.shape} in {picture}, {size} in {pictures[0]}"
-                )
-                require(image.shape == size, f"{other}; remove the folder, run it again")
-                file.write(image.tobytes())
-        with archive.open("arr_1.npy", "w") as file:
-            npy.write_array(file, np.array(labels, np.int64), allow_pickle=False)
+    with tempfile.TemporaryFile(dir=path.parent) as on_disk, path.open("wb") as file:
+        for picture in pictures:
+            image = read_png(picture)
+            other = f"images differ in size: {image.shape} in {picture}, {size} in {pictures[0]}"
+            require(image.shape == size, f"{other}; remove the folder, run it again")
+            on_disk.write(image.tobytes())
+        on_disk.flush()
+        images = np.memmap(on_disk, np.uint8, "r", shape=(len(pictures), *size))
+        np.savez(file, images, np.array(labels))
 
 
 def parser() -> cli.Parser:
     """Return the command line."""
     p = cli.Parser("image_sets", __doc__)
-    cli.add_model_options(p)
-    p.option("vae", Path, "autoencoder saved by diffusers", shown="DIR")
-    p.option("schedule", Path, "table to follow (none: no cache)", shown="FILE")
+    cli.add_image_options(p)
     p.option("count", cli.count, "images in all", 1000)
     p.option("batch-size", cli.count, "images in a walk", 32)
     p.option("seed", int, "of noise and conditions", 0)
@@ -233,32 +225,22 @@ def parser() -> cli.Parser:
     return p
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Write images; return 0, 2 for bad input or 130 after Ctrl-C, with one line on stderr."""
-    return cli.command(parser(), run, arguments)
-
-
 def run(args: argparse.Namespace) -> None:
     """Check, join the other processes if any, load, write; only rank 0 prints."""
-    from harmonica.models.autoencoder import decoder
-
     number, of_all = started_as()
     if number == 0:  # others may come when the first has begun to write
         check_out(args.out)
     if of_all == 1:
         cli.check_device(args.device)
-    schedule = None if args.schedule is None else Schedule.load(args.schedule)
     with processes(args.device) as device:
-        denoiser = cli.load_model(args, device)
-        dtype = cli.dtype_of(args, device)
-        decode = decoder(args.model, args.weights, vae=args.vae, device=device, dtype=dtype)
-        if schedule is not None:
-            schedule = fit(schedule, tuple(denoiser.sites))
+        denoiser, schedule, decode = cli.load_for_images(args, device)
         sizes = {"count": args.count, "batch_size": args.batch_size, "seed": args.seed}
         write_images(denoiser, schedule, decode, **sizes, out=args.out)
         if rank() == 0:
             print(f"{args.count} images of seed {args.seed} are in {args.out}")
 
+
+main = partial(cli.command, parser, run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -9,8 +9,8 @@ same options:
 
 import argparse
 import sys
-from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -44,8 +44,6 @@ LARGE: dict[str, dict[str, Any]] = {
 }
 """Other settings for models that would not fit into 80 GiB."""
 
-TARGET = "theoretical speedup to end on, or just above"  # the help of --target, as in the demo
-
 
 def defaults(model: str) -> dict[str, Any]:
     """Return the settings of training that are used for a model unless others are given."""
@@ -67,7 +65,12 @@ def parser() -> cli.Parser:
         key = name.replace("-", "_")
         p.option(name, kind, f"{text} ({AUTHORS[key]:g}; bundled models: {QUICK[key]:g})")
     p.option("tau", cli.share, "a score above it computes", 0.1)
-    p.option("target", float, f"{TARGET}, instead of --beta", shown="SPEEDUP")
+    p.option(
+        "target",
+        float,
+        "theoretical speedup to end on, or just above, instead of --beta",
+        shown="SPEEDUP",
+    )
     budget = "predictions for the search after training, with --target (12 rounds)"
     p.option("refine", cli.whole, budget, shown="PREDICTIONS")
     p.option("order", cli.whole, "with --target: differences that continue skipped outputs", 0)
@@ -82,11 +85,6 @@ def parser() -> cli.Parser:
     yes_or_no = argparse.BooleanOptionalAction
     p.add_argument("--activation-checkpointing", action=yes_or_no, help=text)
     return p
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Train; return 0, 2 for bad input or 130 after Ctrl-C, with one line on stderr."""
-    return cli.command(parser(), run, arguments)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -113,6 +111,9 @@ def run(args: argparse.Namespace) -> None:
             _freeze(denoiser, router, args)
 
 
+main = partial(cli.command, parser, run)
+
+
 def needs(args: argparse.Namespace) -> DryRun:
     """Count what training will take, for this process."""
     dtype = str(cli.dtype_of(args, args.device)).removeprefix("torch.")
@@ -120,8 +121,7 @@ def needs(args: argparse.Namespace) -> DryRun:
     denoiser = cli.load_model(args, "meta", checkpointing=args.activation_checkpointing)
     settings = {name: getattr(args, name) for name in ("iterations", "refresh_every", "refine")}
     batch, target = -(-args.batch_size // started_as()[1]), args.target is not None and args.dry_run
-    proxy = None if args.proxy == "none" else args.proxy
-    return dry_run(denoiser, **settings, batch_size=batch, proxy=proxy, target=target)
+    return dry_run(denoiser, **settings, batch_size=batch, proxy=args.proxy, target=target)
 
 
 def complete(args: argparse.Namespace) -> None:
@@ -136,6 +136,7 @@ def complete(args: argparse.Namespace) -> None:
     if started_as()[1] == 1 and not args.dry_run:
         cli.check_device(args.device)
     args.prompts = None if args.prompts is None else read_prompts(args.prompts)
+    args.proxy = None if args.proxy == "none" else args.proxy
 
 
 def _check_out(args: argparse.Namespace) -> None:
@@ -149,9 +150,8 @@ def _check_out(args: argparse.Namespace) -> None:
 
 
 def _train(denoiser: Denoiser, args: argparse.Namespace) -> Router:
-    names = (*AUTHORS, "tau", "refine", "order", "toward", "checkpoint_every", "resume")
+    names = (*AUTHORS, "tau", "refine", "order", "toward", "proxy", "checkpoint_every", "resume")
     settings = {name: getattr(args, name) for name in names} | {"target_speedup": args.target}
-    settings["proxy"] = None if args.proxy == "none" else args.proxy
     if args.target is not None:
         del settings["beta"]
     generator, file = torch.Generator().manual_seed(args.seed), args.out / "router.safetensors"

@@ -11,7 +11,7 @@ import argparse
 import json
 import sys
 import warnings
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -56,11 +56,6 @@ def parser() -> Parser:
     return p
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit code."""
-    return command(parser(), _run, arguments)
-
-
 def _argument(text: str) -> tuple[str, Any]:
     """Return the name and the value of NAME=VALUE, a value in JSON or else a string.
 
@@ -99,6 +94,9 @@ def _run(args: argparse.Namespace) -> None:
     Image.fromarray(both.mul(255).round().byte().numpy()).save(args.out / "comparison.png")
     print(f"{session}\nwrote to {args.out}: schedule.json; comparison.png, an image without and")
     print(f"with the schedule, and the difference, {factor:.0f} times enlarged")
+
+
+main = partial(command, parser, _run)
 
 
 def _load(name: str, dtype: torch.dtype) -> Any:

@@ -16,7 +16,7 @@ from harmonica.models.prompts import read_prompts
 tune = import_module("harmonica.tune")  # the module; harmonica.tune is a function too
 COMMANDS = {"demo": demo, "image_sets": image_sets, "train": train, "tune": tune}
 SMALLEST = {
-    demo: "--steps 3 --weights random --iterations 2 --method sdt --images 2",
+    demo: "--steps 3 --weights random --images 2",
     train: "--iterations 2 --batch-size 2 --proxy none --activation-checkpointing",
     image_sets: "--count 1",
 }

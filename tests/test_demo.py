@@ -33,11 +33,10 @@ def small(monkeypatch):
 FILES = ["error.png", "images.png", "router.png", "schedule.json"]
 
 
-@pytest.mark.parametrize("options", ["", "--method sdt --iterations 20"])
-def test_the_demo_makes_a_table_measures_and_saves(options, tmp_path, small, unpainted, capsys):
+def test_the_demo_makes_a_table_measures_and_saves(tmp_path, small, unpainted, capsys):
     out, again = tmp_path / "with space", tmp_path / "again"
-    code, text, _ = said(demo, ["--steps", 4, *options.split(), "--out", out], capsys)
-    assert (code, "beyond the paper" in text) == (0, not options)
+    code, text, _ = said(demo, ["--steps", 4, "--out", out], capsys)
+    assert (code, "beyond the paper" in text) == (0, True)
     assert sorted(p.name for p in out.iterdir()) == FILES
     schedule = Schedule.load(out / "schedule.json")
     assert (schedule.steps, schedule.model, schedule.sampler) == (4, "tiny", "ddim")
@@ -75,10 +74,11 @@ def test_a_schedule_is_refused_before_anything_runs_or_frozen_at_the_usual_thres
     assert re.search(r"CUR\)\s+66.7%", said(demo, options, capsys)[1])
 
 
-def test_what_was_made_is_saved_before_anything_else_can_go_wrong(tmp_path, monkeypatch, capsys):
+def test_what_was_made_is_saved_before_anything_else_can_go_wrong(
+    tmp_path, monkeypatch, small, capsys
+):
     monkeypatch.setattr(demo, "sample", raising(torch.OutOfMemoryError("out of memory")))
-    options = f"--method sdt --steps 3 --iterations 2 --out {tmp_path}"
-    assert said(demo, options, capsys)[0] == 2
+    assert said(demo, f"--steps 3 --out {tmp_path}", capsys)[0] == 2
     assert Schedule.load(tmp_path / "schedule.json").steps == 3
 
 
@@ -101,14 +101,15 @@ def test_random_weights_are_timed_and_said_to_be_so(
     assert "the timing is real, the pictures are noise" in text
     assert re.search(r"CUR\)\s+50.0%", text)  # no training: every second step computes
     assert sorted(p.name for p in tmp_path.iterdir()) == FILES
-    for more in (f"--schedule {tmp_path}/schedule.json", "--method sdt --iterations 3"):
-        assert said(demo, f"{arguments} {more}", capsys)[0] == 0
+    assert said(demo, f"{arguments} --schedule {tmp_path}/schedule.json", capsys)[0] == 0
 
 
-def test_a_real_folder_is_trained_decoded_and_pictured(tmp_path, capsys, small_models, unpainted):
+def test_a_real_folder_is_learned_on_decoded_and_pictured(
+    tmp_path, capsys, small_models, unpainted
+):
     pixart_pipe().save_pretrained(tmp_path / "pixart")
     (tmp_path / "prompts.txt").write_text("a blue boat\nthe cat in the house\n")
-    options = "--model pixart-alpha-256 --steps 3 --method sdt --iterations 2 "
+    options = "--model pixart-alpha-256 --steps 3 --iterations 2 "
     paths = f"--weights {tmp_path}/pixart --prompts {tmp_path}/prompts.txt --out {tmp_path}/out"
     assert said(demo, options + paths, capsys)[0] == 0
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == FILES

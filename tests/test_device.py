@@ -243,7 +243,7 @@ TRAIN = "--steps 3 --iterations 2 --batch-size 2"
 COMMANDS = {
     "train": ("train", f"--model tiny {TRAIN}"),
     "train to a target": ("train", f"{TRAIN} --target 1.3 --refine 0"),
-    "demo": ("demo", "--steps 3 --method sdt --iterations 2 --images 2"),
+    "demo": ("demo", "--steps 3 --iterations 2 --images 2"),
     "image_sets": ("image_sets", "--model tiny --steps 3 --count 4 --batch-size 2"),
 }
 
@@ -260,6 +260,7 @@ def test_a_command_runs_on_the_device(name, tmp_path, capsys, monkeypatch):
     # Whether it fits is counted on meta tensors, which the sham device cannot have beside its own.
     fits = SimpleNamespace(check=lambda *_, **__: None)
     monkeypatch.setattr("harmonica.train.needs", lambda args: fits)
+    monkeypatch.setattr("harmonica.demo.POOL", 8)
     with ShamDevice():
         code = command(name, "cuda", tmp_path / "out")
     assert (code, capsys.readouterr().err) == (0, "")

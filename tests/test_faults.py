@@ -24,7 +24,7 @@ from harmonica.storage.hub import write_folder
 ROOT = Path(__file__).parent.parent
 SHORT = "--steps 4 --iterations 4"
 COMMANDS = {
-    "demo": (demo, f"{SHORT} --images 2 --method sdt"),
+    "demo": (demo, f"{SHORT} --images 2 --weights random"),
     "train": (train, f"{SHORT} --batch-size 2"),
     "image sets": (image_sets, "--steps 2 --count 4"),
 }
@@ -125,7 +125,7 @@ def test_a_lock_of_a_killed_run_holds_nobody(tmp_path):
 
 @pytest.mark.parametrize("name", ["demo", "image sets"])
 def test_ctrl_c_while_a_command_works_is_130_and_one_line(name, tmp_path, capsys, monkeypatch):
-    where_it_works = {"demo": (demo, "train_sdt"), "image sets": (image_sets, "draw_images")}
+    where_it_works = {"demo": (demo, "sample"), "image sets": (image_sets, "draw_images")}
     monkeypatch.setattr(*where_it_works[name], raising(KeyboardInterrupt))
     code, out, err = said(name, where(name, tmp_path), capsys)
     assert (code, out, "Traceback" in err) == (130, "", False)

@@ -34,7 +34,7 @@ from harmonica.models.uvit import UVIT_H, UViT, UViTDenoiser
 from harmonica.models.weights import component, dit_from_diffusers, fill, from_diffusers, read_state
 from harmonica.run_again import run_again
 from harmonica.samplers import Betas, make_sampler
-from harmonica.storage.files import StrPath
+from harmonica.storage.files import FLOATS, StrPath
 from harmonica.storage.hub import download
 from harmonica.table import require
 
@@ -55,9 +55,9 @@ BUNDLED = {name: Path(__file__).with_name(f"{name}.safetensors") for name in ("t
 MODELS = (*DITS, *PIXART, "uvit-h")
 """The names that `load` knows."""
 
-DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.float64
 _OWN = {"pixart": ("dpm-solver++", 4.5), "uvit": ("dpm-solver++", 1.4)}  # others: ddim, 1.5
 OR_RANDOM = 'or weights="random" to time it'
+UVIT_FILE = "imagenet256_uvit_huge.pth"
 
 __all__ = ["BUNDLED", "DITS", "MODELS", "PIXART", "PixArtDenoiser", "load"]
 
@@ -95,7 +95,7 @@ def load(
     betas: Betas = "scaled-linear" if name == "uvit-h" else "linear"
     walk = make_sampler(sampler or own_sampler, steps, betas)
     require(prompts is None or name in PIXART, f"{name} takes no prompts; it draws classes")
-    require(dtype in DTYPES, f"dtype is {dtype}; weights can be {DTYPES}")
+    require(dtype in FLOATS, f"dtype is {dtype}; weights can be {FLOATS}")
     scale = own_guidance if guidance is None else guidance
     check_guidance(scale)  # before anything is read
     if name in PIXART:
@@ -125,37 +125,32 @@ def _of_classes(name: str, weights: StrPath | None, device: str | torch.device) 
     with _birthplace(weights, device):
         model = UViT(**UVIT_H) if name == "uvit-h" else DiT(**DITS[name])
     if weights != "random":
-        fill(model, *(_uvit if name == "uvit-h" else _dit)(name, weights, model))
+        weights = weights or BUNDLED.get(name) or _fetched(name)
+        folder = Path(weights).is_dir()
+        fill(model, _state_of(weights, name, model) if folder else read_state(weights), weights)
     return model
 
 
-def _uvit(name: str, weights: StrPath | None, _: Any) -> tuple[dict[str, torch.Tensor], StrPath]:
-    """Return the parameters of U-ViT, and the file that they are from."""
-    file = "imagenet256_uvit_huge.pth"
-    if weights is None:
-        ways = f"pass weights=PATH of the original {file} (or the same in .safetensors)"
+def _fetched(name: str) -> Path:
+    """Return the folder of the weights that the hub has for a DiT."""
+    if name == "uvit-h":
+        ways = f"pass weights=PATH of the original {UVIT_FILE} (or the same in .safetensors)"
         raise ValueError(f"the weights of {name} are on no hub that we know; {ways}, {OR_RANDOM}")
-    takes = f"{weights} is a folder; {name} takes the original file, {file}"
-    require(not Path(weights).is_dir(), takes)
-    return read_state(weights), weights
+    size = "DiT-XL-2-512x512" if name == "dit-xl-512" else "DiT-XL-2-256x256"
+    ways = f"pass weights=PATH of the original {size}.pt or of a diffusers folder, {OR_RANDOM}"
+    return download(f"facebook/{size}", ["transformer/*"], otherwise=ways)
 
 
-def _dit(name: str, weights: StrPath | None, model: Any) -> tuple[dict[str, torch.Tensor], StrPath]:
-    """Return the parameters of a DiT by the original's names, and where they are from."""
-    if weights is None and name in BUNDLED:
-        weights = BUNDLED[name]
-    elif weights is None:
-        size = "DiT-XL-2-512x512" if name == "dit-xl-512" else "DiT-XL-2-256x256"
-        ways = f"pass weights=PATH of the original {size}.pt or of a diffusers folder, {OR_RANDOM}"
-        weights = download(f"facebook/{size}", ["transformer/*"], otherwise=ways)
-    if not Path(weights).is_dir():
-        return read_state(weights), weights
+def _state_of(folder: StrPath, name: str, model: Any) -> dict[str, torch.Tensor]:
+    """Return the parameters of a DiT that diffusers saved, by the original's names."""
+    takes = f"{folder} is a folder; {name} takes the original file, {UVIT_FILE}"
+    require(name != "uvit-h", takes)
     from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 
-    place = component(weights, "transformer", "DiTTransformer2DModel", "Transformer2DModel")
+    place = component(folder, "transformer", "DiTTransformer2DModel", "Transformer2DModel")
     theirs = from_diffusers(DiTTransformer2DModel, place, model.input_size)
     positions = sincos_positions(model.pos_embed.shape[2], model.input_size // model.patch_size)
-    return dit_from_diffusers(theirs.state_dict(), positions), weights
+    return dit_from_diffusers(theirs.state_dict(), positions)
 
 
 def _pixart(

@@ -64,27 +64,23 @@ def transformer_of(variant: Variant) -> Any:
 
 @dataclass(frozen=True)
 class Prompts:
-    """What a text encoder says of P prompts, and of the empty one."""
+    """What a text encoder says of P prompts; the last row is of the empty one, guidance's null."""
 
     texts: tuple[str, ...]  # P
-    embeds: Tensor  # (P, L, D_text)
-    mask: Tensor  # (P, L), 1 where a token is a word, 0 where it is padding
-    null_embeds: Tensor  # (1, L, D_text)
-    null_mask: Tensor  # (1, L)
+    embeds: Tensor  # (P + 1, L, D_text)
+    mask: Tensor  # (P + 1, L), 1 where a token is a word, 0 where it is padding
 
     def to(self, like: Tensor) -> Prompts:
         """Return the same prompts on the device and in the dtype of `like`."""
-        mask, null_mask = self.mask.to(like.device), self.null_mask.to(like.device)
-        return Prompts(self.texts, self.embeds.to(like), mask, self.null_embeds.to(like), null_mask)
+        return Prompts(self.texts, self.embeds.to(like), self.mask.to(like.device))
 
 
 def random_prompts(texts: Sequence[str], tokens: int, width: int = 4096) -> Prompts:
-    """Return drawn embeddings (P, L, width) for timing: no text encoder has read the texts."""
+    """Return drawn embeddings (P + 1, L, width) for timing: no text encoder has read the texts."""
     generator = torch.Generator().manual_seed(0)
     embeds = torch.randn(len(texts) + 1, tokens, width, generator=generator)
     words = torch.randint(1, tokens + 1, (len(texts) + 1, 1), generator=generator)
-    mask = (torch.arange(tokens) < words).long()  # (P + 1, L)
-    return Prompts(tuple(texts), embeds[1:], mask[1:], embeds[:1], mask[:1])
+    return Prompts(tuple(texts), embeds, (torch.arange(tokens) < words).long())
 
 
 @torch.no_grad()
@@ -120,8 +116,9 @@ def encode(
         parts.append([tensor.cpu() for tensor in encoded])  # embeds, mask, null embeds, null mask
     del pipe, encoder, encoded
     gc.collect()  # T5 takes more memory than what follows; it leaves before that is loaded
-    embeds, mask, null_embeds, null_mask = (torch.cat(group) for group in zip(*parts, strict=True))
-    return Prompts(tuple(texts), embeds, mask, null_embeds[:1], null_mask[:1])
+    null = [tensor[:1] for tensor in parts[0][2:]]
+    embeds, mask = (torch.cat(group) for group in zip(*(p[:2] for p in parts), null, strict=True))
+    return Prompts(tuple(texts), embeds, mask)
 
 
 class PixArtDenoiser(Guided):
@@ -146,21 +143,19 @@ class PixArtDenoiser(Guided):
         conditional variance if the sampler reads one: (B, C or 2C, H, W).
         """
         check_inputs(x, cond, (self.shape[0], *x.shape[2:]))  # of any size
-        text, mask = self.prompts.embeds[cond], self.prompts.mask[cond]  # (B, L, D_text), (B, L)
         if self.guidance == 1.0:
-            guided = conditional = self._run(x, k, text, mask)  # (B, 2C, H, W)
+            guided = conditional = self._run(x, k, cond)  # (B, 2C, H, W)
         else:
-            null = self.prompts.null_embeds.expand_as(text)
-            null_mask = self.prompts.null_mask.expand_as(mask)
-            both = torch.cat([null, text]), torch.cat([null_mask, mask])
-            unconditional, conditional = self._run(torch.cat([x, x]), k, *both).chunk(2)
+            numbers = torch.cat([torch.full_like(cond, self.conditions), cond])  # (2B,)
+            unconditional, conditional = self._run(torch.cat([x, x]), k, numbers).chunk(2)
             guided = self.mix(conditional, unconditional)  # (B, 2C, H, W)
         channels = x.shape[1]
         if not self.sampler.learns_variance:
             return guided[:, :channels]
         return torch.cat([guided[:, :channels], conditional[:, channels:]], 1)
 
-    def _run(self, x: Tensor, k: int, text: Tensor, mask: Tensor) -> Tensor:
+    def _run(self, x: Tensor, k: int, numbers: Tensor) -> Tensor:
+        text, mask = self.prompts.embeds[numbers], self.prompts.mask[numbers]  # (B, L, D_text)
         size: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
         if self.model.use_additional_conditions:  # in pixels, eight for each latent place
             height, width = 8 * x.shape[2], 8 * x.shape[3]

@@ -116,7 +116,7 @@ def _pixart(model: Any, memo: Memo, exact: bool) -> Answers:
     return [once(memo, module) for module in text if module is not None]
 
 
-MODELS: dict[str, Callable[[Any, Memo, bool], Answers]] = {
+KNOWN: dict[str, Callable[[Any, Memo, bool], Answers]] = {
     "harmonica.models.dit.DiT": _dit,
     "diffusers.models.transformers.pixart_transformer_2d.PixArtTransformer2DModel": _pixart,
 }
@@ -132,6 +132,6 @@ def precomputed(
     A model of another class runs as it is. `exact` leaves out what differs by rounding.
     """
     memo, kind = Memo(timesteps), f"{type(model).__module__}.{type(model).__qualname__}"
-    answers = MODELS[kind](model, memo, exact) if kind in MODELS else []
+    answers = KNOWN[kind](model, memo, exact) if kind in KNOWN else []
     with overridden((module, "forward", answer) for module, answer in answers):
         yield partial(setattr, memo, "k")

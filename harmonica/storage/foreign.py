@@ -22,10 +22,9 @@ import torch
 from torch import Tensor
 
 from harmonica.site_names import block_and_word
-from harmonica.storage.files import StrPath, is_plain, write_json
+from harmonica.storage.files import FLOATS, StrPath, is_plain, write_json
 from harmonica.table import require
 
-FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 TRAINED = 4.5  # one in 150 000 logits of N(0, 1) is larger; training ends near 5 or far beyond
 
 

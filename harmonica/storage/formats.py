@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from harmonica.storage import files, foreign
-from harmonica.storage.files import StrPath, decoding, existing
+from harmonica.storage.files import FLOATS, StrPath, decoding, existing
 from harmonica.table import require
 
 FORMAT = "harmonica-schedule-1"
@@ -144,7 +144,7 @@ def read_router(path: StrPath) -> tuple[dict[str, Any], dict[str, Tensor], dict[
     tensors, facts = files.read_tensors(path)
     with decoding(path, "is not a valid router"):
         logits, names, about = tensors.pop("logits"), facts.pop("sites"), facts.pop("about")
-        numbers = logits.dim() == 2 and logits.dtype in foreign.FLOATS
+        numbers = logits.dim() == 2 and logits.dtype in FLOATS
         require(numbers, "logits must be floating-point numbers, (steps − 1, sites)")
         named = isinstance(names, list) and all(isinstance(site, str) for site in names)
         require(named, f"sites must be a list of names, and is {names!r:.40}")

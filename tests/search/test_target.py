@@ -192,7 +192,7 @@ def test_refining_stays_within_its_budget_and_says_what_it_spent(budget):
 REFUSED = {
     "train --target 1.5 --beta 1e-7": "leave it out",
     "train --target 0.5": "the target speedup is 0.5",
-    "demo --method sdt --target 0.5": "the target speedup is 0.5",
+    "demo --target 0.5": "the target speedup is 0.5",
     "train --order 1": "order is 1 and the target speedup is None",
     "train --target 9": "maximum here is",
 }
