@@ -61,20 +61,19 @@ def write_images(  # noqa: D417 (some arguments share a line)
     Under torchrun batch j is made by process j mod world; all must see the folder of `out`.
 
     Args:
-        denoiser: its conditions must be whole numbers (B,): classes, or numbers of prompts.
-        schedule: what the cache follows; None is the plain model.
+        denoiser, schedule: whose conditions are whole numbers (B,); None is the plain model.
         decode: x₀ (B, C, H, W) -> images (B, 1 or 3, H', W') in [−1, 1] (`autoencoder.decoder`).
         count, batch_size, seed: N, images in all; in a walk; and what all of them are drawn from.
         out: a name ending in .npz, or a folder to be made.
 
     Raises ValueError if a number is out of range or `out` was begun with other settings,
-    FileExistsError if `out` is there already, BlockingIOError if another run writes to it, and
+    FileExistsError if `out` is there, BlockingIOError if another run writes to it, and
     FileNotFoundError if images of other processes cannot be seen here.
     """
     out, walk = Path(out), Walk(denoiser, schedule)
     check_out(out)
-    for name, value in (("count", count), ("batch_size", batch_size)):
-        require(value >= 1, f"{name} is {value}; it must be 1 or more")
+    sizes = f"count is {count} and batch_size is {batch_size}; both must be 1 or more"
+    require(min(count, batch_size) >= 1, sizes)
     parts, settings = _parts_of(out), _settings(denoiser, schedule, seed)
     pictures = [parts / f"{i:06}.png" for i in range(count)]
     with ExitStack() as held:
@@ -94,8 +93,8 @@ def write_images(  # noqa: D417 (some arguments share a line)
                     write_png(pictures[i], image)
             from_rank_0(lambda: _put_together(out, pictures, denoiser, seed))
         except KeyboardInterrupt:
-            kept = f"finished images are in {parts}, run the same again to continue"
-            raise KeyboardInterrupt(f"stopped; {kept}") from None
+            kept = f"stopped; finished images are in {parts}, run the same again to continue"
+            raise KeyboardInterrupt(kept) from None
     return out
 
 
