@@ -46,16 +46,9 @@ SETTINGS = "settings.json"  # of the images, in the folder of the finished ones
 
 
 def write_images(  # noqa: D417 (some arguments share a line)
-    denoiser: Denoiser,
-    schedule: Schedule | None,
-    decode: Callable[[Tensor], Tensor],
-    *,
-    count: int,
-    batch_size: int = 32,
-    seed: int = 0,
-    out: StrPath,
-    progress: bool = True,
-) -> Path:
+    denoiser: Denoiser, schedule: Schedule | None, decode: Callable[[Tensor], Tensor], *,
+    count: int, batch_size: int = 32, seed: int = 0, out: StrPath, progress: bool = True,
+) -> Path:  # fmt: skip
     """Make images 0 … count − 1 of a seed and write them whole; return where they are.
 
     Under torchrun batch j is made by process j mod world; all must see the folder of `out`.
