@@ -278,7 +278,7 @@ def walked(pipe: Any, call: dict[str, Any], seed: int = 0) -> list[torch.Tensor]
     """Return what the scheduler returns at each step of the pipeline's own run."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return steps_of_run(pipe, call)
+        return steps_of_run(pipe, call)[0]
 
 
 class StockDiT(nn.Module):

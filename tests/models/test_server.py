@@ -392,7 +392,7 @@ def test_the_first_step_that_runs_computes_and_the_others_follow_their_rows(star
 
 
 @pytest.mark.parametrize("as_number", [False, True])
-def test_timesteps_that_are_the_tail_of_a_tables_run_its_last_rows(as_number):
+def test_a_run_and_a_table_may_share_only_some_timesteps_in_a_row(as_number):
     pipe = Loop(loop().transformer, DDPMScheduler())
     if as_number:
         pipe.step = lambda eps, t, x: Loop.step(pipe, eps, int(t), x)
@@ -401,6 +401,11 @@ def test_timesteps_that_are_the_tail_of_a_tables_run_its_last_rows(as_number):
         assert computed(pipe, timesteps=[600, 400, 200]) == [4, 4, 0]
         with refused(r"for the 3 steps .700 … 200. .*for 4 steps .800 … 200"):
             pipe(timesteps=[700, 400, 200])
+    part = Schedule([[1] * 4, [0] * 4], rows.sites, (600, 400))
+    with cached(pipe, [rows, part]):
+        assert computed(pipe, timesteps=[900, 600, 400, 100]) == [4, 4, 0, 4]
+        assert computed(pipe, timesteps=[900, 600, 400, 100], start=1) == [4, 0, 4]
+        assert computed(pipe, timesteps=[800, 600, 400, 200]) == [4, 0, 4, 0]
     pipe = pipes.flux_pipe()
     names = tuple(sites(pipe.transformer))
     with cached(pipe, Schedule([[1] * len(names)] * 4, names, (1000.0, 750.0, 500.0, 250.0))):

@@ -74,7 +74,7 @@ class PipelineDenoiser:
         """Learn the facts from a whole run of one sample."""
         self.facts = self.whole_run([sample]).facts
         self.steps, times = len(self.facts.states), self.facts.timesteps
-        self.about["timesteps"] = times[-self.steps :] if len(times) >= self.steps else ()
+        self.about["timesteps"] = times[: self.steps] if len(times) >= self.steps else ()
 
     @torch.no_grad()
     def whole_run(self, samples: Sequence[Sample]) -> PipelineRun:

@@ -45,7 +45,7 @@ class Facts:
     x: Tensor = field(default_factory=lambda: torch.empty(0))  # at step 0
     x_source: LatentSource | None = None  # None where another x cannot be put in
     doubled: bool = False  # the scheduler steps [x; x]
-    timesteps: tuple[float, ...] = ()  # all that the scheduler was set to
+    timesteps: tuple[float, ...] = ()  # that the scheduler is set to, from the first step's on
     first_result: Any = None  # what the scheduler returned at step 0
     states: list[dict[str, Any]] = field(default_factory=list)  # of the scheduler, after each step
 
@@ -86,9 +86,11 @@ def copied_scheduler(scheduler: Any) -> Any:
     return copied
 
 
-def timesteps_of(scheduler: Any) -> tuple[float, ...]:
-    """Return all timesteps that a scheduler was set to."""
-    return tuple(map(float, torch.as_tensor(scheduler.timesteps).flatten().tolist()))
+def timesteps_from(scheduler: Any, timestep: Any) -> tuple[float, ...]:
+    """Return the timesteps that a scheduler is set to, from this one on."""
+    times = tuple(map(float, torch.as_tensor(scheduler.timesteps).flatten().tolist()))
+    first = None if timestep is None else float(torch.as_tensor(timestep).flatten()[0])
+    return times[times.index(first) if first in times else 0 :]
 
 
 def generators_in(tree: Any) -> list[Generator]:
@@ -163,7 +165,7 @@ def digest(value: Any) -> int:
     for leaf in tree_leaves(value):
         if isinstance(leaf, Tensor):
             flat = leaf.detach().cpu().flatten().clone(memory_format=torch.contiguous_format)
-            whole.update(flat.view(torch.uint8).numpy().tobytes())
+            whole.update(flat.view(torch.uint8).numpy())
         elif isinstance(leaf, int | float | str):
             whole.update(repr(leaf).encode())
     return int.from_bytes(whole.digest(), "big")

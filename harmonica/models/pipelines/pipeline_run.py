@@ -18,6 +18,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
@@ -105,6 +106,7 @@ class PipelineRun:
         hooks = {key for key, it in own.items() if "_hooks" in key and isinstance(it, dict)}
         own |= {key: type(own[key])() for key in hooks}
         own["forward"] = partial(self._call, name, model)
+        own["cache_context"] = lambda *_, **__: nullcontext()  # diffusers' walks all modules
         for method in ("encode", "decode"):
             if callable(getattr(model, method, None)):
                 own[method] = partial(self._call, f"{name}.{method}", getattr(model, method))
@@ -210,6 +212,7 @@ class PipelineRun:
             raise NotFollowedError("its scheduler steps no noisy image, a tensor `sample`")
         if self.k == 0:
             self._note_x(sample)
+            facts.timesteps = known.timesteps_from(self._scheduler, given.get("timestep"))
         own = {name: facts.first_half(given[name]) for name in ("model_output", "sample")}
         digests = {name: known.digest(value) for name, value in {**given, **own}.items()}
         sources = [*known.generators_in(given), *known.global_generators(self.device)]
@@ -227,7 +230,6 @@ class PipelineRun:
         facts, halves = self.facts, sample.chunk(2)
         facts.doubled = len(sample) % 2 == 0 and torch.equal(*halves)
         facts.x = facts.first_half(sample).clone()
-        facts.timesteps = known.timesteps_of(self._scheduler)
         tensors = ((place, it) for place, it in self._drawn if isinstance(it, Tensor))
         alike = (place for place, it in tensors if it.shape == facts.x.shape and it.equal(facts.x))
         facts.x_source = next(alike, None)

@@ -115,7 +115,7 @@ class Session:
         pairs = zip(self.schedules, self._rows, strict=True)
         fitting = [(rows, k) for each, rows in pairs if (k := _row_of(each, times)) is not None]
         if fitting:
-            return min(fitting, key=lambda pair: pair[1])
+            return min(fitting, key=lambda pair: abs(pair[1]))
         run = f"no table is for the {len(times)} steps {_span(times)} of this run"
         if self._otherwise == "compute":
             self._say_once(f"{run}, so all of it is computed")
@@ -208,13 +208,17 @@ class Session:
 def _row_of(schedule: Schedule, times: Sequence[float]) -> int | None:
     """Return the row of the first of these timesteps, None if the table is not for them.
 
-    They may be a tail of the table's. A table without timesteps is for any T of them.
+    They may be a tail of the table's, or the table's a part of them, as where a run begins from an
+    image: row -2 is two steps before the table. A table without timesteps is for any T of them.
     """
-    own, offset = schedule.timesteps, schedule.steps - len(times)
-    if offset < 0 or (offset > 0 and not own):
-        return None
-    alike = all(isclose(a, b, rel_tol=1e-5) for a, b in zip(own[offset:], times, strict=False))
-    return offset if alike else None
+    own, T, n = schedule.timesteps, schedule.steps, len(times)
+    if not own:
+        return 0 if n == T else None
+    shared = min(T, n)
+    pairs = ((own[T - shared :], times[i : i + shared]) for i in range(n - shared, -1, -1))
+    alike = (all(isclose(a, b, rel_tol=1e-5) for a, b in zip(*p, strict=True)) for p in pairs)
+    offset = next((i for i, same in enumerate(alike) if same), None)
+    return None if offset is None else T - n + offset
 
 
 def _names(pipe: Any) -> list[str]:

@@ -153,20 +153,20 @@ class Tracker:
         """End a step, when the scheduler, or a copy of it, steps."""
         if self._call is None:
             return
-        if self._k is None:
-            self._k = self._row_at(timestep)
-            if self._k is None:  # nobody knows where this walk is
-                self.end()
-                return
-            row = self._rows[self._k]
-            for call in self._open:  # what the first step kept is of this row, and may not be read
-                kept = ((site, own) for site, (own,) in call.kept.items() if row[site].keep)
-                call.kept = {site: (own._replace(step=self._k),) for site, own in kept}
-        self._k, self._call = self._k + 1, None
+        k = self._row_at(timestep) if self._k is None else self._k
+        if k is None:  # nobody knows where this walk is
+            self.end()
+            return
+        if self._k is None:  # what the step has kept is of this row, and may not be read
+            row = self._rows[k] if k >= 0 else ()
+            for call in self._open:
+                kept = ((site, own) for site, (own,) in call.kept.items() if row and row[site].keep)
+                call.kept = {site: (own._replace(step=k),) for site, own in kept}
+        self._k, self._call = k + 1 if k >= 0 else None, None
         self._open = [call for call in self._open if call.used]
         for call in self._open:
             call.used = False
-        if self._k >= len(self._rows):
+        if self._k == len(self._rows):
             self.end()
 
     def _row_at(self, timestep: Any) -> int | None:

@@ -10,6 +10,7 @@ file does not know how a stage works.
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -24,7 +25,7 @@ from harmonica.cost import macs
 from harmonica.inference.timing import milliseconds
 from harmonica.models.pipelines.caching import cached
 from harmonica.models.pipelines.denoiser import PipelineDenoiser
-from harmonica.models.pipelines.facts import NotFollowedError, timesteps_of
+from harmonica.models.pipelines.facts import NotFollowedError, timesteps_from
 from harmonica.models.pipelines.follow import from_pipeline
 from harmonica.models.pipelines.inputs import Inputs, inputs_of
 from harmonica.models.sites import sites
@@ -91,8 +92,7 @@ def tune(  # noqa: D417 (some arguments are described together)
     way = _trained if method == "sdt" else _searched
     schedule = way(denoiser, target, order, budget, progress)
     spent: dict[str, Any] = {"predictions": denoiser.predictions.total()}
-    schedule = replace(schedule, provenance={**schedule.provenance, **spent})
-    return _with_all_timesteps(schedule, denoiser.facts.timesteps)
+    return replace(schedule, provenance={**schedule.provenance, **spent})
 
 
 def _check_budget(budget: int, least: int, steps: int) -> None:
@@ -183,10 +183,7 @@ def _from_runs(pipe: Any, inputs: Inputs, speedup: float, progress: bool) -> Sch
     """Return whole steps chosen from T runs of the pipeline, which compute T(T+1)/2 steps."""
     from tqdm.auto import tqdm
 
-    def run() -> list[Tensor]:
-        return steps_of_run(pipe, inputs.of([(0, SEED)]))
-
-    columns, plain, times = sites(pipe.transformer), run(), timesteps_of(pipe.scheduler)
+    columns, (plain, times) = sites(pipe.transformer), steps_of_run(pipe, inputs.of([(0, SEED)]))
     T, N, cost, name = len(plain), len(columns), columns.macs, type(pipe).__name__
     require(T > 0, f"{name} never steps its scheduler, so no table fits it")
     count = min(Target(speedup, cost, T).whole_steps, T)
@@ -195,40 +192,28 @@ def _from_runs(pipe: Any, inputs: Inputs, speedup: float, progress: bool) -> Sch
 
     def whole_steps(computing: Collection[int]) -> Schedule:
         rows = torch.tensor([[k in computing] * N for k in range(T)])
-        how: dict[str, Any] = {"sites": tuple(columns), **fields}
-        return _with_all_timesteps(Schedule(rows, **how), times)
+        how: dict[str, Any] = {"sites": tuple(columns), "timesteps": times, **fields}
+        return Schedule(rows, **how)
 
     errors = torch.zeros(T, T, dtype=torch.float64)
     for j in tqdm(range(T - 1), unit="run", desc="tune", disable=not progress):
         with cached(pipe, whole_steps(range(j + 1))):
-            for k, after in enumerate(run()):
+            for k, after in enumerate(steps_of_run(pipe, inputs.of([(0, SEED)]))[0]):
                 errors[j, k] = float((after.double() - plain[k].double()).square().mean())
     return whole_steps(cheapest_path(errors, count))
 
 
-def _with_all_timesteps(schedule: Schedule, times: tuple[float, ...]) -> Schedule:
-    """Return a schedule with rows for the scheduler's timesteps before its first one: `cached`
-    chooses a table by all of them, and a run that begins from an image (strength) leaves some out.
-    """
-    before, N = len(times) - schedule.steps, len(schedule.sites)
-    if before <= 0:
-        return replace(schedule, timesteps=() if before else times)
-    compute = torch.cat([torch.ones(before, N, dtype=torch.bool), schedule.compute])
-    if (weights := schedule.gate_weights) is not None:  # Taylor's, of the rows that will run
-        fresh = torch.eye(weights.shape[2])[0].expand(before, N, -1)
-        weights = torch.cat([fresh, weights])
-    return replace(schedule, compute=compute, weights=weights, timesteps=times)
-
-
-def steps_of_run(pipe: Any, call: Mapping[str, Any]) -> list[Tensor]:
-    """Run the pipeline, and return what its scheduler returned at each step."""
-    after: list[Tensor] = []
+def steps_of_run(pipe: Any, call: Mapping[str, Any]) -> tuple[list[Tensor], tuple[float, ...]]:
+    """Run the pipeline; return what its scheduler returned at each step, and their timesteps."""
+    after, times = list[Tensor](), list[tuple[float, ...]]()
 
     def noted(step: Method, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        timestep = inspect.signature(step).bind(*args, **kwargs).arguments.get("timestep")
+        times.append(timesteps_from(pipe.scheduler, timestep))
         result = step(*args, **kwargs)
         after.append(tree_leaves(result)[0].detach().clone())
         return result
 
     with overridden([(pipe.scheduler, "step", noted)]):
         pipe(**call)
-    return after
+    return after, times[0][: len(after)] if times and len(times[0]) >= len(after) else ()
