@@ -165,7 +165,7 @@ def digest(value: Any) -> int:
     for leaf in tree_leaves(value):
         if isinstance(leaf, Tensor):
             flat = leaf.detach().cpu().flatten().clone(memory_format=torch.contiguous_format)
-            whole.update(flat.view(torch.uint8).numpy())
+            whole.update(flat.view(torch.uint8).numpy().data)
         elif isinstance(leaf, int | float | str):
             whole.update(repr(leaf).encode())
     return int.from_bytes(whole.digest(), "big")
