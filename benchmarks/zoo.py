@@ -20,9 +20,8 @@ from record import ended, record
 
 from harmonica.models.sites import sites
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "models"))
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from test_zoo import LEFT_OUT, UNCOUNTED, ZOO, examine
+from zoo import LEFT_OUT, UNCOUNTED, ZOO, examine
 
 Row = dict[str, Any]
 

@@ -1,7 +1,10 @@
-"""Small denoisers for the laws: a DiT of a few hundred weights, none of them zero, in float64."""
+"""Small denoisers for the laws: a DiT of a few hundred weights, none of them zero, in float64. And other processes."""
 
+import os
 import signal
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from harmonica import Schedule
 from harmonica.models.dit import DiT, DiTDenoiser
 from harmonica.samplers import DDIM
 
+ROOT = Path(__file__).parents[1]
 options = {"suppress_health_check": [HealthCheck.function_scoped_fixture], "deadline": None}
 settings.register_profile("laws", max_examples=10, **options)
 settings.load_profile("laws")
@@ -83,8 +87,19 @@ def raising(error):
 
 
 def attributes(model) -> dict:
-    """Return what stands on each module: names set by whoever overrides, hooks, everything."""
-    return {name: dict(vars(module)) for name, module in model.named_modules()}
+    """Return what stands on each module: names set by whoever overrides, hooks, buffers, gradients, everything."""
+    copied = lambda value: dict(value) if isinstance(value, dict) else value  # noqa: E731
+    of = lambda m: {key: copied(value) for key, value in vars(m).items()}  # noqa: E731
+    gradients = [parameter.grad for parameter in model.parameters()]
+    return {name: of(module) for name, module in model.named_modules()} | {"gradients": gradients}
+
+
+def counted(denoiser):
+    """Count predictions and note for each whether the sites were gated and gradients on."""
+    calls, predict, site = [], denoiser.predict, next(iter(denoiser.sites.values()))
+    told = lambda k: (k, "forward" in vars(site), torch.is_grad_enabled())  # noqa: E731
+    denoiser.predict = lambda x, k, cond: calls.append(told(k)) or predict(x, k, cond)
+    return calls
 
 
 def said(module, options, capsys):
@@ -100,6 +115,23 @@ def said(module, options, capsys):
 def refused(message):
     """Expect a ValueError whose text matches."""
     return pytest.raises(ValueError, match=message)
+
+
+def started(*arguments, **how):
+    """Start Python with these arguments, as a terminal would."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    how |= {"stderr": subprocess.PIPE, "text": True, "cwd": ROOT, "env": environment}
+    return subprocess.Popen([sys.executable, *arguments], **how)
+
+
+def torchrun(*command):
+    """Run two processes on a free port and wait for them, three minutes at most (gloo itself would wait thirty)."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    theirs = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    clean = {key: value for key, value in os.environ.items() if key not in theirs}
+    environment = {**clean, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    how = {"capture_output": True, "text": True, "timeout": 180, "env": environment}
+    return subprocess.run([*launch, *map(str, command)], check=False, **how)
 
 
 def press_ctrl_c(child, send=None, timeout=30):

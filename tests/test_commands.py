@@ -6,8 +6,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from conftest import raising, refused, said, seeded
-from test_processes import torchrun
+from conftest import raising, refused, said, seeded, torchrun
 
 from harmonica import Router, Schedule, demo, image_sets, models, train, train_sdt
 from harmonica import processes as distributed

@@ -8,12 +8,9 @@ import pytest
 import torch
 from conftest import raising, said
 from matplotlib.figure import Figure
-from small import SMALL_PIXART
 
 from harmonica import Router, Schedule, demo
 from harmonica import pictures as plots
-from harmonica.models import DITS, PIXART, pixart
-from harmonica.models.pixart import Variant
 
 
 @pytest.fixture
@@ -80,15 +77,6 @@ def test_what_was_made_is_saved_before_anything_else_can_go_wrong(
     monkeypatch.setattr(demo, "sample", raising(torch.OutOfMemoryError("out of memory")))
     assert said(demo, f"--steps 3 --out {tmp_path}", capsys)[0] == 2
     assert Schedule.load(tmp_path / "schedule.json").steps == 3
-
-
-@pytest.fixture
-def small_models(monkeypatch):
-    """Shrink the real models; everything else is as it is."""
-    size = {"input_size": 4, "hidden_size": 8, "depth": 1, "num_heads": 2}
-    monkeypatch.setitem(DITS, "dit-xl", size)
-    monkeypatch.setitem(PIXART, "pixart-alpha-256", Variant(8, 6, False, "a", "b"))
-    monkeypatch.setattr(pixart, "XL", {**SMALL_PIXART, "num_layers": 1})
 
 
 @pytest.mark.parametrize("model", ["dit-xl", "pixart-alpha-256"])

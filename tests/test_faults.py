@@ -8,12 +8,11 @@ import os
 import subprocess
 import sys
 from contextlib import contextmanager
-from pathlib import Path
 
 import conftest
 import pytest
 import torch
-from conftest import make, raising
+from conftest import ROOT, make, raising, started
 
 from harmonica import Router, Schedule, demo, image_sets, train, train_sdt
 from harmonica import pictures as plots
@@ -21,7 +20,6 @@ from harmonica.storage.files import exclusive_lock
 from harmonica.storage.foreign import write_smoothcache
 from harmonica.storage.hub import write_folder
 
-ROOT = Path(__file__).parent.parent
 SHORT = "--steps 4 --iterations 4"
 COMMANDS = {
     "demo": (demo, f"{SHORT} --images 2 --weights random"),
@@ -130,13 +128,6 @@ def test_ctrl_c_while_a_command_works_is_130_and_one_line(name, tmp_path, capsys
     code, out, err = said(name, where(name, tmp_path), capsys)
     assert (code, out, "Traceback" in err) == (130, "", False)
     assert "stopped" in err.splitlines()[-1]
-
-
-def started(*arguments, **how):
-    environment = {**os.environ}
-    environment.pop("PYTHONUNBUFFERED", None)  # as in a terminal
-    how |= {"stderr": subprocess.PIPE, "text": True, "cwd": ROOT, "env": environment}
-    return subprocess.Popen([sys.executable, *arguments], **how)
 
 
 @pytest.mark.parametrize("what", ["-m harmonica.train", "benchmarks/gate.py"])

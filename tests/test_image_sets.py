@@ -6,12 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import equal, make, raising, refused, said, seeded
+from conftest import equal, make, raising, refused, said, seeded, torchrun
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from scores import read_images
-from test_processes import torchrun
 
 from harmonica import Schedule, image_sets, models, sample
 from harmonica.columns import fit

@@ -7,7 +7,19 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import equal, make, raising, refused, seeded, seeds, start, tables, with_noise
+from conftest import (
+    attributes,
+    counted,
+    equal,
+    make,
+    raising,
+    refused,
+    seeded,
+    seeds,
+    start,
+    tables,
+    with_noise,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -28,23 +40,6 @@ def walk(d, x, y, schedule, cache=None, **more):
 def drawn(steps=4, seed=3):
     """Return a router for a small denoiser, in its precision."""
     return Router(steps, 4, generator=seeded(seed)).double()
-
-
-def state_of(denoiser):
-    """Everything a model could have gained: attributes, hooks, buffers, gradients."""
-    return {
-        name: (set(m.__dict__), id(m.__dict__.get("forward")), set(m._buffers),
-               len(m._forward_hooks) + len(m._forward_pre_hooks), [p.grad for p in m.parameters()])
-        for name, m in denoiser.model.named_modules()
-    }  # fmt: skip
-
-
-def counted(denoiser):
-    """Count predictions and note for each whether the sites were gated and gradients on."""
-    calls, predict, site = [], denoiser.predict, next(iter(denoiser.sites.values()))
-    told = lambda k: (k, "forward" in vars(site), torch.is_grad_enabled())  # noqa: E731
-    denoiser.predict = lambda x, k, cond: calls.append(told(k)) or predict(x, k, cond)
-    return calls
 
 
 @given(st.integers(1, 5), st.integers(1, 3), st.integers(1, 3), st.sampled_from([1.0, 1.5]), seeds)
@@ -175,14 +170,14 @@ def test_an_image_does_not_depend_on_its_neighbours(schedule, seed):
 
 
 def test_an_interrupted_walk_leaves_nothing_behind(small):
-    before, (x, y) = state_of(small), start(small)
+    before, (x, y) = attributes(small.model), start(small)
     plain = sample(small, x, y)
     next(steps := walk(small, x, y, Schedule([[True] * 4] * 4)))
-    assert state_of(small) == before  # between two steps
+    assert attributes(small.model) == before  # between two steps
     steps.close()
     with pytest.raises(KeyboardInterrupt):
         next(denoise(small, x, y, lambda k: raising(KeyboardInterrupt)))
-    assert state_of(small) == before
+    assert attributes(small.model) == before
     assert torch.equal(plain, sample(small, x, y))
 
 
@@ -311,11 +306,11 @@ def test_the_teacher_never_touches_the_cache_and_asks_for_no_gradient(small):
 
 def test_training_moves_the_router_and_nothing_else(small):
     x, y = start(small)
-    before, weights = state_of(small), copy.deepcopy(small.model.state_dict())
+    before, weights = attributes(small.model), copy.deepcopy(small.model.state_dict())
     image = sample(small, x, y)
     router, _ = trained(small)
     assert not torch.equal(router.logits, drawn().logits)
-    assert state_of(small) == before
+    assert attributes(small.model) == before
     assert equal(weights.values(), small.model.state_dict().values())
     assert torch.equal(image, sample(small, x, y))
 

@@ -1,4 +1,4 @@
-"""Rivals as schedules: the laws of the library's own methods, and what each promises besides."""
+"""Rivals as schedules: what each promises besides what all methods do (tests/search/test_baselines.py)."""
 
 import itertools
 import math
@@ -7,19 +7,11 @@ from contextlib import nullcontext
 import pytest
 import rivals
 import torch
-from conftest import make, refused, seeded, seeds, start, with_noise
+from conftest import counted, make, refused, seeded, seeds, start, with_noise
 from hypothesis import given
 from hypothesis import strategies as st
-from rivals import delta_dit, greedy, invardiff, l2p, learning_to_cache, random_table, switches
+from rivals import greedy, invardiff, l2p, learning_to_cache, random_table, switches
 from smoothcache import drift, smoothcache
-from test_baselines import (  # noqa: F401 (held to the rivals)
-    STEPS,
-    test_a_table_lands_on_its_target_or_just_above,
-    test_a_table_says_how_it_was_made_and_runs_after_saving,
-    test_the_same_call_gives_the_same_table_and_leaves_model_and_generators_alone,
-    test_what_is_out_of_reach_is_refused_with_a_maximum_that_can_be_met,
-)
-from test_laws import counted
 
 from harmonica import Schedule, macs, sample
 from harmonica.cache import gated
@@ -27,6 +19,8 @@ from harmonica.samplers import alphas_cumprod
 from harmonica.search.baselines import every
 from harmonica.search.paths import continue_walk, whole_steps
 from harmonica.search.references import image_mse
+
+STEPS = 8
 
 
 def real(denoiser, count=6):
@@ -36,22 +30,6 @@ def real(denoiser, count=6):
 
 
 FEW = {"updates": 6, "batch_size": 2}
-METHODS = {
-    "SmoothCache": lambda d, s: smoothcache(d, *start(d), speedup=s),
-    "Δ-DiT": lambda d, s: delta_dit(d, speedup=s),
-    "Learning-to-Cache": lambda d, s: learning_to_cache(d, *real(d), speedup=s, **FEW),
-    "greedy": lambda d, s: greedy(d, *start(d), speedup=s, budget=400),
-    "InvarDiff": lambda d, s: invardiff(d, *start(d), speedup=s),
-    "random": lambda d, s: random_table(d, seeded(0), speedup=s),
-}
-GRAINS = {"SmoothCache": 4, "Δ-DiT": 8, "InvarDiff": 4}
-"""Entries that a method switches at once, if more than one: a kind in two; a block in every other step; a step."""
-
-
-@pytest.fixture(params=METHODS)
-def method(request):
-    """Return a method's name, the function, and its grain, for the laws of tests/search/test_baselines.py."""
-    return request.param, METHODS[request.param], GRAINS.get(request.param, 1)
 
 
 @pytest.fixture

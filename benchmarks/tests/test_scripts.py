@@ -13,8 +13,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from conftest import press_ctrl_c
-from test_faults import ROOT, started
+from conftest import ROOT, press_ctrl_c, started
 
 BENCHMARKS = Path(__file__).parents[1]
 sys.path.insert(0, str(BENCHMARKS))

@@ -11,51 +11,11 @@ import pytest
 import torch
 import zoo
 from conftest import raising, refused
-from torch.utils._pytree import tree_all, tree_leaves, tree_map
-from zoo import LEFT_OUT, ZOO
+from zoo import LEFT_OUT, REFUSED, UNCOUNTED, ZOO, examine, leaves, same
 
-from harmonica.cache import gated, reuse
 from harmonica.models import site_costs
 from harmonica.models import sites as sites_module
-from harmonica.models.sites import Sites, sites
-
-REFUSED: dict[str, str] = {}
-"""Classes in which sites() raises ValueError, and why."""
-
-FLEX = ("AnyFlowFARTransformer3DModel", "Kandinsky6SRTransformer3DModel")
-UNCOUNTED = (*FLEX, "WanAnimate2Transformer3DModel")
-"""Classes whose MACs are estimated only: torch's counter of operations cannot run flex attention."""
-
-
-def leaves(output):
-    """Return copies of the tensors in an output, whatever it is."""
-    return [leaf.clone() for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
-
-
-def same(one, other):
-    return len(one) == len(other) and all(map(torch.equal, one, other))
-
-
-def examine(model, inputs, found: Sites):
-    """Return the laws that the sites of a model break: none if it is exact."""
-    asked, cache, broken, every = [], {}, [], len(found)
-    ones, zeros = reuse([True] * every, cache), lambda: broken.append("a skipped site computes")
-    with torch.no_grad():
-        plain = leaves(model(**inputs))
-        with gated(found, lambda site, compute: asked.append(site) or ones(site, compute)):
-            computed = leaves(model(**inputs))
-        kept = tree_map(torch.clone, cache)
-        with gated(found, lambda site, _: reuse([False] * every, cache)(site, zeros)):
-            reused = leaves(model(**inputs))
-    varied = [bool(x.isfinite().all() and x.std() > 0) for x in plain]
-    laws = {
-        "the output is finite and not constant": varied and all(varied),
-        "computing everything is the plain model bit for bit": same(plain, computed),
-        "each site is asked once": sorted(asked) == list(range(every)),
-        "reusing everything at equal inputs is the plain model": same(plain, reused),
-        "cached features are left alone": tree_all(bool, tree_map(torch.equal, kept, cache)),
-    }
-    return broken + [law for law, holds in laws.items() if not holds]
+from harmonica.models.sites import sites
 
 
 @pytest.fixture

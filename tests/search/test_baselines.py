@@ -1,4 +1,4 @@
-"""Other methods as schedules: what each promises, and the targets that all of them land on."""
+"""Other methods, those of benchmarks/rivals.py too: what all promise, and the targets that they land on."""
 
 import itertools
 import math
@@ -6,10 +6,11 @@ import re
 
 import pytest
 import torch
-from conftest import make, refused, seeded, seeds, start, with_noise
+from conftest import attributes, counted, make, refused, seeded, seeds, start, with_noise
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_laws import counted, state_of
+from rivals import delta_dit, greedy, invardiff, learning_to_cache, random_table
+from smoothcache import smoothcache
 
 from harmonica import Schedule, macs, sample
 from harmonica.search.baselines import dynamic_programming, every
@@ -17,20 +18,20 @@ from harmonica.search.paths import cheapest_path, continue_walk, reuse_errors
 from harmonica.search.references import image_mse
 
 STEPS = 8
-
-
+FEW = {"updates": 6, "batch_size": 2}
 METHODS = {
-    "FORA": lambda d, s: every(d, speedup=s),
-    "dynamic programming": lambda d, s: dynamic_programming(d, *start(d), speedup=s),
+    "FORA": (4, lambda d, s: every(d, speedup=s)),
+    "dynamic programming": (4, lambda d, s: dynamic_programming(d, *start(d), speedup=s)),
+    "SmoothCache": (4, lambda d, s: smoothcache(d, *start(d), speedup=s)),
+    "Δ-DiT": (8, lambda d, s: delta_dit(d, speedup=s)),
+    "Learning-to-Cache": (1, lambda d, s: learning_to_cache(d, *start(d, 6), speedup=s, **FEW)),
+    "greedy": (1, lambda d, s: greedy(d, *start(d), speedup=s, budget=400)),
+    "InvarDiff": (4, lambda d, s: invardiff(d, *start(d), speedup=s)),
+    "random": (1, lambda d, s: random_table(d, seeded(0), speedup=s)),
 }
-GRAINS = {"FORA": 4, "dynamic programming": 4}
-"""Entries that a method switches at once: those of a step."""
+"""Name → entries that the method switches at once (of a step, of a kind or block in two), and its table."""
 
-
-@pytest.fixture(params=METHODS)
-def method(request):
-    """Return a method's name, the function, and its grain; benchmarks/tests has more of them."""
-    return request.param, METHODS[request.param], GRAINS[request.param]
+every_method = pytest.mark.parametrize("name", METHODS)
 
 
 @pytest.fixture
@@ -38,10 +39,11 @@ def walker():
     return make(STEPS)
 
 
+@every_method
 @pytest.mark.parametrize("speedup", [1.0, 1.25])
-def test_a_table_lands_on_its_target_or_just_above(walker, method, speedup):
+def test_a_table_lands_on_its_target_or_just_above(walker, name, speedup):
     cost = macs(walker)
-    _, fill, grain = method
+    grain, fill = METHODS[name]
     schedule = fill(walker, speedup)
     reached = schedule.speedup(cost)
     assert schedule.compute[0].all()
@@ -51,8 +53,9 @@ def test_a_table_lands_on_its_target_or_just_above(walker, method, speedup):
     assert (reached == 1.0) == (speedup == 1.0)
 
 
-def test_what_is_out_of_reach_is_refused_with_a_maximum_that_can_be_met(walker, method):
-    name, fill, _ = method
+@every_method
+def test_what_is_out_of_reach_is_refused_with_a_maximum_that_can_be_met(walker, name):
+    fill = METHODS[name][1]
     for speedup in (0.5, math.nan, -1.0):
         with refused("must be 1"):
             fill(walker, speedup)
@@ -65,20 +68,22 @@ def test_what_is_out_of_reach_is_refused_with_a_maximum_that_can_be_met(walker, 
     assert fill(walker, most).speedup(macs(walker)) >= most
 
 
-def test_the_same_call_gives_the_same_table_and_leaves_model_and_generators_alone(method):
-    (_, fill, _), one, other = method, make(STEPS), make(STEPS)
+@every_method
+def test_the_same_call_gives_the_same_table_and_leaves_model_and_generators_alone(name):
+    fill, one, other = METHODS[name][1], make(STEPS), make(STEPS)
     weights = [p.clone() for p in one.model.parameters()]
-    before, random_state = state_of(one), torch.get_rng_state()
+    before, random_state = attributes(one.model), torch.get_rng_state()
     schedule = fill(one, 1.2)
     assert torch.equal(random_state, torch.get_rng_state())
-    assert state_of(one) == before
+    assert attributes(one.model) == before
     assert all(map(torch.equal, weights, one.model.parameters()))
     assert fill(other, 1.2) == schedule
 
 
-def test_a_table_says_how_it_was_made_and_runs_after_saving(walker, method, tmp_path):
-    schedule = method[1](walker, 1.2)
-    assert schedule.provenance["method"] == method[0]
+@every_method
+def test_a_table_says_how_it_was_made_and_runs_after_saving(walker, name, tmp_path):
+    schedule = METHODS[name][1](walker, 1.2)
+    assert schedule.provenance["method"] == name
     assert len(schedule.provenance) > 1
     made_for = ("small", "ddim", tuple(walker.sites))
     assert (schedule.model, schedule.sampler, schedule.sites) == made_for

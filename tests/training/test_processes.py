@@ -4,21 +4,15 @@ Each launch below is a real torchrun of two processes (gloo, CPU). The script sa
 comes back as a file of tensors.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from conftest import make, refused, seeded
+from conftest import ROOT, make, refused, seeded, torchrun
 
 from harmonica import Router, train_sdt
 from harmonica import processes as distributed
 from harmonica.processes import batch_per_rank, from_rank_0, local_part, mean_over_ranks
 from harmonica.storage.files import read_tensors
 
-TESTS = Path(__file__).parents[1]
 QUICK = {"batch_size": 4, "beta": 1e-4, "lr": 0.05, "refresh_every": 2, "progress": False}
 UPDATES = 60
 PROXIES = {"sdt": None, "iepo": "leave-one-out"}
@@ -83,16 +77,16 @@ FRAME = """
 import sys
 import weakref
 from pathlib import Path
-sys.path[:0] = [{tests!r}, {tests!r} + "/training", {root!r}]
+sys.path.insert(0, {tests!r})
 import torch
 from conftest import make
-from test_processes import PROXIES, QUICK, UPDATES
 from harmonica import train_sdt
 from harmonica.processes import processes, rank
 from harmonica.storage.files import write_tensors
 
 small = lambda: make(dtype=torch.float32)
 folder, tensors, facts = Path({folder!r}), {{}}, {{}}
+PROXIES, QUICK, UPDATES = {settings}
 with processes("cpu"):
     group = weakref.ref(torch.distributed.group.WORLD)
 {work}
@@ -101,24 +95,11 @@ assert group() is None, "the group outlived its with"
 """
 
 
-def environment() -> dict[str, str]:
-    theirs = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    clean = {key: value for key, value in os.environ.items() if key not in theirs}
-    return {**clean, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)}
-
-
-def torchrun(*command):
-    """Run two processes on a free port and wait for them, three minutes at most (gloo itself would wait thirty)."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    how = {"capture_output": True, "text": True, "timeout": 180, "env": environment()}
-    return subprocess.run([*launch, *map(str, command)], check=False, **how)
-
-
 def together(folder, name, work):
     """Run `work` in two processes; return torchrun's end."""
     indented = "\n".join(f"    {line}" for line in work.splitlines())
-    places = {"tests": str(TESTS), "root": str(TESTS.parent), "folder": str(folder)}
-    frame = FRAME.format(**places, name=name, work=indented)
+    places = {"tests": f"{ROOT}/tests", "folder": str(folder), "name": name, "work": indented}
+    frame = FRAME.format(**places, settings=(PROXIES, QUICK, UPDATES))
     (folder / f"{name}.py").write_text(frame, encoding="utf-8")
     return torchrun(folder / f"{name}.py")
 

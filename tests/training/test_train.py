@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make, press_ctrl_c, raising, refused, seeded, start
-from test_laws import counted
+from conftest import counted, make, press_ctrl_c, raising, refused, seeded, start
 
 from harmonica import Router, Schedule, macs, references, sdt, train, train_sdt
 from harmonica.models import load
