@@ -40,10 +40,8 @@ def pipe(request):
 
 def snapshot(pipe) -> dict:
     """Everything that anybody has put on the instances."""
-    modules = attributes(pipe.transformer)
-    for each in modules.values():
-        each["_forward_pre_hooks"] = dict(each["_forward_pre_hooks"])
     scheduler = {k: v for k, v in vars(pipe.scheduler).items() if callable(v)}
+    modules = attributes(pipe.transformer)
     return {"modules": modules, "scheduler": scheduler, "pipe": set(vars(pipe))}
 
 
