@@ -22,7 +22,8 @@ from torch import Tensor, arange, nn, ones, tensor
 from torch.utils._pytree import tree_all, tree_leaves, tree_map, tree_map_only
 
 from harmonica.cache import gated, reuse
-from harmonica.models.sites import Sites
+from harmonica.models import site_costs
+from harmonica.models.sites import Modules, sites
 
 LEFT_OUT = {
     "MiniMaxMusic3RVQDepthDecoder": "not a denoiser: it writes audio codes one codebook after another, with no timestep"
@@ -328,7 +329,17 @@ def same(one: list[Tensor], other: list[Tensor]) -> bool:
     return len(one) == len(other) and all(map(torch.equal, one, other))
 
 
-def examine(model: nn.Module, inputs: dict[str, Any], sites: Sites) -> list[str]:
+def called(model: nn.Module, inputs: dict[str, Any]) -> Modules:
+    """Return the sites that a forward calls, none of them twice; all where torch cannot count."""
+    every = sites(model)
+    count = site_costs.count_calls(model, every, inputs)
+    if count is None:
+        return every
+    assert max(count.calls) == 1, "a site is called several times in a forward"
+    return {name: every[name] for name, times in zip(every, count.calls, strict=True) if times}
+
+
+def examine(model: nn.Module, inputs: dict[str, Any], sites: Modules) -> list[str]:
     """Return the laws that the sites of a model break: none if it is exact."""
     asked, cache, broken, every = [], {}, [], len(sites)
     ones, zeros = reuse([True] * every, cache), lambda: broken.append("a skipped site computes")

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map, tree_map_only
 
 from harmonica.cost import Count, Macs, count
-from harmonica.table import require
 
 Modules = Mapping[str, nn.Module]  # by name
 Inputs = Mapping[str, Any]  # keyword arguments of a forward
@@ -49,24 +48,6 @@ def count_calls(transformer: nn.Module, modules: Modules, inputs: Inputs) -> Cou
         log.disabled = before
     _twin(transformer)(**inputs)  # raises what is wrong with the inputs, if that was it
     return None
-
-
-def counted(transformer: nn.Module, modules: Modules, inputs: Inputs) -> tuple[Modules, Macs]:
-    """Count one forward of a twin, so that nothing the model keeps between calls stays in it."""
-    name = type(transformer).__name__
-    result = count_calls(transformer, modules, inputs)
-    if result is None:
-        estimate = "leave `inputs` out for an estimate"
-        raise ValueError(f"{name}: torch cannot count its operations; {estimate}")
-    calls = dict(zip(modules, result.calls, strict=True))
-    for site, times in calls.items():
-        several = f"{site} is called {times} times in a forward and has one feature"
-        require(times < 2, f"{name}: {several}; {ADVICE}")
-    called = {site: module for site, module in modules.items() if calls[site]}
-    none = f"none of the {len(modules)} modules that look like sites is called"
-    require(bool(called), f"{name}: {none}; {ADVICE}")
-    each = result.macs.sites[[times == 1 for times in result.calls]]
-    return called, Macs(each, result.macs.rest)
 
 
 def _twin(transformer: nn.Module) -> nn.Module:

@@ -16,9 +16,8 @@ Reusing proj_out alone would skip one product and still compute all that it read
 nearly 100 %.) Token refiners, embedders, text encoders and projections have modules of the same
 names, but none is the denoiser: they are left out.
 
-A rule about names can be wrong about a model it has never seen. The laws that tell are in
-tests/models/test_zoo.py, and `sites(transformer, inputs)` holds a model to the first of them: each
-site is asked exactly once in a forward. Some models keep attention keys and values of their own
+A rule about names can be wrong about a model it has never seen; the laws that tell are in
+tests/models/test_zoo.py. Some models keep attention keys and values of their own
 between forwards (QwenImage 2.1 with use_kv_cache, AnyFlow FAR): a skipped attention writes none, so
 run those without their cache. This file does not know pipelines, samplers or routers.
 """
@@ -29,12 +28,11 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
 
 from torch import nn
 
 from harmonica.cost import Macs
-from harmonica.models.site_costs import ADVICE, NOT_A_SITE, Modules, counted, estimated
+from harmonica.models.site_costs import ADVICE, NOT_A_SITE, Modules, estimated
 from harmonica.table import require
 
 # One word of a module's name, such as those of img_mlp.
@@ -58,8 +56,7 @@ class Sites(Mapping[str, nn.Module]):
 
     modules: Modules
     kinds: tuple[str, ...]  # N words: attention, cross-attention, feed-forward or both
-    macs: Macs  # of one forward, or of one token if estimated
-    counted: bool  # in a forward, not estimated from the sizes of the weights
+    macs: Macs  # of one token, estimated from the sizes of the weights
 
     def __getitem__(self, name: str) -> nn.Module:
         return self.modules[name]
@@ -74,23 +71,18 @@ class Sites(Mapping[str, nn.Module]):
         name, kind = max(map(len, self)), max(map(len, self.kinds))
         rows = zip(self, self.kinds, self.macs.sites / self.macs.total, strict=True)
         lines = [f"{row[0]:{name}}  {row[1]:{kind}}  {float(row[2]):6.1%}" for row in rows]
-        how = "counted in one forward" if self.counted else "estimated per token from the weights"
-        lines += [f"{len(self)} sites cover {self.macs.covered:.1%} of the MACs, {how}"]
-        return "\n".join(lines)
+        how = "estimated per token from the weights"
+        return "\n".join(
+            [*lines, f"{len(self)} sites cover {self.macs.covered:.1%} of the MACs, {how}"]
+        )
 
 
-def sites(transformer: nn.Module, inputs: Mapping[str, Any] | None = None) -> Sites:
-    """Find the sites of a transformer by the rule of this module, and what they cost.
+def sites(transformer: nn.Module) -> Sites:
+    """Find the sites of a transformer by the rule of this module, and what they cost per token:
+    without attention products, and with every expert of a mixture.
 
-    Args:
-        transformer: any model whose blocks stand in lists and name their parts.
-        inputs: keyword arguments of one forward. With them MACs are counted, attention products
-            included, and a module that this forward never calls (the audio half of a model run on
-            video) is no site. Without, MACs per token are estimated from the weights of the blocks
-            that hold sites: no attention products, and every expert of a mixture.
-
-    Raises ValueError if it is not a module, has no sites, has a module at two sites, chunks its
-    feed-forwards, or calls a site several times in a forward.
+    Its blocks stand in lists and name their parts. Raises ValueError if it is not a module, has no
+    sites, has a module at two sites, or chunks its feed-forwards.
 
     >>> block = nn.ModuleDict({"attn": nn.Linear(4, 4), "ff": nn.Linear(4, 8)})
     >>> print(sites(nn.ModuleDict({"blocks": nn.ModuleList([block])})))
@@ -105,12 +97,7 @@ def sites(transformer: nn.Module, inputs: Mapping[str, Any] | None = None) -> Si
     kinds = dict(part for path, block in blocks.items() for part in _inside(block, path))
     modules: Modules = {name: transformer.get_submodule(name) for name in kinds}
     _check_cacheable(kind.__name__, blocks, modules)
-    if inputs is None:
-        macs = estimated(blocks, modules)
-    else:
-        modules, macs = counted(transformer, modules, inputs)
-    of_these = tuple(kinds[name] for name in modules)
-    return Sites(MappingProxyType(modules), of_these, macs, inputs is not None)
+    return Sites(MappingProxyType(modules), tuple(kinds.values()), estimated(blocks, modules))
 
 
 def kind_of(name: str) -> str | None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from harmonica.storage import files
-from harmonica.storage.files import StrPath, refused
+from harmonica.storage.files import StrPath
 from harmonica.table import require
 
 
@@ -62,13 +62,10 @@ def read_state(path: StrPath) -> dict[str, Tensor]:
     Raises FileNotFoundError if there is no such file, ValueError if it holds no tensors by name.
     """
     if files.existing(path).suffix == ".safetensors":
-        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        try:
+        with files.decoding(path, "is not a safetensors file"):
             return load_file(path)
-        except (SafetensorError, ValueError) as error:
-            raise refused(path, "is not a safetensors file", error) from None
     data = files.read_pickle(path)
     if isinstance(data, dict):
         data = data.get("ema", data)  # a training checkpoint keeps an averaged copy
@@ -82,11 +79,8 @@ def fill(model: nn.Module, state: dict[str, Tensor], path: StrPath) -> None:
     """Give a model its parameters, every one of them and no other; raise ValueError, naming the
     first that do not fit, or one that is not finite.
     """
-    try:
+    with files.decoding(path, "does not fit the model"):
         model.load_state_dict(state, strict=True, assign=True)
-    except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines()[1:3]]
-        raise refused(path, "does not fit the model", " ".join(lines)) from None
     _must_be_finite(model, path)
 
 
@@ -106,10 +100,11 @@ _EMBEDDERS = {f"t_embedder.mlp.{2 * i}": f"timestep_embedder.linear_{1 + i}" for
 _EMBEDDERS |= {"y_embedder.embedding_table": "class_embedder.embedding_table"}
 
 
-def _dit_names(depth: int) -> dict[str, list[str]]:
-    """Return what diffusers calls each module of the original: one name, that of each block's copy,
-    or of the three parts of `qkv`.
+def _dit_names(state: dict[str, Tensor], list_of_blocks: str) -> dict[str, list[str]]:
+    """Return what diffusers calls each parameter of the original: one name, that of each block's
+    copy, or of the three parts of `qkv`; `state` tells how many blocks there are.
     """
+    depth = len({key.split(".")[1] for key in state if key.startswith(f"{list_of_blocks}.")})
     blocks = [f"transformer_blocks.{i}" for i in range(depth)]
     names = {ours: [theirs] for ours, theirs in _OUTSIDE.items()}
     for ours, theirs in _EMBEDDERS.items():
@@ -117,12 +112,8 @@ def _dit_names(depth: int) -> dict[str, list[str]]:
     for i, block in enumerate(blocks):
         names |= {f"blocks.{i}.{ours}": [f"{block}.{theirs}"] for ours, theirs in _INSIDE.items()}
         names[f"blocks.{i}.attn.qkv"] = [f"{block}.attn1.to_{part}" for part in "qkv"]
-    kinds, name = ("weight", "bias"), "{}.{}".format
-    return {name(a, kind): [name(b, kind) for b in names[a]] for a in names for kind in kinds}
-
-
-def _depth(state: dict[str, Tensor], blocks: str) -> int:
-    return len({key.split(".")[1] for key in state if key.startswith(f"{blocks}.")})
+    kinds = ("weight", "bias")
+    return {f"{a}.{kind}": [f"{b}.{kind}" for b in names[a]] for a in names for kind in kinds}
 
 
 def dit_from_diffusers(state: dict[str, Tensor], positions: Tensor) -> dict[str, Tensor]:
@@ -133,17 +124,13 @@ def dit_from_diffusers(state: dict[str, Tensor], positions: Tensor) -> dict[str,
     original has one for all of them.
     """
     renamed = {"pos_embed": positions}
-    for ours, theirs in _dit_names(_depth(state, "transformer_blocks")).items():
-        parts = {name: state[name] for name in theirs if name in state}
-        if len(parts) < len(theirs):
-            continue
-        if ".qkv." in ours:
-            renamed[ours] = torch.cat(list(parts.values()))
-            continue
-        renamed[ours] = first = parts[theirs[0]]
-        for name, part in parts.items():
-            use = "use the pipeline itself, from_pipeline(pipe, …)"
-            require(torch.equal(first, part), f"{name} differs from block 0's; {use}")
+    for ours, theirs in _dit_names(state, "transformer_blocks").items():
+        parts = [state[name] for name in theirs if name in state]
+        if len(parts) == len(theirs):
+            renamed[ours] = torch.cat(parts) if ".qkv." in ours else parts[0]
+            for name, part in zip(theirs, parts, strict=True) if ".qkv." not in ours else ():
+                same, use = torch.equal(parts[0], part), "use the pipeline itself, from_pipeline"
+                require(same, f"{name} differs from block 0's; {use}(pipe, …)")
     return renamed
 
 
@@ -152,7 +139,7 @@ def dit_to_diffusers(state: dict[str, Tensor]) -> dict[str, Tensor]:
     `dit_from_diffusers`; positions are left out.
     """
     renamed: dict[str, Tensor] = {}
-    for ours, theirs in _dit_names(_depth(state, "blocks")).items():
+    for ours, theirs in _dit_names(state, "blocks").items():
         if ours in state:
             value = state[ours]
             parts = value.chunk(3) if ".qkv." in ours else [value] * len(theirs)

@@ -44,26 +44,24 @@ def refuse_existing(path: StrPath, todo: str) -> None:
         raise FileNotFoundError(f"{folder}: no such folder; make it first")
 
 
-def refused(path: StrPath, verdict: str, error: BaseException | str) -> ValueError:
-    """Return the error that refuses a file: its name, the verdict, and the reason in short.
-
-    >>> refused("s.json", "is not a schedule", KeyError("compute"))
-    ValueError("s.json is not a schedule: it has no 'compute'")
-    """
-    reason = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
-    reason = reason or type(error).__name__
-    return ValueError(f"{path} {verdict}: {reason if len(reason) <= 300 else reason[:299] + '…'}")
-
-
 @contextmanager
 def decoding(path: StrPath, verdict: str) -> Iterator[None]:
-    """Turn whatever bad bytes raise, in any code, into a ValueError that names the file."""
+    """Turn whatever bad bytes raise, in any code, into a ValueError that names the file.
+
+    >>> with decoding("s.json", "is not a schedule"):
+    ...     {}["compute"]
+    Traceback (most recent call last):
+    ValueError: s.json is not a schedule: it has no 'compute'
+    """
     try:
         yield
     except (FileNotFoundError, PermissionError):
         raise
     except Exception as error:
-        raise refused(path, verdict, error) from None
+        what = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        what = what or type(error).__name__
+        short = what if len(what) <= 300 else f"{what[:299]}…"
+        raise ValueError(f"{path} {verdict}: {short}") from None
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

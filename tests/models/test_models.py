@@ -105,8 +105,8 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path, small_xl):
     state, path = small_xl.state_dict(), tmp_path / "w.pt"
     nan = torch.full((1, 4, 8), float("nan"))
     for change, message in (
-        ({"pos_embed": torch.zeros(1, 9, 8)}, "not fit the model: size mismatch for pos_embed"),
-        ({"stranger": torch.zeros(1)}, "does not fit the model: Unexpected key"),
+        ({"pos_embed": torch.zeros(1, 9, 8)}, "not fit the model: .*size mismatch for pos_embed"),
+        ({"stranger": torch.zeros(1)}, "does not fit the model: .*Unexpected key"),
         ({"pos_embed": nan}, "pos_embed that is not finite"),
         ({"args": "text"}, "does not hold tensors by parameter name"),
     ):
