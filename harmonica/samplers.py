@@ -10,8 +10,12 @@ belongs to the walk, so a walk is forked at any k by copying two dicts (its cach
     iddpm          ancestral, learned variance where the model has one    T = 100  PixArt
     sa-solver      stochastic Adams, predictor and corrector of order 2   T = 25   PixArt
 
-    timesteps[k]          the model's own clock, 999 … 0       (T,)
-    ᾱ (alphas_cumprod)    signal left at a timestep            (1000,)
+    sampler.timesteps         (T,) given to the model, in execution order   999 … 0
+    sampler.learns_variance   whether `step` reads variance channels, so that out is (B, 2C, H, W)
+    sampler.draws_noise       whether `step` adds noise of its own
+    sampler.step(x, out, k, memory)     x (B, C, H, W) at step k + 1
+    sampler.with_steps(steps)           the same rule with another number of steps
+    ᾱ (alphas_cumprod)                  signal left at a timestep, (1000,)
 
 It does not know the model, guidance, caches or routers.
 """
@@ -21,8 +25,8 @@ from __future__ import annotations
 import copy
 import zlib
 from importlib import import_module
-from itertools import accumulate, repeat
-from typing import Any, Literal, Protocol
+from itertools import accumulate
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -36,26 +40,6 @@ _TRAINED: dict[str, dict[str, Any]] = {  # in the words of diffusers
     "linear": {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},
     "scaled-linear": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
 }
-
-
-class Sampler(Protocol):
-    """What a walk needs of a sampler."""
-
-    name: str  # stored in schedules
-    learns_variance: bool  # whether `step` reads variance channels, so that out is (B, 2C, H, W)
-    draws_noise: bool  # whether `step` adds noise of its own
-    timesteps: tuple[float, ...]  # (T,), given to the model, in execution order
-
-    def step(self, x: Tensor, out: Tensor, k: int, memory: Memory) -> Tensor:
-        """Take x (B, C, H, W) to step k + 1 with the model's output (B, C or 2C, H, W).
-
-        Variance channels are ignored where none are learned.
-        """
-        ...
-
-    def with_steps(self, steps: int) -> Sampler:
-        """Return the same rule with another number of steps."""
-        ...
 
 
 def alphas_cumprod(betas: Betas = "linear") -> Tensor:
@@ -80,13 +64,11 @@ def spaced_timesteps(steps: int) -> tuple[int, ...]:
     (999, 799, 599, 400, 200, 0)
     """
     _check_steps(steps)
-    if steps == 1:
-        return (TRAIN_TIMESTEPS - 1,)
     # Added up, not multiplied: where a timestep falls on a half, as at T = 21, rounding follows the
     # original's sum.
-    gap = (TRAIN_TIMESTEPS - 1) / (steps - 1)
-    sums = accumulate(repeat(gap, steps - 1), initial=0.0)
-    return tuple(round(t) for t in sums)[::-1]
+    last = TRAIN_TIMESTEPS - 1
+    sums = accumulate([last / (steps - 1)] * (steps - 1), initial=0.0) if steps > 1 else [last]
+    return tuple(map(round, sums))[::-1]
 
 
 def _check_steps(steps: int) -> None:
@@ -108,12 +90,13 @@ class DDIM:
     """
 
     name, learns_variance, draws_noise = "ddim", False, False
+    timesteps: tuple[float, ...]
 
     def __init__(self, steps: int, betas: Betas = "linear") -> None:
-        spaced, self.betas = spaced_timesteps(steps), betas
-        self.timesteps: tuple[float, ...] = spaced
+        self.timesteps, self.betas = spaced_timesteps(steps), betas
         # Python floats: a step moves nothing to the device and waits for nothing.
-        self._alphas: list[float] = [*alphas_cumprod(betas)[list(spaced)].tolist(), 1.0]  # (T + 1,)
+        alphas = alphas_cumprod(betas)[list(spaced_timesteps(steps))]
+        self._alphas: list[float] = [*alphas.tolist(), 1.0]  # (T + 1,)
 
     def step(self, x: Tensor, out: Tensor, k: int, memory: Memory) -> Tensor:
         now, after = self._alphas[k], self._alphas[k + 1]
@@ -200,6 +183,7 @@ def noise_generator(seed: int, k: int) -> torch.Generator:
     return torch.Generator().manual_seed(zlib.crc32(f"{seed} {k}".encode()))
 
 
+Sampler = DDIM | Scheduled
 SAMPLERS = ("ddim", *_SCHEDULERS)
 """The names that `load(…, sampler=…)` and schedules use."""
 
