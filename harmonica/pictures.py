@@ -50,30 +50,25 @@ def router_heatmap(
 
 
 def site_heatmap(
-    values: Tensor,
-    site_names: Sequence[str],
-    *,
-    label: str = "",  # what is measured, in which unit: stands at the colour bar
-    most: float | None = None,  # the darkest value; None is the largest
+    values: Tensor, site_names: Sequence[str], *, label: str = "", most: float | None = None,
     shades: int = 256,
-) -> Figure:
+) -> Figure:  # fmt: skip
     """Draw values (T, N) of steps and sites: steps across, blocks down, one panel for each kind of
-    site. A larger value is darker, one that is not finite is grey.
+    site. `label` says what is measured, in which unit. Larger is darker, from the least value, or
+    0, to `most` or else the largest; what is not finite is grey.
     """
-    kinds: dict[str, list[int]] = {}
-    for i, name in enumerate(site_names):
-        kinds.setdefault(word_of(name), []).append(i)
+    words = [word_of(name) for name in site_names]
+    kinds = {kind: [i for i, word in enumerate(words) if word == kind] for kind in words}
     values = values.detach().float().cpu()
     values = values.where(values.isfinite(), torch.nan)
-    finite = values[~values.isnan()].tolist() or [0.0, 1.0]
-    tallest = max(map(len, kinds.values()))
+    finite, tallest = values[~values.isnan()].tolist(), max(map(len, kinds.values()))
     size = (1.5 + 0.16 * len(values) * len(kinds), 1.6 + 0.16 * tallest)
     fig = Figure(size, layout="constrained")
     axes = fig.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
     for ax, (kind, columns) in zip(axes, kinds.items(), strict=True):
         shown, colours = values[:, columns].T.numpy(), colormaps["cividis_r"].resampled(shades)
         image = ax.imshow(shown, colours, aspect="auto", interpolation="none")
-        image.set_clim(min(0.0, *finite), max(finite) if most is None else most)
+        image.set_clim(min([0.0, *finite]), max(finite or [1.0]) if most is None else most)
         ax.set(xlabel="executed step k", title=TITLES.get(kind, kind), facecolor="lightgrey")
         for axis, count in ((ax.xaxis, len(values)), (ax.yaxis, len(columns))):
             axis.set_ticks([i - 0.5 for i in range(1, count)], minor=True)
@@ -116,8 +111,7 @@ def comparison(
 
 def sheet(images: Tensor, *, title: str = "") -> Figure:
     """Draw images on one sheet, ten a row."""
-    chunks = enumerate(torch.split(images, 10))
-    return rows({" " * i: chunk for i, chunk in chunks}, title=title)
+    return rows({" " * i: row for i, row in enumerate(torch.split(images, 10))}, title=title)
 
 
 def lines(
@@ -145,12 +139,9 @@ def lines(
 
 
 def per_step(
-    values: Mapping[str, Sequence[float]],
-    *,
-    ylabel: str,
-    xlabel: str = "executed step k",
+    values: Mapping[str, Sequence[float]], *, ylabel: str, xlabel: str = "executed step k",
     log: bool = False,
-) -> Figure:
+) -> Figure:  # fmt: skip
     """Draw numbers that belong to steps k = 0, 1, …, one line for each name."""
     points = {name: enumerate(line) for name, line in values.items()}
     return lines(points, xlabel=xlabel, ylabel=ylabel, log=log)

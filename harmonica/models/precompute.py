@@ -28,6 +28,8 @@ from harmonica.override import Answer, overridden
 LEAST_ROOM = 16 * 2**20
 """Bytes that modulations of several steps may always take."""
 
+Pair = tuple[nn.Module, Answer]
+
 
 class Memo:
     """What one walk knows, and its step k."""
@@ -43,16 +45,12 @@ class Memo:
         return self.known[owner][1]
 
 
-def once(memo: Memo, module: nn.Module) -> tuple[nn.Module, Answer]:
+def once(memo: Memo, module: nn.Module) -> Pair:
     """Answer a module, whose inputs are always the same, by what it returned at the first step."""
-
-    def answer(forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        return memo.get_or_make(module, partial(forward, *args, **kwargs))
-
-    return module, answer
+    return module, lambda f, args, kw: memo.get_or_make(module, partial(f, *args, **kw))
 
 
-def every_time(memo: Memo, embedder: nn.Module) -> tuple[nn.Module, Answer]:
+def every_time(memo: Memo, embedder: nn.Module) -> Pair:
     """Answer for t (B,), which are equal, by one row (1, D) of the embedding of all timesteps."""
 
     def answer(forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -66,7 +64,7 @@ def every_time(memo: Memo, embedder: nn.Module) -> tuple[nn.Module, Answer]:
 
 def modulation(
     memo: Memo, product: nn.Module, time: nn.Module, label: nn.Module, room: int
-) -> tuple[nn.Module, Answer]:
+) -> Pair:
     """Answer a product of c = time(t) + label(y), (B, D) -> (B, 6D), by one for W steps.
 
     As many steps as fit into `room` rows; below two it runs as it is.
@@ -96,10 +94,7 @@ def rows_that_fit(model: nn.Module, products: Sequence[Any]) -> int:
     return int(max(LEAST_ROOM, size // 50) // a_row)
 
 
-Answers = list[tuple[nn.Module, Answer]]
-
-
-def _dit(model: Any, memo: Memo, exact: bool) -> Answers:
+def _dit(model: Any, memo: Memo, exact: bool) -> list[Pair]:
     time, label = model.t_embedder, model.y_embedder
     if exact:
         return [once(memo, label)]
@@ -109,14 +104,14 @@ def _dit(model: Any, memo: Memo, exact: bool) -> Answers:
     return [every_time(memo, time), once(memo, label), *of_steps]
 
 
-def _pixart(model: Any, memo: Memo, exact: bool) -> Answers:
+def _pixart(model: Any, memo: Memo, exact: bool) -> list[Pair]:
     # The text does not change along a walk, nor do its keys and values in a block.
     attentions = [block.attn2 for block in model.transformer_blocks if block.attn2 is not None]
     text = [model.caption_projection, *(x for attn in attentions for x in (attn.to_k, attn.to_v))]
     return [once(memo, module) for module in text if module is not None]
 
 
-KNOWN: dict[str, Callable[[Any, Memo, bool], Answers]] = {
+KNOWN: dict[str, Callable[[Any, Memo, bool], list[Pair]]] = {
     "harmonica.models.dit.DiT": _dit,
     "diffusers.models.transformers.pixart_transformer_2d.PixArtTransformer2DModel": _pixart,
 }
