@@ -1,7 +1,7 @@
-"""Site costs: the multiply-accumulates of a transformer's sites, counted in a forward or estimated.
+"""Site costs: the multiply-accumulates of a transformer's sites, counted in a forward.
 
 Counting runs a twin of the transformer that shares its weights, on fake tensors where the model
-allows that. Estimating reads the sizes of the weights. This file does not know how sites are found.
+allows that. This file does not know how sites are found.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-import re
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
@@ -21,11 +20,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map, tree_map_only
 
 from harmonica.cost import Count, Macs, count
+from harmonica.models.sites import Modules
 
-Modules = Mapping[str, nn.Module]  # by name
 Inputs = Mapping[str, Any]  # keyword arguments of a forward
-NOT_A_SITE = re.compile(r"\w*norm\d*|adaln\w*|act|mod|modulation|drop(out)?|emb\w*|time\w*|film\w*")
-ADVICE = "give the modules yourself, as cached(pipe, schedule, sites={name: module, …})"
 
 
 def count_calls(transformer: nn.Module, modules: Modules, inputs: Inputs) -> Count | None:
@@ -57,24 +54,6 @@ def _twin(transformer: nn.Module) -> nn.Module:
     for module in twin.modules():
         module.__dict__.pop("forward", None)  # a wrapper that was copied still calls the original
     return twin
-
-
-def estimated(blocks: Modules, modules: Modules) -> Macs:
-    """Estimate MACs per token: one for each entry of a matrix in the blocks that hold sites, but
-    for modulation, normalisation and embedding, which run for an image and not for each token.
-    """
-    sizes, rest = dict.fromkeys(modules, 0.0), 0.0
-    for path, block in blocks.items():
-        inside = [site for site in modules if f"{site}.".startswith(f"{path}.")]
-        for name, part in block.named_modules(prefix=path) if inside else ():
-            size = sum(p.numel() for p in part.parameters(recurse=False) if p.dim() > 1)
-            site = next((site for site in inside if f"{name}.".startswith(f"{site}.")), None)
-            words = re.split(r"[._]", name.lower())
-            if site is not None:
-                sizes[site] += size
-            elif part is not block and not any(map(NOT_A_SITE.fullmatch, words)):
-                rest += size
-    return Macs(torch.tensor([*sizes.values()], dtype=torch.float64), rest)
 
 
 def cost_of_call(model: nn.Module, modules: Modules, inputs: Any) -> Macs | None:

@@ -26,19 +26,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
 
+import torch
 from torch import nn
 
 from harmonica.cost import Macs
-from harmonica.models.site_costs import ADVICE, NOT_A_SITE, Modules, estimated
 from harmonica.table import require
 
+Modules = Mapping[str, nn.Module]  # by name
+ADVICE = "give the modules yourself, as cached(pipe, schedule, sites={name: module, …})"
 # One word of a module's name, such as those of img_mlp.
-_ATTENTION = re.compile(r"\w*(attn|attention)\d*|mhb?a")
-_FEED_FORWARD = re.compile(r"ffn?\d*|mlp\d*|feedforward|densereludense|transition")
-_CROSS = re.compile(r"\w*cross\w*|attn2|to")  # "to" as in audio_to_video_attn
+_SITE = re.compile(
+    r"\w*(attn|attention)\d*|mhb?a|ffn?\d*|mlp\d*|feedforward|densereludense|transition"
+)
+_NOT_A_SITE = re.compile(
+    r"\w*norm\d*|adaln\w*|act|mod|modulation|drop(out)?|emb\w*|time\w*|film\w*"
+)
 _INLINED = ("gate_proj", "up_proj", "down_proj")
 _NOT_THE_DENOISER = re.compile(
     r"refine|embed|encoder|extractor|projection|projector|fus(ion|er)|perceiver$"
@@ -50,68 +53,55 @@ CALLED_TWICE |= {f"{model}TransformerBlock": ("ff", "") for model in ("CogView4"
 module that it calls on the text's instead where it has one). What is called twice is no site."""
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class Sites(Mapping[str, nn.Module]):
-    """The cacheable modules of a transformer by name: the columns of a router's table."""
-
-    modules: Modules
-    kinds: tuple[str, ...]  # N words: attention, cross-attention, feed-forward or both
-    macs: Macs  # of one token, estimated from the sizes of the weights
-
-    def __getitem__(self, name: str) -> nn.Module:
-        return self.modules[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.modules)
-
-    def __len__(self) -> int:
-        return len(self.modules)
-
-    def __str__(self) -> str:
-        name, kind = max(map(len, self)), max(map(len, self.kinds))
-        rows = zip(self, self.kinds, self.macs.sites / self.macs.total, strict=True)
-        lines = [f"{row[0]:{name}}  {row[1]:{kind}}  {float(row[2]):6.1%}" for row in rows]
-        how = "estimated per token from the weights"
-        return "\n".join(
-            [*lines, f"{len(self)} sites cover {self.macs.covered:.1%} of the MACs, {how}"]
-        )
-
-
-def sites(transformer: nn.Module) -> Sites:
-    """Find the sites of a transformer by the rule of this module, and what they cost per token:
-    without attention products, and with every expert of a mixture.
+def sites(transformer: nn.Module) -> dict[str, nn.Module]:
+    """Return the sites of a transformer by name, found by the rule of this module: the columns of a
+    router's table, in their order.
 
     Its blocks stand in lists and name their parts. Raises ValueError if it is not a module, has no
     sites, has a module at two sites, or chunks its feed-forwards.
 
-    >>> block = nn.ModuleDict({"attn": nn.Linear(4, 4), "ff": nn.Linear(4, 8)})
-    >>> print(sites(nn.ModuleDict({"blocks": nn.ModuleList([block])})))
-    blocks.0.attn  attention      33.3%
-    blocks.0.ff    feed-forward   66.7%
-    2 sites cover 100.0% of the MACs, estimated per token from the weights
+    >>> block = nn.ModuleDict({"attn": nn.Linear(4, 4), "norm": nn.LayerNorm(4)})
+    >>> list(sites(nn.ModuleDict({"blocks": nn.ModuleList([block])})))
+    ['blocks.0.attn']
     """
-    kind = type(transformer)
-    takes = f"sites() takes the transformer of a pipeline, a torch module; found {kind}"
+    takes = (
+        f"sites() takes the transformer of a pipeline, a torch module; found {type(transformer)}"
+    )
     require(isinstance(transformer, nn.Module), takes)
     blocks = dict(_blocks(transformer, ""))
-    kinds = dict(part for path, block in blocks.items() for part in _inside(block, path))
-    modules: Modules = {name: transformer.get_submodule(name) for name in kinds}
-    _check_cacheable(kind.__name__, blocks, modules)
-    return Sites(MappingProxyType(modules), tuple(kinds.values()), estimated(blocks, modules))
+    names = [name for path, block in blocks.items() for name in _inside(block, path)]
+    modules = {name: transformer.get_submodule(name) for name in names}
+    _check_cacheable(type(transformer).__name__, blocks, modules)
+    return modules
 
 
-def kind_of(name: str) -> str | None:
-    """Return what a module of this name is: attention, cross-attention, feed-forward, or None.
+def macs_per_token(transformer: nn.Module, modules: Modules) -> Macs:
+    """Estimate MACs per token: one for each entry of a matrix in the blocks that hold sites, but
+    for modulation, normalisation and embedding, which run for an image and not for each token.
+    Attention products are left out, and every expert of a mixture counts.
+    """
+    sizes, rest = dict.fromkeys(modules, 0.0), 0.0
+    for path, block in _blocks(transformer, ""):
+        inside = [site for site in modules if f"{site}.".startswith(f"{path}.")]
+        for name, part in block.named_modules(prefix=path) if inside else ():
+            size = sum(p.numel() for p in part.parameters(recurse=False) if p.dim() > 1)
+            site = next((site for site in inside if f"{name}.".startswith(f"{site}.")), None)
+            words = re.split(r"[._]", name.lower())
+            if site is not None:
+                sizes[site] += size
+            elif part is not block and not any(map(_NOT_A_SITE.fullmatch, words)):
+                rest += size
+    return Macs(torch.tensor([*sizes.values()], dtype=torch.float64), rest)
 
-    >>> kind_of("img_mlp"), kind_of("attn2"), kind_of("ff_norm")
-    ('feed-forward', 'cross-attention', None)
+
+def is_site(name: str) -> bool:
+    """Say whether a module of this name is attention or feed-forward.
+
+    >>> is_site("img_mlp"), is_site("attn2"), is_site("ff_norm")
+    (True, True, False)
     """
     words = name.lower().replace("feed_forward", "feedforward").split("_")
-    if any(map(NOT_A_SITE.fullmatch, words)):
-        return None
-    if any(map(_ATTENTION.fullmatch, words)):
-        return "cross-attention" if any(map(_CROSS.fullmatch, words)) else "attention"
-    return "feed-forward" if any(map(_FEED_FORWARD.fullmatch, words)) else None
+    return any(map(_SITE.fullmatch, words)) and not any(map(_NOT_A_SITE.fullmatch, words))
 
 
 def _blocks(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
@@ -125,23 +115,20 @@ def _blocks(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
             yield from _blocks(child, f"{path}{name}.")
 
 
-def _inside(block: nn.Module, path: str) -> Iterator[tuple[str, str]]:
-    """Yield (name, kind) of the sites of a block: outermost matches, in their order."""
-    of_list = kind_of(path.split(".")[-2])
-    if of_list:  # a list of attentions, each of them a site
-        yield path, of_list
+def _inside(block: nn.Module, path: str) -> Iterator[str]:
+    """Yield the names of the sites of a block: outermost matches, in their order."""
+    if is_site(path.split(".")[-2]):  # a list of attentions, each of them a site
+        yield path
         return
     children = dict(block.named_children())
     twice, of_text = CALLED_TWICE.get(type(block).__name__, ("", ""))
     if of_text not in children:
         children.pop(twice, None)
-    linear = dict.fromkeys(_INLINED, "feed-forward")
-    if {"proj_mlp", "proj_out"} <= children.keys():
-        linear |= {"proj_mlp": "feed-forward", "proj_out": "both"}
+    both = {"proj_mlp", "proj_out"}
+    linear = {*_INLINED, *(both if both <= children.keys() else ())}
     for name, child in children.items():
-        kind = linear.get(name) or kind_of(name)
-        if kind:
-            yield f"{path}.{name}", kind
+        if name in linear or is_site(name):
+            yield f"{path}.{name}"
         elif not _NOT_THE_DENOISER.search(name):
             yield from _inside(child, f"{path}.{name}")
 

@@ -12,7 +12,7 @@ from zoo import ZOO
 from harmonica import Router
 from harmonica.cost import count
 from harmonica.models.site_costs import count_calls
-from harmonica.models.sites import kind_of, sites
+from harmonica.models.sites import is_site, macs_per_token, sites
 
 
 class Model(nn.Module):
@@ -56,7 +56,6 @@ def test_dit_and_pixart_have_the_sites_of_the_paper_in_its_order_which_a_router_
     pixart, _ = ZOO["PixArtTransformer2DModel"]()
     found = sites(pixart)
     assert list(found) == names_of("attn1", "attn2", "ff", stem="transformer_blocks")
-    assert found.kinds == ("attention", "cross-attention", "feed-forward") * 2
     assert all(found[name] is pixart.get_submodule(name) for name in found)
     assert Router(3, found).schedule(0.1).sites == tuple(found)
 
@@ -74,7 +73,6 @@ def test_a_single_stream_block_is_cached_at_its_projections_and_a_lone_projectio
     model = Model(single_transformer_blocks=single, vace_blocks=blocks("attn1", "proj_out"))
     one = names_of("proj_mlp", "proj_out", "attn", stem="single_transformer_blocks")
     assert list(sites(model)) == [*one, *names_of("attn1", stem="vace_blocks")]
-    assert sites(model).kinds[:3] == ("feed-forward", "both", "attention")
 
 
 BESIDE = ("noise_refiner", "context_refiner", "text_transformer_blocks", "caption_projection")
@@ -89,18 +87,17 @@ def test_what_runs_beside_the_denoiser_is_left_out(name):
     assert list(sites(inside)) == names_of("attn")
 
 
-KINDS = {
-    "attention": "attn attn1 self_attention",
-    "cross-attention": "attn2 cross_attn audio_to_video_attn",
-    "feed-forward": "ff ffn ff_context feed_forward txt_mlp",
-    None: "ff_norm attention_norm1 post_attention_layernorm adaln_mlp act_mlp proj_out offset "
+NAMES = {
+    True: "attn attn1 self_attention attn2 cross_attn audio_to_video_attn "
+    "ff ffn ff_context feed_forward txt_mlp",
+    False: "ff_norm attention_norm1 post_attention_layernorm adaln_mlp act_mlp proj_out offset "
     "img_mod attn_dropout time_mlp diff",
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_kind_of_a_module_is_read_from_its_name(kind):
-    assert {kind_of(name) for name in KINDS[kind].split()} == {kind}
+@pytest.mark.parametrize("site", NAMES)
+def test_whether_a_module_is_a_site_is_read_from_its_name(site):
+    assert {is_site(name) for name in NAMES[site].split()} == {site}
 
 
 def test_what_has_no_sites_is_refused_with_what_was_looked_for_and_what_to_do():
@@ -131,7 +128,7 @@ def counted(model, inputs=X):
 
 def test_macs_are_counted_with_inputs_and_estimated_without_but_for_modulation():
     model = Model(blocks=blocks("attn", "ff"), head=linear(8))
-    estimated = sites(model).macs
+    estimated = macs_per_token(model, sites(model))
     assert counted(model).sites.tolist() == [3 * 16.0] * 4  # three tokens through 4 × 4
     assert counted(model).rest == 192.0
     assert estimated.sites.tolist() == [16.0] * 4
@@ -139,7 +136,8 @@ def test_macs_are_counted_with_inputs_and_estimated_without_but_for_modulation()
     with pytest.raises(RuntimeError, match="mat1 and mat2"):  # as in the model
         counted(model, {"x": torch.ones(1, 3, 5)})
     block = Model(attn=linear(), adaLN_modulation=linear(8), norm1=linear(), skip_linear=linear())
-    assert sites(Model(blocks=stack(block))).macs.rest == 16.0
+    whole = Model(blocks=stack(block))
+    assert macs_per_token(whole, sites(whole)).rest == 16.0
 
 
 def test_shapes_alone_count_what_arithmetic_counts_and_a_model_that_looks_at_values_is_counted():
@@ -173,18 +171,6 @@ def test_counting_is_not_misled_by_a_wrapped_forward_and_leaves_nothing_behind()
     assert counted(model).covered == 1.0
 
 
-def test_the_table_has_a_line_for_each_site_and_is_not_changed():
-    found = sites(Model(blocks=blocks("attn", "ff")))
-    attention, feed_forward, *_, last = lines = str(found).splitlines()
-    assert attention.split() == ["blocks.0.attn", "attention", "25.0%"]
-    assert (feed_forward.split()[:2], len(lines)) == (["blocks.0.ff", "feed-forward"], 5)
-    assert last == "4 sites cover 100.0% of the MACs, estimated per token from the weights"
-    with pytest.raises(TypeError):
-        found.modules["other"] = nn.Linear(2, 2)
-    with pytest.raises(AttributeError):
-        found.kinds = ()
-
-
 PUBLISHED = {
     "DiT": ((118.6, 35.6, 64.1), {"out_channels": 8}),
     "PixArt": ((149.1, 28.4, 20.1, 51.1), {"sample_size": 32, "caption_channels": 4096}),
@@ -203,7 +189,7 @@ def test_published_shares_of_dit_and_pixart_are_met(name):
             "encoder_hidden_states": torch.empty(1, 120, 4096),
             "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
         }  # fmt: skip
-    kinds, macs = sites(model).kinds, counted(model, inputs)
+    kinds, macs = [name.rpartition(".")[2] for name in sites(model)], counted(model, inputs)
     shares = dict.fromkeys(kinds, 0.0)
     for kind, each in zip(kinds, macs.sites.tolist(), strict=True):
         shares[kind] += 100 * each / macs.total
@@ -214,6 +200,6 @@ def test_in_flux_like_models_all_of_the_blocks_is_within_reach():
     """With proj_out alone a single-stream block would still compute its attention and its feed-forward."""
     flux, _ = ZOO["FluxTransformer2DModel"]()
     found = sites(flux)
-    assert found.macs.rest == 0.0
-    kinds = {kind for name, kind in zip(found, found.kinds, strict=True) if "single" in name}
-    assert kinds == {"attention", "feed-forward", "both"}
+    assert macs_per_token(flux, found).rest == 0.0
+    single = {name.rpartition(".")[2] for name in found if "single" in name}
+    assert single == {"attn", "proj_mlp", "proj_out"}

@@ -28,7 +28,7 @@ from harmonica.models.pipelines.denoiser import PipelineDenoiser
 from harmonica.models.pipelines.facts import NotFollowedError, timesteps_from
 from harmonica.models.pipelines.follow import from_pipeline
 from harmonica.models.pipelines.inputs import Inputs, inputs_of
-from harmonica.models.sites import sites
+from harmonica.models.sites import macs_per_token, sites
 from harmonica.override import Method, overridden
 from harmonica.router import Schedule
 from harmonica.search.learn import learn_weights
@@ -184,7 +184,8 @@ def _from_runs(pipe: Any, inputs: Inputs, speedup: float, progress: bool) -> Sch
     from tqdm.auto import tqdm
 
     columns, (plain, times) = sites(pipe.transformer), steps_of_run(pipe, inputs.of([(0, SEED)]))
-    T, N, cost, name = len(plain), len(columns), columns.macs, type(pipe).__name__
+    T, N, name = len(plain), len(columns), type(pipe).__name__
+    cost = macs_per_token(pipe.transformer, columns)
     require(T > 0, f"{name} never steps its scheduler, so no table fits it")
     count = min(Target(speedup, cost, T).whole_steps, T)
     about = {"method": "tune, whole steps from runs", "runs": T, "speedup": speedup}
