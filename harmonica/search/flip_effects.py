@@ -45,7 +45,8 @@ from harmonica.denoise import Denoiser
 from harmonica.forecast import taylor_weights
 from harmonica.memory import in_portions
 from harmonica.router import Schedule
-from harmonica.search.paths import differentiable_walk
+from harmonica.run_again import run_again
+from harmonica.search.paths import Run, differentiable_walk
 from harmonica.search.references import CAP, PORTION, Pool, image_errors, outlier_weights
 from harmonica.search.target import Target
 from harmonica.table import outputs_before
@@ -67,7 +68,12 @@ class Quadratic:
 
 
 def flip_effects_at(
-    denoiser: Denoiser, schedule: Schedule, pool: Pool, signs: Tensor, *, portion: int = PORTION
+    denoiser: Denoiser,
+    schedule: Schedule,
+    pool: Pool,
+    signs: Tensor,
+    portion: int = PORTION,
+    run: Run = run_again,
 ) -> Quadratic:
     """Return the quadratic around a schedule's table, mean over a pool's noises, on their device.
 
@@ -79,10 +85,10 @@ def flip_effects_at(
     """
     sums, wide = Sums(schedule, pool.x.device), torch.promote_types(pool.x.dtype, torch.float32)
 
-    def run(first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
+    def dots_of(first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
         part = pool[slice(first, last)]
         z = part.x.new_zeros(*sums.entries, last - first, dtype=wide).requires_grad_()
-        image = walk_with_flips(denoiser, sums, z, part.x, part.cond)
+        image = walk_with_flips(denoiser, sums, z, part.x, part.cond, run)
         away = (image - part.images).detach()
         scale = away.square().mean().sqrt().clamp_min(1e-30)  # half precision would lose small ones
         dots: list[Tensor] = []
@@ -91,7 +97,7 @@ def flip_effects_at(
             dots.append(gradient.double().flatten(0, 1))
         return dots[0] * scale, dots[1], image_errors(image.detach(), part.images)
 
-    portions = zip(*in_portions(run, len(pool), portion), strict=True)
+    portions = zip(*in_portions(dots_of, len(pool), portion), strict=True)
     away, random, errors = (torch.cat(parts, dim=-1) for parts in portions)  # d·v and ξ·v, (E, M)
     weight = outlier_weights(errors, CAP * float(errors.median())) / pool.x.numel()  # (M,)
     return Quadratic(away @ weight, (random * weight) @ random.T)
@@ -142,7 +148,9 @@ class Sums:
         return own.index_put((site, source), by[:, None].to(z) * z[row, site], accumulate=True)
 
 
-def walk_with_flips(denoiser: Denoiser, sums: Sums, z: Tensor, x: Tensor, cond: Any) -> Tensor:
+def walk_with_flips(
+    denoiser: Denoiser, sums: Sums, z: Tensor, x: Tensor, cond: Any, run: Run = run_again
+) -> Tensor:
     """Return the image (B, C, H, W) of a walk in which each entry of each noise is flipped by z,
     (T−1, N, B): the table's own image at 0, and differentiable there.
     """
@@ -160,7 +168,7 @@ def walk_with_flips(denoiser: Denoiser, sums: Sums, z: Tensor, x: Tensor, cond: 
 
         return gate
 
-    return differentiable_walk(denoiser, x, cond, [z] * denoiser.steps, gate_of)
+    return differentiable_walk(denoiser, x, cond, [z] * denoiser.steps, gate_of, run)
 
 
 def _sum(weights: Tensor, features: list[Feature]) -> Feature:

@@ -23,18 +23,17 @@ from itertools import cycle
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch import Tensor
 from torch.optim import Adam
 
 from harmonica.cache import Cache, Gate
 from harmonica.denoise import Denoiser, check_fit
 from harmonica.forecast import taylor_weights, weighted
-from harmonica.memory import free_bytes, in_portions
+from harmonica.memory import in_portions
 from harmonica.router import Schedule
-from harmonica.run_again import run_again, run_once
+from harmonica.run_again import run_again
 from harmonica.search.flip_effects import with_table
-from harmonica.search.paths import differentiable_walk
+from harmonica.search.paths import Run, differentiable_walk, room_for
 from harmonica.search.references import (
     CAP,
     Pool,
@@ -177,10 +176,10 @@ def _learn(
     """Yield updates and weights after each round over the pool, and after the last update."""
     weights, mask = _trainable(start, history, pool.x)
     optimizer = Adam([weights], betas=(0.9, 0.99))
-    run = run_once if _walk_fits(denoiser, pool[batches[0]]) else run_again
+    room = room_for(denoiser, pool.x, pool.cond, len(batches[0]))
     a_round = len(pool) // len(batches[0])
     for update, batch in enumerate(batches, start=1):
-        gradient = _gradient(denoiser, start, weights, pool[batch], limit, run)
+        gradient = _gradient(denoiser, start, weights, pool[batch], limit, *room)
         _finite(float(gradient.sum()))
         weights.grad = gradient * mask
         share = update / len(batches)
@@ -218,7 +217,8 @@ def _gradient(
     weights: Tensor,
     batch: Pool,
     limit: float,
-    run: Callable[..., Any],
+    portion: int,
+    run: Run,
 ) -> Tensor:
     """Return the gradient (T, N, 1 + m) of the batch's mean error, noises whose error is above
     `limit` counting less.
@@ -236,7 +236,7 @@ def _gradient(
         scale = direction.abs().max().clamp_min(1e-30)
         return torch.autograd.grad(image, weights, direction / scale)[0] * scale
 
-    return torch.stack(list(in_portions(gradient, len(batch), len(batch)))).sum(0)
+    return torch.stack(list(in_portions(gradient, len(batch), portion))).sum(0)
 
 
 def weighted_walk(
@@ -245,33 +245,16 @@ def weighted_walk(
     weights: Tensor,
     x: Tensor,
     cond: Any,
-    run: Callable[..., Any] = run_again,
+    run: Run = run_again,
 ) -> Tensor:
     """Return the image (B, C, H, W) of noise x under a table, differentiable in the weights of its
-    gates (T, N, 1 + m). `run` as in `differentiable_walk`.
+    gates (T, N, 1 + m).
     """
 
     def gate_of(k: int, w: Tensor, cache: Cache) -> Gate:
         return weighted(table[k], [row.unbind() for row in w.unbind()], cache)
 
     return differentiable_walk(denoiser, x, cond, weights.unbind(), gate_of, run)
-
-
-def _walk_fits(denoiser: Denoiser, batch: Pool) -> bool:
-    """Return whether a quarter of the free memory holds what T steps keep for backward."""
-    kept: dict[int, int] = {}  # of one prediction: address of a storage -> bytes
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = 0 if isinstance(tensor, nn.Parameter) else storage.nbytes()
-        return tensor
-
-    x = batch.x.clone().requires_grad_()
-    with saved_tensors_hooks(note, lambda tensor: tensor):
-        out = run_once(denoiser.predict, x, 0, batch.cond)
-    fits = denoiser.steps * sum(kept.values()) < free_bytes(x.device) // 4
-    del out  # until here it keeps the storages alive, so that no address comes twice
-    return fits
 
 
 def _finite(number: float) -> float:

@@ -15,14 +15,19 @@ from math import ceil, inf
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from harmonica.cache import Cache, Gate, gated, reuse
 from harmonica.denoise import Denoiser, denoise
-from harmonica.run_again import run_again
+from harmonica.memory import free_bytes
+from harmonica.run_again import run_again, run_once
 from harmonica.search.references import image_mse
 
 Fork = tuple[Tensor, Cache, dict[str, Any]]
+Run = Callable[..., Any]
+"""`run_again` keeps the activations of one step only for backward, `run_once` of the whole walk."""
 
 
 def continue_walk(
@@ -44,11 +49,10 @@ def differentiable_walk(
     cond: Any,
     weights: Sequence[Tensor],
     gate_of: Callable[[int, Tensor, Cache], Gate],
-    run: Callable[..., Any] = run_again,
+    run: Run = run_again,
 ) -> Tensor:
     """Return the image (B, C, H, W) of noise x, differentiable in the weights that gates read: step
-    k walks under gate_of(k, weights[k], cache). `run_again` keeps the activations of one step only,
-    `run_once` those of the whole walk.
+    k walks under gate_of(k, weights[k], cache).
     """
 
     def step(
@@ -63,6 +67,31 @@ def differentiable_walk(
     for k, w in enumerate(weights):
         x, cache, memory = run(step, x, w, k, cache, memory)
     return x
+
+
+def room_for(denoiser: Denoiser, x: Tensor, cond: Any, most: int) -> tuple[int, Run]:
+    """Return with how many noises, `most` at most, a walk is differentiated, and how it is run.
+
+    The features of all T steps take half of the free memory; a quarter more lets all activations
+    be kept. Costs a prediction of one noise.
+    """
+    kept: dict[int, int] = {}  # of one prediction: address of a storage -> bytes
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = 0 if isinstance(tensor, nn.Parameter) else storage.nbytes()
+        return tensor
+
+    x, cond = x[:1].clone().requires_grad_(), tree_map_only(Tensor, lambda leaf: leaf[:1], cond)
+    cache, free = Cache(), free_bytes(x.device) // denoiser.steps  # of one step
+    gate = reuse([True] * len(denoiser.sites), cache)
+    with saved_tensors_hooks(note, lambda tensor: tensor), gated(denoiser.sites, gate):
+        out = run_once(denoiser.predict, x, 0, cond)
+    features = sum(f.nbytes for f in tree_leaves(list(cache.values())) if isinstance(f, Tensor))
+    noises = max(1, min(most, free // 2 // max(features, 1)))
+    run = run_once if noises * sum(kept.values()) < free // 4 else run_again
+    del out  # until here it keeps the storages alive, so that no address comes twice
+    return noises, run
 
 
 def whole_steps(denoiser: Denoiser, computed: Collection[int]) -> Tensor:

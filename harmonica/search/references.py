@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from harmonica.denoise import Denoiser, sample
-from harmonica.inference.walk import Refinable
+from harmonica.inference.walk import Refinable, Walk
 from harmonica.memory import in_portions
 from harmonica.router import Schedule
 from harmonica.storage.files import StrPath, read_tensors, write_tensors
@@ -108,11 +108,9 @@ def with_images(denoiser: Denoiser, x: Tensor, cond: Any) -> Pool:
 
 def pool_errors(denoiser: Denoiser, pool: Pool, schedule: Schedule | None = None) -> Tensor:
     """Return how far the images under a schedule are from the pool's, (M,) float64."""
-
-    def run(part: Pool) -> Tensor:
-        return image_errors(sample(denoiser, part.x, part.cond, schedule), part.images)
-
-    return torch.cat(list(pool.portions(run)))
+    walk = Walk(denoiser, schedule, exact=True)
+    errors = lambda part: image_errors(walk(part.x, part.cond), part.images)  # noqa: E731
+    return torch.cat(list(pool.portions(errors)))
 
 
 def references(

@@ -9,8 +9,8 @@ do to the image:
 
 A change is kept only if real walks show a lower error. Where neither kind helps, the search ends.
 Tables are judged on the same noises throughout, each quadratic sees others, so a change that fits
-its own noises only is not kept. To save time, a candidate is walked on a half of the noises first,
-and the quadratic, which only proposes, sees as many.
+its own noises only is not kept. To save time, a candidate is walked on FEW noises first, then on a
+half of them, and the quadratic, which only proposes, sees a half.
 
 Reuse couples sites strongly: whole steps that refresh together are far better than the same
 refreshes spread out. No flip finds that from afar, so the search starts from several tables: the
@@ -22,19 +22,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import combinations
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
-from harmonica.cache import Cache, gated, reuse
 from harmonica.denoise import Denoiser
-from harmonica.memory import free_bytes
 from harmonica.processes import local_part, mean_over_ranks, world
 from harmonica.router import Schedule
 from harmonica.search.flip_effects import WALKS, Quadratic, best_flips, flip_effects_at, with_table
-from harmonica.search.paths import cheapest_path, reuse_errors, spread, whole_steps
+from harmonica.search.paths import cheapest_path, reuse_errors, room_for, spread, whole_steps
 from harmonica.search.references import PORTION, Pool, pool_errors, typical_error
 from harmonica.search.target import Target
 from harmonica.table import require
@@ -48,6 +44,7 @@ PAIRS = 10  # pairs of rows that are walked in one round, at most
 SIGNS_SEED = 20_000_003  # of the random signs that a quadratic takes
 SCREENING_SHARE = 2  # one noise of so many screens candidates, and a quadratic sees as many
 FEW = 32  # never fewer noises than these, so that chance does not decide
+HOPELESS = 1.15  # a candidate whose error on FEW noises is so many times as large is given up
 WALKS_PER_ROUND = 2 + (1 + WALKS) / SCREENING_SHARE + PAIRS + FLIPS.bit_length()
 """Walks of one round on all noises, at most."""
 
@@ -122,10 +119,9 @@ class Search:
         self.fill = fill
         self.walk = len(pool) * denoiser.steps  # predictions of a walk on all noises
         self.spent = float(self.walk)
-        self._portion = noises_that_fit(denoiser, pool.x, pool.cond)
+        self._room = room_for(denoiser, pool.x, pool.cond, PORTION)
         self._changes = [Search._exchange, Search._flip]
-        self._of_few = torch.empty(0), 0.0  # a table, and its error on few noises
-        self._known: dict[bytes, JudgedTable] = {}
+        self._known: dict[bytes, Tensor] = {}  # errors of a table, on noises walked so far
         self._signs = torch.Generator().manual_seed(SIGNS_SEED)
 
     def paths(self) -> list[Tensor]:
@@ -138,7 +134,7 @@ class Search:
         def total(part: Pool) -> Tensor:
             return reuse_errors(self.denoiser, part.x, part.cond).to(part.x.device) * len(part)
 
-        errors = torch.stack(list(pool.portions(total, self._portion))).sum(0)
+        errors = torch.stack(list(pool.portions(total, self._room[0]))).sum(0)
         errors = mean_over_ranks(errors / len(pool)).cpu()
         self.spent += len(pool) * steps * (2 + (steps - 1) / 2)
         most = self.target.whole_steps
@@ -147,22 +143,15 @@ class Search:
         return [whole_steps(self.denoiser, path) for pair in pairs for path in pair]
 
     def judge(self, table: Tensor) -> JudgedTable:
-        """Judge a table on all noises; one that was judged before is remembered."""
-        key = table.numpy().tobytes()
-        if key not in self._known:
-            error = self._error(table, len(self.pool))
-            fast = self.target.spent(table) <= self.target.allowed
-            self._known[key] = JudgedTable(table, error, fast, self.spent)
-        return self._known[key]
+        """Judge a table on all noises."""
+        error, spent = self._error(table, len(self.pool)), self.target.spent(table)
+        return JudgedTable(table, error, spent <= self.target.allowed, self.spent)
 
     def better(self, table: Tensor, at: JudgedTable) -> JudgedTable | None:
-        """Return a table's judgement if it is better than `at`, on the first noises as well."""
-        few = few_of(len(self.pool))
-        if self._of_few[0] is not at.table:
-            self._of_few = at.table, self._error(at.table, few)
-        known = table.numpy().tobytes() in self._known
-        if not known and self._error(table, few) >= self._of_few[1]:
-            return None
+        """Return a table's judgement if it is better than `at`, on few noises as well."""
+        for noises, most in ((FEW, HOPELESS), (few_of(len(self.pool)), 1.0)):
+            if self._error(table, noises) >= most * self._error(at.table, noises):
+                return None
         after = self.judge(table)
         return after if after.error < at.error else None
 
@@ -198,18 +187,23 @@ class Search:
         return None
 
     def _error(self, table: Tensor, noises: int) -> float:
-        """Return the typical error of a table on the first noises of every process."""
-        self.spent += noises * self.denoiser.steps
-        schedule = with_table(self.fill, table)
-        errors = pool_errors(self.denoiser, self.pool[slice(noises)], schedule)
-        return float(mean_over_ranks(typical_error(errors)))
+        """Return the typical error of a table on the first noises of every process; a noise that
+        was walked before is remembered.
+        """
+        errors = self._known.get(key := table.numpy().tobytes(), torch.empty(0))
+        if len(errors) < min(noises, len(self.pool)):
+            rest = self.pool[slice(len(errors), noises)]
+            self.spent += len(rest) * self.denoiser.steps
+            more = pool_errors(self.denoiser, rest, with_table(self.fill, table))
+            errors = self._known[key] = torch.cat([errors.to(more), more])
+        return float(mean_over_ranks(typical_error(errors[:noises])))
 
     def _quadratic(self, table: Tensor) -> Quadratic:
         """Return the quadratic around a table, mean over noises and processes."""
         pool, schedule = next(self.others), with_table(self.fill, table)
         joint = (len(pool) * world(), *pool.x.shape[1:])
         signs = local_part(torch.randint(2, joint, generator=self._signs) * 2 - 1, joint[0])
-        model = flip_effects_at(self.denoiser, schedule, pool, signs, portion=self._portion)
+        model = flip_effects_at(self.denoiser, schedule, pool, signs, *self._room)
         self.spent += WALKS * len(pool) * self.denoiser.steps
         means = [mean_over_ranks(each).cpu() for each in (model.gradient, model.curvature)]
         return Quadratic(*means)
@@ -228,15 +222,3 @@ def _pairs(model: Quadratic, table: Tensor) -> list[Tensor]:
             ranked.append((model(z), table[order]))
     ranked.sort(key=lambda each: each[0])
     return [exchanged for _, exchanged in ranked[:PAIRS]]
-
-
-def noises_that_fit(denoiser: Denoiser, x: Tensor, cond: Any) -> int:
-    """Return how many noises, PORTION at most, leave half of the free memory when the features of
-    all T steps are alive, as they are while a walk is differentiated. Costs a prediction of x.
-    """
-    cache = Cache()
-    with torch.no_grad(), gated(denoiser.sites, reuse([True] * len(denoiser.sites), cache)):
-        denoiser.predict(x, 0, cond)
-    leaves = tree_leaves(list(cache.values()))
-    each = denoiser.steps * sum(f.nbytes for f in leaves if isinstance(f, Tensor)) // len(x)
-    return max(1, min(PORTION, free_bytes(x.device) // 2 // max(each, 1)))
