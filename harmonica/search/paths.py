@@ -75,11 +75,11 @@ def room_for(denoiser: Denoiser, x: Tensor, cond: Any, most: int) -> tuple[int, 
     The features of all T steps take half of the free memory; a quarter more lets all activations
     be kept. Costs a prediction of one noise.
     """
-    kept: dict[int, int] = {}  # of one prediction: address of a storage -> bytes
+    kept: dict[int, int] = {}  # of one prediction: storage -> bytes
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = 0 if isinstance(tensor, nn.Parameter) else storage.nbytes()
+        kept[storage._cdata] = 0 if isinstance(tensor, nn.Parameter) else storage.nbytes()
         return tensor
 
     x, cond = x[:1].clone().requires_grad_(), tree_map_only(Tensor, lambda leaf: leaf[:1], cond)
@@ -90,7 +90,7 @@ def room_for(denoiser: Denoiser, x: Tensor, cond: Any, most: int) -> tuple[int, 
     features = sum(f.nbytes for f in tree_leaves(list(cache.values())) if isinstance(f, Tensor))
     noises = max(1, min(most, free // 2 // max(features, 1)))
     run = run_once if noises * sum(kept.values()) < free // 4 else run_again
-    del out  # until here it keeps the storages alive, so that no address comes twice
+    del out  # which keeps the storages alive, so that each has a number of its own
     return noises, run
 
 
