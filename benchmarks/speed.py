@@ -47,7 +47,7 @@ from harmonica import Schedule, macs, sample
 from harmonica.cache import gated
 from harmonica.cost import Macs, count
 from harmonica.inference.graph import GraphWalk
-from harmonica.inference.lifetimes import Plan
+from harmonica.inference.lifetimes import Plan, plan_of
 from harmonica.inference.walk import Accelerated, Walk
 from harmonica.models import load
 from harmonica.models.dit import DiT, DiTDenoiser
@@ -168,7 +168,7 @@ def of_denoiser(case: Case, device: str, dtype: torch.dtype) -> Bench:
 def peak(plan: Plan, sizes: Sequence[float]) -> float:
     """Return the most that is alive in a walk's cache at once, for features of these sizes."""
     alive, most = [0] * len(sizes), 0.0  # features of each site
-    for row in plan.rows:
+    for row in plan:
         for site, entry in enumerate(row):
             alive[site] = len(entry.keep)
             most = max(most, sum(n * size for n, size in zip(alive, sizes, strict=True)))
@@ -190,7 +190,7 @@ def cache_facts(
     with torch.no_grad(), gated(sites, gate):
         run()
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    most = peak(Plan.of(schedule), sizes)
+    most = peak(plan_of(schedule), sizes)
     return {
         "model_mib": round(weights / 2**20, 1),
         "features_mib": round(sum(sizes) / 2**20, 1),

@@ -24,7 +24,7 @@ from torch import Tensor
 from harmonica import Denoiser, Schedule, learn_weights, macs, references
 from harmonica.cache import Feature
 from harmonica.forecast import History
-from harmonica.inference.lifetimes import fused_sum
+from harmonica.inference.lifetimes import fused_sum, planned
 from harmonica.inference.walk import Walk
 from harmonica.models import load
 from harmonica.models.dit import DiT, DiTDenoiser
@@ -104,7 +104,7 @@ def timed_walk(walk: Walk, x: Tensor, cond: Any) -> tuple[float, float]:
         return total
 
     began = time.process_time()
-    walk.run(x, cond, lambda k, cache: walk.plan.gate(k, cache, add))
+    walk.run(x, cond, lambda k, cache: planned(walk.plan[k], cache, add))
     return time.process_time() - began, spent
 
 

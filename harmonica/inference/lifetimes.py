@@ -9,7 +9,6 @@ of them alive. This file does not know models or samplers.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
@@ -34,54 +33,47 @@ class Entry(NamedTuple):
 
 LOOKUP = (False, (1.0,), (0,))
 
+Plan = tuple[tuple[Entry, ...], ...]
+"""A schedule in Python numbers: T rows of N entries, sites in the order of the columns."""
 Add = Callable[[Sequence[float], History], Feature]
 """Weights and features -> Σⱼ wⱼ·fⱼ."""
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A schedule in Python numbers: T rows of N entries, sites in the order of the columns.
+def plan_of(schedule: Schedule) -> Plan:
+    """Plan a schedule; the only time that its tensors are read.
 
-    >>> from harmonica import Schedule
-    >>> plan = Plan.of(Schedule([[True, True], [False, True], [False, True]]))
-    >>> [row[0].keep for row in plan.rows], [row[1].keep for row in plan.rows]
+    >>> plan = plan_of(Schedule([[True, True], [False, True], [False, True]]))
+    >>> [row[0].keep for row in plan], [row[1].keep for row in plan]
     ([(0,), (0,), ()], [(), (), ()])
     """
+    table, weights = schedule.compute.T.tolist(), schedule.gate_weights
+    each = [None] * len(table) if weights is None else weights.unbind(1)  # N × (T, 1 + m)
+    columns = [_column(*column) for column in zip(table, each, strict=True)]
+    return tuple(zip(*columns, strict=True))
 
-    rows: tuple[tuple[Entry, ...], ...]
 
-    @classmethod
-    def of(cls, schedule: Schedule) -> Plan:
-        """Plan a schedule; the only time that its tensors are read."""
-        weights = schedule.gate_weights
-        table = schedule.compute.T.tolist()
-        each = [None] * len(table) if weights is None else weights.unbind(1)  # N × (T, 1 + m)
-        columns = [_column(*column) for column in zip(table, each, strict=True)]
-        return cls(tuple(zip(*columns, strict=True)))
+def planned(row: Sequence[Entry], cache: Cache, add: Add = weighted_sum) -> Gate:
+    """Return the gate of one row of a plan over a walk's cache, which is empty after the last row.
 
-    def gate(self, k: int, cache: Cache, add: Add = weighted_sum) -> Gate:
-        """Return the gate of step k over a walk's cache, which is empty after the last step.
+    Rows come in the order of the walk, and each asks every site once. A feature that was never
+    computed raises RuntimeError, as `reuse` does. `weighted_sum` is exact, `fused_sum` takes fewer
+    passes.
+    """
 
-        Called in the order of the walk, once for each site and step. A feature that was never
-        computed raises RuntimeError, as `reuse` does. `weighted_sum` is exact, `fused_sum` takes
-        fewer passes.
-        """
-        row = self.rows[k]
+    def gate(site: int, compute: Compute) -> Feature:
+        try:
+            entry = row[site]
+            if entry.looks_up:
+                return cache[site][0]
+            kept: History = cache.pop(site, ()) if entry.computes else cache.pop(site)
+        except LookupError:
+            raise never_computed(site, len(row)) from None
+        outputs = (compute(), *kept) if entry.computes else kept
+        if entry.keep:
+            cache[site] = tuple(outputs[j] for j in entry.keep)
+        return add(entry.weights, outputs)
 
-        def gate(site: int, compute: Compute) -> Feature:
-            try:
-                entry = row[site]
-                if entry.looks_up:
-                    return cache[site][0]
-                kept: History = cache.pop(site, ()) if entry.computes else cache.pop(site)
-            except LookupError:
-                raise never_computed(site, len(row)) from None
-            outputs = (compute(), *kept) if entry.computes else kept
-            if entry.keep:
-                cache[site] = tuple(outputs[j] for j in entry.keep)
-            return add(entry.weights, outputs)
-
-        return gate
+    return gate
 
 
 def fused_sum(weights: Sequence[float], features: History) -> Feature:

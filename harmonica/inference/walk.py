@@ -26,7 +26,7 @@ from torch import Tensor
 from harmonica.cache import Cache, Compute, Feature, Gate, gated
 from harmonica.denoise import Denoiser, check_fit
 from harmonica.forecast import weighted_sum
-from harmonica.inference.lifetimes import Plan, fused_sum
+from harmonica.inference.lifetimes import fused_sum, plan_of, planned
 from harmonica.router import Schedule
 
 InForce = AbstractContextManager[Callable[[int], None] | None]
@@ -77,7 +77,7 @@ class Walk:
             schedule = Schedule(torch.ones(denoiser.steps, len(names)), names)
         check_fit(schedule, denoiser)
         self.denoiser, self.schedule, self.exact = denoiser, schedule, exact
-        self.plan = Plan.of(schedule)
+        self.plan = plan_of(schedule)
 
     def __call__(self, x: Tensor, cond: Any) -> Tensor:
         """Return the images that noise x becomes, both (B, C, H, W), under conditions for it."""
@@ -85,7 +85,7 @@ class Walk:
 
     def gate(self, k: int, cache: Cache) -> Gate:
         """Return the gate of step k over a walk's cache."""
-        return self.plan.gate(k, cache, weighted_sum if self.exact else fused_sum)
+        return planned(self.plan[k], cache, weighted_sum if self.exact else fused_sum)
 
     def run(self, x: Tensor, cond: Any, gate_of: Callable[[int, Cache], Gate]) -> Tensor:
         """Walk under other gates than the schedule's, such as gates that measure."""

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from harmonica import Router, Schedule, sample
 from harmonica.denoise import denoise, final_image
 from harmonica.forecast import taylor_weights, weighted, weighted_sum
-from harmonica.inference.lifetimes import Plan, fused_sum
+from harmonica.inference.lifetimes import fused_sum, plan_of, planned
 from harmonica.inference.walk import Walk
 from harmonica.storage.foreign import write_smoothcache
 
@@ -170,15 +170,15 @@ any_table = sizes.flatmap(lambda size: tables(*size))
 @given(any_table | schedules())
 def test_the_peak_of_live_features_is_what_the_plan_says(schedule):
     """Counted by weak references, at every site of every step."""
-    plan, cache, alive, peaks = Plan.of(schedule), {}, [], [0]
+    plan, cache, alive, peaks = plan_of(schedule), {}, [], [0]
 
     def compute():
         feature = torch.zeros(1)
         alive.append(weakref.ref(feature))
         return feature
 
-    for k in range(len(plan.rows)):
-        gate = plan.gate(k, cache)
+    for k in range(len(plan)):
+        gate = planned(plan[k], cache)
         for site in range(len(schedule.sites)):
             gate(site, compute)
             peaks.append(sum(ref() is not None for ref in alive))
@@ -191,8 +191,8 @@ def test_nothing_of_a_walk_is_alive_after_it():
     schedule = Schedule([[1] * 4, [0] * 4, [1, 0, 1, 0], [0] * 4])
     gc.collect()
     before = sum(type(thing) is torch.Tensor for thing in gc.get_objects())
-    plan, cache = Plan.of(schedule), {}
-    for _ in denoise(d, x, y, lambda k: plan.gate(k, cache)):
+    plan, cache = plan_of(schedule), {}
+    for _ in denoise(d, x, y, lambda k: planned(plan[k], cache)):
         pass
     del _
     gc.collect()
@@ -200,7 +200,7 @@ def test_nothing_of_a_walk_is_alive_after_it():
 
 
 def test_a_walk_that_starts_in_the_middle_is_refused():
-    gate = Plan.of(Schedule([[1, 1], [0, 0]])).gate(1, {})
+    gate = planned(plan_of(Schedule([[1, 1], [0, 0]]))[1], {})
     message = "site 1 of 2 is to be reused but this walk has not computed it"
     with pytest.raises(RuntimeError, match=message):
         gate(1, lambda: None)

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_map_only
 from harmonica.cache import called_by
 from harmonica.columns import fit
 from harmonica.cost import Macs
-from harmonica.inference.lifetimes import Plan
+from harmonica.inference.lifetimes import plan_of
 from harmonica.models.blocks import gated_blocks
 from harmonica.models.pipelines.checks import TRANSFORMERS, check_pipeline, transformers_of
 from harmonica.models.pipelines.taps import tapped
@@ -62,7 +62,7 @@ class Session:
         self.schedules = [fit(schedule, self.sites) for schedule in schedules]
         for schedule in self.schedules:
             schedule.check(schedule.steps, self.sites)
-        self._rows = [Plan.of(schedule).rows for schedule in self.schedules]
+        self._rows = [plan_of(schedule) for schedule in self.schedules]
         self._inputs: dict[str, Any] = {}  # of the first call of each transformer, without numbers
         self._costs: dict[str, Macs | None] = {}
         self._live, self._ended = list[Tracker](), Counts()
