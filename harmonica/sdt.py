@@ -34,7 +34,7 @@ Mean = Callable[[Tensor], Tensor]  # over the processes that train together
 class Update:
     """What one update did, in numbers; loss and mse are means over all processes."""
 
-    trajectory: int  # the paper's word for a walk; from 0
+    walk: int  # its number, from 0
     k: int  # executed step, 1 … T−1: the row that moved
     loss: float  # λ·MSE + β·Σ r, before the update
     mse: float  # of student against teacher, before the update
@@ -54,7 +54,7 @@ def sdt(  # noqa: D417 (some arguments share a line)
     proxy: Proxy | None = "leave-one-out",
     optimizer: Optimizer | None = None,
     lam: Tensor | None = None,
-    trajectory: int = 0,
+    walk: int = 0,
     mean: Mean = torch.clone,
 ) -> Generator[Update, None, None]:
     """Train `router` in place, and yield what each update did (paper, Algorithm 1).
@@ -67,7 +67,7 @@ def sdt(  # noqa: D417 (some arguments share a line)
         lr: learning rate of AdamW, without weight decay.
         refresh_every: walks between two measurements of λ (C = 500 updates are 26 at T = 20).
         proxy: which λ (`image_error`); None is λ = 1, SDT without IEPO.
-        optimizer, lam, trajectory: to continue an earlier call; λ (T,) is refreshed in place.
+        optimizer, lam, walk: to continue an earlier call; λ (T,) is refreshed in place.
         mean: averages a tensor over the processes that train together; one process only copies.
 
     Raises ValueError if a setting does not fit, FloatingPointError if a loss is not finite.
@@ -75,7 +75,7 @@ def sdt(  # noqa: D417 (some arguments share a line)
     _check(denoiser, router, tau, refresh_every)
     optimizer = optimizer or AdamW(router.parameters(), lr=lr, weight_decay=0.0)
     lam = torch.ones(router.steps) if lam is None else lam
-    for n, (x, cond) in enumerate(noise, start=trajectory):
+    for n, (x, cond) in enumerate(noise, start=walk):
         if proxy is not None and n % refresh_every == 0:
             lam.copy_(mean(image_error(denoiser, router(), x, cond, tau=tau, mode=proxy)))
         cache, memory = Cache(), dict[str, Any]()  # filled by step 0, which computes everything

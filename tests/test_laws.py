@@ -272,7 +272,7 @@ def trained(d, *, n=2, **options):
 
 def test_one_update_for_each_step_but_the_first_weighed_by_lambda(small):
     router, updates = trained(small, n=3, proxy=None)
-    assert [(u.trajectory, u.k) for u in updates] == [(n, k) for n in range(3) for k in range(1, 4)]
+    assert [(u.walk, u.k) for u in updates] == [(n, k) for n in range(3) for k in range(1, 4)]
     router, updates = trained(small, n=1, lr=0.0)
     for u in updates:
         price = 1e-3 * float(router.row(u.k).detach().sum())

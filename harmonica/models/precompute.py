@@ -111,7 +111,7 @@ def _pixart(model: Any, memo: Memo, exact: bool) -> list[Pair]:
     return [once(memo, module) for module in text if module is not None]
 
 
-KNOWN: dict[str, Callable[[Any, Memo, bool], list[Pair]]] = {
+ANSWERED: dict[str, Callable[[Any, Memo, bool], list[Pair]]] = {
     "harmonica.models.dit.DiT": _dit,
     "diffusers.models.transformers.pixart_transformer_2d.PixArtTransformer2DModel": _pixart,
 }
@@ -127,6 +127,6 @@ def precomputed(
     A model of another class runs as it is. `exact` leaves out what differs by rounding.
     """
     memo, kind = Memo(timesteps), f"{type(model).__module__}.{type(model).__qualname__}"
-    answers = KNOWN[kind](model, memo, exact) if kind in KNOWN else []
+    answers = ANSWERED[kind](model, memo, exact) if kind in ANSWERED else []
     with overridden((module, "forward", answer) for module, answer in answers):
         yield partial(setattr, memo, "k")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
 from itertools import chain
@@ -22,12 +21,10 @@ from torch.utils._pytree import tree_map, tree_map_only
 from harmonica.cost import Count, Macs, count
 from harmonica.models.sites import Modules
 
-Inputs = Mapping[str, Any]  # keyword arguments of a forward
 
-
-def count_calls(transformer: nn.Module, modules: Modules, inputs: Inputs) -> Count | None:
-    """Count one forward, for modules of one's own choice; None if torch cannot count it: fake
-    tensors have no values, flex attention has no counter.
+def count_calls(transformer: nn.Module, modules: Modules, inputs: Any) -> Count | None:
+    """Count a forward, `inputs` being its keyword arguments, for modules of one's own choice; None
+    if torch cannot count it: fake tensors have no values, flex attention has no counter.
     """
     paths = {id(module): path for path, module in transformer.named_modules()}
     if any(id(module) not in paths for module in modules.values()):

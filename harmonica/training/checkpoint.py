@@ -65,12 +65,12 @@ class TrainingState:
     controller: BetaController | None  # None where β is fixed
     generator: torch.Generator  # of the noises and conditions
     updates: int = 0
-    trajectory: int = 0  # the walk that the next update belongs to
+    walk: int = 0  # the walk that the next update belongs to
 
     def count(self, update: Update) -> None:
         """Count one update."""
         self.updates += 1
-        self.trajectory = update.trajectory + (update.k == self.router.steps - 1)
+        self.walk = update.walk + (update.k == self.router.steps - 1)
         self.router.about["provenance"]["iterations"] = self.updates
 
     def capture(self) -> Captured:
@@ -82,14 +82,14 @@ class TrainingState:
         for k, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{k}.{name}": value.clone() for name, value in moments.items()}
         tensors = {f"state.{name}": value for name, value in tensors.items()}
-        return tensors, {"updates": self.updates, "trajectory": self.trajectory}
+        return tensors, {"updates": self.updates, "walk": self.walk}
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Set everything to what was captured; raise ValueError or KeyError if it does not fit."""
-        self.updates, self.trajectory = counts = facts["updates"], facts["trajectory"]
+        self.updates, self.walk = counts = facts["updates"], facts["walk"]
         counted = all(isinstance(count, int) and 0 <= count <= 10**12 for count in counts)
-        require(counted, f"updates and trajectory are {counts!r:.80}")
+        require(counted, f"updates and walk are {counts!r:.80}")
         self.router.about["provenance"]["iterations"] = self.updates
         logits = _tensor(tensors, "state.logits", self.router.logits)
         for k, row in enumerate(self.router.rows):

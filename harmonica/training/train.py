@@ -92,7 +92,7 @@ def _train(
     cost = None if bar.disable else macs(denoiser)
     while state.updates < iterations:
         noise = [local_part(denoiser.draw(batch, state.generator), batch)]
-        updates = sdt(denoiser, router, noise, trajectory=state.trajectory, **how)
+        updates = sdt(denoiser, router, noise, walk=state.walk, **how)
         for update in islice(updates, iterations - state.updates):
             state.count(update)
             if control is not None:
