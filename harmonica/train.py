@@ -19,10 +19,10 @@ import torch
 from harmonica import Denoiser, Router, macs, train_sdt
 from harmonica import command_line as cli
 from harmonica.iepo import Proxy
+from harmonica.memory import free_bytes
 from harmonica.models import BUNDLED
 from harmonica.models.prompts import read_prompts
 from harmonica.processes import batch_per_rank, processes, rank, started_as
-from harmonica.search.references import Toward
 from harmonica.search.target import check_target
 from harmonica.storage.files import exclusive_lock
 from harmonica.table import require
@@ -65,19 +65,11 @@ def parser() -> cli.Parser:
         key = name.replace("-", "_")
         p.option(name, kind, f"{text} ({AUTHORS[key]:g}; bundled models: {QUICK[key]:g})")
     p.option("tau", cli.share, "a score above it computes", 0.1)
-    p.option(
-        "target",
-        float,
-        "theoretical speedup to end on, or just above, instead of --beta",
-        shown="SPEEDUP",
-    )
+    p.option("target", float, "theoretical speedup, or just above it; no --beta", shown="SPEEDUP")
     budget = "predictions for the search after training, with --target (12 rounds)"
     p.option("refine", cli.whole, budget, shown="PREDICTIONS")
-    p.option("order", cli.whole, "with --target: differences that continue skipped outputs", 0)
-    p.option("toward", get_args(Toward), "image that the search aims at", "uncached")
     p.option("proxy", proxies, "which lambda; none is 1", proxies[0])
     p.option("out", Path, "folder for results", Path("out/train"), "DIR")
-    p.option("checkpoint-every", cli.count, "updates between two writes", 500)
     p.option("seed", cli.seed, "draws the first router and the noise", 0)
     p.add_argument("--resume", action="store_true", help="continue the router.safetensors in --out")
     p.add_argument("--dry-run", action="store_true", help="say what training will take, and stop")
@@ -103,8 +95,7 @@ def run(args: argparse.Namespace) -> None:
     with exclusive_lock(args.out) if first else nullcontext(), processes(args.device) as device:
         batch_per_rank(args.batch_size)
         if device.type == "cuda":
-            available, _ = torch.cuda.mem_get_info(device)
-            needs(args).check(available, checkpointing=checkpointing)
+            needs(args).check(free_bytes(device), checkpointing=checkpointing)
         denoiser = cli.load_model(args, device, checkpointing=checkpointing)
         router = _train(denoiser, args)
         if rank() == 0:
@@ -126,7 +117,7 @@ def needs(args: argparse.Namespace) -> DryRun:
 
 def complete(args: argparse.Namespace) -> None:
     """Fill in the settings that were not given, and refuse what no model could be trained with."""
-    check_target(args.target, args.beta, args.order)
+    check_target(args.target, args.beta)
     refined = args.refine is None or (args.target is not None and args.refine >= 0)
     given = f"--refine is {args.refine} and --target {args.target}"
     require(refined, f"{given}; expected 0 or more, and a target")
@@ -150,7 +141,7 @@ def _check_out(args: argparse.Namespace) -> None:
 
 
 def _train(denoiser: Denoiser, args: argparse.Namespace) -> Router:
-    names = (*AUTHORS, "tau", "refine", "order", "toward", "proxy", "checkpoint_every", "resume")
+    names = (*AUTHORS, "tau", "refine", "proxy", "resume")
     settings = {name: getattr(args, name) for name in names} | {"target_speedup": args.target}
     if args.target is not None:
         del settings["beta"]

@@ -47,7 +47,6 @@ REFUSED = {
         ("--iterations 0", "--iterations: found '0'; expected a whole number, 1 or more"),
         ("--batch-size 0", "--batch-size: found '0'"),
         ("--refresh-every -1", "--refresh-every: found '-1'"),
-        ("--checkpoint-every 0", "--checkpoint-every: found '0'"),
         ("--tau 1", "--tau: found '1'; expected a number, 0 or more and below 1"),
         ("--beta nan", "--beta: found 'nan'"),
         ("--lr 0", "--lr: found '0'"),

@@ -39,9 +39,7 @@ ADVICE = "give the modules yourself, as cached(pipe, schedule, sites={name: modu
 _SITE = re.compile(
     r"\w*(attn|attention)\d*|mhb?a|ffn?\d*|mlp\d*|feedforward|densereludense|transition"
 )
-_NOT_A_SITE = re.compile(
-    r"\w*norm\d*|adaln\w*|act|mod|modulation|drop(out)?|emb\w*|time\w*|film\w*"
-)
+_NOT_A_SITE = re.compile(r"\w*norm\d*|adaln\w*|act|mod(ulation)?|drop(out)?|(emb|time|film)\w*")
 _INLINED = ("gate_proj", "up_proj", "down_proj")
 _NOT_THE_DENOISER = re.compile(
     r"refine|embed|encoder|extractor|projection|projector|fus(ion|er)|perceiver$"
@@ -64,10 +62,8 @@ def sites(transformer: nn.Module) -> dict[str, nn.Module]:
     >>> list(sites(nn.ModuleDict({"blocks": nn.ModuleList([block])})))
     ['blocks.0.attn']
     """
-    takes = (
-        f"sites() takes the transformer of a pipeline, a torch module; found {type(transformer)}"
-    )
-    require(isinstance(transformer, nn.Module), takes)
+    takes = "sites() takes the transformer of a pipeline, a torch module"
+    require(isinstance(transformer, nn.Module), f"{takes}; found {type(transformer)}")
     blocks = dict(_blocks(transformer, ""))
     names = [name for path, block in blocks.items() for name in _inside(block, path)]
     modules = {name: transformer.get_submodule(name) for name in names}

@@ -196,19 +196,17 @@ REFUSED = {
     "train --target 1.5 --beta 1e-7": "leave it out",
     "train --target 0.5": "the target speedup is 0.5",
     "demo --target 0.5": "the target speedup is 0.5",
-    "train --order 1": "order is 1 and the target speedup is None",
     "train --target 9": "maximum here is",
 }
 
 
 def test_the_commands_land_on_a_target_and_refuse_one_with_a_beta(tmp_path, capsys):
     size = f"--steps 3 --iterations 4 --out {tmp_path}/"
-    for out, options in (("a", "--refine 0"), ("b", "--order 2 --refine 100")):
+    for out, options in (("a", "--refine 0"), ("b", "--refine 100")):
         options = f"{size}{out} --batch-size 2 --target 1.5 {options}"
         assert said(train, options, capsys)[0] == 0
         schedule = Schedule.load(tmp_path / out / "schedule.json")
         assert schedule.speedup(macs(load("tiny", steps=3))) >= 1.5
-        assert schedule.order == (2 if out == "b" else 0)
     for command, message in REFUSED.items():
         name, _, options = command.partition(" ")
         code, _, err = said({"train": train, "demo": demo}[name], f"{size}c {options}", capsys)
