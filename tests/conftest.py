@@ -162,6 +162,14 @@ def small_models(monkeypatch):
     shrink(monkeypatch)
 
 
+@pytest.fixture
+def short_demo(monkeypatch):
+    """Let the demo draw few noises, and learn for two updates."""
+    few = {"HELD_OUT": 20, "TIMED": 2, "POOL": 4, "CHOOSING": 2, "UPDATES": 2}
+    for name, value in few.items():
+        monkeypatch.setattr(f"harmonica.demo.{name}", value)
+
+
 def tables(steps: int = 4, sites: int = 4) -> st.SearchStrategy[Schedule]:
     """Draw a schedule: any decisions, a first row of true."""
     row = st.lists(st.booleans(), min_size=sites, max_size=sites)

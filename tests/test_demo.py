@@ -19,18 +19,10 @@ def unpainted(monkeypatch):
     monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: Path(path).touch())
 
 
-@pytest.fixture
-def small(monkeypatch):
-    """Draw few noises, and learn for two updates."""
-    few = {"HELD_OUT": 20, "TIMED": 2, "POOL": 4, "CHOOSING": 2, "UPDATES": 2}
-    for name, value in few.items():
-        monkeypatch.setattr(demo, name, value)
-
-
 FILES = ["error.png", "images.png", "router.png", "schedule.json"]
 
 
-def test_the_demo_makes_a_table_measures_and_saves(tmp_path, small, unpainted, capsys):
+def test_the_demo_makes_a_table_measures_and_saves(tmp_path, short_demo, unpainted, capsys):
     out, again = tmp_path / "with space", tmp_path / "again"
     code, text, _ = said(demo, ["--steps", 4, "--out", out], capsys)
     assert (code, "beyond the paper" in text) == (0, True)
@@ -47,7 +39,9 @@ def test_the_demo_makes_a_table_measures_and_saves(tmp_path, small, unpainted, c
 ROWS = ["theoretical speedup", "measured speedup", "measured / theoretical", "distance to uncached"]
 
 
-def test_the_demos_table_shows_theory_and_clock_side_by_side(tmp_path, capsys, small, unpainted):
+def test_the_demos_table_shows_theory_and_clock_side_by_side(
+    tmp_path, capsys, short_demo, unpainted
+):
     names = [f"blocks.{i}.{kind}" for i in range(8) for kind in ("attn", "mlp")]
     Schedule([[k % 2 == 0] * 16 for k in range(4)], tuple(names)).save(tmp_path / "s.json")
     options = f"--steps 4 --schedule {tmp_path}/s.json --out {tmp_path}"
@@ -60,7 +54,7 @@ def test_the_demos_table_shows_theory_and_clock_side_by_side(tmp_path, capsys, s
 
 
 def test_a_schedule_is_refused_before_anything_runs_or_frozen_at_the_usual_threshold(
-    tmp_path, capsys, small, unpainted
+    tmp_path, capsys, short_demo, unpainted
 ):
     Router(7, 16).schedule().save(tmp_path / "s.json")
     code, _, err = said(demo, f"--schedule {tmp_path}/s.json --out {tmp_path}/out", capsys)
@@ -72,7 +66,7 @@ def test_a_schedule_is_refused_before_anything_runs_or_frozen_at_the_usual_thres
 
 
 def test_what_was_made_is_saved_before_anything_else_can_go_wrong(
-    tmp_path, monkeypatch, small, capsys
+    tmp_path, monkeypatch, short_demo, capsys
 ):
     monkeypatch.setattr(demo, "sample", raising(torch.OutOfMemoryError("out of memory")))
     assert said(demo, f"--steps 3 --out {tmp_path}", capsys)[0] == 2

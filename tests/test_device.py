@@ -45,6 +45,12 @@ def device():
         yield device
 
 
+@pytest.fixture(autouse=True)
+def few_noises(monkeypatch):
+    """Let a search judge its tables on few noises."""
+    monkeypatch.setattr("harmonica.search.refine_router.NOISES", 16)
+
+
 def numbers(result):
     """Return the tensors and numbers of a result, on the CPU."""
     return [leaf.held if isinstance(leaf, Sham) else leaf for leaf in tree_leaves(result)]
@@ -175,9 +181,7 @@ def trained(place, name="dit-xl", **settings):
     return train_sdt(d, **how | settings).logits
 
 
-REFINED = {"target_speedup": 1.3, "refine": 150, "batch_size": 32, "iterations": 2}
-
-
+REFINED = {"target_speedup": 1.3, "refine": 500, "batch_size": 4, "iterations": 2}
 SETTINGS = [{}, {"proxy": None}, {"proxy": "telescoping"}, {"again": True}, {"name": "uvit-h"}]
 SETTINGS += [{"name": "pixart-alpha-256"}, {"target_speedup": 1.3, "refine": 0}]
 SETTINGS += [{"target_cur": 0.3, "refine": 0}, REFINED, REFINED | {"order": 1}]
@@ -256,7 +260,7 @@ def command(name, place, out):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_command_runs_on_the_device(name, tmp_path, capsys, monkeypatch):
+def test_a_command_runs_on_the_device(name, tmp_path, capsys, monkeypatch, short_demo):
     # Whether it fits is counted on meta tensors, which the sham device cannot have beside its own.
     fits = SimpleNamespace(check=lambda *_, **__: None)
     monkeypatch.setattr("harmonica.train.needs", lambda args: fits)
@@ -302,16 +306,18 @@ def test_a_missing_device_is_one_line_and_exit_code_2(name, place, tmp_path, cap
 
 def test_whatever_is_reduced_over_processes_lies_on_the_device(monkeypatch, device):
     """Two processes that have drawn the same: a sum is twice what one has."""
-    places = []
+    reduced = []
     fakes = {"is_available": True, "is_initialized": True, "get_rank": 0, "get_world_size": 2}
     fakes["barrier"] = None
     for name, value in {**fakes, "get_backend": "nccl", "broadcast_object_list": None}.items():
         monkeypatch.setattr(torch.distributed, name, lambda *_, value=value: value)
-    all_reduce = lambda tensor: places.append(tensor.device.type) or tensor.mul_(2)  # noqa: E731
+    note = lambda tensor: reduced.append((tensor.device.type, tuple(tensor.shape)))  # noqa: E731
+    all_reduce = lambda tensor: note(tensor) or tensor.mul_(2)  # noqa: E731
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
     trained("cuda", **REFINED)
-    assert len(places) >= 10
-    assert set(places) == {"cuda"}
+    assert {place for place, _ in reduced} == {"cuda"}
+    # λ, what an update tells, gradients of scores, errors of runs and of tables, effects of flips
+    assert {shape for _, shape in reduced} == {(3,), (2,), (4,), (3, 3), (), (8,), (8, 8)}
 
 
 def lambda_of(place):

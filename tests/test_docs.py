@@ -5,6 +5,7 @@ import importlib
 import json
 import re
 import shlex
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
 
 
+@cache
 def names_of_tests() -> set[str]:
     """Return the names of all tests."""
     paths = [*(ROOT / "tests").rglob("test_*.py"), *(ROOT / "benchmarks").rglob("test_*.py")]
@@ -29,7 +31,12 @@ def names_of_tests() -> set[str]:
 
 @each_page
 def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
-    monkeypatch.setattr("harmonica.search.refine_router.NOISES", 16)
+    for name, few in {
+        "refine_router.NOISES": 16,
+        "refine_router.ROUNDS": 2,
+        "learn.TURN_ROUNDS": 1,
+    }.items():
+        monkeypatch.setattr(f"harmonica.search.{name}", few)
     monkeypatch.chdir(tmp_path)
     scope: dict[str, object] = {}
     for block in blocks(page, "python"):
