@@ -14,7 +14,7 @@ from torch import Tensor
 from harmonica.denoise import Denoiser
 from harmonica.processes import local_part, progress_bar, world
 from harmonica.router import Router
-from harmonica.search.references import Pool, Toward, factor_of, finer_walk, with_images
+from harmonica.search.references import Pool, with_images
 from harmonica.search.refine import WALKS_PER_ROUND, few_of, refine
 from harmonica.search.target import Target, logit
 from harmonica.table import require
@@ -34,7 +34,7 @@ def refine_router(  # noqa: D417 (some arguments share a line)
     batch_size: int = 32,
     budget: int | None = None,
     order: int = 0,
-    toward: Toward = "uncached",
+    finer: Denoiser | None = None,
     progress: bool = False,
 ) -> None:
     """Flip entries of the router's table until it is on target, refine the table, and set the
@@ -46,8 +46,9 @@ def refine_router(  # noqa: D417 (some arguments share a line)
             if None, 0 only flips until the table is on target. A budget m times the default uses m
             times as many noises.
         order: how skipped sites are filled, `Schedule.order`; the router will say so.
-        toward: what images should be near; a reference costs 10·T predictions a noise more.
+        finer: the walk whose images are to be met, such as a `finer_walk`; the uncached one if None.
     """
+    finer = denoiser if finer is None else finer
     rule = "a target needs 0 < tau < 1, since nothing is reused at 0"
     require(0.0 < tau < 1.0, f"tau is {tau}; {rule}")
     r = router().detach().cpu()  # (T, N)
@@ -56,7 +57,7 @@ def refine_router(  # noqa: D417 (some arguments share a line)
     allowed = NOISES * one if budget is None else float(budget * batch_size)  # of all processes
     if allowed > 0:
         noises = max(NOISES, int(allowed / one))
-        pool, others = _pools(denoiser, noises, toward)
+        pool, others = _pools(denoiser, noises, finer)
         total, budget_here = round(allowed / noises), allowed / world()
         search = refine(denoiser, [table], pool, others, target, budget=budget_here, fill=order)
         with progress_bar(progress, total=total, unit="prediction", desc="refine") as bar:
@@ -67,15 +68,14 @@ def refine_router(  # noqa: D417 (some arguments share a line)
                 facts = {"refined_for": round(spent / batch_size), "typical_error": judged.error}
     _adopt(router, table, tau)
     facts["target_speedup"] = target.speedup
-    if toward == "reference":
-        facts["toward"] = toward
+    if finer is not denoiser:
+        facts["toward"] = "reference"
     router.about |= {"order": order, "provenance": router.about.get("provenance", {}) | facts}
 
 
-def _pools(denoiser: Denoiser, noises: int, toward: Toward) -> tuple[Pool, Iterator[Pool]]:
+def _pools(denoiser: Denoiser, noises: int, finer: Denoiser) -> tuple[Pool, Iterator[Pool]]:
     """Return this process's part of a pool of so many noises, and of fresh pools of fewer."""
     generator = torch.Generator().manual_seed(NOISES_SEED)
-    finer = finer_walk(denoiser, factor_of(toward))
 
     def draw(count: int) -> Pool:
         joint = -(-count // world()) * world()

@@ -9,6 +9,7 @@ This file does not know how a table is trained or searched for.
 
 import math
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from harmonica.cost import Macs, macs
 from harmonica.denoise import Denoiser
 from harmonica.router import Schedule
+from harmonica.search.references import Toward
 from harmonica.table import require
 
 
@@ -84,14 +86,14 @@ def check_target(
     """
     given = f"the target speedup is {speedup}"
     require(0 <= order <= 9, f"order is {order}; expected 0 to 9")
-    if speedup is None:
-        require(order == 0, f"order is {order} and {given}; an order above 0 is for a target")
-        aimless = "toward='reference' is for the search; give target_speedup as well"
-        require(toward != "reference", aimless)
-        return
-    require(1 <= speedup < math.inf, f"{given}; it must be 1 (compute all) or more")
-    todo = "training to a target chooses beta by itself, leave it out"
-    require(beta is None, f"beta is {beta} and {given}; {todo}")
+    known = toward in get_args(Toward)
+    require(known, f"toward is {toward!r}; it must be 'reference' or 'uncached'")
+    aimed = speedup is not None or (order == 0 and toward == "uncached")
+    settings = f"order is {order} and toward {toward!r}, but {given}"
+    require(aimed, f"{settings}; both are for a search, so give target_speedup as well")
+    require(speedup is None or 1 <= speedup < math.inf, f"{given}; it must be 1 or more")
+    todo = f"beta is {beta} and {given}; a target chooses beta by itself, leave it out"
+    require(speedup is None or beta is None, todo)
 
 
 def target_of(

@@ -15,7 +15,7 @@ from harmonica.memory import is_out_of_memory
 from harmonica.processes import local_part, mean_over_ranks, progress_bar, world
 from harmonica.router import Router
 from harmonica.sdt import BETA, sdt
-from harmonica.search.references import Toward, factor_of, finer_walk
+from harmonica.search.references import Toward, finer_walk
 from harmonica.search.refine_router import refine_router
 from harmonica.search.target import check_target, target_of
 from harmonica.storage.files import StrPath
@@ -60,7 +60,7 @@ def train_sdt(  # noqa: D417 (some arguments are described together)
     target = target_of(denoiser, target_speedup, target_cur, cost)
     speedup, price = None if target is None else target.speedup, None if beta == BETA else beta
     check_target(speedup, price, order, toward)
-    finer_walk(denoiser, factor_of(toward))  # what the search would raise, raised before training
+    finer = finer_walk(denoiser) if toward == "reference" else denoiser
     settings = Settings(batch_size, tau, beta, lr, refresh_every, proxy, target)
     state = start(denoiser, settings, generator)
     with Checkpoint(checkpoint, checkpoint_every, settings, denoiser) as saved:
@@ -68,7 +68,7 @@ def train_sdt(  # noqa: D417 (some arguments are described together)
         _train(denoiser, settings, state, saved, iterations, progress)
         if target is not None:
             search = partial(refine_router, denoiser, state.router, target, batch_size=batch_size)
-            how = partial(search, tau=tau, order=order, toward=toward, progress=progress)
+            how = partial(search, tau=tau, order=order, finer=finer, progress=progress)
             _refine(how, refine)
             saved.write()
     return state.router
