@@ -39,7 +39,7 @@ from harmonica.models.weights import component, fill, read_state
 from harmonica.storage.files import read_json, write_tensors
 from harmonica.storage.foreign import write_smoothcache
 from harmonica.storage.hub import fetch, write_folder
-from harmonica.training.checkpoint import Checkpoint, Settings, start
+from harmonica.training.checkpoint import Checkpoint, start
 
 SITES = tuple(f"blocks.{i}.{kind}" for i in range(2) for kind in ("attn", "mlp"))
 ABOUT = {"model": "small", "sampler": "ddim", "timesteps": (9, 5, 0), "guidance": 1.5}
@@ -104,22 +104,19 @@ def _fill(path: Path) -> None:
     model.to(torch.float32)(torch.zeros(1, 2, 4, 4), torch.zeros(1), label)
 
 
-_SETTINGS = {"batch_size": 1, "tau": 0.1, "beta": 7e-8, "lr": 0.01, "refresh_every": 25}
-
-
 @lru_cache(1)
 def _checkpoint_bytes() -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         path, d = Path(folder) / "c", make(dtype=torch.float32)
-        train_sdt(d, **_SETTINGS, iterations=3, checkpoint=path, progress=False)
+        train_sdt(d, batch_size=1, iterations=3, checkpoint=path, progress=False)
         return path.read_bytes()
 
 
 def _resume(path: Path) -> None:
     d = make(dtype=torch.float32)
-    settings = Settings(**_SETTINGS, proxy="leave-one-out", target=None)
-    state = start(d, settings)
-    Checkpoint(path, 100, settings, d).begin(state, 6, resume=True)
+    how = {"tau": 0.1, "beta": 7e-8, "refresh_every": 25, "proxy": "leave-one-out"}
+    state = start(d, 1, 0.01, how)
+    Checkpoint(path, 100, d).begin(state, 6, resume=True)
     assert 0 <= state.updates <= 6
     assert bool(state.router().isfinite().all())
     state.router.rows[0].grad = torch.ones(4)

@@ -11,6 +11,7 @@ of processes, to rounding.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,6 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from harmonica.denoise import Denoiser
-from harmonica.iepo import Proxy
 from harmonica.memory import is_out_of_memory
 from harmonica.processes import batch_per_rank, from_rank_0, rank
 from harmonica.router import Router
@@ -33,32 +33,11 @@ from harmonica.training.beta import BetaController
 Captured = tuple[dict[str, Tensor], dict[str, Any]]  # a state as tensors and numbers by name
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What must be the same on resuming a run; each as in `train_sdt`."""
-
-    batch_size: int
-    tau: float
-    beta: float
-    lr: float
-    refresh_every: int
-    proxy: Proxy | None
-    target: Target | None
-
-    def facts(self) -> dict[str, float | str]:
-        """Return the settings as strings and numbers, for a file."""
-        facts = {**vars(self), "proxy": self.proxy or "none"}
-        target = facts.pop("target")
-        if target is not None:  # which chooses β
-            del facts["beta"]
-            facts |= {"target_speedup": target.speedup, "target_cost": target.cost.total}
-        return facts
-
-
 @dataclass
 class TrainingState:
     """What is alive between two walks; nothing else is."""
 
+    settings: dict[str, Any]  # strings and numbers that must be the same on resuming
     router: Router
     optimizer: AdamW
     lam: Tensor  # λ, (T,)
@@ -114,28 +93,36 @@ def _tensor(tensors: dict[str, Tensor], name: str, like: Tensor) -> Tensor:
 
 
 def start(
-    denoiser: Denoiser, settings: Settings, generator: torch.Generator | None = None
+    denoiser: Denoiser,
+    batch_size: int,
+    lr: float,
+    how: Mapping[str, Any],
+    target: Target | None = None,
+    generator: torch.Generator | None = None,
 ) -> TrainingState:
-    """Return the state of a run that has done nothing yet; seed 0 without a generator.
-
-    Raises TypeError or ValueError if no router can be trained for the denoiser.
+    """Return the state of a run that has done nothing yet; `how` is what `sdt` is given. Raises
+    TypeError or ValueError if no router can be trained for the denoiser.
     """
     if not isinstance(denoiser, Denoiser):
         name = type(denoiser).__name__
         raise TypeError(f"{name} lacks a member of harmonica.Denoiser; see its docstring")
-    batch, target, T = settings.batch_size, settings.target, denoiser.steps
+    T = denoiser.steps
     require(T >= 2, "the denoiser has 1 step, which always computes; nothing can be trained")
-    require(batch >= 1, f"found batch_size {batch}; it must be 1 or more")
-    batch_per_rank(batch)
+    require(batch_size >= 1, f"found batch_size {batch_size}; it must be 1 or more")
+    batch_per_rank(batch_size)
+    settings = {"batch_size": batch_size, "lr": lr, **how, "proxy": how["proxy"] or "none"}
+    if target is not None:
+        del settings["beta"]  # a target chooses it
+        settings |= {"target_speedup": target.speedup, "target_cost": target.cost.total}
     generator = torch.Generator().manual_seed(0) if generator is None else generator
-    provenance = {"method": "HarmoniCa", "iterations": 0, **settings.facts()}
+    provenance = {"method": "HarmoniCa", "iterations": 0, **settings}
     with decoding("denoiser.about", "does not describe a schedule"):  # before hours, not after
         about = {**denoiser.about, "provenance": provenance}
         router = Router(T, denoiser.sites, generator=generator, about=about)
     device = denoiser.draw(1, torch.Generator())[0].device
-    optimizer = AdamW(router.to(device).parameters(), lr=settings.lr, weight_decay=0.0)
-    controller = None if target is None else BetaController(target, settings.tau, device)
-    return TrainingState(router, optimizer, torch.ones(T), controller, generator)
+    optimizer = AdamW(router.to(device).parameters(), lr=lr, weight_decay=0.0)
+    controller = None if target is None else BetaController(target, how["tau"], device)
+    return TrainingState(settings, router, optimizer, torch.ones(T), controller, generator)
 
 
 def fingerprint(denoiser: Denoiser) -> str:
@@ -154,11 +141,8 @@ class Checkpoint:
     the same on resuming.
     """
 
-    def __init__(
-        self, path: StrPath | None, every: int, settings: Settings, denoiser: Denoiser
-    ) -> None:
-        self.path, self.every = path, every
-        self.facts = {"settings": settings.facts(), "weights": fingerprint(denoiser)}
+    def __init__(self, path: StrPath | None, every: int, denoiser: Denoiser) -> None:
+        self.path, self.every, self.weights = path, every, fingerprint(denoiser)
 
     def begin(self, state: TrainingState, iterations: int, *, resume: bool) -> None:
         """Set the state that the run starts from, on all processes; raise FileExistsError,
@@ -166,6 +150,8 @@ class Checkpoint:
         """
         counts = f"iterations {iterations}, checkpoint_every {self.every}"
         require(min(iterations, self.every) >= 1, f"found {counts}; each must be 1 or more")
+
+        self.facts = {"settings": state.settings, "weights": self.weights}
 
         def first() -> Captured:
             if resume:

@@ -19,7 +19,7 @@ from harmonica.search.references import Toward, finer_walk
 from harmonica.search.refine_router import refine_router
 from harmonica.search.target import check_target, target_of
 from harmonica.storage.files import StrPath
-from harmonica.training.checkpoint import Checkpoint, Settings, TrainingState, start
+from harmonica.training.checkpoint import Checkpoint, TrainingState, start
 
 
 def train_sdt(  # noqa: D417 (some arguments are described together)
@@ -58,40 +58,39 @@ def train_sdt(  # noqa: D417 (some arguments are described together)
     Raises TypeError or ValueError if an argument does not fit, OSError if `checkpoint` does not.
     """
     target = target_of(denoiser, target_speedup, target_cur, cost)
-    speedup, price = None if target is None else target.speedup, None if beta == BETA else beta
-    check_target(speedup, price, order, toward)
+    price = None if beta == BETA else beta
+    check_target(None if target is None else target.speedup, price, order, toward)
     finer = finer_walk(denoiser) if toward == "reference" else denoiser
-    settings = Settings(batch_size, tau, beta, lr, refresh_every, proxy, target)
-    state = start(denoiser, settings, generator)
-    with Checkpoint(checkpoint, checkpoint_every, settings, denoiser) as saved:
+    how = {"tau": tau, "beta": beta, "refresh_every": refresh_every, "proxy": proxy}  # of `sdt`
+    state = start(denoiser, batch_size, lr, how, target, generator)
+    with Checkpoint(checkpoint, checkpoint_every, denoiser) as saved:
         saved.begin(state, iterations, resume=resume)
-        _train(denoiser, settings, state, saved, iterations, progress)
+        _train(denoiser, state, saved, iterations, batch_size, how, progress)
         if target is not None:
             search = partial(refine_router, denoiser, state.router, target, batch_size=batch_size)
-            how = partial(search, tau=tau, order=order, finer=finer, progress=progress)
-            _refine(how, refine)
+            _refine(partial(search, tau=tau, order=order, finer=finer, progress=progress), refine)
             saved.write()
     return state.router
 
 
 def _train(
     denoiser: Denoiser,
-    settings: Settings,
     state: TrainingState,
     saved: Checkpoint,
     iterations: int,
+    batch_size: int,
+    how: dict[str, Any],
     progress: bool,
 ) -> None:
     """Draw, update, steer, show, save, a walk at a time."""
     bar = progress_bar(progress, total=iterations, initial=state.updates, unit="update")
-    control, router, batch, tau = state.controller, state.router, settings.batch_size, settings.tau
-    beta = settings.beta if control is None else control.beta
-    how: dict[str, Any] = {"tau": tau, "beta": beta, "refresh_every": settings.refresh_every}
-    how |= {"proxy": settings.proxy, "optimizer": state.optimizer, "lam": state.lam}
-    how |= {"mean": mean_over_ranks}
+    control, router = state.controller, state.router
+    how = {**how, "optimizer": state.optimizer, "lam": state.lam, "mean": mean_over_ranks}
+    if control is not None:
+        how["beta"] = control.beta
     cost = None if bar.disable else macs(denoiser)
     while state.updates < iterations:
-        noise = [local_part(denoiser.draw(batch, state.generator), batch)]
+        noise = [local_part(denoiser.draw(batch_size, state.generator), batch_size)]
         updates = sdt(denoiser, router, noise, walk=state.walk, **how)
         for update in islice(updates, iterations - state.updates):
             state.count(update)
@@ -99,7 +98,7 @@ def _train(
                 control.after(router, update)
             bar.update()
         if cost is not None:
-            faster = router.schedule(tau).speedup(cost)
+            faster = router.schedule(how["tau"]).speedup(cost)
             bar.set_postfix_str(f"loss {update.loss:.1e}, CUR {update.cur:.0%}, {faster:.2f}x")
         if update.k == denoiser.steps - 1:
             saved.note(state)
