@@ -17,7 +17,7 @@ step runs again in backward. This file does not know where the table came from.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import cycle
 from typing import Any
@@ -29,7 +29,6 @@ from torch.optim import Adam
 from harmonica.cache import Cache, Gate
 from harmonica.denoise import Denoiser, check_fit
 from harmonica.forecast import taylor_weights, weighted
-from harmonica.memory import in_portions
 from harmonica.router import Schedule
 from harmonica.run_again import run_again
 from harmonica.search.flip_effects import with_table
@@ -60,7 +59,6 @@ def learn_weights(  # noqa: D417 (a denoiser is a denoiser)
     iterations: int = 144,
     batch_size: int = 32,
     generator: torch.Generator | None = None,
-    progress: Callable[[int, float], None] | None = None,
 ) -> Schedule:
     """Return the schedule with weights that bring its images near the pool's.
 
@@ -74,7 +72,6 @@ def learn_weights(  # noqa: D417 (a denoiser is a denoiser)
         history: m, past outputs that a gate may read; memory grows with it.
         iterations, batch_size: updates, and noises in each; small ones do more for their price.
         generator: shuffles the pool; one with a seed of its own if None.
-        progress: called after each validation as progress(updates, validation error).
 
     Raises ValueError if a number is out of range, the pool has fewer than two noises, or the
     schedule does not fit the denoiser; FloatingPointError if the error is not finite.
@@ -88,19 +85,13 @@ def learn_weights(  # noqa: D417 (a denoiser is a denoiser)
     limit, lowest = CAP * float(errors.median()), _finite(float(typical_error(errors)))
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     batches = _batches(len(training), batch_size, iterations, generator)
-    for update, weights in _learn(denoiser, best, training, history, batches, limit):
+    for weights in _learn(denoiser, best, training, history, batches, limit):
         learned = replace(schedule, weights=weights)
         error = float(typical_error(pool_errors(denoiser, validation, learned)))
-        if progress is not None:
-            progress(update, error)
         if error < lowest:
             best, lowest = learned, error
-    facts = {
-        "weights_history": history,
-        "weights_pool": len(pool),
-        "weights_validation_error": lowest,
-    }
-    return replace(best, provenance={**schedule.provenance, **facts})
+    facts = {**schedule.provenance, "weights_history": history, "weights_pool": len(pool)}
+    return replace(best, provenance={**facts, "weights_validation_error": lowest})
 
 
 def learn_in_turn(  # noqa: D417 (some arguments are described together)
@@ -128,22 +119,18 @@ def learn_in_turn(  # noqa: D417 (some arguments are described together)
 
     Raises ValueError if a number is out of range, or the schedule is slower than the target.
     """
-    generator = torch.Generator().manual_seed(0) if generator is None else generator
     _, training = held_back(pool)
     judging = training[slice(min(max(len(pool) // 2, 1), TURN_NOISES))]
     few = few_of(len(judging))
     others = cycle([training[slice(i, i + few)] for i in range(0, len(training) - few + 1, few)])
     budget = TURN_ROUNDS * WALKS_PER_ROUND * denoiser.steps * len(judging)  # of one noise
     how: dict[str, Any] = {"iterations": iterations, "batch_size": batch_size}
-
-    def learn(table: Schedule) -> Schedule:
-        return learn_weights(denoiser, table, pool, generator=generator, **how)
-
-    best = learn(schedule)
+    how["generator"] = torch.Generator().manual_seed(0) if generator is None else generator
+    best = learn_weights(denoiser, schedule, pool, **how)
     for _ in range(turns):
-        tables = refine(denoiser, [best.compute], judging, others, target, budget=budget, fill=best)
-        *_, judged = tables
-        after = learn(with_table(best, judged.table))
+        start = [best.compute]
+        *_, end = refine(denoiser, start, judging, others, target, budget=budget, fill=best)
+        after = learn_weights(denoiser, with_table(best, end.table), pool, **how)
         before, now = (float(each.provenance["weights_validation_error"]) for each in (best, after))
         if not now < before:
             break
@@ -172,21 +159,33 @@ def _learn(
     history: int,
     batches: Sequence[Tensor],
     limit: float,
-) -> Iterator[tuple[int, Tensor]]:
-    """Yield updates and weights after each round over the pool, and after the last update."""
+) -> Iterator[Tensor]:
+    """Yield the weights after each round over the pool, and after the last update. Noises whose
+    error is above `limit` count less.
+    """
     weights, mask = _trainable(start, history, pool.x)
-    optimizer = Adam([weights], betas=(0.9, 0.99))
-    room = room_for(denoiser, pool.x, pool.cond, len(batches[0]))
+    optimizer, table = Adam([weights], betas=(0.9, 0.99)), start.compute.tolist()
+    portion, run = room_for(denoiser, pool.x, pool.cond, len(batches[0]))
+
+    def gradient(part: Pool) -> Tensor:  # of the sum of its errors
+        image = weighted_walk(denoiser, table, weights, part.x, part.cond, run)
+        away = image.detach() - part.images
+        counts = outlier_weights(image_errors(image.detach(), part.images), limit)
+        direction = 2 * counts.view(-1, *[1] * (away.dim() - 1)) * away / away[0].numel()
+        # in half precision a small gradient would vanish on its way through the walk
+        scale = direction.abs().max().clamp_min(1e-30)
+        return torch.autograd.grad(image, weights, (direction / scale).to(image))[0] * scale
+
     a_round = len(pool) // len(batches[0])
     for update, batch in enumerate(batches, start=1):
-        gradient = _gradient(denoiser, start, weights, pool[batch], limit, *room)
-        _finite(float(gradient.sum()))
-        weights.grad = gradient * mask
+        total = torch.stack(list(pool[batch].portions(gradient, portion))).sum(0)
+        _finite(float(total.sum()))
+        weights.grad = total / len(batch) * mask
         share = update / len(batches)
         optimizer.param_groups[0]["lr"] = LR * (1 + math.cos(math.pi * share)) / 2
         optimizer.step()
         if update % a_round == 0 or update == len(batches):
-            yield update, weights.detach()
+            yield weights.detach()
 
 
 def _best_start(
@@ -209,34 +208,6 @@ def _trainable(start: Schedule, history: int, x: Tensor) -> tuple[Tensor, Tensor
     mask = torch.arange(weights.shape[2]) <= past[:, :, None]
     mask[:, :, 0] = start.compute
     return weights.to(x.device).requires_grad_(), mask.to(x.device)
-
-
-def _gradient(
-    denoiser: Denoiser,
-    schedule: Schedule,
-    weights: Tensor,
-    batch: Pool,
-    limit: float,
-    portion: int,
-    run: Run,
-) -> Tensor:
-    """Return the gradient (T, N, 1 + m) of the batch's mean error, noises whose error is above
-    `limit` counting less.
-    """
-    table = schedule.compute.tolist()
-
-    def gradient(first: int, last: int) -> Tensor:
-        part = batch[slice(first, last)]
-        image = weighted_walk(denoiser, table, weights, part.x, part.cond, run)
-        away = image.detach() - part.images
-        errors = image_errors(image.detach(), part.images)
-        counts = outlier_weights(errors, limit) / (len(batch) * away[0].numel())
-        direction = (2 * counts.view(-1, *[1] * (away.dim() - 1)) * away).to(image)
-        # in half precision a small gradient would vanish on its way through the walk
-        scale = direction.abs().max().clamp_min(1e-30)
-        return torch.autograd.grad(image, weights, direction / scale)[0] * scale
-
-    return torch.stack(list(in_portions(gradient, len(batch), portion))).sum(0)
 
 
 def weighted_walk(
