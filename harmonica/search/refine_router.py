@@ -46,7 +46,7 @@ def refine_router(  # noqa: D417 (some arguments share a line)
             if None, 0 only flips until the table is on target. A budget m times the default uses m
             times as many noises.
         order: how skipped sites are filled, `Schedule.order`; the router will say so.
-        finer: the walk whose images are to be met, such as a `finer_walk`; the uncached one if None.
+        finer: whose images are to be met, such as a `finer_walk`; the denoiser itself if None.
     """
     finer = denoiser if finer is None else finer
     rule = "a target needs 0 < tau < 1, since nothing is reused at 0"
