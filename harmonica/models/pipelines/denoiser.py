@@ -3,37 +3,43 @@
     predict(x, k, cond)   runs the pipeline up to step k with x put in, and stops with the output
                           that the model gives to the scheduler there
     step(x, out, k, …)    steps a copy of the scheduler with the other inputs that predict saw there
+    verify(samples)       compares such a walk with a whole run of the pipeline
     cond                  (B, 2) int64: the row of the prompt, the seed of that sample's generator
 
-This file does not verify that a pipeline can be walked like this, nor what happens in a run.
+When walks are compared, the models run for the shapes of their outputs only. After that, made-up
+outputs depend on all inputs and cost nothing, so a difference in anything that reaches a model or
+the scheduler is seen at the next step. This file does not know what happens in a run.
 """
 
 from __future__ import annotations
 
-import inspect
+import copy
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from contextvars import Context
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
-from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 from harmonica.cache import gated
 from harmonica.calls import in_call
-from harmonica.models.pipelines import facts as known
-from harmonica.models.pipelines.facts import Facts, NotFollowedError, SamplerState, SchedulerInputs
-from harmonica.models.pipelines.inputs import Inputs, Sample
-from harmonica.models.pipelines.pipeline_run import Memory, PipelineRun
+from harmonica.models.pipelines import schedulers
+from harmonica.models.pipelines.facts import Facts, NotFollowedError, digest
+from harmonica.models.pipelines.inputs import Inputs, Sample, about
+from harmonica.models.pipelines.pipeline_run import Outputs, PipelineRun
+from harmonica.models.pipelines.schedulers import SamplerState, SchedulerInputs
 from harmonica.override import Method, overridden
 from harmonica.run_again import run_again
 from harmonica.table import require
+
+SEEDS = 20_000_003, 20_000_005
+"""Of the two samples that walks are verified with."""
 
 
 class PipelineDenoiser:
@@ -42,42 +48,62 @@ class PipelineDenoiser:
     Attributes:
         steps, sites, about: see `Denoiser`.
         inputs, facts: what the pipeline is called with, and what is known of its runs.
-        batched: whether the pipeline takes several samples at once; otherwise they run one by one,
-            and a site has a feature for each.
         predictions: number of steps -> images predicted so far, by this and all its `with_steps`.
+
+    Raises NotFollowedError, with the reason, if the walk of one sample is not the pipeline's.
     """
 
     def __init__(self, pipe: Any, inputs: Inputs, sites: Mapping[str, nn.Module]) -> None:
         self.pipe, self.inputs, self.sites, self.facts = pipe, inputs, sites, Facts()
-        self.steps, self.batched, self.about = 0, False, _about(pipe, inputs.call)
+        self.steps, self.about = 0, about(pipe, inputs.call)
         self.predictions, self._devices = Counter[int](), dict[torch.device, torch.device]()
-        self._outputs: dict[int, known.Outputs] = defaultdict(dict)  # of so many samples at once
-        self._memory: Callable[..., Memory] = lru_cache(64)(lambda *_: {})  # of rows or samples
+        self._outputs: dict[int, Outputs] = defaultdict(dict)  # of so many samples at once
+        self._memory: dict[Any, Any] = {}  # what models outside the loop have returned
         self._inputs_of: Any = WeakIdKeyDictionary()  # x -> step -> scheduler inputs of each run
+        if "step" in vars(pipe.scheduler):
+            raise NotFollowedError("somebody wrapped the step of its scheduler, which is copied")
+        self._learn()
+        if len(self.facts.models_in_loop) > 1:  # known only now: others ran as if before it
+            self._learn()
+        self.verify([(0, SEEDS[0])])
 
     @property
     def draws_noise(self) -> bool:
         """Whether a step of the scheduler draws noise."""
         return self.facts.draws_noise
 
+    @cached_property
+    def batched(self) -> bool:
+        """Whether the pipeline takes several samples at once, verified at the first question.
+
+        Otherwise they run one by one, and a site has a feature for each.
+        """
+        samples = [(0, SEEDS[0]), (min(1, self.inputs.rows - 1), SEEDS[1])]
+        # With one generator for a whole batch, a sample would depend on its neighbours.
+        if self.facts.uses_global_random:
+            return False
+        with suppress(Exception), without_modes():  # whatever it raises that does not take two
+            Context().run(self.verify, samples)  # where no gate is open
+            return True
+        return False
+
     def with_steps(self, steps: int) -> PipelineDenoiser:
         """Return the same pipeline with about so many steps; it is not verified again."""
-        number = round(self.inputs.call["num_inference_steps"] * steps / self.steps)
-        inputs = replace(self.inputs, call={**self.inputs.call, "num_inference_steps": number})
-        other = PipelineDenoiser(self.pipe, inputs, self.sites)
-        other.facts, other._outputs, other.batched = self.facts, self._outputs, self.batched
-        other.predictions = self.predictions
-        other.follow((0, 0))
+        other, call = copy.copy(self), dict(self.inputs.call)
+        call["num_inference_steps"] = round(call["num_inference_steps"] * steps / self.steps)
+        other.inputs, other.about = replace(self.inputs, call=call), dict(self.about)
+        other._inputs_of = WeakIdKeyDictionary()
+        other._learn()
         return other
 
-    def follow(self, sample: Sample) -> None:
+    def _learn(self) -> None:
         """Learn the facts from a whole run of one sample."""
-        self.facts = self.whole_run([sample]).facts
+        self.facts = self._whole_run([(0, SEEDS[0])]).facts
         self.steps, times = len(self.facts.states), self.facts.timesteps
         self.about["timesteps"] = times[: self.steps] if len(times) >= self.steps else ()
 
     @torch.no_grad()
-    def whole_run(self, samples: Sequence[Sample]) -> PipelineRun:
+    def _whole_run(self, samples: Sequence[Sample]) -> PipelineRun:
         """Run all steps on made-up outputs; models run once where their outputs' shapes are not
         known for so many samples.
         """
@@ -89,11 +115,37 @@ class PipelineDenoiser:
         self.predictions[len(run.trace)] += images
         return run
 
+    @torch.no_grad()
+    def verify(self, samples: Sequence[Sample]) -> None:
+        """Raise NotFollowedError unless a walk of these samples, all in one run, is the pipeline's,
+        to the bit, in all that the denoiser gives or hands on.
+        """
+        whole, facts, sampler = self._whole_run(samples), self.facts, None
+        x, alone = whole.facts.x, self.noise(torch.tensor(samples))
+        if (alone - x).norm() > 1e-3 * alone.norm():
+            raise NotFollowedError("a sample starts from another noise beside others")
+        if facts.x_source is not None:  # see whether another x than the pipeline's can be put in
+            sample = self._predict_at_once(samples, 0.5 * x, 0)[1].sample
+            if sample is not None and not torch.equal(facts.first_half(sample), 0.5 * x):
+                facts.x_source = None
+        for k, (digests, after) in enumerate(whole.trace):
+            at = f"at step {k} of {len(whole.trace)}"
+            out, inputs = self._predict_at_once(samples, x, k)
+            sample = x if inputs.sample is None else facts.first_half(inputs.sample)
+            for name, value in {**inputs.arguments, "model_output": out, "sample": sample}.items():
+                if name not in inputs.carried and digests.get(name) != digest(value):
+                    other = "something that is neither x nor the scheduler's is carried from step "
+                    other += "to step (guidance with a memory, a second latent, noise of the loop)"
+                    what = f"the scheduler's {name} is not that of the pipeline's own run"
+                    raise NotFollowedError(f"{at} {what}; {other}")
+            x, sampler = self._step_at_once(x, out, inputs, sampler or inputs.start)
+            if digest(x) != after:
+                raise NotFollowedError(f"{at} a copy of its scheduler steps elsewhere")
+
     def draw(self, batch_size: int, generator: Generator) -> tuple[Tensor, Tensor]:
         """Draw prompts and seeds; return the noise that the pipeline draws for them, and cond."""
-        options: dict[str, Any] = {"generator": generator, "device": generator.device}
-        rows = torch.randint(self.inputs.rows, (batch_size,), **options)
-        seeds = torch.randint(2**32, (batch_size,), **options)
+        randint = partial(torch.randint, generator=generator, device=generator.device)
+        rows, seeds = (randint(n, (batch_size,)) for n in (self.inputs.rows, 2**32))
         cond = torch.stack([rows, seeds], 1).cpu()
         return self.noise(cond), cond
 
@@ -105,36 +157,34 @@ class PipelineDenoiser:
             return torch.cat([self.facts.first_half(x) for x in firsts if x is not None])
 
     def predict(self, x: Tensor, k: int, cond: Tensor) -> Tensor:
-        """Return the output that the pipeline hands to its scheduler at step k, for x (B, …); raise
-        ValueError if x or cond do not fit, or k is no step.
-        """
+        """Return the output that the pipeline hands to its scheduler at step k, for x (B, …)."""
         self._check(x, k, cond)
         samples, pairs = _samples(cond), list[tuple[Tensor, SchedulerInputs]]()
-        groups = [samples] if self.batched else [[sample] for sample in samples]
+        together = len(samples) == 1 or self.batched
+        groups = [samples] if together else [[sample] for sample in samples]
         with without_modes() as modes:
             if k > 0 and not self._knows_outputs(groups[0]):
-                Context().run(self.whole_run, groups[0])  # where no gate is open
+                Context().run(self._whole_run, groups[0])  # where no gate is open
             for i, (group, part) in enumerate(zip(groups, x.chunk(len(groups)), strict=True)):
                 run_model = partial(_run_model, modes, i * len(self.facts.shapes))
-                pairs.append(self.predict_at_once(group, part, k, run_model))
+                pairs.append(self._predict_at_once(group, part, k, run_model))
         self.predictions[self.steps] += 0 if modes else len(samples)
         self._inputs_of.setdefault(x, {})[k] = [inputs for _, inputs in pairs]
-        return pairs[0][0] if len(pairs) == 1 else torch.cat([out for out, _ in pairs])
+        return pairs[0][0] if together else torch.cat([out for out, _ in pairs])
 
     def _check(self, x: Tensor, k: int, cond: Tensor) -> None:
         (n, *shape), rows, T = self.facts.x.shape, self.inputs.rows, self.steps
         require(0 <= k < T, f"step {k} of a walk of {T} steps, 0 to {T - 1}")
-        fits = cond.dim() == 2 and cond.shape[1] == 2 and not cond.is_floating_point() and len(cond)
-        fits = fits and x.shape == (len(cond) * n, *shape)
+        pairs = cond.shape[1:] == (2,) and not cond.is_floating_point() and len(cond) > 0
         sizes = ", ".join(["B" if n == 1 else f"{n}·B", *map(str, shape)])
-        pair = f"x {tuple(x.shape)} and cond {tuple(cond.shape)} {cond.dtype}"
         todo = f"expected ({sizes}) and (B, 2) whole numbers, as `draw` returns"
-        require(bool(fits), f"found {pair}; {todo}")
+        given = f"x {tuple(x.shape)} and cond {tuple(cond.shape)} {cond.dtype}"
+        require(pairs and x.shape == (len(cond) * n, *shape), f"found {given}; {todo}")
         chosen = [row for row, _ in _samples(cond)]
         exist = all(0 <= row < rows for row in chosen)
         require(exist, f"cond names rows {chosen}; there are {rows} prompts")
 
-    def predict_at_once(
+    def _predict_at_once(
         self, samples: Sequence[Sample], x: Tensor, k: int, run_model: Method | None = None
     ) -> tuple[Tensor, SchedulerInputs]:
         """Predict in one run; return the output, made up without `run_model`, and what else the
@@ -158,52 +208,35 @@ class PipelineDenoiser:
             todo = f"call predict(x, {k}, …) before step"
             raise RuntimeError(f"step {k} of an x that was not predicted; {todo}")
         if k > 0 and "samplers" not in memory:
-            left = "what the steps before it left in `memory`"
-            raise RuntimeError(f"step {k} needs {left}; pass a copy")
+            raise RuntimeError(f"step {k} needs what the steps before it left in `memory`")
         samplers = memory.get("samplers", [each.start for each in inputs])
         parts = zip(x.chunk(len(inputs)), out.chunk(len(inputs)), inputs, samplers, strict=True)
-        pairs = [self.step_at_once(*part) for part in parts]
+        pairs = [self._step_at_once(*part) for part in parts]
         memory["samplers"] = tuple(sampler for _, sampler in pairs)
         return pairs[0][0] if len(pairs) == 1 else torch.cat([after for after, _ in pairs])
 
-    def step_at_once(
+    def _step_at_once(
         self, x: Tensor, out: Tensor, inputs: SchedulerInputs, sampler: SamplerState
     ) -> tuple[Tensor, SamplerState]:
-        """Take the step of one run with a copy of the sampler; return x and the sampler then."""
-        states, generators = iter(sampler.generators), list[Generator]()
-        scheduler = known.copied_scheduler(sampler.scheduler)
         sample = x if inputs.sample is None else inputs.sample
         out = torch.cat([out, out]) if self.facts.doubled else out
-        given = {"model_output": out, "sample": sample}
-        given |= {name: sampler.carried[i] for name, i in inputs.carried.items()}
-
-        def again(generator: Generator) -> Generator:
-            generators.append(Generator(generator.device).set_state(next(states)))
-            return generators[-1]
-
-        arguments = tree_map_only(Generator, again, {**inputs.arguments, **given})
-        arguments |= arguments.pop("kwargs", {})
-        with known.random_states(self._device(), sampler.random) as random:
-            result = scheduler.step(**arguments)
-        after, *carried = tree_leaves(result)
-        states_after = known.states_of(generators)
-        return self.facts.first_half(after), SamplerState(scheduler, carried, states_after, random)
+        after, sampler = schedulers.step_again(self._device(), inputs, sampler, out, sample)
+        return self.facts.first_half(after), sampler
 
     def _run(
         self, samples: Sequence[Sample], facts: Facts, run_model: Method | None,
         stop_at: int | None = None, x: Tensor | None = None,
     ) -> PipelineRun:  # fmt: skip
         """Run the pipeline once for these samples; see `PipelineRun`."""
-        memories = self._memory(tuple(row for row, _ in samples)), self._memory(tuple(samples))
-        outputs = self._outputs[len(samples)]
-        device = self._device()
-        run = PipelineRun(self.pipe, device, facts, outputs, *memories, run_model, stop_at, x)
-        own = known.global_generators(device) if facts.uses_global_random else []
-        seeds = known.states_of(Generator(g.device).manual_seed(samples[0][1]) for g in own)
-        with known.random_states(device, seeds) as after:
+        device, rows = self._device(), tuple(row for row, _ in samples)
+        kept = self._outputs[len(samples)], self._memory, rows
+        run = PipelineRun(self.pipe, device, facts, *kept, run_model, stop_at, x)
+        own = schedulers.global_generators(device) if facts.uses_global_random else []
+        seeds = schedulers.states_of(Generator(g.device).manual_seed(samples[0][1]) for g in own)
+        with schedulers.random_states(device, seeds) as after:
             run(self.inputs.of(samples))
         if stop_at is None:
-            facts.uses_global_random = known.digest(seeds) != known.digest(after)
+            facts.uses_global_random = digest(seeds) != digest(after)
         return run
 
     def _device(self) -> torch.device:
@@ -223,16 +256,6 @@ def _samples(cond: Tensor) -> list[Sample]:
     return [(int(row), int(seed)) for row, seed in cond.tolist()]
 
 
-def _about(pipe: Any, call: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a table of this pipeline belongs to, in the words of `Schedule`'s fields."""
-    size = "x".join(str(call[side]) for side in ("height", "width") if side in call)
-    default = inspect.signature(type(pipe).__call__).parameters.get("guidance_scale")
-    scale = call.get("guidance_scale", getattr(default, "default", None))
-    guidance = float(scale) if isinstance(scale, int | float) else None
-    model = f"{type(pipe).__name__}-{size}".rstrip("-")
-    return {"model": model, "sampler": type(pipe.scheduler).__name__, "guidance": guidance}
-
-
 def _run_and_check(
     sites: Mapping[str, nn.Module], name: str, model: Method, _: int, args: Any, kwargs: Any
 ) -> Any:
@@ -248,8 +271,7 @@ def _run_and_check(
     with gated(sites, gate):
         output = model(*args, **kwargs)
     if not calls:
-        none = "its transformer ran and asked no site"
-        raise NotFollowedError(f"{none}; something else has replaced its modules")
+        raise NotFollowedError("its transformer asked no site; have its modules been replaced?")
     [(site, count)] = calls.most_common(1)
     if count > 1:
         twice = f"{list(sites)[site]} is called more than once in one call of the transformer"

@@ -108,3 +108,13 @@ def _check_arguments(
         len(set(lengths.values())) < 2 and 0 not in lengths.values(),
         f"the lengths of prompts and each differ, or are zero: {lengths}; give each prompt one",
     )
+
+
+def about(pipe: Any, call: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a table of this pipeline belongs to, in the words of `Schedule`'s fields."""
+    size = "x".join(str(call[side]) for side in ("height", "width") if side in call)
+    default = inspect.signature(type(pipe).__call__).parameters.get("guidance_scale")
+    scale = call.get("guidance_scale", getattr(default, "default", None))
+    guidance = float(scale) if isinstance(scale, int | float) else None
+    model = f"{type(pipe).__name__}-{size}".rstrip("-")
+    return {"model": model, "sampler": type(pipe.scheduler).__name__, "guidance": guidance}

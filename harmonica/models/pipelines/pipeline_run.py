@@ -1,9 +1,10 @@
 """PipelineRun: one run of a pipeline's own `__call__`, in which models run only where they must.
 
 What runs is a *stand-in*: a copy of the pipeline whose methods, models and scheduler come here
-first when they are called. The pipeline itself is never changed. There are two kinds of runs:
+first when they are called. The pipeline itself is never changed. `PipelineDenoiser` makes two kinds
+of runs:
 
-    stop_at None   all steps on made-up outputs of the models, to note Facts and a Trace
+    stop_at None   all steps on made-up outputs of the models, to note Facts and a trace
     stop_at k      skip to step k, put x in, stop when the scheduler is called, and keep its inputs
 
 At a skipped step a model returns zeros of its output's shapes, and the scheduler its own sample,
@@ -26,17 +27,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
 
-from harmonica.models.pipelines import facts as known
-from harmonica.models.pipelines.facts import Facts, NotFollowedError, Outputs
+from harmonica.models.pipelines import schedulers
+from harmonica.models.pipelines.facts import Facts, NotFollowedError, digest, made_up
 from harmonica.override import Answer, Method, overridden
 
-Memory = dict[Hashable, Any]
-"""(method, number of its call) -> what it returned, and the state of torch's generator after it."""
+MOST_REMEMBERED = 512
 
 ENCODES_OR_DRAWS = re.compile(r"_?(encode|get)_\w*(prompt|text|embed)\w*|prepare_latents")
 """Methods of pipelines whose result depends on the condition alone, and the one that draws x."""
+
+Outputs = dict[tuple[str, int], Any]
+"""(model, number of its call in a step) -> its output at step 0, of which only shapes are kept."""
 
 
 class StopRun(BaseException):
@@ -51,23 +54,25 @@ class PipelineRun:
     device: torch.device  # where the pipeline runs
     facts: Facts  # what is known of its runs; a whole run adds to it
     outputs: Outputs  # of the models for this number of samples; a model that runs adds to it
-    of_rows: Memory  # what is remembered for these prompts
-    of_samples: Memory  # what is remembered for these prompts and seeds
+    memory: dict[Hashable, Any]  # what models outside the loop have returned, for all runs
+    rows: tuple[int, ...]  # the prompts
     run_model: Method | None  # (name, forward, number of its call in this step, args, kwargs) ->
     # output of a model of the loop where it must run; None makes outputs up
     stop_at: int | None = None
     x: Tensor | None = None  # at stop_at; None at step 0 leaves the pipeline's own
 
-    trace: known.Trace = field(default_factory=list)  # filled by a whole run
-    inputs: known.SchedulerInputs | None = None  # filled by a run that stops, and so is `out`
+    # A whole run fills the trace: for each step, the digest of each argument that the scheduler
+    # was given, and that of x after it. A run that stops fills the others.
+    trace: list[tuple[dict[str, int], int]] = field(default_factory=list)
+    inputs: schedulers.SchedulerInputs | None = None
     out: Tensor = field(default_factory=lambda: torch.empty(0))  # what the model gave the scheduler
 
     def __post_init__(self) -> None:
         self.k = 0  # the step that the run is in
-        self._scheduler = known.copied_scheduler(self.pipe.scheduler)
+        self._scheduler = schedulers.copied_scheduler(self.pipe.scheduler)
         self._calls = Counter[str]()  # of each method, and of each model in this step
         self._remembering = False  # inside a call whose result is remembered
-        self._drawn: list[tuple[known.LatentSource, Any]] = []
+        self._drawn: list[tuple[tuple[str, int, int], Any]] = []
         self._placeholders: list[Any] = []  # for what a skipped step returns beside x
         self._grad = torch.is_grad_enabled()  # pipelines run under no_grad
 
@@ -89,13 +94,12 @@ class PipelineRun:
 
     def _answers(self, stand_in: Any) -> Iterator[tuple[Any, str, Answer]]:
         yield self._scheduler, "step", self._step
-        kind = type(self.pipe)
+        kind: Any = type(self.pipe)
         if hasattr(module := sys.modules[kind.__module__], "randn_tensor"):
             yield module, "randn_tensor", partial(self._draw, "randn_tensor")
-        for name in filter(ENCODES_OR_DRAWS.fullmatch, dir(kind)):
+        for name in _encoding_or_drawing(kind):
             answer = self._draw if name == "prepare_latents" else self._encode
-            if inspect.isfunction(inspect.getattr_static(kind, name)):
-                yield stand_in, name, partial(answer, name)
+            yield stand_in, name, partial(answer, name)
 
     def _stand_in_of(self, name: str, model: nn.Module) -> nn.Module:
         """Return a shallow copy whose forward, encode and decode come here first, without the hooks
@@ -126,27 +130,25 @@ class PipelineRun:
         return tree_unflatten(leaves, spec)
 
     def _encode(self, name: str, original: Method, args: Any, kwargs: Any) -> Any:
-        """Encode the condition, or remember it; what takes a generator is not remembered."""
         compute = partial(original, *args, **kwargs)
-        if self._remembering or known.generators_in((args, kwargs)):
-            return compute()
-        return self._remember(self.of_rows, name, compute)
+        alone = self._remembering or schedulers.generators_in((args, kwargs))
+        return compute() if alone else self._remember((name, self._count(name), self.rows), compute)
 
-    def _remember(self, memory: Memory, name: str, compute: Method) -> Any:
-        key = (name, self._count(name))
-        if key not in memory:
+    def _remember(self, key: Hashable, compute: Method) -> Any:
+        """Return what was computed once before, unless that drew random numbers."""
+        if key not in self.memory:
             self._remembering, before = True, torch.get_rng_state()
             try:
                 with torch.inference_mode(False), torch.no_grad():
                     result = compute()
             finally:
                 self._remembering = False
-            drew = not torch.equal(before, torch.get_rng_state())
-            memory[key] = result, torch.get_rng_state() if drew else None
-        result, after = memory[key]
-        if after is not None:
-            torch.set_rng_state(after)
-        return tree_map(lambda leaf: leaf, result)  # transformers take what they read out of a list
+            if not torch.equal(before, torch.get_rng_state()):
+                return result
+            if len(self.memory) >= MOST_REMEMBERED:
+                self.memory.pop(next(iter(self.memory)), None)
+            self.memory[key] = result
+        return tree_map(lambda leaf: leaf, self.memory[key])  # transformers empty lists
 
     def _call(self, name: str, model: Method, *args: Any, **kwargs: Any) -> Any:
         """Return the output of a model or of its encode or decode: `model(…)` if it runs."""
@@ -154,15 +156,15 @@ class PipelineRun:
             return model(*args, **kwargs)
         if name.endswith(".decode") and self.k > 0:
             raise StopRun(self)
-        looping = self.facts.models_in_loop
+        call, looping = self._count(name), self.facts.models_in_loop
         if name not in looping and (self.k == 0 or self.stop_at is not None):
-            output = self._remember(self.of_samples, name, partial(model, *args, **kwargs))
-            self.outputs.setdefault((name, self._calls[name] - 1), known.shapes_of(output))
+            key = (name, call, self.rows, digest((args, kwargs)))
+            output = self._remember(key, partial(model, *args, **kwargs))
+            self.outputs.setdefault((name, call), _shapes_of(output))
             return output
         if name not in looping:  # it ran at step 0 as if it ran before the loop only
             looping.add(name)
-            del self._calls[name]
-        call = self._count(name)
+            call, self._calls[name] = 0, 1
         if name == "transformer" and self.stop_at is None:
             self._note_shapes(call, (args, kwargs))
         return self._output(name, call, model, args, kwargs)
@@ -175,13 +177,12 @@ class PipelineRun:
         if self.run_model is not None and (at_stop or key not in self.outputs):
             torch.set_grad_enabled(self._grad)
             output = self.run_model(name, model, call, args, kwargs)
-            self.outputs.setdefault(key, known.shapes_of(output))
-            if at_stop:
-                fake = any(isinstance(leaf, FakeTensor) for leaf in tree_leaves(output))
-                return known.zeros(self.outputs[key]) if fake else output
-        if at_stop or self.stop_at is None:
-            return known.made_up(self.outputs[key], name, call, (args, kwargs))
-        return known.zeros(self.outputs[key])
+            self.outputs.setdefault(key, _shapes_of(output))
+            if at_stop and not any(isinstance(it, FakeTensor) for it in tree_leaves(output)):
+                return output
+        if self.stop_at is None or (at_stop and self.run_model is None):
+            return made_up(self.outputs[key], name, call, (args, kwargs))
+        return tree_map_only(Tensor, torch.zeros_like, self.outputs[key])
 
     def _note_shapes(self, call: int, inputs: Any) -> None:
         shapes = [x.shape for x in tree_leaves(inputs) if isinstance(x, Tensor)]
@@ -194,7 +195,7 @@ class PipelineRun:
 
     def _step(self, step: Method, args: Any, kwargs: Any) -> Any:
         """Take a step of a whole run, skip a step, or stop with what the scheduler is given."""
-        given = dict(inspect.signature(step).bind(*args, **kwargs).arguments)
+        given = schedulers.step_arguments(self._scheduler, args, kwargs)
         if self.stop_at is None:
             return self._record(partial(step, *args, **kwargs), given)
         if self.k == self.stop_at:
@@ -212,16 +213,16 @@ class PipelineRun:
             raise NotFollowedError("its scheduler steps no noisy image, a tensor `sample`")
         if self.k == 0:
             self._note_x(sample)
-            facts.timesteps = known.timesteps_from(self._scheduler, given.get("timestep"))
+            facts.timesteps = schedulers.timesteps_from(self._scheduler, given.get("timestep"))
         own = {name: facts.first_half(given[name]) for name in ("model_output", "sample")}
-        digests = {name: known.digest(value) for name, value in {**given, **own}.items()}
-        sources = [*known.generators_in(given), *known.global_generators(self.device)]
-        before = known.digest(known.states_of(sources))
+        digests = {name: digest(value) for name, value in {**given, **own}.items()}
+        sources = [*schedulers.generators_in(given), *schedulers.global_generators(self.device)]
+        before = digest(schedulers.states_of(sources))
         result = step()
-        facts.draws_noise |= known.digest(known.states_of(sources)) != before
+        facts.draws_noise |= digest(schedulers.states_of(sources)) != before
         facts.first_result = result if self.k == 0 else facts.first_result
-        facts.states.append(vars(known.copied_scheduler(self._scheduler)))
-        self.trace.append((digests, known.digest(facts.first_half(tree_leaves(result)[0]))))
+        facts.states.append(vars(schedulers.copied_scheduler(self._scheduler)))
+        self.trace.append((digests, digest(facts.first_half(tree_leaves(result)[0]))))
         self._next_step()
         return result
 
@@ -252,11 +253,11 @@ class PipelineRun:
         sample, self.out = given.pop("sample"), given.pop("model_output")
         places = {id(it): i for i, it in enumerate(self._placeholders) if isinstance(it, Tensor)}
         carried = {name: places[id(it)] for name, it in given.items() if id(it) in places}
-        torchs = known.global_generators(self.device) if self.facts.uses_global_random else []
-        states = known.states_of(known.generators_in(given)), known.states_of(torchs)
-        start = known.SamplerState(known.copied_scheduler(self._scheduler), [], *states)
+        torchs = schedulers.global_generators(self.device) if self.facts.uses_global_random else []
+        states = schedulers.states_of(schedulers.generators_in(given)), schedulers.states_of(torchs)
+        start = schedulers.SamplerState(schedulers.copied_scheduler(self._scheduler), [], *states)
         kept = None if sample is self.x else sample
-        self.inputs = known.SchedulerInputs(given, kept, carried, start)
+        self.inputs = schedulers.SchedulerInputs(given, kept, carried, start)
         raise StopRun(self)
 
     def _count(self, name: str) -> int:
@@ -268,6 +269,21 @@ class PipelineRun:
         self.k += 1
         for name in self.facts.models_in_loop:
             self._calls.pop(name, None)
+
+
+def _shapes_of(tree: Any) -> Any:
+    """Return a tree whose tensors have the shapes, types and devices of these, and no memory."""
+
+    def empty(leaf: Tensor) -> Tensor:
+        return torch.empty((), dtype=leaf.dtype, device=leaf.device).expand(leaf.shape)
+
+    return tree_map_only(Tensor, empty, tree)
+
+
+@cache
+def _encoding_or_drawing(kind: type) -> list[str]:
+    names = filter(ENCODES_OR_DRAWS.fullmatch, dir(kind))
+    return [name for name in names if inspect.isfunction(inspect.getattr_static(kind, name))]
 
 
 @cache

@@ -15,7 +15,7 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from math import isclose
 from typing import Any
@@ -44,8 +44,8 @@ log = logging.getLogger(__name__)
 class Session:
     """The tables of one open `cached`, and the counts of its walks; `report()` and `str()` tell.
 
-    Takes what `cached` takes; the pipeline is not kept alive. `sites` are the names of the sites,
-    which the `schedules` are brought into. `walks` counts those that were begun.
+    Takes what `cached` takes; the pipeline is not kept alive. `sites` are their names, which the
+    `schedules` are brought into. `walks` counts those that were begun.
     """
 
     def __init__(
@@ -53,8 +53,8 @@ class Session:
         otherwise: str, offload: bool,
     ) -> None:  # fmt: skip
         check_pipeline(pipe)
-        choices = f"otherwise is {otherwise!r}; it must be 'raise' or 'compute'"
-        require(otherwise in ("raise", "compute"), choices)
+        given = f"otherwise is {otherwise!r}; it must be 'raise' or 'compute'"
+        require(otherwise in ("raise", "compute"), given)
         self.pipe, self._kind, self.walks = ref(pipe), type(pipe).__name__, 0
         self.disable: Callable[[], None] | None = None  # where `enable_cache` opened it
         self._given, self._otherwise, self._offload = modules, otherwise, offload
@@ -62,7 +62,7 @@ class Session:
         self.schedules = [fit(schedule, self.sites) for schedule in schedules]
         for schedule in self.schedules:
             schedule.check(schedule.steps, self.sites)
-        self._rows = [plan_of(schedule) for schedule in self.schedules]
+        self._tables = [(schedule, plan_of(schedule)) for schedule in self.schedules]
         self._inputs: dict[str, Any] = {}  # of the first call of each transformer, without numbers
         self._costs: dict[str, Macs | None] = {}
         self._live, self._ended = list[Tracker](), Counts()
@@ -80,17 +80,17 @@ class Session:
         tracker = Tracker(partial(self._choose, pipe.scheduler), self._offload)
         models = nn.ModuleDict(transformers_of(pipe))
         taps = ((m, called_by(m), partial(self._tap, tracker, name)) for name, m in models.items())
-        blocks = gated_blocks(models, self._modules(pipe), tracker.ask)
-        with ExitStack() as stack:
-            stack.callback(self._close, tracker)
-            for context in (tapped(pipe.scheduler), overridden(taps), blocks):
-                stack.enter_context(context)
+        blocks, outer = gated_blocks(models, self._modules(pipe), tracker.ask), current.get()
+        with tapped(pipe.scheduler), overridden(taps), blocks:
             with self._lock:
                 self.walks += 1
                 self._live.append(tracker)
-            stack.callback(current.set, current.get())
             current.set(tracker)
-            yield
+            try:
+                yield
+            finally:
+                current.set(outer)
+                self._close(tracker)
 
     def _tap(self, tracker: Tracker, name: str, forward: Method, args: Any, kwargs: Any) -> Any:
         if current.get() is tracker:
@@ -112,9 +112,8 @@ class Session:
 
     def _choose(self, scheduler: Any, times: tuple[float, ...]) -> tuple[Rows, int] | None:
         """Return the table for these timesteps, and the row of the first of them."""
-        pairs = zip(self.schedules, self._rows, strict=True)
-        fitting = [(rows, k) for each, rows in pairs if (k := _row_of(each, times)) is not None]
-        if fitting:
+        pairs = [(rows, _row_of(each, times)) for each, rows in self._tables]
+        if fitting := [(rows, k) for rows, k in pairs if k is not None]:
             return min(fitting, key=lambda pair: abs(pair[1]))
         run = f"no table is for the {len(times)} steps {_span(times)} of this run"
         if self._otherwise == "compute":
@@ -122,17 +121,18 @@ class Session:
             return None
         have = "; ".join(f"{each.steps} steps {_span(each.timesteps)}" for each in self.schedules)
         todo = "Run one of these, add a table (schedule.resample stretches one), or pass "
-        message = f"{run}; there are tables for {have}. {todo}otherwise='compute'"
+        todo += "otherwise='compute'"
         if getattr(scheduler.config, "use_dynamic_shifting", False):
-            shifts = "shifts its timesteps with the resolution: a table belongs to the one it was"
-            message += f". {type(scheduler).__name__} {shifts} made at"
-        raise ValueError(message)
+            todo += (
+                f". {type(scheduler).__name__} shifts its timesteps with the resolution: a table "
+            )
+            todo += "belongs to the one it was made at"
+        raise ValueError(f"{run}; there are tables for {have}. {todo}")
 
     def _close(self, tracker: Tracker) -> None:
         tracker.end()
         with self._lock:
-            if tracker in self._live:
-                self._live.remove(tracker)
+            self._live.remove(tracker)
             self._ended += tracker.counts
         for what, why in tracker.counts:
             if what == "beyond":
@@ -157,19 +157,19 @@ class Session:
         of sites, `skipped` those without computing, and `beyond`, for each reason, those computed
         although the table reuses them.
         """
-        counts, totals = self._counts().items(), Counter[str]()
-        for (event, _), n in counts:
-            totals[event] += n
-        asked, skipped = totals["skipped"] + totals["computed"], totals["skipped"]
+        counts = self._counts().items()
+        skipped, computed = (
+            sum(n for (event, _), n in counts if event == name) for name in ("skipped", "computed")
+        )
+        asked = skipped + computed
         walks = {"walks": self.walks, "in_flight": len(self._live), "asked": asked}
         share = {"skipped": skipped, "reused_share": skipped / max(asked, 1)}
         beyond = {why: n for (event, why), n in counts if event == "beyond"}
         return {**walks, **share, "beyond": beyond}
 
     def __str__(self) -> str:
-        report, n = self.report(), len(self.sites)
-        tables = ((f"{each.steps} steps × {n} sites", each.cur) for each in self.schedules)
-        lines = [f"{self._kind}, {size}, CUR {cur:.1%}" for size, cur in tables]
+        report, size = self.report(), f"steps × {len(self.sites)} sites"
+        lines = [f"{self._kind}, {s.steps} {size}, CUR {s.cur:.1%}" for s in self.schedules]
         lines += [f"{report['reused_share']:.1%} of the sites reused so far, walks: {self.walks}"]
         lines += [f"computed beyond the table: {n} ({why})" for why, n in report["beyond"].items()]
         if (speedup := self.speedup()) is not None:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from harmonica.models.pipelines.schedulers import step_arguments
 from harmonica.models.pipelines.tracker import Tracker, current
 from harmonica.override import Method, overridden
 
@@ -97,5 +98,4 @@ def _set_timesteps(tracker: Tracker, scheduler: Any, args: Any, kwargs: Any) -> 
 
 
 def _step(tracker: Tracker, scheduler: Any, args: Any, kwargs: Any) -> None:
-    bound = inspect.signature(type(scheduler).step).bind(scheduler, *args, **kwargs)
-    tracker.step(bound.arguments.get("timestep"))
+    tracker.step(step_arguments(scheduler, args, kwargs).get("timestep"))

@@ -33,6 +33,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from harmonica.cache import Compute, Feature
 from harmonica.forecast import weighted_sum
 from harmonica.inference.lifetimes import Entry
+from harmonica.models.pipelines.schedulers import place_of
 
 Rows = Sequence[Sequence[Entry]]
 """Of a table's `Plan`, T of N."""
@@ -153,11 +154,12 @@ class Tracker:
         """End a step, when the scheduler, or a copy of it, steps."""
         if self._call is None:
             return
-        k = self._row_at(timestep) if self._k is None else self._k
-        if k is None:  # nobody knows where this walk is
-            self.end()
-            return
-        if self._k is None:  # what the step has kept is of this row, and may not be read
+        if (k := self._k) is None:
+            place = place_of(timestep, self._tensor, self._times)
+            if place is None:  # nobody knows where this walk is
+                self.end()
+                return
+            k = self._first + place  # what the step has kept is of this row, and may not be read
             row = self._rows[k] if k >= 0 else ()
             for call in self._open:
                 kept = ((site, own) for site, (own,) in call.kept.items() if row and row[site].keep)
@@ -168,20 +170,6 @@ class Tracker:
             call.used = False
         if self._k == len(self._rows):
             self.end()
-
-    def _row_at(self, timestep: Any) -> int | None:
-        """Return the row of a timestep; one of the scheduler's own is known by where it lies, so
-        that nobody waits for the device.
-        """
-        own = self._tensor
-        if timestep is None:
-            return self._first
-        if isinstance(timestep, Tensor) and isinstance(own, Tensor) and own.dtype == timestep.dtype:
-            place, rest = divmod(timestep.data_ptr() - own.data_ptr(), own.element_size())
-            if own.is_contiguous() and rest == 0 and 0 <= place < len(own):
-                return self._first + place
-        start = float(torch.as_tensor(timestep).flatten()[0])
-        return self._first + self._times.index(start) if start in self._times else None
 
     def ask(self, site: int, compute: Compute) -> Feature:
         """Answer a site; the gate of a walk."""

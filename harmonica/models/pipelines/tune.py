@@ -10,7 +10,6 @@ file does not know how a stage works.
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -25,9 +24,10 @@ from harmonica.cost import macs
 from harmonica.inference.timing import milliseconds
 from harmonica.models.pipelines.caching import cached
 from harmonica.models.pipelines.denoiser import PipelineDenoiser
-from harmonica.models.pipelines.facts import NotFollowedError, timesteps_from
+from harmonica.models.pipelines.facts import NotFollowedError
 from harmonica.models.pipelines.follow import from_pipeline
 from harmonica.models.pipelines.inputs import Inputs, inputs_of
+from harmonica.models.pipelines.schedulers import step_arguments, timesteps_from
 from harmonica.models.sites import macs_per_token, sites
 from harmonica.override import Method, overridden
 from harmonica.router import Schedule
@@ -75,10 +75,10 @@ def tune(  # noqa: D417 (some arguments are described together)
 
     Raises as `from_pipeline` does, and ValueError for a speedup that no table has.
     """
-    choices = "expected 'auto' or 'sdt', the paper's training"
-    require(method in ("auto", "sdt"), f"method is {method!r}; {choices}")
-    choices = "expected 'milliseconds', or None for multiply-accumulates"
-    require(cost in (None, "milliseconds"), f"cost is {cost!r}; {choices}")
+    known = "expected 'auto' or 'sdt', the paper's training"
+    require(method in ("auto", "sdt"), f"method is {method!r}; {known}")
+    known = "expected 'milliseconds', or None for multiply-accumulates"
+    require(cost in (None, "milliseconds"), f"cost is {cost!r}; {known}")
     try:
         denoiser = from_pipeline(pipe, prompts=prompts, each=each, **call)
     except NotFollowedError as reason:
@@ -89,9 +89,10 @@ def tune(  # noqa: D417 (some arguments are described together)
     measure = milliseconds(denoiser) if cost == "milliseconds" else macs(denoiser)
     target = Target(speedup, measure, denoiser.steps)
     budget = WALKS * denoiser.steps if budget is None else budget
+    batch = NOISES if denoiser.batched else 1  # asked now, since the answer takes predictions
     way = _trained if method == "sdt" else _searched
-    schedule = way(denoiser, target, order, budget, progress)
-    spent: dict[str, Any] = {"predictions": denoiser.predictions.total()}
+    schedule = way(denoiser, target, order, budget, batch, progress)
+    spent = {"predictions": denoiser.predictions.total()}
     return replace(schedule, provenance={**schedule.provenance, **spent})
 
 
@@ -101,18 +102,17 @@ def _check_budget(budget: int, least: int, steps: int) -> None:
 
 
 def _trained(
-    denoiser: PipelineDenoiser, target: Target, order: int, budget: int, progress: bool
+    denoiser: PipelineDenoiser, target: Target, order: int, budget: int, batch: int, progress: bool
 ) -> Schedule:
     """Return the schedule of the paper's training, put on target."""
-    size = NOISES if denoiser.batched else 1
-    _check_budget(budget, 3 * size, denoiser.steps)
+    _check_budget(budget, 3 * batch, denoiser.steps)
     how: dict[str, Any] = {"target_speedup": target.speedup, "cost": target.cost, "order": order}
-    how |= {"iterations": budget // (3 * size), "batch_size": size, "progress": progress}
+    how |= {"iterations": budget // (3 * batch), "batch_size": batch, "progress": progress}
     return train_sdt(denoiser, refine=0, **how).schedule()
 
 
 def _searched(
-    denoiser: PipelineDenoiser, target: Target, order: int, budget: int, progress: bool
+    denoiser: PipelineDenoiser, target: Target, order: int, budget: int, batch: int, progress: bool
 ) -> Schedule:
     """Return the best schedule of the stages that the budget is enough for."""
     from tqdm.auto import tqdm
@@ -124,7 +124,7 @@ def _searched(
     best: Schedule | None = None
     with tqdm(total=budget, unit="prediction", desc="tune", disable=not progress) as bar:
         try:
-            for best in _stages(denoiser, target, order, budget, size):
+            for best in _stages(denoiser, target, order, budget, size, batch):
                 bar.set_postfix(error=f"{best.provenance['image_error']:.2e}", refresh=False)
                 bar.update(denoiser.predictions.total() - bar.n)
         except (Exception, KeyboardInterrupt) as error:
@@ -142,7 +142,7 @@ class _HalfSpentError(Exception):
 
 
 def _stages(
-    denoiser: PipelineDenoiser, target: Target, order: int, budget: int, size: int
+    denoiser: PipelineDenoiser, target: Target, order: int, budget: int, size: int, batch: int
 ) -> Iterator[Schedule]:
     """Yield schedules, each better than the one before, judged on `size` noises at a time."""
     T, half, generator = denoiser.steps, budget // 2, torch.Generator().manual_seed(SEED)
@@ -162,44 +162,38 @@ def _stages(
             how: dict[str, Any] = denoiser.about | {"order": order, "provenance": about}
             yield (best := Schedule(stage.table, sites=tuple(denoiser.sites), **how))
     assert best is not None
-    yield _weighted(denoiser, best, budget - max(half, denoiser.predictions.total()))
-
-
-def _weighted(denoiser: PipelineDenoiser, schedule: Schedule, budget: int) -> Schedule:
-    """Return the schedule with learned weights, or as it is if the budget is too small for them.
-
-    Half of the budget goes into reference walks, half into updates, of about four walks each.
-    """
-    walks, factor = budget // denoiser.steps, 1 if denoiser.draws_noise else FACTOR
-    size = NOISES if denoiser.batched else 1
-    noises, updates = min(walks // (2 * factor), 64 * size), walks // (8 * size)
-    if noises < 2 * NOISES or updates < 1:
-        return schedule
-    pool = references(denoiser, noises=noises, factor=factor)
-    return learn_weights(denoiser, schedule, pool, iterations=updates, batch_size=size)
+    # Half of what is left goes into reference walks, half into updates, of about four walks each.
+    walks = (budget - max(half, denoiser.predictions.total())) // T
+    factor = 1 if denoiser.draws_noise else FACTOR
+    noises, updates = min(walks // (2 * factor), 64 * batch), walks // (8 * batch)
+    if noises >= 2 * NOISES and updates >= 1:
+        pool = references(denoiser, noises=noises, factor=factor)
+        yield learn_weights(denoiser, best, pool, iterations=updates, batch_size=batch)
 
 
 def _from_runs(pipe: Any, inputs: Inputs, speedup: float, progress: bool) -> Schedule:
     """Return whole steps chosen from T runs of the pipeline, which compute T(T+1)/2 steps."""
     from tqdm.auto import tqdm
 
-    columns, (plain, times) = sites(pipe.transformer), steps_of_run(pipe, inputs.of([(0, SEED)]))
-    T, N, name = len(plain), len(columns), type(pipe).__name__
-    cost = macs_per_token(pipe.transformer, columns)
+    def run() -> tuple[list[Tensor], tuple[float, ...]]:
+        return steps_of_run(pipe, inputs.of([(0, SEED)]))
+
+    columns, name, (plain, times) = sites(pipe.transformer), type(pipe).__name__, run()
+    T, cost = len(plain), macs_per_token(pipe.transformer, columns)
     require(T > 0, f"{name} never steps its scheduler, so no table fits it")
     count = min(Target(speedup, cost, T).whole_steps, T)
     about = {"method": "tune, whole steps from runs", "runs": T, "speedup": speedup}
-    fields = {"model": name, "sampler": type(pipe.scheduler).__name__, "provenance": about}
+    fields: dict[str, Any] = {"sites": tuple(columns), "timesteps": times, "provenance": about}
+    fields |= {"model": name, "sampler": type(pipe.scheduler).__name__}
 
     def whole_steps(computing: Collection[int]) -> Schedule:
-        rows = torch.tensor([[k in computing] * N for k in range(T)])
-        how: dict[str, Any] = {"sites": tuple(columns), "timesteps": times, **fields}
-        return Schedule(rows, **how)
+        rows = [[k in computing] * len(columns) for k in range(T)]
+        return Schedule(torch.tensor(rows), **fields)
 
     errors = torch.zeros(T, T, dtype=torch.float64)
     for j in tqdm(range(T - 1), unit="run", desc="tune", disable=not progress):
         with cached(pipe, whole_steps(range(j + 1))):
-            for k, after in enumerate(steps_of_run(pipe, inputs.of([(0, SEED)]))[0]):
+            for k, after in enumerate(run()[0]):
                 errors[j, k] = float((after.double() - plain[k].double()).square().mean())
     return whole_steps(cheapest_path(errors, count))
 
@@ -209,7 +203,7 @@ def steps_of_run(pipe: Any, call: Mapping[str, Any]) -> tuple[list[Tensor], tupl
     after, times = list[Tensor](), list[tuple[float, ...]]()
 
     def noted(step: Method, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        timestep = inspect.signature(step).bind(*args, **kwargs).arguments.get("timestep")
+        timestep = step_arguments(pipe.scheduler, args, kwargs).get("timestep")
         times.append(timesteps_from(pipe.scheduler, timestep))
         result = step(*args, **kwargs)
         after.append(tree_leaves(result)[0].detach().clone())
