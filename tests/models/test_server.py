@@ -139,7 +139,7 @@ def test_a_pipeline_called_in_the_walk_of_another_changes_neither_image(inner_ca
 
 
 class Streaming(Loop):
-    """Yields the image after each step, with a scheduler of its own, as in a server."""
+    """Yields the image after each step, again if it is told so, with a scheduler of its own."""
 
     def __call__(self, seed=1):
         x = torch.randn(1, 4, 8, 8, generator=seeded(seed))
@@ -148,7 +148,11 @@ class Streaming(Loop):
         for t in scheduler.timesteps:
             out = self.transformer(x, timestep=t[None], class_labels=torch.tensor([seed]))
             x = scheduler.step(out.sample[:, :4], t, x).prev_sample
-            yield x
+            try:
+                while (yield x) == "again":
+                    pass
+            except KeyError:
+                x = -x
 
 
 class Awaiting(Streaming):
@@ -169,6 +173,13 @@ def test_generators_and_tasks_of_one_pipeline_take_turns_without_meeting():
         turns = list(zip(streaming(1), streaming(2), strict=True))
         assert equal(turns[-1], alone)
         assert session.skipped == 4 * 2 * 4
+
+        images = streaming(1)
+        heard = [next(images), images.send("again"), images.throw(KeyError("minus")), *images]
+    images = streaming(1)
+    computed = [next(images), images.send("again"), images.throw(KeyError("minus")), *images]
+    assert equal(heard[:2], computed[:2])
+    assert len(heard) == len(computed) == 5
 
     async def all_at_once():
         return await asyncio.gather(*(awaiting(seed) for seed in (1, 2)))

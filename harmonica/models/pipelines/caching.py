@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import copy_context
+from functools import partial
 from typing import Any, Literal
 from weakref import WeakKeyDictionary, finalize
 
@@ -96,18 +97,21 @@ def _no_walk() -> Iterator[None]:
 
 
 def _streamed(
-    walk: AbstractContextManager[None], images: Generator[Any, None, Any]
-) -> Generator[Any, None, Any]:
+    walk: AbstractContextManager[None], images: Generator[Any, Any, Any]
+) -> Generator[Any, Any, Any]:
     # A context of its own: between two images, the caller's calls of the model are the caller's.
-    context = copy_context()
+    context, go_on = copy_context(), partial(images.send, None)
     context.run(walk.__enter__)
     try:
         while True:
             try:
-                image = context.run(next, images)
+                image = context.run(go_on)
             except StopIteration as end:
                 return end.value
-            yield image
+            try:
+                go_on = partial(images.send, (yield image))
+            except Exception as error:  # that the caller throws in
+                go_on = partial(images.throw, error)
     finally:
         context.run(images.close)
         context.run(walk.__exit__, None, None, None)
