@@ -38,8 +38,7 @@ from harmonica.override import Method, overridden
 from harmonica.run_again import run_again
 from harmonica.table import require
 
-SEEDS = 20_000_003, 20_000_005
-"""Of the two samples that walks are verified with."""
+SEEDS = 20_000_003, 20_000_005  # of the samples that walks are verified with
 
 
 class PipelineDenoiser:

@@ -111,16 +111,12 @@ def random_states(device: torch.device, states: list[Tensor]) -> Iterator[list[T
     """Set torch's global generators in this `with`, unless `states` is empty; yield a list that
     holds their states afterwards.
     """
-    generators = global_generators(device) if states else []
-    before, after = states_of(generators), list[Tensor]()
-    try:
+    generators, after = global_generators(device) if states else [], list[Tensor]()
+    with torch.random.fork_rng([g.device for g in generators[1:]], enabled=bool(states)):
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
         yield after
-    finally:
         after += states_of(generators)
-        for generator, state in zip(generators, before, strict=True):
-            generator.set_state(state)
 
 
 def step_again(

@@ -36,7 +36,7 @@ from harmonica.inference.lifetimes import Entry
 from harmonica.models.pipelines.schedulers import place_of
 
 Rows = Sequence[Sequence[Entry]]
-"""Of a table's `Plan`, T of N."""
+"""What `plan_of` makes of a table, T of N."""
 
 Counts = Counter[tuple[str, Any]]
 """How often something has happened: ("computed", site) and ("skipped", site) for each answer of a
