@@ -1,4 +1,4 @@
-"""from_pipeline: any pipeline as a `Denoiser`, after a check that its walk is the pipeline's own."""
+"""from_pipeline: any pipeline as a `Denoiser`, once it is sure that its walk is the pipeline's."""
 
 from __future__ import annotations
 
