@@ -122,11 +122,10 @@ class ShamDevice(TorchDispatchMode):
         ShamDevice._open = self
         for name, stub in _stubs(self).items():
             self._stack.enter_context(mock.patch(f"torch.cuda.{name}", stub, create=True))
-        overwrite = torch.__future__.set_overwrite_module_params_on_conversion
-        self._stack.callback(
-            overwrite, torch.__future__.get_overwrite_module_params_on_conversion()
-        )
-        overwrite(True)
+        future, overwrite = torch.__future__, "overwrite_module_params_on_conversion"
+        change, before = getattr(future, f"set_{overwrite}"), getattr(future, f"get_{overwrite}")()
+        self._stack.callback(change, before)
+        change(True)
         self._stack.enter_context(_Functions(self))
         return super().__enter__()
 

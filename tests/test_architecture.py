@@ -70,9 +70,8 @@ def test_importing_the_library_costs_torch_only():
     heavy = "diffusers transformers matplotlib sklearn scipy tqdm safetensors harmonica.models"
     script = f"def seen(): return [m for m in {heavy.split()} if m in sys.modules]"
     script = f"import sys, torch\n{script}\nbefore = seen()\nimport harmonica\n"
-    assert (
-        run(f"{script}print(before == seen())") == "True\n"
-    )  # torch itself may bring some; what counts is what we add
+    # torch itself may bring some; what counts is what we add
+    assert run(f"{script}print(before == seen())") == "True\n"
 
 
 def test_the_core_fits_on_a_train_ride():

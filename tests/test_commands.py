@@ -62,9 +62,7 @@ CASES = [(c, *case) for c, cases in REFUSED.items() for case in (*FOR_ALL, *case
 
 
 @pytest.mark.parametrize(("command", "options", "message"), CASES)
-def test_bad_input_is_one_line_on_stderr_and_exit_code_2(
-    command, options, message, tmp_path, capsys
-):
+def test_bad_input_is_one_line_and_exit_code_2(command, options, message, tmp_path, capsys):
     out = f"--out {tmp_path}/run {'' if command is train else '--steps 2'}"
     code, printed, err = said(command, f"{out} {options}", capsys)
     assert (code, printed, len(err.splitlines())) == (2, "", 1)

@@ -69,9 +69,7 @@ def test_an_image_does_not_depend_on_the_batch_size_or_how_many_there_are(batch,
     assert same(few, [each[:3] for each in whole])
 
 
-def test_a_process_makes_its_share_alone_and_says_whose_images_it_cannot_see(
-    whole, tmp_path, monkeypatch
-):
+def test_a_process_makes_its_share_and_says_whose_images_it_misses(whole, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(image_sets, "world", lambda: 2)
         patch.setattr(image_sets, "rank", lambda: 1)
@@ -139,9 +137,7 @@ def finished(out):
 @pytest.mark.parametrize("name", ["x.npz", "x"])
 def test_an_interrupted_run_goes_on_and_ends_the_same(after, first, then, name, whole, tmp_path):
     out = tmp_path / name
-    with pytest.raises(
-        KeyboardInterrupt, match=rf"finished images are in .*{name}\.parts, run the"
-    ):
+    with pytest.raises(KeyboardInterrupt, match=rf"finished images are in .*{name}\.parts"):
         write(out, batch=first, decode=stopping(after)[0])
     assert not out.exists()
     assert finished(out) == list(range(after * first))
@@ -156,9 +152,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(after, first, then, name, 
     assert sorted(p.name for p in tmp_path.iterdir()) == left
 
 
-def test_an_interruption_while_the_whole_is_put_together_costs_no_image(
-    whole, tmp_path, monkeypatch
-):
+def test_an_interruption_while_all_is_put_together_costs_no_image(whole, tmp_path, monkeypatch):
     drawn = lambda d, numbers, seed: draw_images(d, numbers, seed if len(numbers) > 1 else stop())  # noqa: E731
     stop = raising(KeyboardInterrupt)
     with monkeypatch.context() as patch:
@@ -167,9 +161,7 @@ def test_an_interruption_while_the_whole_is_put_together_costs_no_image(
             write(tmp_path / "x")
     assert len(finished(tmp_path / "x")) == COUNT
     write(tmp_path / "x", count=5, decode=stopping(0)[0])
-    assert np.array_equal(
-        in_folder(tmp_path / "x"), whole[0][:5]
-    )  # a smaller count takes the first
+    assert np.array_equal(in_folder(tmp_path / "x"), whole[0][:5])  # of fewer, the first
 
 
 OTHERS = [

@@ -218,9 +218,7 @@ both_modes = pytest.mark.parametrize("mode", ["leave-one-out", "telescoping"])
 
 @both_modes
 @given(st.integers(1, 5), st.booleans(), seeds)
-def test_lambda_by_shared_prefixes_equals_brute_force_at_half_the_predictions(
-    mode, steps, remembers, seed
-):
+def test_lambda_by_shared_prefixes_equals_brute_force_at_half_cost(mode, steps, remembers, seed):
     d, x, y = with_noise(make(steps, remembers=remembers), seed=seed)
     r = drawn(steps, seed)().detach()
     expected = brute_force(d, r, x, y, 0.1, mode)

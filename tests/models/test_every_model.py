@@ -112,15 +112,6 @@ def test_inputs_that_do_not_fit_the_model_are_named_and_leave_no_trace(name):
     assert sample(d, x.double(), cond).shape == x.shape  # a wider type is no fault
 
 
-def test_bad_input_is_refused_before_anything_is_read():
-    with refused("uvit-h takes no prompts; it draws classes"):
-        load("uvit-h", prompts=["a cat"], weights="random")
-    with refused(r"guidance is 0\.5; it must be 1 \(off\) or more"):
-        load("pixart-alpha-256", guidance=0.5)
-    with refused("there are no prompts|has no prompt"):
-        load("pixart-alpha-256", prompts=[], weights="random")
-
-
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in BUNDLED])
 def test_offline_without_weights_is_one_sentence_with_the_ways_out(name, monkeypatch):
     asked = []
@@ -230,11 +221,7 @@ def test_an_original_uvit_file_loads_strictly(tmp_path, suffix):
 OF_ANOTHER_MODEL = [
     ("pixart-alpha-256", "nowhere", "has no transformer/config.json"),
     ("pixart-alpha-256", "dit", "holds a DiTTransformer2DModel; a PixArtTransformer2DModel was"),
-    (
-        "pixart-alpha-256",
-        "pixart/transformer",
-        "has no text_encoder/config.json; expected the folde",
-    ),
+    ("pixart-alpha-256", "pixart/transformer", "has no text_encoder/config.json; expected the"),
     ("pixart-alpha-256", "wide", "is for a latent of size 16, not 8"),
     ("dit-xl", "pixart", "holds a PixArtTransformer2DModel; a DiTTransformer2DModel was expected"),
     ("dit-xl", "large", "is for a latent of size 16, not 8"),

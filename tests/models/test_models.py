@@ -68,6 +68,9 @@ BAD = [
     ({"sampler": "euler"}, "sampler is 'euler'; this version has ddim"),
     ({"steps": 0}, "steps is 0"),
     ({"guidance": 0.5}, "guidance is 0.5"),
+    ({"name": "pixart-alpha-256", "guidance": 0.5}, r"guidance is 0\.5; it must be 1 \(off\) or"),
+    ({"name": "pixart-alpha-256", "weights": "random", "prompts": []}, "has no prompt|no prompts"),
+    ({"name": "uvit-h", "weights": "random", "prompts": ["a cat"]}, "it draws classes"),
 ]
 
 
@@ -124,13 +127,10 @@ def test_timesteps_run_from_the_first_to_the_last_without_repeats(steps):
     assert (timesteps[0], timesteps[-1], len(timesteps)) == (999, 0, steps)
     # On a half, as the original's sum: 10 · 49.95 is 499.5, and its sum falls short of that.
     assert (spaced_timesteps(21)[10], spaced_timesteps(31)[15]) == (499, 500)
-
-
-def test_one_step_starts_from_pure_noise_and_zero_steps_are_refused():
-    assert spaced_timesteps(1) == (999,)
-    for steps in (0, -1, 1001):
-        with refused(f"steps is {steps}"):
-            make_sampler("ddim", steps)
+    assert spaced_timesteps(1) == (999,)  # pure noise
+    for none in (0, -1, 1001):
+        with refused(f"steps is {none}"):
+            make_sampler("ddim", none)
 
 
 @given(st.integers(2, 50), st.integers(0, 100))

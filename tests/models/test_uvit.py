@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import SMALL, noting, refused, seeded, seeds, start, tables, with_noise
 from hypothesis import given
 from hypothesis import strategies as st
@@ -98,36 +99,27 @@ def written_again(w, x, t, y, *, heads=2, patch=2):
     """U-ViT as one plain function on the parameters w by name, with none of the library's code."""
 
     def linear(name, h):
-        return h @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0.0)
+        return F.linear(h, w[f"{name}.weight"], w.get(f"{name}.bias"))
 
     def norm(name, h):
-        centred = h - h.mean(-1, keepdim=True)
-        scaled = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-        return scaled * w[f"{name}.weight"] + w[f"{name}.bias"]
+        return F.layer_norm(h, h.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], 1e-5)
 
     def attention(name, h):
-        mixed, width = [], h.shape[-1] // heads
-        q, k, v = linear(f"{name}.qkv", h).chunk(3, dim=-1)
-        for i in range(heads):
-            mine = slice(i * width, (i + 1) * width)
-            scores = q[..., mine] @ k[..., mine].transpose(1, 2) / math.sqrt(width)
-            mixed.append(scores.softmax(dim=-1) @ v[..., mine])
-        return linear(f"{name}.proj", torch.cat(mixed, dim=-1))
-
-    def feed_forward(name, h):
-        inner = linear(f"{name}.fc1", h)
-        return linear(f"{name}.fc2", inner * 0.5 * (1 + torch.erf(inner / math.sqrt(2))))
+        parts = linear(f"{name}.qkv", h).chunk(3, -1)
+        q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in parts)
+        mixed = (q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])).softmax(-1) @ v
+        return linear(f"{name}.proj", mixed.transpose(1, 2).flatten(2))
 
     def block(name, h):
         h = h + attention(f"{name}.attn", norm(f"{name}.norm1", h))
-        return h + feed_forward(f"{name}.mlp", norm(f"{name}.norm2", h))
+        inner = F.gelu(linear(f"{name}.mlp.fc1", norm(f"{name}.norm2", h)))
+        return h + linear(f"{name}.mlp.fc2", inner)
 
     dim = w["pos_embed"].shape[-1]
     time = waves(t, dim).to(x.dtype)
-    grid = x.shape[-1] // patch
-    corners = [(i * patch, j * patch) for i in range(grid) for j in range(grid)]  # row by row
-    cut = torch.stack([x[:, :, i : i + patch, j : j + patch].flatten(1) for i, j in corners], dim=1)
-    patches = cut @ w["patch_embed.proj.weight"].view(dim, -1).T + w["patch_embed.proj.bias"]
+    cut = x.unfold(2, patch, patch).unfold(3, patch, patch)  # (B, C, row, column, p, p)
+    pixels = cut.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+    patches = pixels @ w["patch_embed.proj.weight"].view(dim, -1).T + w["patch_embed.proj.bias"]
     label = w["label_emb.weight"][y][:, None]
     h = torch.cat([label, time[:, None], patches], dim=1) + w["pos_embed"]
     kept, pairs = [], sum(n.startswith("in_blocks") and n.endswith("qkv.weight") for n in w)
@@ -139,11 +131,8 @@ def written_again(w, x, t, y, *, heads=2, patch=2):
         joined = torch.cat([h, kept[-1 - i]], dim=-1)
         h = block(f"out_blocks.{i}", linear(f"out_blocks.{i}.skip_linear", joined))
     flat = linear("decoder_pred", norm("norm", h))[:, 2:]  # row, column and channel within a patch
-    noise = torch.empty_like(x)
-    for token, (i, j) in enumerate(corners):
-        piece = flat[:, token].view(len(x), patch, patch, -1).permute(0, 3, 1, 2)
-        noise[:, :, i : i + patch, j : j + patch] = piece
-    return noise
+    grid = flat.unflatten(2, (patch, patch, -1)).unflatten(1, (x.shape[-1] // patch, -1))
+    return grid.permute(0, 5, 1, 3, 2, 4).reshape(x.shape)
 
 
 @pytest.mark.parametrize("depth", [2, 4])

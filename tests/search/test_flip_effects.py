@@ -80,9 +80,8 @@ def test_an_entry_that_is_flipped_all_the_way_gives_the_walk_of_that_table(table
     schedule = weigh(schedule, past, e) if past else schedule
     other = flipped(schedule, e)
     image, z = sample(d, x, cond, other), (torch.arange(12) == e).double().view(3, 4, 1)
-    whole = quadratic.walk_with_flips(
-        d, quadratic.Sums(schedule, x.device), z.repeat(1, 1, 2), x, cond
-    )
+    sums = quadratic.Sums(schedule, x.device)
+    whole = quadratic.walk_with_flips(d, sums, z.repeat(1, 1, 2), x, cond)
     assert torch.allclose(whole, image, rtol=1e-6, atol=1e-9)
     assert torch.allclose(walk(d, x, cond, reads(other)), image, rtol=1e-6, atol=1e-9)
 

@@ -80,9 +80,7 @@ def test_landing_flips_as_few_entries_as_it_must(table, seed, speedup):
 
 
 @pytest.mark.parametrize("stop", [4, 9])
-def test_a_resumed_run_ends_in_the_same_refined_router_and_another_target_is_not_resumed(
-    tmp_path, stop
-):
+def test_a_resumed_run_ends_in_the_same_refined_router_if_its_target_is_that(tmp_path, stop):
     d, path = single(), tmp_path / "c"
     whole = router_of(d, 12, target_speedup=1.5)
     router_of(d, stop, checkpoint=path, target_speedup=1.5)

@@ -50,9 +50,7 @@ def write_rows(path, rows, args=None):
 
 
 @pytest.mark.parametrize(("steps", "sites"), [(1, 3), (2, 3), (5, 56), (6, 3), (7, 3)])
-def test_learning_to_cache_reuses_on_its_even_rows_only_and_runs_the_last_row_first(
-    tmp_path, steps, sites
-):
+def test_learning_to_cache_reuses_on_even_rows_and_runs_the_last_row_first(tmp_path, steps, sites):
     rows = logits(steps, sites)
     schedule = Schedule.load(write_rows(tmp_path / "r.pt", rows, L2C))
     wanted = rows.sigmoid() > 0.1
