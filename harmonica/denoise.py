@@ -1,4 +1,4 @@
-"""Denoiser and the walk: a frozen model with its sampler, and one reverse trajectory.
+"""Denoiser and the walk: a frozen model with its sampler, and the loop that makes an image.
 
 A walk is a loop over T executed steps k = 0 … T−1 (the paper's t is T − k). Its state:
 
@@ -11,6 +11,7 @@ so a walk is forked before any step by copying two dicts. This file knows no los
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -72,11 +73,8 @@ def denoise(  # noqa: D417 (some arguments share a line)
     memory = {} if memory is None else memory
     for k in range(start, denoiser.steps):
         with torch.no_grad():  # not inference_mode: a cache filled there could not be trained from
-            if gates is None:
+            with nullcontext() if gates is None else gated(denoiser.sites, gates(k)):
                 out = denoiser.predict(x, k, cond)
-            else:
-                with gated(denoiser.sites, gates(k)):
-                    out = denoiser.predict(x, k, cond)
             x = denoiser.step(x, out, k, memory)
         yield x
 
