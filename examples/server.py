@@ -10,11 +10,9 @@
 SCHEDULES names the files of the tables, which `python -m harmonica.tune` writes. Without it, the
 server computes every second of 10 steps, or every third of 20, to be tried at once.
 
-diffusers' schedulers remember where a walk is, so pipelines that run at once need one each. They
-share everything else: the server holds one transformer and a few light pipelines around it, and a
-request waits for a free one. Each is cached once, when the server starts. A cancelled walk leaves
-nothing behind, so its pipeline serves the next request. For your own, change `model()`, the
-scheduler's class and the call of the pipeline.
+diffusers' schedulers remember where a walk is, so pipelines that run at once need one each, and
+share everything else. A cancelled walk leaves nothing behind, so its pipeline serves the next
+request. For your own, change `model()`, the scheduler's class and the call of the pipeline.
 """
 
 from __future__ import annotations
@@ -36,8 +34,7 @@ from harmonica import Schedule, enable_cache
 from harmonica.models import digits, load
 from harmonica.models.sites import sites
 
-PIPELINES = 4
-"""Images that are drawn at once."""
+PIPELINES = 4  # images that are drawn at once
 
 
 class StoppableScheduler(DPMSolverMultistepScheduler):
@@ -59,33 +56,26 @@ def model() -> Any:
 
 def tables(pipe: Any) -> list[Schedule]:
     """Load the tables that SCHEDULES names; without it, return two that need no tuning."""
-    files = os.environ.get("SCHEDULES", "").split()
-    return [Schedule.load(file) for file in files] or [every(2, pipe, 10), every(3, pipe, 20)]
-
-
-def every(n: int, pipe: Any, steps: int) -> Schedule:
-    """Return the table that computes every n-th step, and reuses all sites in between."""
+    if files := os.environ.get("SCHEDULES", "").split():
+        return [Schedule.load(file) for file in files]
     names = tuple(sites(pipe.transformer))
-    return Schedule([[k % n == 0] * len(names) for k in range(steps)], names)
+    tables = [[[k % n == 0] * len(names) for k in range(T)] for n, T in ((2, 10), (3, 20))]
+    return [Schedule(table, names) for table in tables]
 
 
 def light_pipelines(pipe: Any) -> list[Any]:
     """Return pipelines of the same parts, each with a scheduler of its own."""
-    config, pipes = pipe.scheduler.config, []
-    for _ in range(PIPELINES):
-        own = {"scheduler": StoppableScheduler.from_config(config)}
-        pipes.append(type(pipe)(**pipe.components | own))
-        pipes[-1].set_progress_bar_config(disable=True)
-    return pipes
+    own = (StoppableScheduler.from_config(pipe.scheduler.config) for _ in range(PIPELINES))
+    return [type(pipe)(**pipe.components | {"scheduler": scheduler}) for scheduler in own]
 
 
 def app() -> FastAPI:
     """Return the server."""
-    pipe = model()
-    pipes, schedules = light_pipelines(pipe), tables(pipe)
+    pipes, schedules = light_pipelines(pipe := model()), tables(pipe)
     sessions = [enable_cache(each, schedules) for each in pipes]
     offered, free = [schedule.steps for schedule in schedules], Queue[Any]()
     for each in pipes:
+        each.set_progress_bar_config(disable=True)
         free.put(each)
     stops, counts, server = dict[str, Event](), Counter[str](), FastAPI(title="HarmoniCa")
 
@@ -97,10 +87,10 @@ def app() -> FastAPI:
         if stops.setdefault(name, stop) is not stop:
             raise HTTPException(409, f"{name} is being drawn; choose another name")
         pipe = free.get()  # in a thread of FastAPI's, so waiting here keeps nobody else waiting
+        options = {"num_inference_steps": steps, "generator": torch.Generator().manual_seed(seed)}
         try:
-            pipe.scheduler.stop, noise = stop, torch.Generator().manual_seed(seed)
-            options = {"num_inference_steps": steps, "output_type": "np"}
-            images = pipe([label], generator=noise, **options).images
+            pipe.scheduler.stop = stop
+            images = pipe([label], output_type="np", **options).images
         except CancelledError:
             counts["cancelled"] += 1
             raise HTTPException(409, f"{name} was cancelled") from None
@@ -113,18 +103,17 @@ def app() -> FastAPI:
 
     @server.delete("/images/{name}")
     async def cancel(name: str) -> bool:
-        if name in stops:
-            stops[name].set()
+        stops.get(name, Event()).set()
         return name in stops
 
     @server.get("/metrics")
     async def metrics() -> Response:
-        numbers = Counter({f"{name}_total": counts[name] for name in ("images", "cancelled")})
+        numbers = Counter(images_total=counts["images"], cancelled_total=counts["cancelled"])
         for report in (session.report() for session in sessions):
             numbers.update({key: report[key] for key in ("walks", "asked", "skipped", "in_flight")})
             for reason, count in report["beyond"].items():  # computed although the table reuses
                 numbers[f'beyond{{reason="{reason}"}}'] += count
-        lines = [f"harmonica_{name} {number}\n" for name, number in numbers.items()]
+        lines = (f"harmonica_{name} {number}\n" for name, number in numbers.items())
         return Response("".join(lines), media_type="text/plain")
 
     return server

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import seeded
 
-from harmonica import cached
+from harmonica import Schedule, cached
 from harmonica.models.sites import sites
 
 pytest.importorskip("fastapi")
@@ -109,7 +109,7 @@ def test_a_name_that_is_in_use_is_refused_and_the_first_of_that_name_is_drawn():
 
 def test_tables_that_were_tuned_are_read_from_files(monkeypatch, tmp_path):
     module, path = server(), tmp_path / "schedule.json"
-    module.every(2, module.model(), 5).save(path)
+    Schedule([[k % 2 == 0] * 16 for k in range(5)]).save(path)
     monkeypatch.setenv("SCHEDULES", str(path))
     (answer,), metrics = post(module.app(), "mine", steps=5)
     assert answer.status_code == 200
