@@ -23,7 +23,7 @@ from torch import nn
 
 from harmonica.models.pipelines.session import Session
 from harmonica.models.pipelines.taps import patched
-from harmonica.models.pipelines.tracker import current
+from harmonica.models.pipelines.tracker import current, in_walk
 from harmonica.override import Method
 from harmonica.router import Schedule
 
@@ -76,24 +76,13 @@ def _walked(pipe: Any, call: Method, args: Any, kwargs: Any) -> Any:
     open_sessions = _sessions.get(pipe)
     if not open_sessions and current.get() is None:
         return call(*args, **kwargs)
-    walk = open_sessions[-1].walk() if open_sessions else _no_walk()
+    walk = open_sessions[-1].walk() if open_sessions else in_walk(None)
     if inspect.isgeneratorfunction(call):
         return _streamed(walk, call(*args, **kwargs))
     if inspect.iscoroutinefunction(call):
         return _awaited(walk, call(*args, **kwargs))
     with walk:
         return call(*args, **kwargs)
-
-
-@contextmanager
-def _no_walk() -> Iterator[None]:
-    """Keep a pipeline that has no session out of the walk in which it is called."""
-    outer = current.get()
-    current.set(None)
-    try:
-        yield
-    finally:
-        current.set(outer)
 
 
 def _streamed(

@@ -219,7 +219,7 @@ class PipelineDenoiser:
     ) -> tuple[Tensor, SamplerState]:
         sample = x if inputs.sample is None else inputs.sample
         out = torch.cat([out, out]) if self.facts.doubled else out
-        after, sampler = schedulers.step_again(self._device(), inputs, sampler, out, sample)
+        after, sampler = schedulers.step_again(inputs, sampler, out, sample)
         return self.facts.first_half(after), sampler
 
     def _run(

@@ -41,13 +41,12 @@ class Facts:
         return x[: len(x) // 2] if self.doubled else x
 
 
-def made_up(output: Any, name: str, call: int, inputs: Any) -> Any:
+def made_up(output: Any, inputs: Any) -> Any:
     """Return an output of these shapes, which depends on all inputs and costs nothing."""
-    share = digest(inputs) % 10_007 / 10_007
-    generator = Generator().manual_seed(len(name) + 1000 * call)
+    generator = Generator().manual_seed(digest(inputs))
 
     def draw(leaf: Tensor) -> Tensor:
-        noise = torch.randn(leaf.shape, generator=generator) * (0.5 + share)
+        noise = torch.randn(leaf.shape, generator=generator)
         return noise.to(leaf) if leaf.is_floating_point() else leaf
 
     return tree_map_only(Tensor, draw, output)

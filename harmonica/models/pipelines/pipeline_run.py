@@ -181,7 +181,7 @@ class PipelineRun:
             if at_stop and not any(isinstance(it, FakeTensor) for it in tree_leaves(output)):
                 return output
         if self.stop_at is None or (at_stop and self.run_model is None):
-            return made_up(self.outputs[key], name, call, (args, kwargs))
+            return made_up(self.outputs[key], (name, call, args, kwargs))
         return tree_map_only(Tensor, torch.zeros_like, self.outputs[key])
 
     def _note_shapes(self, call: int, inputs: Any) -> None:
@@ -257,7 +257,7 @@ class PipelineRun:
         states = schedulers.states_of(schedulers.generators_in(given)), schedulers.states_of(torchs)
         start = schedulers.SamplerState(schedulers.copied_scheduler(self._scheduler), [], *states)
         kept = None if sample is self.x else sample
-        self.inputs = schedulers.SchedulerInputs(given, kept, carried, start)
+        self.inputs = schedulers.SchedulerInputs(given, kept, carried, start, self.device)
         raise StopRun(self)
 
     def _count(self, name: str) -> int:

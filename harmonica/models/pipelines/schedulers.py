@@ -85,6 +85,7 @@ class SchedulerInputs(NamedTuple):
     sample: Tensor | None  # None where it is x itself, which must not be kept alive
     carried: dict[str, int]  # argument -> which of the values that the step before returned
     start: SamplerState  # holds for step 0; at others the walk has its own
+    device: torch.device  # where the pipeline runs
 
 
 def generators_in(tree: Any) -> list[Generator]:
@@ -120,11 +121,7 @@ def random_states(device: torch.device, states: list[Tensor]) -> Iterator[list[T
 
 
 def step_again(
-    device: torch.device,
-    inputs: SchedulerInputs,
-    sampler: SamplerState,
-    out: Tensor,
-    sample: Tensor,
+    inputs: SchedulerInputs, sampler: SamplerState, out: Tensor, sample: Tensor
 ) -> tuple[Tensor, SamplerState]:
     """Take the step of a run that was stopped, with a copy of the sampler; return what it steps to,
     and the sampler then.
@@ -139,6 +136,6 @@ def step_again(
         return generators[-1]
 
     arguments = tree_map_only(Generator, again, {**inputs.arguments, **given})
-    with random_states(device, sampler.random) as random:
+    with random_states(inputs.device, sampler.random) as random:
         after, *carried = tree_leaves(scheduler.step(**arguments))
     return after, SamplerState(scheduler, carried, states_of(generators), random)

@@ -31,7 +31,7 @@ from harmonica.inference.lifetimes import plan_of
 from harmonica.models.blocks import gated_blocks
 from harmonica.models.pipelines.checks import TRANSFORMERS, check_pipeline, transformers_of
 from harmonica.models.pipelines.taps import tapped
-from harmonica.models.pipelines.tracker import Counts, Rows, Tracker, current
+from harmonica.models.pipelines.tracker import Counts, Rows, Tracker, current, in_walk
 from harmonica.models.site_costs import cost_of_call
 from harmonica.models.sites import sites
 from harmonica.override import Method, overridden
@@ -80,16 +80,14 @@ class Session:
         tracker = Tracker(partial(self._choose, pipe.scheduler), self._offload)
         models = nn.ModuleDict(transformers_of(pipe))
         taps = ((m, called_by(m), partial(self._tap, tracker, name)) for name, m in models.items())
-        blocks, outer = gated_blocks(models, self._modules(pipe), tracker.ask), current.get()
-        with tapped(pipe.scheduler), overridden(taps), blocks:
+        blocks = gated_blocks(models, self._modules(pipe), tracker.ask)
+        with tapped(pipe.scheduler), overridden(taps), blocks, in_walk(tracker):
             with self._lock:
                 self.walks += 1
                 self._live.append(tracker)
-            current.set(tracker)
             try:
                 yield
             finally:
-                current.set(outer)
                 self._close(tracker)
 
     def _tap(self, tracker: Tracker, name: str, forward: Method, args: Any, kwargs: Any) -> Any:

@@ -19,7 +19,8 @@ modules are sites.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
@@ -210,3 +211,14 @@ class Tracker:
 
 current: ContextVar[Tracker | None] = ContextVar("tracker", default=None)
 """The walk that this thread or task is in."""
+
+
+@contextmanager
+def in_walk(tracker: Tracker | None) -> Iterator[None]:
+    """Let this thread or task be in a walk, or in none although it is called inside one."""
+    outer = current.get()
+    current.set(tracker)
+    try:
+        yield
+    finally:
+        current.set(outer)
