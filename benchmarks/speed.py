@@ -443,7 +443,7 @@ def stopwatch(bench: Bench, spent: dict[str, float], step: Any) -> Iterator[None
     """Add up what outermost modules of each kind take, by classes: nothing is put on the model itself."""
     kinds = {
         "Attention": 0, "Mlp": 1, "FeedForward": 1, "LayerNorm": 2, "Sequential": 3, "TimestepEmbedder": 3,
-        "LabelEmbedder": 3, "PatchEmbedder": 3, "PatchEmbed": 3, "AdaLayerNormSingle": 3,
+        "PatchEmbedder": 3, "PatchEmbed": 3, "AdaLayerNormSingle": 3,
         "CombinedTimestepLabelEmbeddings": 3, "PixArtAlphaTextProjection": 3,
     }  # fmt: skip
     classes = {type(m) for m in bench.model.modules() if type(m).__name__ in kinds}

@@ -20,6 +20,7 @@ schedule or router.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -66,17 +67,6 @@ class TimestepEmbedder(nn.Module):
         return self.mlp(waves.to(next(self.mlp.parameters()).dtype))  # type: ignore[no-any-return]
 
 
-class LabelEmbedder(nn.Module):
-    """Class label to vector; the last row is guidance's null class: (B,) -> (B, D)."""
-
-    def __init__(self, num_classes: int, dim: int) -> None:
-        super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, dim)
-
-    def forward(self, y: Tensor) -> Tensor:
-        return self.embedding_table(y)  # type: ignore[no-any-return]
-
-
 class FinalLayer(nn.Module):
     """Modulate once more and project each token to its patch: (B, L, D) -> (B, L, P·P·C_out)."""
 
@@ -105,14 +95,13 @@ class DiT(nn.Module):
     """A diffusion transformer conditioned on a class; the defaults are DiT-XL/2's.
 
     Args:
-        input_size: H = W of the latent (32 for 256×256 images, 64 for 512×512); divisible by P.
-        patch_size: P.
+        input_size, patch_size: H = W of the latent (32 for 256×256 images, 64 for 512×512); P.
         in_channels: C, 4 for the Stable Diffusion latent.
-        hidden_size: D; divisible by 4 and by num_heads, else ValueError.
-        depth: number of blocks.
-        num_heads: attention heads.
+        hidden_size, num_heads, depth: D; heads of an attention; number of blocks.
         num_classes: real classes; label `num_classes` is the null class.
         learn_sigma: predict a variance channel for each noise channel, as the original does.
+
+    Raises ValueError unless P divides H, and 4 and num_heads divide D.
     """
 
     def __init__(
@@ -126,7 +115,8 @@ class DiT(nn.Module):
         self.patch_size, self.out_channels = patch_size, in_channels * (2 if learn_sigma else 1)
         self.x_embedder = PatchEmbedder(in_channels, patch_size, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
-        self.y_embedder = LabelEmbedder(num_classes, hidden_size)
+        labels = nn.Embedding(num_classes + 1, hidden_size)  # the last row is of the null class
+        self.y_embedder = nn.Sequential(OrderedDict(embedding_table=labels))
         positions = sincos_positions(hidden_size, input_size // patch_size)
         self.pos_embed = nn.Parameter(positions, requires_grad=False)  # (1, L, D)
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads) for _ in range(depth))
