@@ -23,8 +23,8 @@ from torch import Tensor
 
 from harmonica import Denoiser, Schedule, learn_weights, macs, references
 from harmonica.cache import Feature
-from harmonica.forecast import History
-from harmonica.inference.lifetimes import fused_sum, planned
+from harmonica.forecast import History, weighted_sum
+from harmonica.inference.lifetimes import planned
 from harmonica.inference.walk import Walk
 from harmonica.models import load
 from harmonica.models.dit import DiT, DiTDenoiser
@@ -99,7 +99,7 @@ def timed_walk(walk: Walk, x: Tensor, cond: Any) -> tuple[float, float]:
     def add(weights: Sequence[float], features: History) -> Feature:
         nonlocal spent
         began = time.process_time()
-        total = fused_sum(weights, features)
+        total = weighted_sum(weights, features, fused=True)
         spent += time.process_time() - began
         return total
 

@@ -49,13 +49,16 @@ def weighted(
     return gate
 
 
-def weighted_sum(weights: Sequence[float | Tensor], features: History) -> Feature:
+def weighted_sum(
+    weights: Sequence[float | Tensor], features: History, *, fused: bool = False
+) -> Feature:
     """Return Σⱼ wⱼ·fⱼ; surplus weights are ignored, what is no tensor comes from the first feature.
 
     A feature whose weight is the number 0 is left out. If one is left and its weight is 1, it is
-    returned itself, without a pass over memory.
+    returned itself, without a pass over memory. `fused` is for weights that are numbers: each
+    feature is added in one pass, which may round once or twice.
     """
-    pairs = zip(weights, features, strict=False)
+    pairs: Any = zip(weights, features, strict=False)
     terms = [(w, f) for w, f in pairs if isinstance(w, Tensor) or w != 0] or [(0.0, features[0])]
     scale, feature = terms[0]
     if len(terms) == 1 and not isinstance(scale, Tensor) and scale == 1:
@@ -66,7 +69,7 @@ def weighted_sum(weights: Sequence[float | Tensor], features: History) -> Featur
             return first  # attention may return (output, None)
         total = scale * first
         for (w, _), other in zip(terms[1:], others, strict=True):
-            total = total + w * other  # torch.add(…, alpha=w) may round once or twice
+            total = total.add_(other, alpha=w) if fused else total + w * other
         return total
 
     return tree_map(add, *(f for _, f in terms))

@@ -56,8 +56,7 @@ def planned(row: Sequence[Entry], cache: Cache, add: Add = weighted_sum) -> Gate
     """Return the gate of one row of a plan over a walk's cache, which is empty after the last row.
 
     Rows come in the order of the walk, and each asks every site once. A feature that was never
-    computed raises RuntimeError, as `reuse` does. `weighted_sum` is exact, `fused_sum` takes fewer
-    passes.
+    computed raises RuntimeError, as `reuse` does.
     """
 
     def gate(site: int, compute: Compute) -> Feature:
@@ -74,17 +73,6 @@ def planned(row: Sequence[Entry], cache: Cache, add: Add = weighted_sum) -> Gate
         return add(entry.weights, outputs)
 
     return gate
-
-
-def fused_sum(weights: Sequence[float], features: History) -> Feature:
-    """Return what `weighted_sum` returns, rounded less often: each feature is added in one pass."""
-    terms = [(w, f) for w, f in zip(weights, features, strict=True) if w != 0]
-    if len(terms) < 2 or not all(isinstance(feature, Tensor) for _, feature in terms):
-        return weighted_sum(weights, features)
-    total: Tensor = terms[0][1] * terms[0][0]
-    for w, feature in terms[1:]:
-        total.add_(feature, alpha=w)
-    return total
 
 
 def _column(computes: list[bool], weights: Tensor | None) -> list[Entry]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -26,7 +27,7 @@ from torch import Tensor
 from harmonica.cache import Cache, Compute, Feature, Gate, gated
 from harmonica.denoise import Denoiser, check_fit
 from harmonica.forecast import weighted_sum
-from harmonica.inference.lifetimes import fused_sum, plan_of, planned
+from harmonica.inference.lifetimes import plan_of, planned
 from harmonica.router import Schedule
 
 InForce = AbstractContextManager[Callable[[int], None] | None]
@@ -85,7 +86,7 @@ class Walk:
 
     def gate(self, k: int, cache: Cache) -> Gate:
         """Return the gate of step k over a walk's cache."""
-        return planned(self.plan[k], cache, weighted_sum if self.exact else fused_sum)
+        return planned(self.plan[k], cache, partial(weighted_sum, fused=not self.exact))
 
     def run(self, x: Tensor, cond: Any, gate_of: Callable[[int, Cache], Gate]) -> Tensor:
         """Walk under other gates than the schedule's, such as gates that measure."""

@@ -5,6 +5,7 @@ import json
 import math
 import weakref
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from harmonica import Router, Schedule, sample
 from harmonica.denoise import denoise, final_image
 from harmonica.forecast import taylor_weights, weighted, weighted_sum
-from harmonica.inference.lifetimes import fused_sum, plan_of, planned
+from harmonica.inference.lifetimes import plan_of, planned
 from harmonica.inference.walk import Walk
 from harmonica.storage.foreign import write_smoothcache
 
@@ -119,7 +120,7 @@ class Passes(TorchDispatchMode):
 PASSES = {(1, 0, 0): 0, (0, 1, 0): 0, (0, 0.5, 0): 1, (0, 2, -1): 3, (0.5, 2, -1): 5}
 
 
-@pytest.mark.parametrize("add", [weighted_sum, fused_sum])
+@pytest.mark.parametrize("add", [weighted_sum, partial(weighted_sum, fused=True)])
 @pytest.mark.parametrize(("weights", "passes"), PASSES.items())
 def test_a_weight_of_zero_or_a_single_one_costs_no_pass(weights, passes, add):
     features = [torch.full((2,), float(i)) for i in range(3)]
