@@ -15,6 +15,15 @@ from harmonica.cache import Cache, Compute, Feature, gated, reuse
 from harmonica.denoise import Denoiser, denoise, final_image
 
 
+def require_denoiser(denoiser: Any) -> None:
+    """Raise TypeError, naming what is missing, unless this is a `Denoiser`."""
+    members = ("steps", "sites", "about", "predict", "step", "draw")
+    lacks = ", ".join(name for name in members if getattr(denoiser, name, None) is None)
+    if lacks:
+        todo = "load(name) and from_pipeline(pipe, …) give one"
+        raise TypeError(f"{type(denoiser).__name__} is no Denoiser, it lacks {lacks}; {todo}")
+
+
 def check_denoiser(denoiser: Denoiser) -> None:
     """Hold a denoiser to the laws; raise AssertionError naming the one that is broken.
 
@@ -24,6 +33,7 @@ def check_denoiser(denoiser: Denoiser) -> None:
     not depend on its neighbours in the batch, to rounding · the walk leaves torch's generator
     alone.
     """
+    require_denoiser(denoiser)
     x, cond = denoiser.draw(2, torch.Generator().manual_seed(0))
     _each_site_is_asked_once(denoiser, x, cond)
     for name, site in denoiser.sites.items():

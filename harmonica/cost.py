@@ -9,7 +9,7 @@ is done, so DiT-XL counts in a second.
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from harmonica.cache import gated
+from harmonica.check import require_denoiser
 from harmonica.denoise import Denoiser
 from harmonica.table import Macs as Macs
 
@@ -29,16 +30,24 @@ def macs(denoiser: Denoiser) -> Macs:
     work do not, as in the field's tables. With guidance a prediction runs the model on two samples,
     so it counts twice the published figures.
     """
+    require_denoiser(denoiser)
     x, cond = denoiser.draw(1, torch.Generator().manual_seed(0))
-    return count(lambda: denoiser.predict(x, 0, cond), denoiser.sites)
+    return count(lambda: denoiser.predict(x, 0, cond), denoiser.sites).macs
 
 
-def count(run: Callable[[], Any], sites: Mapping[str, nn.Module], *, fake: bool = True) -> Macs:
+class Count(NamedTuple):
+    """What one run of a model did."""
+
+    macs: Macs  # of the sites and of the rest
+    calls: tuple[int, ...]  # of each site, N numbers; a table of decisions needs each to be 1
+
+
+def count(run: Callable[[], Any], sites: Mapping[str, nn.Module], *, fake: bool = True) -> Count:
     """Count the MACs of `run`, which calls a model once, site by site; no gradients are taken.
 
     `fake` computes shapes only; a model that looks at its tensors' values then raises RuntimeError.
     """
-    counts = [0.0] * len(sites)
+    counts, calls = [0.0] * len(sites), [0] * len(sites)
     counter = FlopCounterMode(display=False)
     shapes = FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext()
 
@@ -46,6 +55,7 @@ def count(run: Callable[[], Any], sites: Mapping[str, nn.Module], *, fake: bool 
         before = counter.get_total_flops()
         feature = compute()
         counts[site] += counter.get_total_flops() - before
+        calls[site] += 1
         return feature
 
     # The fused attention kernels of the CPU are invisible to the counter; the plain one is two
@@ -54,4 +64,5 @@ def count(run: Callable[[], Any], sites: Mapping[str, nn.Module], *, fake: bool 
     with torch.no_grad(), eager, sdpa_kernel(SDPBackend.MATH), shapes, counter, gated(sites, gate):
         run()
     each = torch.tensor(counts, dtype=torch.float64) / 2  # two operations are one MAC
-    return Macs(each, counter.get_total_flops() / 2 - float(each.sum()))
+    rest = counter.get_total_flops() / 2 - float(each.sum())
+    return Count(Macs(each, rest), tuple(calls))

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harmonica.table import Macs, checked_fields, default_names, require
+from harmonica.table import Macs, default_names, names_of, require
+from harmonica.values import number, of_type, seeded, whole
 
 StrPath = str | os.PathLike[str]
 
@@ -62,6 +63,8 @@ class Schedule:
     provenance: Mapping[str, str | float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        from harmonica.checked import checked_fields
+
         for name, value in checked_fields(vars(self)).items():
             object.__setattr__(self, name, value)
 
@@ -100,9 +103,9 @@ class Schedule:
 
     def resample(self, steps: int) -> Schedule:
         """Stretch the table to other steps, without learned weights; warns: it is untrained."""
+        steps = whole("steps", steps)
         if steps == self.steps:
             return self
-        require(steps >= 1, f"steps is {steps}; a walk has at least 1")
         what = f"a schedule for {self.steps} steps was stretched to {steps}, not trained there"
         warnings.warn(what + "; weights are left out" * (self.weights is not None), stacklevel=2)
         # each row comes from the same relative place of the walk
@@ -178,19 +181,18 @@ class Router(nn.Module):
         about: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.steps, self.about = steps, dict(about or {})
-        self.sites = default_names(sites) if isinstance(sites, int) else tuple(sites)
-        shape = (steps - 1, len(self.sites))
-        size = f"{steps} and {len(self.sites)}"
-        require(steps >= 1 and bool(self.sites), f"a router needs a step and a site; it got {size}")
+        self.steps, self.about = whole("steps", steps), dict(about or {})
+        self.sites = names_of(sites)
+        shape = (self.steps - 1, len(self.sites))
         if logits is None:
-            device = generator.device if generator else None
-            logits = torch.randn(shape, generator=generator, device=device)
-        finite, what = bool(logits.isfinite().all()), f"logits of shape {tuple(logits.shape)}"
-        fit = logits.shape == shape and finite
-        require(fit, f"{what} must be (steps − 1, sites) {shape}, and finite")
+            logits = torch.randn(shape, generator=generator, device=seeded(generator).device)
+        of_type("logits", logits, Tensor, "torch.tensor makes one")
+        fit = logits.shape == shape and logits.is_floating_point() and logits.isfinite().all()
+        what = f"logits are {tuple(logits.shape)} {logits.dtype}"
+        require(bool(fit), f"{what}; expected finite floating-point (steps − 1, sites) {shape}")
         self.rows = nn.ParameterList(nn.Parameter(row.clone()) for row in logits.detach())
-        self.schedule()  # raises if `about` does not describe a schedule
+        checked = vars(self.schedule())  # raises if `about` does not describe a schedule
+        self.about = {name: checked[name] for name in self.about}
 
     @property
     def logits(self) -> Tensor:
@@ -210,18 +212,16 @@ class Router(nn.Module):
 
     def schedule(self, tau: float = 0.1) -> Schedule:
         """Freeze the table: compute where r > τ, 0 ≤ τ < 1 (paper, "Router")."""
-        require(0.0 <= tau < 1.0, f"tau is {tau}; it must be at least 0 and below 1")
+        tau = number("tau", tau, 0, 1)
         r = self().detach().cpu()
-        numbers = not bool(r.isnan().any())
-        require(numbers, "the router's scores are not numbers; its training diverged")
-        return Schedule(r > tau, sites=self.sites, threshold=tau, **self.about)
+        require(not r.isnan().any(), "the router's scores are not numbers; its training diverged")
+        return Schedule(r > tau, sites=self.sites, **{**self.about, "threshold": tau})
 
     def save(self, path: StrPath) -> None:
         """Write logits, site names and `about` as safetensors."""
         from harmonica.storage.formats import write_router
 
-        fields = {"logits": self.logits, "sites": self.sites, "about": self.about}
-        write_router(path, fields)
+        write_router(path, {"logits": self.logits, "sites": self.sites, "about": self.about})
 
     @classmethod
     def load(cls, path: StrPath) -> Router:

@@ -23,7 +23,7 @@ from harmonica.cache import Cache, blend, gated
 from harmonica.denoise import Denoiser, denoise
 from harmonica.iepo import Proxy, blends, image_error, mse, objective
 from harmonica.router import Router
-from harmonica.table import require
+from harmonica.values import number, require, whole
 
 BETA = 7e-8  # the authors', for DiT-XL/2 at T = 10
 LOGIT_LIMIT = 5.0  # of all logits after each update (released code), so that no score gets stuck
@@ -96,8 +96,8 @@ def _check(denoiser: Denoiser, router: Router, tau: float, refresh_every: int) -
     ours = f"{router.steps} × {len(router.sites)}"
     theirs = f"{denoiser.steps} × {len(denoiser.sites)}"
     require(ours == theirs, f"the router is {ours} (steps × sites) and the denoiser is {theirs}")
-    require(0.0 <= tau < 1.0, f"tau is {tau}; expected 0 ≤ tau < 1")
-    require(refresh_every >= 1, f"refresh_every is {refresh_every}; it must be 1 walk or more")
+    number("tau", tau, 0, 1)
+    whole("refresh_every", refresh_every)
 
 
 def _update(

@@ -25,7 +25,6 @@ from harmonica.models.prompts import read_prompts
 from harmonica.processes import batch_per_rank, processes, rank, started_as
 from harmonica.search.target import check_target
 from harmonica.storage.files import exclusive_lock
-from harmonica.table import require
 from harmonica.training.dry_run import DryRun, dry_run
 
 AUTHORS = {"iterations": 20_000, "batch_size": 32, "beta": 7e-8, "lr": 0.01, "refresh_every": 25}
@@ -99,13 +98,7 @@ def run(args: argparse.Namespace) -> None:
         denoiser = cli.load_model(args, device, checkpointing=checkpointing)
         router = _train(denoiser, args)
         if rank() == 0:
-            schedule, file = router.schedule(args.tau), args.out / "schedule.json"
-            schedule.save(file)
-            made = f"{schedule.model}, {schedule.sampler}, T = {schedule.steps}"
-            print(f"{made}, {args.iterations} updates")
-            print(f"  cache utilisation (CUR)      {schedule.cur:.1%}")
-            print(f"  theoretical speedup          {schedule.speedup(macs(denoiser)):.2f}x")
-            print(f"{file} and {args.out / 'router.safetensors'} are written")
+            _freeze(denoiser, router, args)
 
 
 main = partial(cli.command, parser, run)
@@ -123,10 +116,7 @@ def needs(args: argparse.Namespace) -> DryRun:
 
 def complete(args: argparse.Namespace) -> None:
     """Fill in the settings that were not given, and refuse what no model could be trained with."""
-    check_target(args.target, args.beta)
-    refined = args.refine is None or (args.target is not None and args.refine >= 0)
-    given = f"--refine is {args.refine} and --target {args.target}"
-    require(refined, f"{given}; expected 0 or more, and a target")
+    check_target(args.target, args.beta, refine=args.refine)
     for name, value in defaults(args.model).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -156,6 +146,15 @@ def _train(denoiser: Denoiser, args: argparse.Namespace) -> Router:
         return train_sdt(denoiser, **settings, generator=generator, checkpoint=file)
     except KeyboardInterrupt as stop:  # the library says resume=True, this is a command line
         raise KeyboardInterrupt(str(stop).replace("resume=True", "--resume")) from None
+
+
+def _freeze(denoiser: Denoiser, router: Router, args: argparse.Namespace) -> None:
+    schedule = router.schedule(args.tau)
+    schedule.save(args.out / "schedule.json")
+    print(f"{schedule.model}, {schedule.sampler}, T = {schedule.steps}, {args.iterations} updates")
+    print(f"  cache utilisation (CUR)      {schedule.cur:.1%}")
+    print(f"  theoretical speedup          {schedule.speedup(macs(denoiser)):.2f}x")
+    print(f"{args.out / 'schedule.json'} and {args.out / 'router.safetensors'} are written")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ CORE = ("router", "cache", "denoise", "iepo", "sdt")
 
 LAYERS = (
     {"calls", "override", "samplers", "site_names"}
-    | {"processes", "memory", "run_again", "storage", "table"},
+    | {"processes", "memory", "run_again", "storage", "table", "checked", "values"},
     {"cache", "forecast", "router"},
     {"columns", "denoise"},
     {"iepo", "sdt", "cost", "check"},

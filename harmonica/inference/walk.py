@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from harmonica.cache import Cache, Compute, Feature, Gate, gated
+from harmonica.check import require_denoiser
 from harmonica.denoise import Denoiser, check_fit
 from harmonica.forecast import weighted_sum
 from harmonica.inference.lifetimes import plan_of, planned
@@ -73,6 +74,7 @@ class Walk:
     def __init__(
         self, denoiser: Denoiser, schedule: Schedule | None = None, *, exact: bool = False
     ) -> None:
+        require_denoiser(denoiser)
         if schedule is None:
             names = tuple(denoiser.sites)
             schedule = Schedule(torch.ones(denoiser.steps, len(names)), names)

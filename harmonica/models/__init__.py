@@ -62,6 +62,7 @@ UVIT_FILE = "imagenet256_uvit_huge.pth"
 __all__ = ["BUNDLED", "DITS", "MODELS", "PIXART", "PixArtDenoiser", "load"]
 
 
+@torch.inference_mode(False)  # or weights loaded there could not be trained with
 def load(
     name: str = "tiny", *, sampler: str | None = None, steps: int = 20,
     guidance: float | None = None, weights: StrPath | None = None,

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.optim import Adam
 
 from harmonica.cache import Cache, Gate
+from harmonica.check import require_denoiser
 from harmonica.denoise import Denoiser, check_fit
 from harmonica.forecast import taylor_weights, weighted
 from harmonica.router import Schedule
@@ -43,13 +44,15 @@ from harmonica.search.references import (
 )
 from harmonica.search.refine import WALKS_PER_ROUND, few_of, refine
 from harmonica.search.target import Target
-from harmonica.table import outputs_before, require
+from harmonica.table import outputs_before
+from harmonica.values import of_type, require, seeded, whole
 
 VALIDATION_SHARE = 6  # one noise of so many is not trained on
 TURN_ROUNDS, TURN_NOISES = 8, 256  # of the search in a turn; half of the pool at most
 LR = 0.01  # of Adam, falling to zero along a half cosine; 0.02 ends equally near
 
 
+@torch.inference_mode(False)  # and gradients on, whatever the caller's are
 def learn_weights(  # noqa: D417 (a denoiser is a denoiser)
     denoiser: Denoiser,
     schedule: Schedule,
@@ -76,14 +79,15 @@ def learn_weights(  # noqa: D417 (a denoiser is a denoiser)
     Raises ValueError if a number is out of range, the pool has fewer than two noises, or the
     schedule does not fit the denoiser; FloatingPointError if the error is not finite.
     """
-    given = f"history is {history}, iterations {iterations}, batch_size {batch_size}"
-    rule = f"and the pool has {len(pool)} noises; expected 1 or more, and 2 noises or more"
-    require(min(history, iterations, batch_size, len(pool) - 1) >= 1, f"{given}, {rule}")
+    require_denoiser(denoiser)
+    of_type("pool", pool, Pool, "references(denoiser) gives one")
+    require(len(pool) >= 2, f"the pool has {len(pool)} noises; expected 2 or more")
+    history, iterations = whole("history", history), whole("iterations", iterations)
+    batch_size, generator = whole("batch_size", batch_size), seeded(generator)
     check_fit(schedule, denoiser)
     validation, training = held_back(pool)
     best, errors = _best_start(denoiser, schedule, validation, history)
     limit, lowest = CAP * float(errors.median()), _finite(float(typical_error(errors)))
-    generator = torch.Generator().manual_seed(0) if generator is None else generator
     batches = _batches(len(training), batch_size, iterations, generator)
     for weights in _learn(denoiser, best, training, history, batches, limit):
         learned = replace(schedule, weights=weights)
@@ -119,15 +123,16 @@ def learn_in_turn(  # noqa: D417 (some arguments are described together)
 
     Raises ValueError if a number is out of range, or the schedule is slower than the target.
     """
+    of_type("target", target, Target, "Target(speedup, macs(denoiser), denoiser.steps)")
     _, training = held_back(pool)
     judging = training[slice(min(max(len(pool) // 2, 1), TURN_NOISES))]
     few = few_of(len(judging))
     others = cycle([training[slice(i, i + few)] for i in range(0, len(training) - few + 1, few)])
     budget = TURN_ROUNDS * WALKS_PER_ROUND * denoiser.steps * len(judging)  # of one noise
     how: dict[str, Any] = {"iterations": iterations, "batch_size": batch_size}
-    how["generator"] = torch.Generator().manual_seed(0) if generator is None else generator
+    how["generator"] = seeded(generator)
     best = learn_weights(denoiser, schedule, pool, **how)
-    for _ in range(turns):
+    for _ in range(whole("turns", turns, 0)):
         start = [best.compute]
         *_, end = refine(denoiser, start, judging, others, target, budget=budget, fill=best)
         after = learn_weights(denoiser, with_table(best, end.table), pool, **how)

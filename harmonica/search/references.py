@@ -25,11 +25,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from harmonica.check import require_denoiser
 from harmonica.denoise import Denoiser, sample
 from harmonica.inference.walk import Refinable, Walk
 from harmonica.memory import in_portions
 from harmonica.router import Schedule
-from harmonica.table import require
+from harmonica.values import require, seeded, whole
 
 R = TypeVar("R")
 Toward = Literal["reference", "uncached"]
@@ -123,11 +124,9 @@ def references(
     does a sampler that draws noise during the walk. Raises ValueError if a number is below 1, or as
     `finer_walk` does.
     """
-    given = f"noises is {noises} and factor {factor}"
-    require(min(noises, factor) >= 1, f"{given}; both must be 1 or more")
-    finer = finer_walk(denoiser, factor)
-    generator = torch.Generator().manual_seed(SEED) if generator is None else generator
-    return with_images(finer, *denoiser.draw(noises, generator))
+    require_denoiser(denoiser)
+    noises, finer = whole("noises", noises), finer_walk(denoiser, whole("factor", factor))
+    return with_images(finer, *denoiser.draw(noises, seeded(generator, SEED)))
 
 
 def finer_walk(denoiser: Denoiser, factor: int = 10) -> Denoiser:

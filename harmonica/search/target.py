@@ -14,11 +14,12 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from harmonica.check import require_denoiser
 from harmonica.cost import Macs, macs
 from harmonica.denoise import Denoiser
 from harmonica.router import Schedule
 from harmonica.search.references import Toward
-from harmonica.table import require
+from harmonica.values import number, of_type, require, whole
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Target:
 
     def __post_init__(self) -> None:
         check_target(self.speedup)
+        of_type("cost", self.cost, Macs, "harmonica.macs(denoiser)")
         first_only = torch.zeros(self.steps, len(self.cost.sites), dtype=torch.bool)
         first_only[0] = True
         most = self.speed(first_only)
@@ -79,19 +81,24 @@ class Target:
 
 
 def check_target(
-    speedup: float | None, beta: float | None = None, order: int = 0, toward: str = "uncached"
+    speedup: float | None,
+    beta: float | None = None,
+    order: int = 0,
+    toward: str = "uncached",
+    refine: int | None = None,
 ) -> None:
     """Raise ValueError for a target that no model could meet, or that comes with a β, or for what
     needs a target and has none; what needs the model is checked by `Target`.
     """
     given = f"the target speedup is {speedup}"
-    require(0 <= order <= 9, f"order is {order}; expected 0 to 9")
+    whole("order", order, 0, 10)
+    whole("refine", refine or 0, 0)
     known = toward in get_args(Toward)
     require(known, f"toward is {toward!r}; it must be 'reference' or 'uncached'")
-    aimed = speedup is not None or (order == 0 and toward == "uncached")
-    settings = f"order is {order} and toward {toward!r}, but {given}"
-    require(aimed, f"{settings}; both are for a search, so give target_speedup as well")
-    require(speedup is None or 1 <= speedup < math.inf, f"{given}; it must be 1 or more")
+    number("the target speedup", 1 if speedup is None else speedup, 1)
+    aimed = speedup is not None or (order == 0 and toward == "uncached" and not refine)
+    settings = f"order is {order}, toward {toward!r} and refine {refine}, but {given}"
+    require(aimed, f"{settings}; these are for a search, so give target_speedup as well")
     todo = f"beta is {beta} and {given}; a target chooses beta by itself, leave it out"
     require(speedup is None or beta is None, todo)
 
@@ -103,11 +110,13 @@ def target_of(
 
     A CUR is a speedup of 1 / (1 − CUR) where all sites cost the same and nothing else has a cost.
     """
+    require_denoiser(denoiser)
     if cur is not None:
         given = f"target_cur is {cur}, target_speedup {speedup} and cost {cost}"
         todo = "expected a target CUR from 0 to below 1 and neither of the others"
-        require(speedup is None and cost is None and 0.0 <= cur < 1.0, f"{given}; {todo}")
-        speedup, cost = 1 / (1 - cur), Macs(torch.ones(len(denoiser.sites)).double(), 0.0)
+        require(speedup is None and cost is None, f"{given}; {todo}")
+        speedup = 1 / (1 - number("target_cur", cur, 0, 1))
+        cost = Macs(torch.ones(len(denoiser.sites)), 0.0)
     if speedup is None:
         require(cost is None, "cost is given without a target; give target_speedup as well")
         return None

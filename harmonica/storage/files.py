@@ -9,6 +9,7 @@ know what the JSON and the tensors mean.
 import argparse
 import json
 import os
+import tempfile
 import uuid
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -36,12 +37,14 @@ def existing(path: StrPath) -> Path:
 
 
 def refuse_existing(path: StrPath, todo: str) -> None:
-    """Raise FileExistsError if a file is there, FileNotFoundError if there is no folder for it."""
-    folder = Path(path).absolute().parent
+    """Raise FileExistsError if a file is there, an OSError if none can be written."""
     if Path(path).exists():
         raise FileExistsError(f"{path} exists; {todo}")
+    folder = Path(path).absolute().parent
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; make it first")
+    with tempfile.TemporaryFile(dir=folder) as probe:
+        probe.write(b"x")
 
 
 @contextmanager
@@ -58,9 +61,10 @@ def decoding(path: StrPath, verdict: str) -> Iterator[None]:
     except (FileNotFoundError, PermissionError):
         raise
     except Exception as error:
-        what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
-        what = " ".join(what.split())[:300] or type(error).__name__
-        raise ValueError(f"{path} {verdict}: {what}") from None
+        what = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        what = what or type(error).__name__
+        short = what if len(what) <= 300 else f"{what[:299]}…"
+        raise ValueError(f"{path} {verdict}: {short}") from None
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

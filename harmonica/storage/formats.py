@@ -1,8 +1,8 @@
 """Formats: a schedule and a router as files of this library, and as plain dicts in memory.
 
     schedule   JSON: the fields of `Schedule`; its table as one string of T digits for each site,
-               1 = compute; weights, if there are any, as base64 of (T, 1 + m) little-endian
-               float32 for each site
+               1 = compute; what all site names begin with is written once, as "prefix"; weights, if
+               there are any, as base64 of (T, 1 + m) little-endian float32 for each site
     router     safetensors: logits (T−1, N); site names and `about` in the metadata; a checkpoint of
                training holds more tensors and facts beside them
 
@@ -20,16 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from harmonica.checked import FACTS, checked_facts
 from harmonica.storage import files, foreign
 from harmonica.storage.files import FLOATS, StrPath, decoding, existing
 from harmonica.table import require
 
 FORMAT = "harmonica-schedule-1"
-NUMBER = (int, float)
-FACTS: dict[str, Any] = {"model": str, "sampler": str, "guidance": NUMBER, "threshold": NUMBER}
-FACTS |= {"order": int, "timesteps": (list, tuple), "provenance": dict}
-"""The fields of a schedule other than its table and its site names, with their types."""
-
 T = TypeVar("T")
 
 
@@ -48,14 +44,16 @@ def is_router(path: StrPath) -> bool:
 
 def write_schedule(path: StrPath, fields: Mapping[str, Any]) -> None:
     """Write the fields of a schedule as readable JSON, one line for each site."""
-    table, facts = fields["compute"].int().T.tolist(), {name: fields[name] for name in FACTS}
-    columns = {
-        site: "".join(map(str, row)) for site, row in zip(fields["sites"], table, strict=True)
-    }
+    names, table = fields["sites"], fields["compute"].int().T.tolist()
+    head, dot, _ = names[0].partition(".")
+    prefix = head + dot if dot and all(site.startswith(head + dot) for site in names) else ""
+    short = [site.removeprefix(prefix) for site in names]
+    columns = {name: "".join(map(str, row)) for name, row in zip(short, table, strict=True)}
+    facts = {name: fields[name] for name in FACTS}
     if fields["weights"] is not None:
         columns_of_weights = fields["weights"].numpy().astype("<f4").swapaxes(0, 1)
         facts["weights"] = [base64.b64encode(c.tobytes()).decode() for c in columns_of_weights]
-    files.write_json(path, {"format": FORMAT, **facts, "compute": columns})
+    files.write_json(path, {"format": FORMAT, **facts, "prefix": prefix, "compute": columns})
 
 
 def read_schedule(path: StrPath, tau: float = 0.1) -> dict[str, Any]:
@@ -90,14 +88,13 @@ def _ours(data: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a schedule that `write_schedule` wrote; raise ValueError or KeyError."""
     name = data.pop("format")
     require(name == FORMAT, f'its format is {name!r:.40}; expected "{FORMAT}"')
-    columns, packed = data.pop("compute"), data.pop("weights", None)
-    prefix = data.pop("prefix", "")  # of all names, in older files
+    prefix, columns, packed = data.pop("prefix"), data.pop("compute"), data.pop("weights", None)
     for site, digits in columns.items():
         binary = isinstance(digits, str) and not set(digits) - set("01")
         what = f"site {site:.80} has {digits!r:.40}"
         require(binary, f"{what}; a string of 0 and 1 was expected")
     table = [[digit == "1" for digit in digits] for digits in columns.values()]  # (N, T)
-    fields = {"sites": tuple(prefix + site for site in columns), **_facts(data)}
+    fields = {"sites": tuple(prefix + site for site in columns), **checked_facts(data)}
     fields["compute"] = torch.tensor(table, dtype=torch.bool).reshape(len(table), -1).T
     if packed is not None:
         fields["weights"] = _weights(packed, len(table), len(table[0]))
@@ -115,17 +112,6 @@ def _weights(texts: Any, n_sites: int, steps: int) -> Tensor:
     require(whole, f"the weights of the sites hold {lengths} bytes; each site needs {rule}")
     numbers = [np.frombuffer(column, "<f4").astype("=f4").reshape(steps, -1) for column in columns]
     return torch.from_numpy(np.stack(numbers, axis=1))
-
-
-def _facts(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the facts; raise ValueError if one is none of a schedule's, or not of its type."""
-    for name, value in facts.items():
-        require(name in FACTS, f"no schedule has a field {name!r:.40}")
-        fits = value is None or isinstance(value, FACTS[name])
-        require(fits, f"{name} is {value!r:.40}, a {type(value).__name__}")
-    times = tuple(facts.get("timesteps", ()))
-    require(all(isinstance(t, NUMBER) for t in times), "timesteps must be numbers")
-    return {**facts, "timesteps": times} if times else dict(facts)
 
 
 def write_router(
@@ -148,6 +134,5 @@ def read_router(path: StrPath) -> tuple[dict[str, Any], dict[str, Tensor], dict[
         named = isinstance(names, list) and all(isinstance(site, str) for site in names)
         require(named, f"sites must be a list of names, and is {names!r:.40}")
         require(isinstance(about, dict), f"about must be an object, and is {about!r:.40}")
-        fields = {"steps": len(logits) + 1, "sites": names, "logits": logits}
-        fields["about"] = _facts(about)
+        fields = {"steps": len(logits) + 1, "sites": names, "logits": logits, "about": about}
     return fields, tensors, facts

@@ -27,8 +27,8 @@ from harmonica.sdt import Update
 from harmonica.search.target import Target
 from harmonica.storage.files import StrPath, changes, decoding, refuse_existing
 from harmonica.storage.formats import build, read_router, write_router
-from harmonica.table import require
 from harmonica.training.beta import BetaController
+from harmonica.values import number, require, seeded, whole
 
 Captured = tuple[dict[str, Tensor], dict[str, Any]]  # a state as tensors and numbers by name
 
@@ -103,23 +103,24 @@ def start(
     """Return the state of a run that has done nothing yet; `how` is what `sdt` is given. Raises
     TypeError or ValueError if no router can be trained for the denoiser.
     """
-    if not isinstance(denoiser, Denoiser):
-        name = type(denoiser).__name__
-        raise TypeError(f"{name} lacks a member of harmonica.Denoiser; see its docstring")
-    T = denoiser.steps
+    T, generator = denoiser.steps, seeded(generator)
     require(T >= 2, "the denoiser has 1 step, which always computes; nothing can be trained")
-    require(batch_size >= 1, f"found batch_size {batch_size}; it must be 1 or more")
+    settings: dict[str, Any] = {
+        "batch_size": whole("batch_size", batch_size),
+        "lr": number("lr", lr, 0),
+    }
+    settings |= {**how, "proxy": how["proxy"] or "none"}
     batch_per_rank(batch_size)
-    settings = {"batch_size": batch_size, "lr": lr, **how, "proxy": how["proxy"] or "none"}
+    require(lr > 0, "lr is 0; expected a number above 0")
     if target is not None:
         del settings["beta"]  # a target chooses it
         settings |= {"target_speedup": target.speedup, "target_cost": target.cost.total}
-    generator = torch.Generator().manual_seed(0) if generator is None else generator
     provenance = {"method": "HarmoniCa", "iterations": 0, **settings}
     with decoding("denoiser.about", "does not describe a schedule"):  # before hours, not after
         about = {**denoiser.about, "provenance": provenance}
         router = Router(T, denoiser.sites, generator=generator, about=about)
     device = denoiser.draw(1, torch.Generator())[0].device
+    require(device.type != "meta", "the denoiser is on meta, where nothing is computed; load it")
     optimizer = AdamW(router.to(device).parameters(), lr=lr, weight_decay=0.0)
     controller = None if target is None else BetaController(target, how["tau"], device)
     return TrainingState(settings, router, optimizer, torch.ones(T), controller, generator)
@@ -142,15 +143,14 @@ class Checkpoint:
     """
 
     def __init__(self, path: StrPath | None, every: int, denoiser: Denoiser) -> None:
-        self.path, self.every, self.weights = path, every, fingerprint(denoiser)
+        self.path, self.every = path, whole("checkpoint_every", every)
+        self.weights = fingerprint(denoiser)
 
     def begin(self, state: TrainingState, iterations: int, *, resume: bool) -> None:
         """Set the state that the run starts from, on all processes; raise FileExistsError,
         FileNotFoundError or ValueError if file and request disagree.
         """
-        counts = f"iterations {iterations}, checkpoint_every {self.every}"
-        require(min(iterations, self.every) >= 1, f"found {counts}; each must be 1 or more")
-
+        whole("iterations", iterations)
         self.facts = {"settings": state.settings, "weights": self.weights}
 
         def first() -> Captured:

@@ -20,8 +20,10 @@ from harmonica.search.refine_router import refine_router
 from harmonica.search.target import check_target, target_of
 from harmonica.storage.files import StrPath
 from harmonica.training.checkpoint import Checkpoint, TrainingState, start
+from harmonica.values import number, whole
 
 
+@torch.inference_mode(False)  # and gradients on, whatever the caller's are
 def train_sdt(  # noqa: D417 (some arguments are described together)
     denoiser: Denoiser,
     *,
@@ -59,9 +61,10 @@ def train_sdt(  # noqa: D417 (some arguments are described together)
     """
     target = target_of(denoiser, target_speedup, target_cur, cost)
     price = None if beta == BETA else beta
-    check_target(None if target is None else target.speedup, price, order, toward)
+    check_target(None if target is None else target.speedup, price, order, toward, refine)
     finer = finer_walk(denoiser) if toward == "reference" else denoiser
-    how = {"tau": tau, "beta": beta, "refresh_every": refresh_every, "proxy": proxy}  # of `sdt`
+    how = {"tau": number("tau", tau, 0, 1), "beta": number("beta", beta, 0), "proxy": proxy}
+    how |= {"refresh_every": whole("refresh_every", refresh_every)}
     state = start(denoiser, batch_size, lr, how, target, generator)
     with Checkpoint(checkpoint, checkpoint_every, denoiser) as saved:
         saved.begin(state, iterations, resume=resume)

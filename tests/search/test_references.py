@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import harmonica
-from harmonica import Schedule, macs, sample
+from harmonica import Router, Schedule, macs, sample
 from harmonica.memory import in_portions
 from harmonica.run_again import run_again, run_once
 from harmonica.search.learn import learn_in_turn, learn_weights, pool_errors, weighted_walk
@@ -56,7 +56,7 @@ def test_where_no_finer_walk_can_be_made_it_says_what_to_use():
     assert torch.equal(references(Plain(), noises=2, factor=1).images, drawn(2, 1).images)
     with refused(r"no walk of 300 × 4 steps: steps is 1200"):
         references(d, noises=1, factor=300)
-    with refused("noises is 0 and factor 10"):
+    with refused("noises is 0; expected a whole number, 1 or more"):
         references(d, noises=0)
 
 
@@ -149,9 +149,13 @@ def test_portions_of_a_batch_or_steps_that_run_again_give_the_same_weights(monke
 
 BAD = {
     "history is 0": {"history": 0},
-    "iterations 0": {"iterations": 0},
-    "batch_size 0": {"batch_size": 0},
+    "iterations is 0": {"iterations": 0},
+    "batch_size is True": {"batch_size": True},
+    "batch_size is 0": {"batch_size": 0},
     "the pool has 1 noises": {"pool": drawn(1)},
+    "pool is a Tensor": {"pool": torch.zeros(4, 1, 8, 8)},
+    "schedule is a Router": {"schedule": Router(4, 4)},
+    "generator is a int": {"generator": 0},
     "this schedule has 2 steps": {"schedule": Schedule([[1] * 4, [0] * 4])},
 }
 
@@ -163,7 +167,7 @@ def test_settings_and_images_that_make_no_sense_are_refused_and_the_model_is_lef
     assert attributes(d.model) == before
     assert all(p.grad is None for p in d.model.parameters())
     for message, bad in BAD.items():
-        with refused(message):
+        with pytest.raises((ValueError, TypeError), match=message):
             learn_weights(d, **{**settings, **bad})
     pool = drawn(4)
     broken = Pool(pool.x, pool.cond, torch.full_like(pool.images, math.nan))

@@ -110,11 +110,23 @@ def test_a_checkpoint_is_not_overwritten_and_only_continued_by_the_same_run(tmp_
 
 
 def test_settings_that_make_no_sense_are_refused_before_training():
-    for option in ("iterations", "batch_size", "checkpoint_every"):
-        with refused(f"{option} 0"):
-            train_sdt(make(), **{"iterations": 3, **QUICK, option: 0})
-    with pytest.raises(TypeError, match=r"Linear lacks a member of harmonica.Denoiser"):
-        train_sdt(torch.nn.Linear(1, 1))
+    counts, nan = (0, -1, True, 2.0, "2", None, math.inf), math.nan
+    for option, values in {
+        **dict.fromkeys(("iterations", "batch_size", "checkpoint_every", "refresh_every"), counts),
+        **{
+            "tau": (1, nan, "0.1"),
+            "beta": (-1, nan, math.inf, "1", None),
+            "lr": (0, -1, nan, True),
+        },
+        **{"order": (-1, True, 1.0, None), "target_cur": (1, nan, "0.5"), "refine": (-1, "2")},
+        **{"target_speedup": (0, nan, math.inf, True, "2")},
+    }.items():
+        for value in values:
+            with refused(f"{option.removesuffix('_speedup')}.* is {value!r}"):
+                train_sdt(make(), **{"iterations": 3, "batch_size": 2, option: value})
+    for options in ({}, {"target_speedup": 1.5}):
+        with pytest.raises(TypeError, match=r"Linear is no Denoiser, it lacks steps, sites, about"):
+            train_sdt(torch.nn.Linear(1, 1), **options)
     with refused("1 step, which always computes"):
         train_sdt(make(1))
     with refused("give target_speedup as well"):
