@@ -163,6 +163,12 @@ def small_models(monkeypatch):
 
 
 @pytest.fixture
+def few_noises(monkeypatch):
+    """Let a search judge its tables on few noises."""
+    monkeypatch.setattr("harmonica.search.refine_router.NOISES", 16)
+
+
+@pytest.fixture
 def short_demo(monkeypatch):
     """Let the demo draw few noises, learn for two updates, and paint nothing, which takes longest."""
     few = {"HELD_OUT": 20, "TIMED": 2, "POOL": 4, "CHOOSING": 2, "UPDATES": 2}

@@ -79,6 +79,7 @@ def test_landing_flips_as_few_entries_as_it_must(table, seed, speedup):
     assert not len(idle) or spent + float(idle.min()) > target.allowed
 
 
+@pytest.mark.usefixtures("few_noises")
 @pytest.mark.parametrize("stop", [4, 9])
 def test_a_resumed_run_ends_in_the_same_refined_router_if_its_target_is_that(tmp_path, stop):
     d, path = single(), tmp_path / "c"
@@ -198,6 +199,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.usefixtures("few_noises")
 def test_the_commands_land_on_a_target_and_refuse_one_with_a_beta(tmp_path, capsys):
     size = f"--steps 3 --iterations 4 --out {tmp_path}/"
     for out, options in (("a", "--refine 0"), ("b", "--refine 100")):

@@ -1,7 +1,6 @@
 """train_sdt: progress, checkpoints, resuming, stopping, and what it will take, counted before."""
 
 import copy
-import math
 import subprocess
 import sys
 import time
@@ -144,27 +143,15 @@ def test_the_router_says_what_it_was_trained_on():
     assert schedule.provenance["beta"] == 1e-4
 
 
-@pytest.mark.parametrize("proxy", [None, "leave-one-out"])
-def test_half_precision_weights_train_a_float32_router(proxy):
-    d, updates, gradients = make(dtype=torch.bfloat16), [], []
-    router, lam = Router(d.steps, d.sites, generator=seeded(0)), torch.ones(d.steps)
-    before = router.logits
-    noise = [d.draw(2, seeded(seed)) for seed in range(4)]
-    for update in sdt(d, router, noise, beta=1e-4, lr=0.05, refresh_every=2, proxy=proxy, lam=lam):
-        updates.append(update)
-        gradients.append(router.rows[update.k - 1].grad)
-    assert {p.dtype for p in d.model.parameters()} == {torch.bfloat16}
-    assert {lam.dtype, router.logits.dtype, *(g.dtype for g in gradients)} == {torch.float32}
-    assert all(bool(g.isfinite().all()) and float(g.abs().max()) > 0 for g in gradients)
-    assert all(math.isfinite(u.loss) and u.mse > 0 for u in updates)
-    assert float((router.logits - before).abs().min()) > 0.01
-    # and what it learns from is the error that float32 weights have, to bfloat16's rounding
-    wide = single()
-    wide.model.load_state_dict(d.model.state_dict())
-    twin = Router(d.steps, d.sites, generator=seeded(0))
-    first = [(x.float(), y) for x, y in noise[:1]]
-    u = next(sdt(wide, twin, first, beta=1e-4, lr=0.05, proxy=None))
-    assert u.mse == pytest.approx(updates[0].mse, rel=0.1)
+def test_half_precision_weights_train_a_float32_router_on_the_error_of_float32_weights():
+    half, wide, mse = make(dtype=torch.bfloat16), single(), []
+    wide.model.load_state_dict(half.model.state_dict())
+    for d in (half, wide):
+        router, (x, y) = Router(d.steps, d.sites, generator=seeded(0)), d.draw(2, seeded(0))
+        mse.append(next(sdt(d, router, [(x.float(), y)], proxy=None)).mse)
+        assert router.rows[0].grad.dtype == torch.float32
+        assert router.rows[0].grad.isfinite().all()
+    assert mse[0] == pytest.approx(mse[1], rel=0.1)
 
 
 SCRIPT = """
@@ -289,7 +276,7 @@ def test_the_meta_device_counts_the_memory_that_the_cpu_takes(checkpointed):
 
 def test_the_search_of_a_long_walk_is_told_from_short_ones():
     model = DiT(input_size=16, hidden_size=256, depth=2, num_heads=2, num_classes=3)
-    d = on_meta(DiTDenoiser(model, DDIM(12)))  # so wide that features are most of it
+    d = on_meta(DiTDenoiser(model, DDIM(8)))  # so wide that features are most of it
     x, cond = start(d, 1, 0)
     with metered() as whole:
         table = Schedule(torch.ones(d.steps, len(d.sites)), tuple(d.sites))
