@@ -275,7 +275,7 @@ def test_the_meta_device_counts_the_memory_that_the_cpu_takes(checkpointed):
 
 
 def test_the_search_of_a_long_walk_is_told_from_short_ones():
-    model = DiT(input_size=16, hidden_size=256, depth=2, num_heads=2, num_classes=3)
+    model = DiT(input_size=16, hidden_size=128, depth=1, num_heads=2, num_classes=3)
     d = on_meta(DiTDenoiser(model, DDIM(8)))  # so wide that features are most of it
     x, cond = start(d, 1, 0)
     with metered() as whole:
