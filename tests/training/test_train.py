@@ -1,6 +1,7 @@
 """train_sdt: progress, checkpoints, resuming, stopping, and what it will take, counted before."""
 
 import copy
+import math
 import subprocess
 import sys
 import time
