@@ -324,7 +324,7 @@ def counted_in(pipe: Any, found: Any, run: Callable[[], Any]) -> tuple[Macs, Cal
     def forward() -> Any:
         return pipe.transformer(*args, **kwargs)
 
-    return count(forward, found, fake=False).macs, forward
+    return count(forward, found, fake=False), forward
 
 
 def pab(pipe: Any, run: Way) -> Way:

@@ -9,7 +9,7 @@ is done, so DiT-XL counts in a second.
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,22 +32,15 @@ def macs(denoiser: Denoiser) -> Macs:
     """
     require_denoiser(denoiser)
     x, cond = denoiser.draw(1, torch.Generator().manual_seed(0))
-    return count(lambda: denoiser.predict(x, 0, cond), denoiser.sites).macs
+    return count(lambda: denoiser.predict(x, 0, cond), denoiser.sites)
 
 
-class Count(NamedTuple):
-    """What one run of a model did."""
-
-    macs: Macs  # of the sites and of the rest
-    calls: tuple[int, ...]  # of each site, N numbers; a table of decisions needs each to be 1
-
-
-def count(run: Callable[[], Any], sites: Mapping[str, nn.Module], *, fake: bool = True) -> Count:
+def count(run: Callable[[], Any], sites: Mapping[str, nn.Module], *, fake: bool = True) -> Macs:
     """Count the MACs of `run`, which calls a model once, site by site; no gradients are taken.
 
     `fake` computes shapes only; a model that looks at its tensors' values then raises RuntimeError.
     """
-    counts, calls = [0.0] * len(sites), [0] * len(sites)
+    counts = [0.0] * len(sites)
     counter = FlopCounterMode(display=False)
     shapes = FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext()
 
@@ -55,7 +48,6 @@ def count(run: Callable[[], Any], sites: Mapping[str, nn.Module], *, fake: bool 
         before = counter.get_total_flops()
         feature = compute()
         counts[site] += counter.get_total_flops() - before
-        calls[site] += 1
         return feature
 
     # The fused attention kernels of the CPU are invisible to the counter; the plain one is two
@@ -64,5 +56,4 @@ def count(run: Callable[[], Any], sites: Mapping[str, nn.Module], *, fake: bool 
     with torch.no_grad(), eager, sdpa_kernel(SDPBackend.MATH), shapes, counter, gated(sites, gate):
         run()
     each = torch.tensor(counts, dtype=torch.float64) / 2  # two operations are one MAC
-    rest = counter.get_total_flops() / 2 - float(each.sum())
-    return Count(Macs(each, rest), tuple(calls))
+    return Macs(each, counter.get_total_flops() / 2 - float(each.sum()))

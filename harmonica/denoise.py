@@ -1,4 +1,4 @@
-"""Denoiser and the walk: a frozen model with its sampler, and one reverse trajectory.
+"""Denoiser and the walk: a frozen model with its sampler, and the loop that makes an image.
 
 A walk is a loop over T executed steps k = 0 … T−1 (the paper's t is T − k). Its state:
 
@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from harmonica.cache import Cache, Gate, gated, reuse
 from harmonica.router import Schedule
-from harmonica.values import of_type
 
 
 @runtime_checkable
@@ -74,7 +73,7 @@ def denoise(  # noqa: D417 (some arguments share a line)
     memory = {} if memory is None else memory
     for k in range(start, denoiser.steps):
         with torch.no_grad():  # not inference_mode: a cache filled there could not be trained from
-            with gated(denoiser.sites, gates(k)) if gates else nullcontext():
+            with nullcontext() if gates is None else gated(denoiser.sites, gates(k)):
                 out = denoiser.predict(x, k, cond)
             x = denoiser.step(x, out, k, memory)
         yield x
@@ -98,7 +97,6 @@ def final_image(walk: Iterable[Tensor]) -> Tensor:
 
 def check_fit(schedule: Schedule, denoiser: Denoiser) -> None:
     """Raise ValueError, naming both sides, unless the schedule fits the denoiser."""
-    of_type("schedule", schedule, Schedule, "router.schedule() gives one")
     schedule.check(denoiser.steps, tuple(denoiser.sites), denoiser.about.get("timesteps", ()))
 
 

@@ -53,16 +53,16 @@ def image_error(  # noqa: D417 (some arguments are described together)
     require(alone or mode == "telescoping", f"mode is {mode!r}; {' or '.join(get_args(Proxy))}?")
     require(len(r) == T, f"r has {len(r)} rows and the denoiser {T} steps; one row is for one step")
     r, cache, memory = r.detach(), Cache(), dict[str, Any]()
-    forks: list[Tensor] = []  # forks[k−1]: image of the walk that leaves the main one before step k
+    images: list[Tensor] = []  # [k−1]: of the walk that leaves the main one before step k
     main = denoise(denoiser, x, cond, blends(r, cache, tau), memory=memory)
     for k, x_k in enumerate(main, start=1):
         if k < T:
             scores = r.clone()
             scores[k : k + 1 if alone else T] = 1.0
             gates, copy = blends(scores, cache.copy(), tau), memory.copy()
-            forks.append(final_image(denoise(denoiser, x_k, cond, gates, start=k, memory=copy)))
-    others = [x_k] * len(forks) if alone else [*forks, x_k][1:]  # x_k: the main walk's image
-    errors = [mse(other, fork) for other, fork in zip(others, forks, strict=True)]
+            images.append(final_image(denoise(denoiser, x_k, cond, gates, start=k, memory=copy)))
+    others = [x_k] * len(images) if alone else [*images, x_k][1:]  # x_k: the main walk's image
+    errors = [mse(other, image) for other, image in zip(others, images, strict=True)]
     return torch.stack([torch.zeros((), device=x.device), *errors])
 
 

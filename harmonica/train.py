@@ -98,7 +98,13 @@ def run(args: argparse.Namespace) -> None:
         denoiser = cli.load_model(args, device, checkpointing=checkpointing)
         router = _train(denoiser, args)
         if rank() == 0:
-            _freeze(denoiser, router, args)
+            schedule, file = router.schedule(args.tau), args.out / "schedule.json"
+            schedule.save(file)
+            made = f"{schedule.model}, {schedule.sampler}, T = {schedule.steps}"
+            print(f"{made}, {args.iterations} updates")
+            print(f"  cache utilisation (CUR)      {schedule.cur:.1%}")
+            print(f"  theoretical speedup          {schedule.speedup(macs(denoiser)):.2f}x")
+            print(f"{file} and {args.out / 'router.safetensors'} are written")
 
 
 main = partial(cli.command, parser, run)
@@ -146,15 +152,6 @@ def _train(denoiser: Denoiser, args: argparse.Namespace) -> Router:
         return train_sdt(denoiser, **settings, generator=generator, checkpoint=file)
     except KeyboardInterrupt as stop:  # the library says resume=True, this is a command line
         raise KeyboardInterrupt(str(stop).replace("resume=True", "--resume")) from None
-
-
-def _freeze(denoiser: Denoiser, router: Router, args: argparse.Namespace) -> None:
-    schedule = router.schedule(args.tau)
-    schedule.save(args.out / "schedule.json")
-    print(f"{schedule.model}, {schedule.sampler}, T = {schedule.steps}, {args.iterations} updates")
-    print(f"  cache utilisation (CUR)      {schedule.cur:.1%}")
-    print(f"  theoretical speedup          {schedule.speedup(macs(denoiser)):.2f}x")
-    print(f"{args.out / 'schedule.json'} and {args.out / 'router.safetensors'} are written")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ from torch import Tensor, arange, nn, ones, tensor
 from torch.utils._pytree import tree_all, tree_leaves, tree_map, tree_map_only
 
 from harmonica.cache import gated, reuse
-from harmonica.models import site_costs
 from harmonica.models.sites import Modules, sites
 
 LEFT_OUT = {
@@ -330,13 +329,12 @@ def same(one: list[Tensor], other: list[Tensor]) -> bool:
 
 
 def called(model: nn.Module, inputs: dict[str, Any]) -> Modules:
-    """Return the sites that a forward calls, none of them twice; all where torch cannot count."""
-    every = sites(model)
-    count = site_costs.count_calls(model, every, inputs)
-    if count is None:
-        return every
-    assert max(count.calls) == 1, "a site is called several times in a forward"
-    return {name: every[name] for name, times in zip(every, count.calls, strict=True) if times}
+    """Return the sites that a forward calls, none of them twice."""
+    every, calls = sites(model), []
+    with torch.no_grad(), gated(every, lambda site, compute: calls.append(site) or compute()):
+        model(**inputs)
+    assert len(set(calls)) == len(calls), "a site is called several times in a forward"
+    return {name: module for i, (name, module) in enumerate(every.items()) if i in calls}
 
 
 def examine(model: nn.Module, inputs: dict[str, Any], sites: Modules) -> list[str]:

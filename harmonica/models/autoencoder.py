@@ -31,12 +31,9 @@ def decoder(
 ) -> Callable[[Tensor], Tensor]:  # fmt: skip
     """Return what turns the latents of a model into float32 images, a few at a time (`ROOM`).
 
-    Args:
-        name: of the model, as in `load`.
-        weights: as given to `load`; a diffusers folder has its own autoencoder, "random" has none.
-        vae: folder of an autoencoder saved by diffusers, to use instead.
-        device: where it runs.
-        dtype: what it computes in; float32 where float16 overflows, as the autoencoder itself says.
+    Arguments are as in `load`: a diffusers folder has its own autoencoder, "random" has none. `vae`
+    is the folder of another one, saved by diffusers. It computes in float32 where float16
+    overflows, as the autoencoder itself says.
 
     Raises FileNotFoundError if a folder has no autoencoder, or none can be fetched.
     """

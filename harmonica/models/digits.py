@@ -11,8 +11,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from harmonica.models import DITS
 from harmonica.models.dit import DiTDenoiser
@@ -22,19 +21,10 @@ CLASSES = 1000
 """DiTPipeline takes class 1000 for the null class; here class i < 1000 is the digit i mod 10."""
 
 
-class Pixels(nn.Module):
+class Pixels:
     """An autoencoder that changes nothing: the latent is the picture."""
 
     config = SimpleNamespace(scaling_factor=1.0)
-    dtype = torch.float32
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("nothing", torch.empty(0))
-
-    @property
-    def device(self) -> torch.device:  # a pipeline asks its parts
-        return next(self.buffers()).device
 
     def decode(self, latents: Tensor) -> SimpleNamespace:  # diffusers looks for `sample`
         return SimpleNamespace(sample=latents)

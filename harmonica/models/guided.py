@@ -13,18 +13,17 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self  # torch brings it along
 
 from harmonica.cache import Gate
 from harmonica.models.blocks import gated_blocks
 from harmonica.models.precompute import precomputed
 from harmonica.samplers import Memory, Sampler
 from harmonica.table import require
-
-Self = TypeVar("Self", bound="Guided")
 
 
 class Guided(ABC):
@@ -60,7 +59,7 @@ class Guided(ABC):
     def draws_noise(self) -> bool:
         return self.sampler.draws_noise
 
-    def with_steps(self: Self, steps: int) -> Self:
+    def with_steps(self, steps: int) -> Self:
         """Return the same model, sampler and guidance with another number of steps."""
         other = copy.copy(self)
         other.sampler, other.steps = self.sampler.with_steps(steps), steps

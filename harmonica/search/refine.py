@@ -35,10 +35,6 @@ from harmonica.search.references import PORTION, Pool, pool_errors, typical_erro
 from harmonica.search.target import Target
 from harmonica.table import require
 
-Fill = Schedule | int
-"""What a skipped entry returns: `Schedule.order`, or a schedule whose learned weights stay as they
-are wherever its table does."""
-
 FLIPS = 32  # entries that flip in one round, at most; the quadratic is believed no farther away
 PAIRS = 10  # pairs of rows that are walked in one round, at most
 SIGNS_SEED = 20_000_003  # of the random signs that a quadratic takes
@@ -64,7 +60,7 @@ class JudgedTable:
     spent: float  # predictions of one noise so far
 
 
-def refine(  # noqa: D417 (denoiser and `Fill` are described where they are defined)
+def refine(  # noqa: D417
     denoiser: Denoiser,
     tables: Sequence[Tensor],
     pool: Pool,
@@ -72,7 +68,7 @@ def refine(  # noqa: D417 (denoiser and `Fill` are described where they are defi
     target: Target,
     *,
     budget: float,
-    fill: Fill = 0,
+    fill: Schedule | int = 0,
 ) -> Iterator[JudgedTable]:
     """Search from several tables, yielding each that is the best so far.
 
@@ -83,6 +79,8 @@ def refine(  # noqa: D417 (denoiser and `Fill` are described where they are defi
         target: no table that is slower is yielded.
         budget: predictions of one noise to spend; a backward pass counts as two. A round that no
             longer fits is not begun.
+        fill: what a skipped entry returns, `Schedule.order` or a schedule whose learned weights
+            stay as they are wherever its table does.
 
     Raises ValueError if no table is on target, and then there is nothing to start from.
     """
@@ -110,13 +108,16 @@ class Search:
     """The walks of one search, of which `spent` counts predictions of one noise; see `refine`."""
 
     def __init__(
-        self, denoiser: Denoiser, pool: Pool, others: Iterator[Pool], target: Target, fill: Fill = 0
+        self,
+        denoiser: Denoiser,
+        pool: Pool,
+        others: Iterator[Pool],
+        target: Target,
+        fill: Schedule | int = 0,
     ) -> None:
         self.denoiser, self.pool, self.others, self.target = denoiser, pool, others, target
-        if isinstance(fill, int):
-            everything = torch.ones(denoiser.steps, len(denoiser.sites), dtype=torch.bool)
-            fill = Schedule(everything, tuple(denoiser.sites), order=fill)
-        self.fill = fill
+        everything = whole_steps(denoiser, range(denoiser.steps))
+        self.fill = Schedule(everything, order=fill) if isinstance(fill, int) else fill
         self.walk = len(pool) * denoiser.steps  # predictions of a walk on all noises
         self.spent = float(self.walk)
         self._room = room_for(denoiser, pool.x, pool.cond, PORTION)
@@ -128,14 +129,10 @@ class Search:
         """Return the cheapest and the evenly spread path of as many whole steps as the target
         allows, and one more.
         """
-        steps = self.denoiser.steps
-        pool = self.pool[slice(few_of(len(self.pool)))]
-
-        def total(part: Pool) -> Tensor:
-            return reuse_errors(self.denoiser, part.x, part.cond).to(part.x.device) * len(part)
-
-        errors = torch.stack(list(pool.portions(total, self._room[0]))).sum(0)
-        errors = mean_over_ranks(errors / len(pool)).cpu()
+        steps, pool = self.denoiser.steps, self.pool[slice(few_of(len(self.pool)))]
+        sums = lambda part: len(part) * reuse_errors(self.denoiser, part.x, part.cond)  # noqa: E731
+        errors = torch.stack(list(pool.portions(sums, self._room[0]))).sum(0)
+        errors = mean_over_ranks(errors / len(pool))
         self.spent += len(pool) * steps * (2 + (steps - 1) / 2)
         most = self.target.whole_steps
         counts = [n for n in (most, most + 1) if 1 <= n <= steps]

@@ -61,10 +61,9 @@ def decoding(path: StrPath, verdict: str) -> Iterator[None]:
     except (FileNotFoundError, PermissionError):
         raise
     except Exception as error:
-        what = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
-        what = what or type(error).__name__
-        short = what if len(what) <= 300 else f"{what[:299]}…"
-        raise ValueError(f"{path} {verdict}: {short}") from None
+        what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        what = " ".join(what.split())[:300] or type(error).__name__
+        raise ValueError(f"{path} {verdict}: {what}") from None
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -1,8 +1,8 @@
 """Formats: a schedule and a router as files of this library, and as plain dicts in memory.
 
     schedule   JSON: the fields of `Schedule`; its table as one string of T digits for each site,
-               1 = compute; what all site names begin with is written once, as "prefix"; weights, if
-               there are any, as base64 of (T, 1 + m) little-endian float32 for each site
+               1 = compute; weights, if there are any, as base64 of (T, 1 + m) little-endian
+               float32 for each site
     router     safetensors: logits (T−1, N); site names and `about` in the metadata; a checkpoint of
                training holds more tensors and facts beside them
 
@@ -44,16 +44,14 @@ def is_router(path: StrPath) -> bool:
 
 def write_schedule(path: StrPath, fields: Mapping[str, Any]) -> None:
     """Write the fields of a schedule as readable JSON, one line for each site."""
-    names, table = fields["sites"], fields["compute"].int().T.tolist()
-    head, dot, _ = names[0].partition(".")
-    prefix = head + dot if dot and all(site.startswith(head + dot) for site in names) else ""
-    short = [site.removeprefix(prefix) for site in names]
-    columns = {name: "".join(map(str, row)) for name, row in zip(short, table, strict=True)}
-    facts = {name: fields[name] for name in FACTS}
+    table, facts = fields["compute"].int().T.tolist(), {name: fields[name] for name in FACTS}
+    columns = {
+        site: "".join(map(str, row)) for site, row in zip(fields["sites"], table, strict=True)
+    }
     if fields["weights"] is not None:
         columns_of_weights = fields["weights"].numpy().astype("<f4").swapaxes(0, 1)
         facts["weights"] = [base64.b64encode(c.tobytes()).decode() for c in columns_of_weights]
-    files.write_json(path, {"format": FORMAT, **facts, "prefix": prefix, "compute": columns})
+    files.write_json(path, {"format": FORMAT, **facts, "compute": columns})
 
 
 def read_schedule(path: StrPath, tau: float = 0.1) -> dict[str, Any]:
@@ -88,7 +86,8 @@ def _ours(data: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a schedule that `write_schedule` wrote; raise ValueError or KeyError."""
     name = data.pop("format")
     require(name == FORMAT, f'its format is {name!r:.40}; expected "{FORMAT}"')
-    prefix, columns, packed = data.pop("prefix"), data.pop("compute"), data.pop("weights", None)
+    columns, packed = data.pop("compute"), data.pop("weights", None)
+    prefix = data.pop("prefix", "")  # of all names, in older files
     for site, digits in columns.items():
         binary = isinstance(digits, str) and not set(digits) - set("01")
         what = f"site {site:.80} has {digits!r:.40}"
