@@ -22,8 +22,7 @@ OTHER_CACHES = ("cache", "fbc_", "broadcast")
 
 def transformers_of(pipe: Any) -> dict[str, nn.Module]:
     """Return the denoisers of a pipeline by name."""
-    models = {name: getattr(pipe, name, None) for name in TRANSFORMERS}
-    return {name: model for name, model in models.items() if model is not None}
+    return {name: m for name in TRANSFORMERS if (m := getattr(pipe, name, None)) is not None}
 
 
 def check_pipeline(pipe: Any) -> None:
@@ -41,21 +40,17 @@ def check_pipeline(pipe: Any) -> None:
 
 
 def _check_not_compiled(name: str, model: Any) -> None:
-    instead = (
-        "compile its sites instead: "
-        f"for site in harmonica.models.sites.sites(pipe.{name}).values(): site.compile()"
-    )
+    own = f"harmonica.models.sites.sites(pipe.{name}).values()"
+    instead = f"compile its sites instead: for site in {own}: site.compile()"
     if not isinstance(model, nn.Module) or hasattr(model, "_orig_mod"):
         todo = f"Set pipe.{name} to the module that was compiled, and {instead}"
         raise TypeError(f"pipe.{name} is compiled, and compiled code cannot skip a site. {todo}")
     compiled = [path for path, part in model.named_modules() if part._compiled_call_impl]
     inside = tuple(f"{site}." for site in sites(model)) if compiled else ()
     for path in compiled:
-        require(
-            f"{path}.".startswith(inside),
-            f"{f'pipe.{name}.{path}'.rstrip('.')} is compiled in place, and compiled code cannot "
-            f"skip a site. Load the {name} again, and {instead}",
-        )
+        part = f"pipe.{name}.{path}".rstrip(".")
+        why = f"{part} is compiled in place, and compiled code cannot skip a site"
+        require(f"{path}.".startswith(inside), f"{why}. Load the {name} again, and {instead}")
 
 
 def _other_cache(pipe: Any, model: nn.Module) -> str:

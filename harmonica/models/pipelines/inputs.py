@@ -104,10 +104,9 @@ def _check_arguments(
         count = call.get(argument, 1)
         require(count == 1, f"{argument} is {count}; a sample is one image, so leave it out")
     lengths = {argument: len(values) for argument, values in each.items()}
-    require(
-        len(set(lengths.values())) < 2 and 0 not in lengths.values(),
-        f"the lengths of prompts and each differ, or are zero: {lengths}; give each prompt one",
-    )
+    fit = len({*lengths.values()}) < 2 and 0 not in lengths.values()
+    why = f"the lengths of prompts and each differ, or are zero: {lengths}"
+    require(fit, f"{why}; give each prompt one")
 
 
 def about(pipe: Any, call: Mapping[str, Any]) -> dict[str, Any]:

@@ -205,10 +205,9 @@ class PipelineRun:
     def _record(self, step: Method, given: dict[str, Any]) -> Any:
         facts, calls, sample = self.facts, self._calls["transformer"], given.get("sample")
         if calls != len(facts.shapes) or not calls:
-            raise NotFollowedError(
-                f"the transformer is called {calls} times, {len(facts.shapes)} times at step 0 "
-                "(guidance that begins or ends midway, or a step without the transformer)"
-            )
+            why = "(guidance that begins or ends midway, or a step without the transformer)"
+            times = f"{calls} times, {len(facts.shapes)} times at step 0"
+            raise NotFollowedError(f"the transformer is called {times} {why}")
         if not isinstance(sample, Tensor) or not sample.is_floating_point():
             raise NotFollowedError("its scheduler steps no noisy image, a tensor `sample`")
         if self.k == 0:

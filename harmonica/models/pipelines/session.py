@@ -156,10 +156,8 @@ class Session:
         although the table reuses them.
         """
         counts = self._counts().items()
-        skipped, computed = (
-            sum(n for (event, _), n in counts if event == name) for name in ("skipped", "computed")
-        )
-        asked = skipped + computed
+        skipped = sum(n for (event, _), n in counts if event == "skipped")
+        asked = skipped + sum(n for (event, _), n in counts if event == "computed")
         walks = {"walks": self.walks, "in_flight": len(self._live), "asked": asked}
         share = {"skipped": skipped, "reused_share": skipped / max(asked, 1)}
         beyond = {why: n for (event, why), n in counts if event == "beyond"}

@@ -79,9 +79,8 @@ def keep(step: int, feature: Feature, offload: bool) -> Output:
 def _copy(tensor: Tensor, offload: bool) -> partial[Tensor]:
     """Copy a tensor; return a function that copies the copy back to where the tensor lies."""
     place, pinned = "cpu" if offload else tensor.device, offload and tensor.is_cuda
-    copy = torch.empty_like(tensor, device=place, pin_memory=pinned).copy_(
-        tensor, non_blocking=True
-    )
+    copy = torch.empty_like(tensor, device=place, pin_memory=pinned)
+    copy.copy_(tensor, non_blocking=True)
     return partial(copy.to, tensor.device, non_blocking=True, copy=True)
 
 
@@ -180,11 +179,9 @@ class Tracker:
             self.counts["computed", site] += 1
             return compute()
         if call.reused.get(site):
-            raise RuntimeError(
-                f"site {site} was reused and is called again in the same call of the transformer "
-                "(its feed-forward began to run in chunks?); call set_chunk_feed_forward(None, 0) "
-                "on the blocks, and run the pipeline again"
-            )
+            what = f"site {site} was reused and is called again in one call of the transformer"
+            todo = "call set_chunk_feed_forward(None, 0) on the blocks, and run the pipeline again"
+            raise RuntimeError(f"{what} (its feed-forward began to run in chunks?); {todo}")
         entry, again = FIRST if self._k is None else self._rows[self._k][site], site in call.reused
         kept = call.kept.pop(site, ())
         valid = kept if all(output.intact() for output in kept) else ()
