@@ -1,11 +1,12 @@
 """A denoiser of any pipeline walks as the pipeline does, keeps every law, and gives `tune` a table."""
 
+import copy
 import gc
 import weakref
 from contextlib import nullcontext
 from functools import wraps
 from importlib import import_module
-from pipes import WALKS, dit_pipe, pixart_pipe, run_embedded, walked
+from pipes import WALKS, dit_pipe, pixart_pipe, randomised, run_embedded, walked
 
 import diffusers
 import pytest
@@ -285,6 +286,20 @@ def test_a_pipeline_that_cannot_be_followed_gets_whole_steps_and_is_told_what_wa
     assert {tuple(row) for row in schedule.compute.tolist()} <= {(True,) * 9, (False,) * 9}
     with refused("the 5 steps"), cached(pipe, schedule):
         run_embedded(pipe, 5)
+
+
+def test_a_walk_of_two_transformers_gets_whole_steps_of_both():
+    make, arguments = WALKS["wan"]
+    pipe = make()
+    pipe.register_modules(transformer_2=randomised(copy.deepcopy(pipe.transformer), 3))
+    pipe.register_to_config(boundary_ratio=0.5)
+    with refused("cannot be followed step by step: it runs two transformers in one walk"):
+        from_pipeline(pipe, steps=4, **arguments)
+    with pytest.warns(UserWarning, match="two transformers.*Whole steps are chosen from runs"):
+        schedule = tuned("wan", pipe)[1]
+    with cached(pipe, schedule) as session:
+        run_embedded(pipe)
+        assert (len(session.sites), session.skipped > 0) == (2 * len(sites(pipe.transformer)), True)
 
 
 @pytest.mark.parametrize("stage", ["learn_weights", "flips"])

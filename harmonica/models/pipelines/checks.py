@@ -25,6 +25,12 @@ def transformers_of(pipe: Any) -> dict[str, nn.Module]:
     return {name: m for name in TRANSFORMERS if (m := getattr(pipe, name, None)) is not None}
 
 
+def sites_of(pipe: Any) -> dict[str, nn.Module]:
+    """Return the sites of all denoisers of a pipeline by name."""
+    own, *others = ((name, sites(model)) for name, model in transformers_of(pipe).items())
+    return own[1] | {f"{name}.{site}": part for name, of in others for site, part in of.items()}
+
+
 def check_pipeline(pipe: Any) -> None:
     """Raise TypeError or ValueError if a pipeline cannot be cached as it stands now."""
     for part in ("transformer", "scheduler"):

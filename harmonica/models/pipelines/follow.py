@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from harmonica.models.pipelines.checks import transformers_of
 from harmonica.models.pipelines.denoiser import PipelineDenoiser
 from harmonica.models.pipelines.facts import NotFollowedError
 from harmonica.models.pipelines.inputs import inputs_of
@@ -39,12 +40,14 @@ def from_pipeline(
         guidance: another name for `guidance_scale`.
         **call: other arguments of the pipeline, the same for all samples.
 
-    Raises TypeError if it has no transformer or two, or does not take an argument; ValueError if
-    its walk cannot be followed, with the reason: `tune` then chooses whole steps.
+    Raises TypeError if it has no transformer, or does not take an argument; ValueError if its walk
+    cannot be followed, with the reason: `tune` then chooses whole steps.
     """
     inputs = inputs_of(pipe, prompts, each, call | {"steps": steps, "guidance": guidance})
     pipe.transformer.eval().requires_grad_(False)
     try:
+        if len(transformers_of(pipe)) > 1:
+            raise NotFollowedError("it runs two transformers in one walk")
         return PipelineDenoiser(pipe, inputs, sites(pipe.transformer))
     except NotFollowedError as why:
         text = f"{type(pipe).__name__} cannot be followed step by step: {why}. {OTHERWISE}"

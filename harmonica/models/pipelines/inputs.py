@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harmonica.models.pipelines.checks import check_pipeline, transformers_of
+from harmonica.models.pipelines.checks import check_pipeline
 from harmonica.models.prompts import read_prompts
 from harmonica.storage.files import StrPath
 from harmonica.table import require
@@ -60,8 +60,6 @@ def inputs_of(
     """Return what the pipeline is called with; raises as `from_pipeline` does."""
     check_pipeline(pipe)
     name, parameters = type(pipe).__name__, inspect.signature(type(pipe).__call__).parameters
-    if "transformer_2" in transformers_of(pipe):
-        raise TypeError(f"{name} runs two transformers in one walk; from_pipeline follows one")
     each, call = dict(each or {}), _by_their_names(call)
     given = {*each, *call}
     if prompts is not None or ("prompt" in parameters and not {"prompt", "prompt_embeds"} & given):

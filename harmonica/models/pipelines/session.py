@@ -29,11 +29,15 @@ from harmonica.columns import fit
 from harmonica.cost import Macs
 from harmonica.inference.lifetimes import plan_of
 from harmonica.models.blocks import gated_blocks
-from harmonica.models.pipelines.checks import TRANSFORMERS, check_pipeline, transformers_of
+from harmonica.models.pipelines.checks import (
+    TRANSFORMERS,
+    check_pipeline,
+    sites_of,
+    transformers_of,
+)
 from harmonica.models.pipelines.taps import tapped
 from harmonica.models.pipelines.tracker import Counts, Rows, Tracker, current, in_walk
 from harmonica.models.site_costs import cost_of_call
-from harmonica.models.sites import sites
 from harmonica.override import Method, overridden
 from harmonica.router import Schedule
 from harmonica.table import require
@@ -58,7 +62,7 @@ class Session:
         self.pipe, self._kind, self.walks = ref(pipe), type(pipe).__name__, 0
         self.disable: Callable[[], None] | None = None  # where `enable_cache` opened it
         self._given, self._otherwise, self._offload = modules, otherwise, offload
-        self.sites = tuple(_names(pipe) if modules is None else modules)
+        self.sites = tuple(sites_of(pipe) if modules is None else modules)
         self.schedules = [fit(schedule, self.sites) for schedule in schedules]
         for schedule in self.schedules:
             schedule.check(schedule.steps, self.sites)
@@ -215,11 +219,6 @@ def _row_of(schedule: Schedule, times: Sequence[float]) -> int | None:
     alike = (all(isclose(a, b, rel_tol=1e-5) for a, b in zip(*p, strict=True)) for p in pairs)
     offset = next((i for i, same in enumerate(alike) if same), None)
     return None if offset is None else T - n + offset
-
-
-def _names(pipe: Any) -> list[str]:
-    own, *others = transformers_of(pipe).items()
-    return [*sites(own[1]), *(f"{name}.{site}" for name, model in others for site in sites(model))]
 
 
 def _path(site: str) -> str:

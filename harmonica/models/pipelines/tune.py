@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from harmonica.cost import macs
 from harmonica.inference.timing import milliseconds
 from harmonica.models.pipelines.caching import cached
+from harmonica.models.pipelines.checks import sites_of
 from harmonica.models.pipelines.denoiser import PipelineDenoiser
 from harmonica.models.pipelines.facts import NotFollowedError
 from harmonica.models.pipelines.follow import from_pipeline
@@ -178,12 +179,12 @@ def _from_runs(pipe: Any, inputs: Inputs, speedup: float, progress: bool) -> Sch
     def run() -> tuple[list[Tensor], tuple[float, ...]]:
         return steps_of_run(pipe, inputs.of([(0, SEED)]))
 
-    columns, name, (plain, times) = sites(pipe.transformer), type(pipe).__name__, run()
-    T, cost = len(plain), macs_per_token(pipe.transformer, columns)
+    columns, name, (plain, times) = tuple(sites_of(pipe)), type(pipe).__name__, run()
+    T, cost = len(plain), macs_per_token(pipe.transformer, sites(pipe.transformer))
     require(T > 0, f"{name} never steps its scheduler, so no table fits it")
     count = min(Target(speedup, cost, T).whole_steps, T)
     about = {"method": "tune, whole steps from runs", "runs": T, "speedup": speedup}
-    fields: dict[str, Any] = {"sites": tuple(columns), "timesteps": times, "provenance": about}
+    fields: dict[str, Any] = {"sites": columns, "timesteps": times, "provenance": about}
     fields |= {"model": name, "sampler": type(pipe.scheduler).__name__}
 
     def whole_steps(computing: Collection[int]) -> Schedule:
