@@ -162,7 +162,7 @@ class Checkpoint:
             return {name: value.cpu() for name, value in tensors.items()}, facts
 
         state.restore(*from_rank_0(first))
-        self.router, self.captured, self.written = state.router, state.capture(), state.updates
+        self.state, self.captured, self.written = state, state.capture(), state.updates
 
     def note(self, state: TrainingState) -> None:
         """Note the state between two walks, and write it if a write is due."""
@@ -170,17 +170,14 @@ class Checkpoint:
         if state.updates - self.written >= self.every:
             self.write()
 
-    def write(self, *, as_noted: bool = False) -> None:
-        """Write the state noted last, and the router: as it is now, a part of a walk or a search
-        further, or as it was then.
+    def write(self) -> None:
+        """Write the state noted last, and the router as it is now, which may be a part of a walk or
+        a search further.
         """
-        (tensors, counts), about, logits = self.captured, self.router.about, self.router.logits
+        (tensors, counts), router = self.captured, self.state.router
         self.written = counts["updates"]
-        if as_noted:
-            logits, counted = tensors["state.logits"].clone(), {"iterations": self.written}
-            about = {**about, "provenance": {**about["provenance"], **counted}}
         if self.path is not None and rank() == 0:
-            fields = {"logits": logits, "sites": self.router.sites, "about": about}
+            fields = {"logits": router.logits, "sites": router.sites, "about": router.about}
             write_router(self.path, fields, (tensors, {**counts, **self.facts}))
 
     def __enter__(self) -> Checkpoint:
@@ -189,7 +186,8 @@ class Checkpoint:
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         stopped = isinstance(error, KeyboardInterrupt)
         if stopped or is_out_of_memory(error):
-            self.write(as_noted=True)
+            self.state.restore(*self.captured)  # to the start of the walk
+            self.write()
         if stopped:
             todo = f"{self.path} continues it with resume=True"
             kept = todo if self.path else "nothing was saved"

@@ -72,8 +72,8 @@ def test_no_batch_repeats_whatever_lambda_does(proxy):
 def test_a_checkpoint_is_written_every_so_often(tmp_path, monkeypatch):
     writes, write = [], Checkpoint.write
 
-    def watched(self, **how):
-        write(self, **how)
+    def watched(self):
+        write(self)
         writes.append(read_tensors(self.path)[1]["updates"])
 
     monkeypatch.setattr(Checkpoint, "write", watched)
