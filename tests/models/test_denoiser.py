@@ -212,6 +212,16 @@ def test_the_pipeline_and_another_denoiser_of_it_may_run_in_between():
     assert equal(plain, between)
 
 
+@pytest.mark.parametrize("part", ["transformer", "scheduler"])
+def test_a_part_that_was_replaced_later_is_refused(part):
+    pipe, d = denoiser_of("flux")
+    cond = cond_of(1)
+    x = d.noise(cond)
+    setattr(pipe, part, copy.deepcopy(getattr(pipe, part)))
+    with refused("another transformer or scheduler; call from_pipeline again"):
+        d.predict(x, 1, cond)
+
+
 def test_a_batch_may_be_met_first_at_a_later_step_and_open_gates_are_asked_once():
     (_, d), (_, other) = denoiser_of("flux"), denoiser_of("flux")
     cond, asked = torch.tensor([[0, 7], [1, 8], [0, 9]]), []

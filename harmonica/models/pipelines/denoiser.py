@@ -59,8 +59,7 @@ class PipelineDenoiser:
         self._outputs: dict[int, Outputs] = defaultdict(dict)  # of so many samples at once
         self._memory: dict[Any, Any] = {}  # what models outside the loop have returned
         self._inputs_of: Any = WeakIdKeyDictionary()  # x -> step -> scheduler inputs of each run
-        if "step" in vars(pipe.scheduler):
-            raise NotFollowedError("somebody wrapped the step of its scheduler, which is copied")
+        self._parts = pipe.transformer, pipe.scheduler
         self._learn()
         if len(self.facts.models_in_loop) > 1:  # known only now: others ran as if before it
             self._learn()
@@ -227,9 +226,15 @@ class PipelineDenoiser:
         stop_at: int | None = None, x: Tensor | None = None,
     ) -> PipelineRun:  # fmt: skip
         """Run the pipeline once for these samples; see `PipelineRun`."""
-        device, rows = self._device(), tuple(row for row, _ in samples)
+        pipe, (transformer, scheduler) = self.pipe, self._parts
+        same = pipe.transformer is transformer and pipe.scheduler is scheduler
+        require(same, "the pipeline has another transformer or scheduler; call from_pipeline again")
+        home = next(transformer.parameters()).device
+        if home not in self._devices:  # a pipeline looks for it through all its modules
+            self._devices[home] = torch.device(pipe._execution_device)
+        device, rows = self._devices[home], tuple(row for row, _ in samples)
         kept = self._outputs[len(samples)], self._memory, rows
-        run = PipelineRun(self.pipe, device, facts, *kept, run_model, stop_at, x)
+        run = PipelineRun(pipe, device, facts, *kept, run_model, stop_at, x)
         own = schedulers.global_generators(device) if facts.uses_global_random else []
         seeds = schedulers.states_of(Generator(g.device).manual_seed(samples[0][1]) for g in own)
         with schedulers.random_states(device, seeds) as after:
@@ -237,13 +242,6 @@ class PipelineDenoiser:
         if stop_at is None:
             facts.uses_global_random = digest(seeds) != digest(after)
         return run
-
-    def _device(self) -> torch.device:
-        """Return where the pipeline runs; it looks through all its modules, so this remembers."""
-        home = next(self.pipe.transformer.parameters()).device
-        if home not in self._devices:
-            self._devices[home] = torch.device(self.pipe._execution_device)
-        return self._devices[home]
 
     def _knows_outputs(self, samples: Sequence[Sample]) -> bool:
         """Tell whether the shapes of all outputs are known for so many samples at once."""

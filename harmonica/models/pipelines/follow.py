@@ -48,6 +48,8 @@ def from_pipeline(
     try:
         if len(transformers_of(pipe)) > 1:
             raise NotFollowedError("it runs two transformers in one walk")
+        if "step" in vars(pipe.scheduler):
+            raise NotFollowedError("somebody wrapped the step of its scheduler, which is copied")
         return PipelineDenoiser(pipe, inputs, sites(pipe.transformer))
     except NotFollowedError as why:
         text = f"{type(pipe).__name__} cannot be followed step by step: {why}. {OTHERWISE}"

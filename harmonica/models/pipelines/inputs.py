@@ -70,7 +70,7 @@ def inputs_of(
     if call.get("num_inference_steps") is None:
         call["num_inference_steps"] = parameters["num_inference_steps"].default
     steps = call["num_inference_steps"]
-    require(isinstance(steps, int) and steps >= 1, f"steps is {steps}; a walk has at least 1")
+    require(isinstance(steps, int) and steps >= 1, f"steps is {steps}; expected 1 or more")
     if "output_type" in parameters:
         call.setdefault("output_type", "latent")
     rows = len(next(iter(each.values()), [None]))
