@@ -2,7 +2,6 @@
 
 import copy
 import random
-from functools import partial
 
 import numpy as np
 import pytest
@@ -23,7 +22,6 @@ from conftest import (
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from harmonica import Router, Schedule, check_denoiser, sample, sdt
 from harmonica.cache import blend, gated, reuse
@@ -331,15 +329,6 @@ def test_gradients_never_cross_steps_and_cached_features_carry_no_history(small)
     assert not any(feature.requires_grad for feature in cache.values())
 
 
-def test_blend_is_right_under_activation_checkpointing():
-    d, routers = make(), []
-    for again in (False, True):
-        for block in d.model.blocks if again else ():
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-        routers.append(trained(d, proxy=None)[0].logits)
-    assert torch.equal(*routers)
-
-
 @given(st.integers(0, 30), seeds)
 def test_cur_falls_as_tau_falls(percent, seed):
     router = Router(5, 6, generator=seeded(seed))
@@ -354,9 +343,6 @@ def test_training_and_lambda_refuse_what_they_cannot_use(small):
         image_error(small, torch.ones(3, 4), x, y)
     with refused("the router is 3 × 4"):
         next(sdt(small, Router(3, 4), [(x, y)]))
-    small.model.final_layer.linear.weight.data.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="step 1 is nan; look for NaN in the weights"):
-        trained(small, proxy=None)
 
 
 def test_the_objective_is_lambda_mse_plus_beta_sum_r():

@@ -131,14 +131,10 @@ def test_a_schedule_refuses_another_run():
             sample(d, x, y, wrong)
 
 
-def test_a_missing_file_is_named(tmp_path):
-    for load in (Schedule.load, Router.load):
+def test_a_missing_file_or_folder_is_named(tmp_path):
+    for load, table in ((Schedule.load, Router(2, 2).schedule()), (Router.load, Router(2, 2))):
         with pytest.raises(FileNotFoundError, match=r"nothing here: no such file"):
             load(tmp_path / "nothing here")
-
-
-def test_a_missing_folder_is_named(tmp_path):
-    for table in (Router(2, 2), Router(2, 2).schedule()):
         with pytest.raises(FileNotFoundError, match="no such folder; make it"):
             table.save(tmp_path / "not" / "there")
 

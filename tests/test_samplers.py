@@ -45,12 +45,6 @@ def test_noise_differs_between_samples_steps_and_walks_but_not_between_runs(name
     assert not torch.equal(same[0], same[1])  # the noise, not only x_T, makes the image
 
 
-@pytest.mark.parametrize("name", STOCHASTIC)
-def test_a_sample_under_noise_does_not_depend_on_its_neighbours(name):
-    d, x, y = with_noise(under(name, 5), batch=3)
-    torch.testing.assert_close(image(d, x[1:2], y[1:2]), image(d, x, y)[1:2])
-
-
 @pytest.mark.parametrize("name", sorted(SAMPLERS))
 def test_every_sampler_needs_no_variance_channels_and_keeps_the_laws_without(name):
     """Walks, forks and λ with variance channels: test_every_model.py."""
@@ -126,19 +120,6 @@ def test_every_sampler_has_one_timestep_for_each_prediction(name, betas, steps):
     assert len(sampler.timesteps) == steps
     assert list(sampler.timesteps) == sorted(sampler.timesteps, reverse=True)
     assert sampler.timesteps[0] == 999
-
-
-@pytest.mark.parametrize("name", sorted(SAMPLERS))
-def test_a_step_may_be_taken_under_autograd(name):
-    """A deep copy of a scheduler that holds such a tensor would fail."""
-    sampler, memory = make_sampler(name, 4), {}
-    x = torch.randn(1, 2, 4, 4, requires_grad=True)
-    for k in range(4):
-        out = x.repeat(1, 2, 1, 1).tanh()
-        fork = memory.copy()
-        x, again = sampler.step(x, out, k, memory), sampler.step(x, out, k, fork)
-        assert torch.equal(x, again)
-    assert x.requires_grad
 
 
 def test_a_schedule_trained_under_sa_solver_is_saved(tmp_path):

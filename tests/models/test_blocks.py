@@ -6,7 +6,7 @@ from pipes import pixart_transformer
 
 import pytest
 import torch
-from conftest import attributes, make, noting, raising, start, with_noise
+from conftest import attributes, make, noting, start, with_noise
 from diffusers.models.attention import BasicTransformerBlock
 from small import MADE, table
 from torch import nn
@@ -115,16 +115,12 @@ def test_an_unusual_call_asks_the_gate_at_the_sites(call):
 def test_a_module_that_is_no_site_computes_and_nothing_is_left_on_the_model():
     d, x, y = with_noise(make(2))
     some = {name: module for name, module in d.sites.items() if name.endswith("mlp")}
-    asked = []
+    asked, before = [], attributes(d.model)
     with torch.no_grad():
         plain = d.predict(x, 0, y)
         with gated_blocks(d.model, some, noting(asked)):
             assert torch.equal(d.predict(x, 0, y), plain)
     assert asked == [0, 1]
-    d, x, y = with_noise(make(2))
-    before, broken = attributes(d.model), raising(RuntimeError("broken"))
-    with pytest.raises(RuntimeError, match="broken"), gated_blocks(d.model, d.sites, broken):
-        d.predict(x, 0, y)
     assert attributes(d.model) == before
 
 
