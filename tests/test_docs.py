@@ -31,12 +31,9 @@ def names_of_tests() -> set[str]:
 
 @each_page
 def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
-    for name, few in {
-        "refine_router.NOISES": 16,
-        "refine_router.ROUNDS": 2,
-        "learn.TURN_ROUNDS": 1,
-    }.items():
-        monkeypatch.setattr(f"harmonica.search.{name}", few)
+    few = {"refine_router.NOISES": 16, "refine_router.ROUNDS": 2, "learn.TURN_ROUNDS": 1}
+    for name, value in few.items():
+        monkeypatch.setattr(f"harmonica.search.{name}", value)
     monkeypatch.chdir(tmp_path)
     scope: dict[str, object] = {}
     for block in blocks(page, "python"):

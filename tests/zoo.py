@@ -24,9 +24,7 @@ from torch.utils._pytree import tree_all, tree_leaves, tree_map, tree_map_only
 from harmonica.cache import gated, reuse
 from harmonica.models.sites import Modules, sites
 
-LEFT_OUT = {
-    "MiniMaxMusic3RVQDepthDecoder": "not a denoiser: it writes audio codes one codebook after another, with no timestep"
-}
+LEFT_OUT = {"MiniMaxMusic3RVQDepthDecoder": "no denoiser: it writes audio codes, without timesteps"}
 """Classes that are not in the zoo, and why."""
 
 REFUSED: dict[str, str] = {}
@@ -67,18 +65,15 @@ def make(name: str) -> tuple[nn.Module, dict[str, Any]]:
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.normal_(std=0.2)
-    return model, PREPARE.get(name, lambda model, call: call)(
-        model, tree_map_only(Tensor, torch.clone, inputs)
-    )
+    call = tree_map_only(Tensor, torch.clone, inputs)
+    return model, PREPARE[name](model, call) if name in PREPARE else call
 
 
 n = partial(torch.randn, generator=seeded(1))
 """Draw noise of a shape."""
 
 
-def io(
-    *x: int, text: tuple[int, ...] = (1, 3, 24), t: float = 500.0, **more: Any
-) -> dict[str, Any]:
+def io(*x: int, text: tuple[int, ...] = (1, 3, 24), t: float = 500.0, **more: Any) -> Any:
     """Return what nearly all take: a latent of shape x, text, a timestep."""
     return dict(hidden_states=n(*x), encoder_hidden_states=n(*text), timestep=tensor([t])) | more
 

@@ -248,10 +248,8 @@ def test_a_capture_that_fails_falls_back_and_keeps_good_graphs_and_is_tried_agai
     assert torch.equal(cpu(*start(d)), walk(*start(d)))
     assert cpu.reason == "x is on cpu; graphs are for CUDA devices"
     draw(*start(d, batch=1))
-    for batch, error in (
-        (2, RuntimeError("not permitted\nmore")),
-        (3, torch.OutOfMemoryError("no")),
-    ):
+    errors = {2: RuntimeError("not permitted\nmore"), 3: torch.OutOfMemoryError("no")}
+    for batch, error in errors.items():
         tape.fails = error
         assert torch.equal(draw(*start(d, batch)), walk(*start(d, batch)))
         assert draw.reason == f"capturing failed: {str(error).splitlines()[0]}"

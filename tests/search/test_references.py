@@ -10,18 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import harmonica
-from harmonica import Router, Schedule, macs, sample
+from harmonica import Router, Schedule, macs, references, sample
 from harmonica.memory import in_portions
 from harmonica.run_again import run_again, run_once
 from harmonica.search.learn import learn_in_turn, learn_weights, pool_errors, weighted_walk
 from harmonica.search.paths import whole_steps
-from harmonica.search.references import (
-    Pool,
-    image_errors,
-    outlier_weights,
-    references,
-    typical_error,
-)
+from harmonica.search.references import Pool, image_errors, outlier_weights, typical_error
 from harmonica.search.target import Target
 
 TABLE = Schedule([[1] * 4, [0, 1, 0, 0], [1, 0, 0, 1], [0] * 4])
