@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from harmonica import models
+from harmonica import memory, models
 from harmonica.columns import fit
 from harmonica.denoise import check_fit
 from harmonica.memory import is_out_of_memory
@@ -166,11 +166,8 @@ def exit_code(prog: str, work: Callable[[], None]) -> int:
 def check_device(device: str) -> None:
     """Raise ValueError, saying why, if torch cannot put a tensor on `device`."""
     known = device.split(":")[0] in ("cpu", "cuda", "mps")
-    require(known, f"--device {device}: expected cpu, cuda, cuda:N or mps")
-    try:
-        torch.empty(1, device=device)
-    except (AssertionError, RuntimeError) as error:  # for a device that is not there
-        raise ValueError(f"--device {device}: {_first_line(error)}") from None
+    require(known, f"device {device}: expected cpu, cuda, cuda:N or mps")
+    memory.check_device(device)
 
 
 def make_writable(folder: Path) -> None:

@@ -31,7 +31,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from harmonica.table import require
+from harmonica.values import require, whole
 
 Memory = dict[str, Any]  # what a sampler remembers along one walk; empty at k = 0
 TRAIN_TIMESTEPS = 1000  # length of the diffusion that all models here were trained with
@@ -63,7 +63,7 @@ def spaced_timesteps(steps: int) -> tuple[int, ...]:
     >>> spaced_timesteps(6)
     (999, 799, 599, 400, 200, 0)
     """
-    _check_steps(steps)
+    steps = _checked(steps)
     # Added up, not multiplied: where a timestep falls on a half, as at T = 21, rounding follows the
     # original's sum.
     last = TRAIN_TIMESTEPS - 1
@@ -71,9 +71,8 @@ def spaced_timesteps(steps: int) -> tuple[int, ...]:
     return tuple(map(round, sums))[::-1]
 
 
-def _check_steps(steps: int) -> None:
-    most = f"{TRAIN_TIMESTEPS}, the number of timesteps that the model was trained on"
-    require(1 <= steps <= TRAIN_TIMESTEPS, f"steps is {steps}; it must be between 1 and {most}")
+def _checked(steps: int) -> int:
+    return whole("steps", steps, 1, TRAIN_TIMESTEPS + 1)  # the model was trained on no more
 
 
 class DDIM:
@@ -191,5 +190,5 @@ SAMPLERS = ("ddim", *_SCHEDULERS)
 def make_sampler(name: str, steps: int, betas: Betas = "linear") -> Sampler:
     """Return the sampler called `name` with T = `steps`, for a model trained with `betas`."""
     require(name in SAMPLERS, f"sampler is {name!r}; this version has {', '.join(SAMPLERS)}")
-    _check_steps(steps)
+    steps = _checked(steps)
     return DDIM(steps, betas) if name == "ddim" else Scheduled(name, steps, betas)

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from harmonica.memory import check_device
 from harmonica.models import pixart
 from harmonica.models.dit import DiT, DiTDenoiser, sincos_positions
 from harmonica.models.guided import Guided, check_guidance
@@ -99,6 +100,7 @@ def load(
     require(dtype in FLOATS, f"dtype is {dtype}; weights can be {FLOATS}")
     scale = own_guidance if guidance is None else guidance
     check_guidance(scale)  # before anything is read
+    check_device(device)
     if name in PIXART:
         model, encoded = _pixart(name, weights, read_prompts(prompts), dtype, device)
         if activation_checkpointing:

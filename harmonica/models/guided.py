@@ -9,7 +9,6 @@ This file does not know what a gate does with a feature: it knows no cache, sche
 from __future__ import annotations
 
 import copy
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from harmonica.cache import Gate
 from harmonica.models.blocks import gated_blocks
 from harmonica.models.precompute import precomputed
 from harmonica.samplers import Memory, Sampler
-from harmonica.table import require
+from harmonica.values import number, of_type, require, whole
 
 
 class Guided(ABC):
@@ -43,7 +42,7 @@ class Guided(ABC):
         self, model: Any, sampler: Sampler, guidance: float, name: str,
         sites: Mapping[str, nn.Module], shape: tuple[int, ...], conditions: int,
     ) -> None:  # fmt: skip
-        check_guidance(guidance)
+        guidance = number("guidance", guidance, 1)
         self.model = model.eval().requires_grad_(False)
         self.sampler, self.guidance, self.name = sampler, guidance, name
         self.sites, self.shape, self.conditions = sites, shape, conditions
@@ -88,6 +87,8 @@ class Guided(ABC):
         moved. x is float32 where the weights are half as wide: a walk adds up small steps.
         """
         like: Tensor = next(self.model.parameters())
+        batch_size, like_this = whole("batch_size", batch_size), "torch.Generator().manual_seed(0)"
+        of_type("generator", generator, torch.Generator, like_this)
         options: dict[str, Any] = {"generator": generator, "device": generator.device}
         x = torch.randn((batch_size, *self.shape), **options)
         cond = torch.randint(self.conditions, (batch_size,), **options)
@@ -105,16 +106,19 @@ class Guided(ABC):
 
 def check_guidance(guidance: float) -> None:
     """Raise ValueError unless guidance is a number of at least 1."""
-    require(1.0 <= guidance < math.inf, f"guidance is {guidance}; it must be 1 (off) or more")
+    number("guidance", guidance, 1)  # 1 is off
 
 
 def check_inputs(x: Tensor, cond: Tensor, shape: tuple[int, ...]) -> None:
     """Raise ValueError unless x is (B, C, H, W) with this (C, H, W), and cond (B,) whole numbers
     beside it. Values are not looked at, since a GPU would have to be waited for.
     """
+    kinds = ", ".join(type(each).__name__ for each in (x, cond) if not isinstance(each, Tensor))
+    require(not kinds, f"found noise or conditions of type {kinds}; both must be tensors")
     fits = x.ndim == 4 and tuple(x.shape[1:]) == shape and tuple(cond.shape) == (len(x),) != (0,)
-    fits = fits and x.device == cond.device and not cond.is_floating_point()
-    noise = f"found noise {tuple(x.shape)} on {x.device}"
+    fits = fits and x.device == cond.device and x.is_floating_point()
+    fits = fits and cond.dtype in (torch.int64, torch.int32)
+    noise = f"found noise {tuple(x.shape)} {x.dtype} on {x.device}"
     conditions = f"conditions {tuple(cond.shape)} {cond.dtype} on {cond.device}"
     expected = f"(B, {', '.join(map(str, shape))}) and (B,) whole numbers on one device"
     require(fits, f"{noise}, {conditions}; expected {expected}, B at least 1, as `draw` returns")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from harmonica.storage.files import StrPath, read_text
-from harmonica.table import require
+from harmonica.values import items, require
 
 
 def read_prompts(given: StrPath | Sequence[str] | None = None) -> tuple[str, ...]:
@@ -23,8 +23,11 @@ def read_prompts(given: StrPath | Sequence[str] | None = None) -> tuple[str, ...
     (64, ('a red house',))
     """
     if given is not None and not isinstance(given, str | os.PathLike):
-        require(len(given) > 0, "there are no prompts; give at least one")
-        return tuple(given)
+        texts = items("prompts", given)
+        require(len(texts) > 0, "there are no prompts; give at least one")
+        strings = all(isinstance(text, str) for text in texts)
+        require(strings, f"prompts are {texts!r:.60}; each must be a string")
+        return texts
     file = Path(__file__).with_name("prompts.txt") if given is None else given
     lines = [line.strip() for line in read_text(file).splitlines()]
     prompts = tuple(line for line in lines if line and not line.startswith("#"))

@@ -101,13 +101,15 @@ def test_inputs_that_do_not_fit_the_model_are_named_and_leave_no_trace(name):
     d, x, cond = with_noise(loaded(name, steps=2), 2, 0)
     plain = sample(d, x, cond)
     wrong = [(x, cond[:1]), (x[:1], cond), (x[:, :-1], cond), (x[0], cond), (x, cond.float())]
-    wrong += [(x.to("meta"), cond), (x[:0], cond[:0])]
+    wrong += [(x.to("meta"), cond), (x[:0], cond[:0]), (x.long(), cond), (x, cond.bool())]
     if name != "pixart-alpha-256":  # which takes latents of any size
         wrong.append((x[..., :-1], cond))
     for walk in (sample, lambda d, x, cond: Walk(d)(x, cond)):
         for noise, labels in wrong:
             with refused(r"found noise .*, conditions .*; expected \(B, .* B at least 1"):
                 walk(d, noise, labels)
+        with refused("found noise or conditions of type list; both must be tensors"):
+            walk(d, x, cond.tolist())
     assert torch.equal(sample(d, x, cond), plain)
     assert sample(d, x.double(), cond).shape == x.shape  # a wider type is no fault
 

@@ -1,6 +1,7 @@
 """Models, samplers and cost: DiT and DDIM against their definitions, MACs against published ones."""
 
 import argparse
+import math
 
 import pytest
 import torch
@@ -67,9 +68,12 @@ BAD = [
     ({"name": "dalle"}, "model is 'dalle'; this version has tiny, garments, dit-xl"),
     ({"sampler": "euler"}, "sampler is 'euler'; this version has ddim"),
     ({"steps": 0}, "steps is 0"),
-    ({"guidance": 0.5}, "guidance is 0.5"),
-    ({"name": "pixart-alpha-256", "guidance": 0.5}, r"guidance is 0\.5; it must be 1 \(off\) or"),
+    *(({"steps": n}, "steps is ") for n in (True, 2.0, "20", None, math.nan, 1001)),
+    *(({"guidance": g}, "guidance is ") for g in (0.5, "1.5", True, math.nan, math.inf)),
+    *(({"device": where}, "device ") for where in ("gpu", "cuda:77", "", True)),
+    ({"name": "pixart-alpha-256", "guidance": 0.5}, "guidance is 0.5; expected a number"),
     ({"name": "pixart-alpha-256", "weights": "random", "prompts": []}, "has no prompt|no prompts"),
+    ({"name": "pixart-alpha-256", "weights": "random", "prompts": [3]}, "prompts are"),
     ({"name": "uvit-h", "weights": "random", "prompts": ["a cat"]}, "it draws classes"),
 ]
 
