@@ -165,9 +165,16 @@ class Awaiting(Streaming):
         return last
 
 
+class StreamingToTask(Streaming):
+    async def __call__(self, seed=1):
+        for image in super().__call__(seed):
+            await asyncio.sleep(0)
+            yield image
+
+
 def test_generators_and_tasks_of_one_pipeline_take_turns_without_meeting():
-    pipe = loop()
-    streaming, awaiting = (kind(pipe.transformer, pipe.scheduler) for kind in (Streaming, Awaiting))
+    pipe, kinds = loop(), (Streaming, Awaiting, StreamingToTask)
+    streaming, awaiting, to_task = (kind(pipe.transformer, pipe.scheduler) for kind in kinds)
     with cached(streaming, table(pipe)) as session:
         alone = [list(streaming(seed))[-1] for seed in (1, 2)]
         turns = list(zip(streaming(1), streaming(2), strict=True))
@@ -186,6 +193,18 @@ def test_generators_and_tasks_of_one_pipeline_take_turns_without_meeting():
 
     with cached(awaiting, table(pipe)):
         assert equal(asyncio.run(all_at_once()), alone)
+
+    async def last_of(images):
+        return [(image, asked(pipe.transformer)) async for image in images][-1]
+
+    async def all_streamed():
+        return await asyncio.gather(*(last_of(to_task(seed)) for seed in (1, 2)))
+
+    stock = asked(pipe.transformer)
+    with cached(to_task, table(pipe)):
+        images, between = zip(*asyncio.run(all_streamed()), strict=True)
+    assert equal(images, alone)
+    assert equal(between, [stock] * 2)
 
 
 def test_blocks_that_backward_runs_again_in_another_thread_ask_the_gate_of_the_step():
@@ -225,14 +244,23 @@ def ends(pipe, how):
         images = pipe()
         next(images)
         images.close()
+    elif how == "generator of a task":
+
+        async def closed():
+            images = pipe()
+            await anext(images)
+            await images.aclose()
+
+        asyncio.run(closed())
     else:
         asyncio.run(cancelled())
 
 
-@pytest.mark.parametrize("how", ["exception", "generator", "cancelled"])
+@pytest.mark.parametrize("how", ["exception", "generator", "generator of a task", "cancelled"])
 def test_after_a_call_that_was_broken_off_the_model_is_the_stock_one_and_features_are_gone(how):
     plain = loop()
-    kind = {"generator": Streaming, "cancelled": Awaiting}.get(how, Loop)
+    kinds = {"generator": Streaming, "generator of a task": StreamingToTask, "cancelled": Awaiting}
+    kind = kinds.get(how, Loop)
     pipe = kind(plain.transformer, plain.scheduler)
     stock = asked(pipe.transformer)
     first, features = next(iter(sites(pipe.transformer).values())), []

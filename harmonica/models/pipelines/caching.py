@@ -14,8 +14,9 @@ import inspect
 import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from contextvars import copy_context
+from contextvars import Context, copy_context
 from functools import partial
+from types import coroutine
 from typing import Any, Literal
 from weakref import WeakKeyDictionary, finalize
 
@@ -79,31 +80,59 @@ def _walked(pipe: Any, call: Method, args: Any, kwargs: Any) -> Any:
     walk = open_sessions[-1].walk() if open_sessions else in_walk(None)
     if inspect.isgeneratorfunction(call):
         return _streamed(walk, call(*args, **kwargs))
+    if inspect.isasyncgenfunction(call):
+        return _streamed_to_task(walk, call(*args, **kwargs))
     if inspect.iscoroutinefunction(call):
         return _awaited(walk, call(*args, **kwargs))
     with walk:
         return call(*args, **kwargs)
 
 
-def _streamed(
-    walk: AbstractContextManager[None], images: Generator[Any, Any, Any]
-) -> Generator[Any, Any, Any]:
-    # A context of its own: between two images, the caller's calls of the model are the caller's.
-    context, go_on = copy_context(), partial(images.send, None)
+@contextmanager
+def _own_context(walk: AbstractContextManager[None]) -> Iterator[Context]:
+    """Open a walk in a context of its own: between two images, a caller is in no walk."""
+    context = copy_context()
     context.run(walk.__enter__)
     try:
-        while True:
-            try:
-                image = context.run(go_on)
-            except StopIteration as end:
-                return end.value
-            try:
-                go_on = partial(images.send, (yield image))
-            except Exception as error:  # that the caller throws in
-                go_on = partial(images.throw, error)
+        yield context
     finally:
-        context.run(images.close)
         context.run(walk.__exit__, None, None, None)
+
+
+def _run_in(context: Context, steps: Any) -> Generator[Any, Any, Any]:
+    """Do what `yield from steps` does, in a context."""
+    go_on = partial(steps.send, None)
+    while True:
+        try:
+            step = context.run(go_on)
+        except StopIteration as end:
+            return end.value
+        try:
+            go_on = partial(steps.send, (yield step))
+        except GeneratorExit:
+            raise
+        except BaseException as error:  # that the caller throws in
+            go_on = partial(steps.throw, error)
+
+
+def _streamed(walk: AbstractContextManager[None], images: Any) -> Generator[Any, Any, Any]:
+    with _own_context(walk) as context:
+        try:
+            return (yield from _run_in(context, images))
+        finally:
+            context.run(images.close)
+
+
+async def _streamed_to_task(walk: AbstractContextManager[None], images: Any) -> Any:
+    run_in = coroutine(_run_in)
+    with _own_context(walk) as context:
+        try:
+            while True:
+                yield await run_in(context, images.__anext__().__await__())
+        except StopAsyncIteration:
+            return
+        finally:
+            await run_in(context, images.aclose().__await__())
 
 
 async def _awaited(walk: AbstractContextManager[None], image: Any) -> Any:
