@@ -62,13 +62,10 @@ def _read(name: str, weights: StrPath | None, vae: StrPath | None) -> Any:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     ways = "pass the folder of an autoencoder saved by diffusers (--vae)"
-    if vae is not None:
-        folder = component(vae, "vae")
-    elif weights is not None and (Path(weights) / "vae").is_dir():
-        folder = Path(weights) / "vae"
-    elif name in PIXART:
-        folder = download(PIXART[name].rest, ["vae/*"], otherwise=ways) / "vae"
-    else:
-        file = ["*.json", "*.safetensors"]
-        folder = download("stabilityai/sd-vae-ft-ema", file, otherwise=ways)
-    return from_diffusers(AutoencoderKL, folder)
+    local = vae or (weights if weights and (Path(weights) / "vae").is_dir() else None)
+    if local is None:
+        repository, files = "stabilityai/sd-vae-ft-ema", ["*.json", "*.safetensors"]
+        if name in PIXART:
+            repository, files = PIXART[name].rest, ["vae/*"]
+        local = download(repository, files, otherwise=ways)
+    return from_diffusers(AutoencoderKL, component(local, "vae"))

@@ -87,13 +87,12 @@ def _ours(data: dict[str, Any]) -> dict[str, Any]:
     name = data.pop("format")
     require(name == FORMAT, f'its format is {name!r:.40}; expected "{FORMAT}"')
     columns, packed = data.pop("compute"), data.pop("weights", None)
-    prefix = data.pop("prefix", "")  # of all names, in older files
     for site, digits in columns.items():
         binary = isinstance(digits, str) and not set(digits) - set("01")
         what = f"site {site:.80} has {digits!r:.40}"
         require(binary, f"{what}; a string of 0 and 1 was expected")
     table = [[digit == "1" for digit in digits] for digits in columns.values()]  # (N, T)
-    fields = {"sites": tuple(prefix + site for site in columns), **checked_facts(data)}
+    fields = {"sites": tuple(columns), **checked_facts(data)}
     fields["compute"] = torch.tensor(table, dtype=torch.bool).reshape(len(table), -1).T
     if packed is not None:
         fields["weights"] = _weights(packed, len(table), len(table[0]))

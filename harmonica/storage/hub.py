@@ -87,14 +87,12 @@ def fetch(source: StrPath, file: str = SCHEDULE, revision: str | None = None) ->
 
 
 def download(
-    repo_id: str,
-    patterns: Sequence[str],
-    *,
-    revision: str | None = None,  # a branch, tag or commit; None is the main branch
-    otherwise: str = "pass a folder",  # what else the user can do, for an error
-) -> Path:
+    repo_id: str, patterns: Sequence[str], *, revision: str | None = None,
+    otherwise: str = "pass a folder",
+) -> Path:  # fmt: skip
     """Return the local copy of the files of a repository, such as facebook/DiT-XL-2-256, that match
-    patterns, such as transformer/*; they are downloaded if need be.
+    patterns, such as transformer/*; they are downloaded if need be. `revision` is a branch, tag or
+    commit, None the main branch; `otherwise` is what else the user can do, for an error.
 
     Raises FileNotFoundError if there is no such repository or revision, or it is neither on this
     machine nor in reach, ValueError if repo_id is no repository's name.
