@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from record import ended, record
 
-from harmonica.models.site_costs import cost_of_call
+from harmonica.cost import cost_of_call
 from harmonica.models.sites import macs_per_token, sites
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))

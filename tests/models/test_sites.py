@@ -10,8 +10,7 @@ from torch import nn
 from zoo import ZOO
 
 from harmonica import Router
-from harmonica.cost import count
-from harmonica.models.site_costs import cost_of_call
+from harmonica.cost import cost_of_call, count
 from harmonica.models.sites import is_site, macs_per_token, sites
 
 

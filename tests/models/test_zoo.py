@@ -14,7 +14,7 @@ import zoo
 from conftest import raising, refused
 from zoo import LEFT_OUT, REFUSED, UNCOUNTED, ZOO, called, examine, leaves, same
 
-from harmonica.models import site_costs
+from harmonica import cost
 from harmonica.models import sites as sites_module
 from harmonica.models.sites import sites
 
@@ -22,9 +22,9 @@ from harmonica.models.sites import sites
 @pytest.fixture
 def arithmetic(monkeypatch):
     """Count with real tensors: on models of this size that is ten times faster than with fake ones."""
-    counted, unreal = site_costs.count, raising(RuntimeError("not on fake tensors"))
+    counted, unreal = cost.count, raising(RuntimeError("not on fake tensors"))
     count = lambda *call, fake: unreal() if fake else counted(*call, fake=False)  # noqa: E731
-    monkeypatch.setattr(site_costs, "count", count)
+    monkeypatch.setattr(cost, "count", count)
 
 
 @pytest.mark.parametrize("name", sorted(ZOO))
@@ -38,8 +38,8 @@ def test_every_entry_is_exact_or_refused_with_a_reason(name, arithmetic):
             sites(model)
         return
     with contextlib.suppress(RuntimeError):  # a mask of zeros is no input for two of them
-        cost = site_costs.cost_of_call(model, sites(model), ((), inputs))
-        assert (cost is None) == (name in UNCOUNTED)
+        macs = cost.cost_of_call(model, sites(model), ((), inputs))
+        assert (macs is None) == (name in UNCOUNTED)
     found = called(model, inputs)
     with torch.no_grad():
         assert same(before, leaves(model(**inputs))), "counting left something behind in the model"

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_map_only
 
 from harmonica.cache import called_by
 from harmonica.columns import fit
-from harmonica.cost import Macs
+from harmonica.cost import Macs, cost_of_call
 from harmonica.inference.lifetimes import plan_of
 from harmonica.models.blocks import gated_blocks
 from harmonica.models.pipelines.checks import (
@@ -37,7 +37,6 @@ from harmonica.models.pipelines.checks import (
 )
 from harmonica.models.pipelines.taps import tapped
 from harmonica.models.pipelines.tracker import Counts, Rows, Tracker, current, in_walk
-from harmonica.models.site_costs import cost_of_call
 from harmonica.override import Method, overridden
 from harmonica.router import Schedule
 from harmonica.table import require
