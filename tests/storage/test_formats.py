@@ -156,7 +156,9 @@ def write(path, data):
     return path
 
 
-def test_smoothcache_per_block_is_sorted_by_number_and_per_kind_has_the_kinds_as_sites(tmp_path):
+def test_smoothcache_is_sorted_by_block_or_kind_and_a_first_step_that_would_reuse_computes(
+    tmp_path,
+):
     data = {"mlp-10": [1, 0], "attn-10": [1, 1], "mlp-9": [True, False], "attn-9": [True, True]}
     schedule = Schedule.load(write(tmp_path / "s.json", data))
     assert schedule.sites == ("blocks.9.attn", "blocks.9.mlp", "blocks.10.attn", "blocks.10.mlp")
@@ -165,9 +167,6 @@ def test_smoothcache_per_block_is_sorted_by_number_and_per_kind_has_the_kinds_as
     schedule = Schedule.load(write(tmp_path / "s.json", {"mlp": [1, 0, 1], "attn": [1, 1, 0]}))
     assert schedule.sites == ("attn", "mlp")
     assert schedule.compute.tolist() == [[True, True], [True, False], [False, True]]
-
-
-def test_a_first_step_that_would_reuse_computes_and_says_so(tmp_path):
     schedule = Schedule.load(write(tmp_path / "s.json", {"attn": [0, 0], "mlp": [1, 0]}))
     assert schedule.compute.tolist() == [[True, True], [False, False]]
     first = "computes, although the file lets 1 of its 2 sites reuse"
