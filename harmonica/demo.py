@@ -33,7 +33,7 @@ from harmonica.search.baselines import dynamic_programming, named
 from harmonica.search.learn import learn_weights
 from harmonica.search.paths import whole_steps
 from harmonica.search.references import finer_walk, image_mse, references
-from harmonica.search.target import check_target
+from harmonica.search.target import check_target, target_of
 from harmonica.storage.files import exclusive_lock
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ def run(args: argparse.Namespace) -> None:
     check_target(args.target, None)
     cli.check_device(args.device)
     denoiser, schedule, decode = cli.load_for_images(args, args.device)
+    target_of(denoiser, args.target, None, None)  # out of reach: said now, not after minutes
     cli.make_writable(args.out)
     with exclusive_lock(args.out):
         schedule = schedule or _schedule(denoiser, args)

@@ -41,6 +41,7 @@ REFUSED = {
         ("--model uvit-h", "pass weights=PATH of the original imagenet256_uvit_huge.pth"),
         ("--schedule no_such.json", "no_such.json: no such file"),
         ("--iterations 0", "--iterations: found '0'; expected"),
+        ("--target 50", "the target speedup is 50 and the maximum here is"),
     ],
     train: [
         ("--steps 1", "1 step, which always computes"),
