@@ -17,7 +17,7 @@ from inspect import signature
 from typing import Any
 
 import torch
-from conftest import seeded
+from conftest import equal, seeded
 from torch import Tensor, arange, nn, ones, tensor
 from torch.utils._pytree import tree_all, tree_leaves, tree_map, tree_map_only
 
@@ -280,11 +280,6 @@ def allegro(model, call):
     return call | {"image_rotary_emb": ((t, h, w), grid(2, 2, 2).T[:, None])}  # (3, 1, 8)
 
 
-def dual(model, call):
-    model.condition_lengths = [2, 3]
-    return call
-
-
 def sana_wm_refiner(model, call):
     size = {"batch_size": 1, "frame_positions": [0], "height": 2, "width": 2, "fps": 8.0}
     rotary = model.build_rotary_emb_for_absolute_positions(**size, device=torch.device("cpu"))
@@ -304,9 +299,10 @@ def wan_animate_2(model, call):
     return call | {"kv_cache": cache}
 
 
+LENGTHS = ("condition_lengths", [2, 3])
 PREPARE = {
     "AllegroTransformer3DModel": allegro,
-    "DualTransformer2DModel": dual,
+    "DualTransformer2DModel": lambda model, call: setattr(model, *LENGTHS) or call,
     "SanaWMLTX2RefinerTransformer3DModel": sana_wm_refiner,
     "WanAnimate2Transformer3DModel": wan_animate_2,
 }
@@ -317,10 +313,6 @@ ZOO = {name: partial(make, name) for name in TABLE}
 def leaves(output: Any) -> list[Tensor]:
     """Return copies of the tensors in an output, whatever it is."""
     return [leaf.clone() for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-
-
-def same(one: list[Tensor], other: list[Tensor]) -> bool:
-    return len(one) == len(other) and all(map(torch.equal, one, other))
 
 
 def called(model: nn.Module, inputs: dict[str, Any]) -> Modules:
@@ -346,9 +338,9 @@ def examine(model: nn.Module, inputs: dict[str, Any], sites: Modules) -> list[st
     varied = [bool(x.isfinite().all() and x.std() > 0) for x in plain]
     laws = {
         "the output is finite and not constant": varied and all(varied),
-        "computing everything is the plain model bit for bit": same(plain, computed),
+        "computing everything is the plain model bit for bit": equal(plain, computed),
         "each site is asked once": sorted(asked) == list(range(every)),
-        "reusing everything at equal inputs is the plain model": same(plain, reused),
+        "reusing everything at equal inputs is the plain model": equal(plain, reused),
         "cached features are left alone": tree_all(bool, tree_map(torch.equal, kept, cache)),
     }
     return broken + [law for law, holds in laws.items() if not holds]
