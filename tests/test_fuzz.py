@@ -153,12 +153,6 @@ def test_a_header_with_a_number_of_sites_for_their_names_is_refused_at_once(tmp_
         Router.load(path)
 
 
-def test_a_folder_or_a_device_is_said_to_be_one(tmp_path):
-    for path in (tmp_path, "/dev/zero"):
-        with pytest.raises(FileNotFoundError, match="is a folder or a device, not a file"):
-            Schedule.load(path)
-
-
 def test_the_mark_that_windows_begins_a_text_with_is_no_error(tmp_path):
     table, path = Schedule([[1, 1], [0, 1]]), tmp_path / "s.json"
     table.save(path)

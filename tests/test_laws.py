@@ -60,14 +60,6 @@ def test_a_skipped_site_never_calls_compute():
     assert reuse([False], cache)(0, lambda: pytest.fail("computed")) == "kept"
 
 
-def test_reusing_what_was_never_computed_is_refused(small):
-    x, y = start(small)
-    walk = denoise(small, x, y, lambda k: reuse([False] * 4, {}), start=1)
-    message = "site 0 of 4 is to be reused but this walk has not computed it"
-    with pytest.raises(RuntimeError, match=message):
-        next(walk)
-
-
 def test_gates_refuse_an_empty_cache_scores_for_decisions_and_a_module_at_two_sites():
     with pytest.raises(RuntimeError, match="first step of a walk computes"):
         blend(torch.tensor([1.0, 0.5]), {}, 0.1)

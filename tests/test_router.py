@@ -131,12 +131,15 @@ def test_a_schedule_refuses_another_run():
             sample(d, x, y, wrong)
 
 
-def test_a_missing_file_or_folder_is_named(tmp_path):
+def test_a_missing_file_or_folder_and_a_device_are_named(tmp_path):
     for load, table in ((Schedule.load, Router(2, 2).schedule()), (Router.load, Router(2, 2))):
         with pytest.raises(FileNotFoundError, match=r"nothing here: no such file"):
             load(tmp_path / "nothing here")
         with pytest.raises(FileNotFoundError, match="no such folder; make it"):
             table.save(tmp_path / "not" / "there")
+        for path in (tmp_path, "/dev/zero"):
+            with pytest.raises(FileNotFoundError, match="is a folder or a device, not a file"):
+                load(path)
 
 
 def test_a_reader_sees_the_old_file_or_the_new_one_even_if_writing_fails(tmp_path, monkeypatch):

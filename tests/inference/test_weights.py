@@ -17,6 +17,7 @@ from speed import peak
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from harmonica import Router, Schedule, sample
+from harmonica.cache import reuse
 from harmonica.denoise import denoise, final_image
 from harmonica.forecast import taylor_weights, weighted, weighted_sum
 from harmonica.inference.lifetimes import plan_of, planned
@@ -203,7 +204,8 @@ def test_nothing_of_a_walk_is_alive_after_it():
 def test_a_walk_that_starts_in_the_middle_is_refused():
     gate = planned(plan_of(Schedule([[1, 1], [0, 0]]))[1], {})
     message = "site 1 of 2 is to be reused but this walk has not computed it"
-    with pytest.raises(RuntimeError, match=message):
-        gate(1, lambda: None)
+    for each in (gate, reuse([False, False], {})):
+        with pytest.raises(RuntimeError, match=message):
+            each(1, lambda: None)
     with pytest.raises(RuntimeError, match="site 2 of 2"):
         gate(2, lambda: None)
