@@ -46,10 +46,10 @@ from harmonica.models import load
 from harmonica.pictures import save, tradeoff
 from harmonica.search import baselines
 from harmonica.search.learn import learn_in_turn, learn_weights
-from harmonica.search.references import SEED, Pool, finer_walk, image_mse
+from harmonica.search.references import Pool, finer_walk, image_mse
 from harmonica.search.refine_router import refine_router
 from harmonica.search.target import Target
-from harmonica.storage.files import read_json, read_tensors, write_json, write_tensors
+from harmonica.storage.files import read_json, write_json
 
 ORDERS = {", order 1": 1, ", order 2": 2}
 TRAINED = (
@@ -181,15 +181,10 @@ def in_turn(schedule: Schedule, denoiser: Denoiser, speedup: float, job: Job) ->
 
 
 def pool_of(denoiser: Denoiser, noises: int, seed: int | None, args: argparse.Namespace) -> Pool:
-    """Return references, from their file if there is one."""
+    """Return references, from their file as far as it goes."""
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
     path = pool_file(denoiser, noises, seed, args)
-    generator = torch.Generator().manual_seed(SEED if seed is None else seed)
-    if path.exists():
-        x, cond = denoiser.draw(noises, generator)
-        return Pool(x, cond, read_tensors(path)[0]["images"].to(x))
-    pool = references(denoiser, noises=noises, generator=generator)
-    write_tensors(path, {"images": pool.images.cpu()}, {})
-    return pool
+    return references(denoiser, noises=noises, generator=generator, path=path)
 
 
 def pool_file(denoiser: Denoiser, noises: int, seed: int | None, args: argparse.Namespace) -> Path:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from harmonica.cache import Cache, Gate, gated, reuse
 from harmonica.router import Schedule
+from harmonica.values import of_type
 
 
 @runtime_checkable
@@ -97,6 +98,7 @@ def final_image(walk: Iterable[Tensor]) -> Tensor:
 
 def check_fit(schedule: Schedule, denoiser: Denoiser) -> None:
     """Raise ValueError, naming both sides, unless the schedule fits the denoiser."""
+    of_type("schedule", schedule, Schedule, "router.schedule() gives one")
     schedule.check(denoiser.steps, tuple(denoiser.sites), denoiser.about.get("timesteps", ()))
 
 

@@ -19,6 +19,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -30,6 +31,7 @@ from harmonica.denoise import Denoiser, sample
 from harmonica.inference.walk import Refinable, Walk
 from harmonica.memory import in_portions
 from harmonica.router import Schedule
+from harmonica.storage.files import StrPath, read_tensors, write_tensors
 from harmonica.values import require, seeded, whole
 
 R = TypeVar("R")
@@ -117,16 +119,33 @@ def references(
     noises: int = 384,
     factor: int = 10,
     generator: torch.Generator | None = None,
+    path: StrPath | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Pool:
     """Return a pool: noises that the denoiser draws, and the image of factor·T steps for each.
 
     That costs noises·factor·T predictions; a factor of 1 gives the uncached walk's images, and so
-    does a sampler that draws noise during the walk. Raises ValueError if a number is below 1, or as
-    `finer_walk` does.
+    does a sampler that draws noise during the walk. The file at `path` keeps the images, and
+    continues what an earlier call left there. `progress` is called as
+    progress(images that are done, noises).
+
+    Raises ValueError if a number is below 1, the denoiser has no finer walk, or the file at `path`
+    is of other noises or steps.
     """
     require_denoiser(denoiser)
     noises, finer = whole("noises", noises), finer_walk(denoiser, whole("factor", factor))
-    return with_images(finer, *denoiser.draw(noises, seeded(generator, SEED)))
+    x, cond = denoiser.draw(noises, seeded(generator, SEED))
+    parts = [] if path is None else _kept(path, x, finer.steps)
+    done = sum(map(len, parts))
+    rest = Pool(x, cond, x)[slice(done, None)] if done < noises else None
+    for images in rest.portions(lambda part: sample(finer, part.x, part.cond)) if rest else ():
+        parts.append(images)
+        if path is not None:
+            tensors = {"x": x.cpu(), "images": torch.cat(parts).cpu()}
+            write_tensors(path, tensors, {"steps": finer.steps})
+        if progress is not None:
+            progress(sum(map(len, parts)), noises)
+    return Pool(x, cond, torch.cat(parts))
 
 
 def finer_walk(denoiser: Denoiser, factor: int = 10) -> Denoiser:
@@ -147,3 +166,17 @@ def finer_walk(denoiser: Denoiser, factor: int = 10) -> Denoiser:
         return denoiser.with_steps(factor * denoiser.steps)
     except ValueError as error:
         raise ValueError(f"no walk of {factor} × {denoiser.steps} steps: {error}; {todo}") from None
+
+
+def _kept(path: StrPath, x: Tensor, steps: int) -> list[Tensor]:
+    """Return the images that a file holds for the first noises, in a list of at most one."""
+    if not Path(path).exists():
+        return []
+    tensors, facts = read_tensors(path)
+    complete = {"x", "images"} <= tensors.keys() and facts.get("steps") == steps
+    held = f"{path} holds no references of {steps} steps (found {facts.get('steps', 'unknown')}"
+    require(complete, f"{held} steps); name another file")
+    images = tensors["images"]
+    fit = torch.equal(tensors["x"], x.cpu()) and images.shape[1:] == x.shape[1:]
+    require(fit and len(images) <= len(x), f"{path} holds references of other noises; name another")
+    return [images.to(x)]

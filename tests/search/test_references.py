@@ -17,6 +17,7 @@ from harmonica.search.learn import learn_in_turn, learn_weights, pool_errors, we
 from harmonica.search.paths import whole_steps
 from harmonica.search.references import Pool, image_errors, outlier_weights, typical_error
 from harmonica.search.target import Target
+from harmonica.storage.files import read_tensors, write_tensors
 
 TABLE = Schedule([[1] * 4, [0, 1, 0, 0], [1, 0, 0, 1], [0] * 4])
 SMALL = {"iterations": 12, "batch_size": 4}
@@ -36,6 +37,32 @@ def test_a_reference_is_the_image_of_the_same_sampler_with_more_steps(factor):
     part = pool[torch.tensor([2, 0])]
     assert torch.equal(part.cond, cond[[2, 0]])
     assert torch.equal(part.images, pool.images[[2, 0]])
+
+
+def test_an_interrupted_pool_is_continued_and_a_file_of_others_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("harmonica.search.references.PORTION", 4)
+    d, path, whole, calls = make(), tmp_path / "pool.safetensors", drawn(), []
+
+    def stop(done, noises):
+        calls.append((done, noises))
+        if done == 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        references(d, noises=12, factor=2, path=path, progress=stop)
+    assert len(read_tensors(path)[0]["images"]) == 8
+    for _ in range(2):
+        again = references(d, noises=12, factor=2, path=path, progress=lambda *a: calls.append(a))
+        assert torch.equal(again.images, whole.images)
+    assert calls == [(4, 12), (8, 12), (12, 12)]
+    with refused(r"no references of 12 steps \(found 8 steps\)"):
+        references(d, noises=12, factor=3, path=path)
+    for other in ({"noises": 11}, {"generator": seeded(1), "noises": 12}):
+        with refused("of other noises; name another"):
+            references(d, factor=2, path=path, **other)
+    write_tensors(path, {"logits": torch.zeros(1)}, {})
+    with refused(r"found unknown steps"):
+        references(d, noises=12, factor=2, path=path)
 
 
 def test_where_no_finer_walk_can_be_made_it_says_what_to_use():
