@@ -7,20 +7,18 @@
     curl -X DELETE localhost:8000/images/mine                                 cancels it
     curl localhost:8000/metrics                                               counts what was reused
 
-SCHEDULES names the files of the tables, which `python -m harmonica.tune` writes. Without it, the
-server computes every second of 10 steps, or every third of 20, to be tried at once.
+SCHEDULES names the files of the tables, which `python -m harmonica.tune` writes. Without it,
+every second of 10 steps is computed, or every third of 20.
 
 diffusers' schedulers remember where a walk is, so pipelines that run at once need one each, and
-share everything else. A cancelled walk leaves nothing behind, so its pipeline serves the next
-request. For your own, change `model()`, the scheduler's class and the call of the pipeline.
+share everything else. For your own, change `model()`, the scheduler's class and the pipeline's call.
 """
-
-from __future__ import annotations
 
 import io
 import os
 from collections import Counter
 from concurrent.futures import CancelledError
+from copy import copy
 from queue import Queue
 from threading import Event
 from typing import Any
@@ -65,8 +63,11 @@ def tables(pipe: Any) -> list[Schedule]:
 
 def light_pipelines(pipe: Any) -> list[Any]:
     """Return pipelines of the same parts, each with a scheduler of its own."""
-    own = (StoppableScheduler.from_config(pipe.scheduler.config) for _ in range(PIPELINES))
-    return [type(pipe)(**pipe.components | {"scheduler": scheduler}) for scheduler in own]
+    pipes = [copy(pipe) for _ in range(PIPELINES)]  # settings too, which `components` leaves out
+    for each in pipes:
+        each.scheduler = StoppableScheduler.from_config(pipe.scheduler.config)
+        each.set_progress_bar_config(disable=True)
+    return pipes
 
 
 def app() -> FastAPI:
@@ -75,7 +76,6 @@ def app() -> FastAPI:
     sessions = [enable_cache(each, schedules) for each in pipes]
     offered, free = [schedule.steps for schedule in schedules], Queue[Any]()
     for each in pipes:
-        each.set_progress_bar_config(disable=True)
         free.put(each)
     stops, counts, server = dict[str, Event](), Counter[str](), FastAPI(title="HarmoniCa")
 

@@ -3,8 +3,8 @@
 A *site* is a module whose output can be reused (attention or feed-forward of a block). While a
 model is `gated`, every site asks a *gate* for its output:
 
-    block i: h + α·attn(…) → site.forward → gate(i, compute) ─┬─ compute() → fresh ─┬→ output
-                                                              └─ cache[i]  → kept  ─┘
+    a block: h + α·attn(…) → site i forward → gate(i, compute) ─┬─ compute() → fresh ─┬→ output
+                                                                └─ cache[i]  → kept  ─┘
 
 α is the model's own factor (which DiT calls a gate, too). The cache keeps the output before α, so a
 reused feature is multiplied by the α of the step that reuses it.

@@ -2,8 +2,8 @@
 
 The loss of a step sees only the output of that step. λ⁽ᵏ⁾ says what reuse there does to the image:
 
-    x₀        image made under the router r                                     (B, C, H, W)
-    x₀⁽ᵏ⁾     image made under r with row k all ones: no reuse at k alone       (B, C, H, W)
+    x₀        image made under the router r, outputs mixed by `blend`           (B, C, H, W)
+    x₀⁽ᵏ⁾     the same, except that step k computes everything                  (B, C, H, W)
     λ⁽ᵏ⁾      mean (x₀ − x₀⁽ᵏ⁾)²                                                (T,)
 
 The paper has the squared norm, the released code the mean; the authors' β of 7e-8 is for the mean.
@@ -33,7 +33,8 @@ def image_error(  # noqa: D417 (some arguments are described together)
     tau: float = 0.1,
     mode: Proxy = "leave-one-out",
 ) -> Tensor:
-    """Return λ (T,), what reuse at each step does to the final image (paper, "image error proxy").
+    """Return λ (T,), the paper's image error proxy: what reuse at each step does to the final image,
+    which is another thing than the error of an image to its target (`references.image_mse`).
 
     leave-one-out   mean (x₀ − x₀⁽ᵏ⁾)²: the image under r against the one without reuse at k alone.
     telescoping     mean (y⁽ᵏ⁾ − y⁽ᵏ⁻¹⁾)²: y⁽ᵏ⁾ follows r up to step k and then computes everything.
@@ -42,8 +43,7 @@ def image_error(  # noqa: D417 (some arguments are described together)
     before each k ≥ 1. That costs T + (T−1) + … + 1 = T(T+1)/2 predictions; separate walks cost T².
 
     Args:
-        denoiser: model, sampler, guidance.
-        r: (T, N) scores on the device of x, row 0 all ones; no gradient is taken.
+        denoiser, r: frozen model; (T, N) scores on the device of x, row 0 all ones; no gradient.
         x, cond: (B, C, H, W) pure noise, and conditions for the batch.
         tau, mode: τ of the blend, and which of the two definitions.
 

@@ -17,7 +17,8 @@ belongs to the walk, so a walk is forked at any k by copying two dicts (its cach
     sampler.with_steps(steps)           the same rule with another number of steps
     ᾱ (alphas_cumprod)                  signal left at a timestep, (1000,)
 
-It does not know the model, guidance, caches or routers.
+The diffusion's noise levels are called β as well, and SA-Solver has a τ of its own; neither is the
+price β or the threshold τ of a router. This file does not know models, guidance or caches.
 """
 
 from __future__ import annotations

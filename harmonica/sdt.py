@@ -65,8 +65,8 @@ def sdt(  # noqa: D417 (some arguments share a line)
         tau: τ; a blended feature replaces the cached one where its score exceeds τ.
         beta: β, the price of a site, or of each, (N,); may be changed in place meanwhile.
         lr: learning rate of AdamW, without weight decay.
-        refresh_every: walks between two measurements of λ (C = 500 updates are 26 at T = 20).
-        proxy: which λ (`image_error`); None is λ = 1, SDT without IEPO.
+        refresh_every: walks between two λ; the authors' 500 updates are 26 at T = 20, 55 at T = 10.
+        proxy: which λ (`image_error`); None measures none: it stays `lam`, or 1 (no IEPO).
         optimizer, lam, walk: to continue an earlier call; λ (T,) is refreshed in place.
         mean: averages a tensor over the processes that train together; one process only copies.
 

@@ -19,7 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harmonica.command_line import DTYPES, Parser, check_device, command, make_writable, seed, whole
+from harmonica.command_line import (
+    DTYPES,
+    Parser,
+    check_device,
+    command,
+    dtype_of,
+    make_writable,
+    seed,
+    whole,
+)
 from harmonica.models.pipelines import cached, tune
 from harmonica.models.pipelines.inputs import Inputs, inputs_of
 
@@ -45,13 +54,13 @@ def parser() -> Parser:
     p.option("guidance", float, "guidance_scale (the pipeline's own)")
     p.add_argument("--call", nargs="+", type=_argument, default=[], metavar="NAME=VALUE", help=call)
     p.option("prompts", Path, "one to a line (64 of our own)", shown="FILE")
-    p.option("order", whole, "differences that continue skipped outputs", 0)
+    p.option("order", whole, "0 returns a skipped site's last output, 1 and more extrapolate", 0)
     p.option("method", ("auto", "sdt"), "sdt is the paper's training", "auto")
     p.option("budget", whole, "predictions that may be spent (1000 walks')")
     p.option("cost", ("milliseconds",), "aim at the clock, not at MACs")
     p.option("seed", seed, "of the image that is shown", 0)
     p.option("device", str, "cpu, cuda or cuda:N", "cpu")
-    p.option("dtype", DTYPES, "of the weights", "float32")
+    p.option("dtype", DTYPES, "of the weights (float32; on cuda bfloat16)")
     p.option("out", Path, "folder", Path("out/tune"))
     return p
 
@@ -76,7 +85,7 @@ def _run(args: argparse.Namespace) -> None:
 
     check_device(args.device)
     make_writable(args.out)
-    pipe = _load(args.pipeline, getattr(torch, args.dtype)).to(args.device)
+    pipe = _load(args.pipeline, dtype_of(args, args.device)).to(args.device)
     call = {"steps": args.steps, "guidance": args.guidance, **dict(args.call)}
     try:
         inputs = inputs_of(pipe, args.prompts, None, call)

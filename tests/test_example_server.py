@@ -28,6 +28,14 @@ def server():
     return module
 
 
+def test_each_pipeline_of_the_server_has_all_settings_and_a_scheduler_of_its_own():
+    module = server()
+    (pipe := module.model()).register_to_config(boundary_ratio=0.5)
+    own = module.light_pipelines(pipe)
+    assert {each.config.boundary_ratio for each in own} == {0.5}
+    assert len({id(each.scheduler) for each in (pipe, *own)}) == 1 + module.PIPELINES
+
+
 def request(i):
     return {"label": i % 10, "seed": i, "steps": (10, 20)[i % 2]}
 

@@ -48,9 +48,9 @@ class Block(nn.Module):
     def forward(self, h: Tensor, c: Tensor) -> Any:
         """Update tokens h (B, L, D) under condition c (B, D)."""
         parts = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)  # 6 × (B, 1, D)
-        shift1, scale1, gate1, shift2, scale2, gate2 = parts
-        h = h + gate1 * self.attn(self.norm1(h) * (1 + scale1) + shift1)
-        return h + gate2 * self.mlp(self.norm2(h) * (1 + scale2) + shift2)
+        shift1, scale1, alpha1, shift2, scale2, alpha2 = parts
+        h = h + alpha1 * self.attn(self.norm1(h) * (1 + scale1) + shift1)
+        return h + alpha2 * self.mlp(self.norm2(h) * (1 + scale2) + shift2)
 
 
 class TimestepEmbedder(nn.Module):
@@ -155,8 +155,9 @@ class DiTDenoiser(Guided):
     def predict(self, x: Tensor, k: int, cond: Tensor) -> Tensor:
         """Return the guided output at step k for x (B, C, H, W) and class labels (B,).
 
-        With guidance that is (2B, C or 2C, H, W), halves [conditional, null], (B, …) without. Both
-        halves are returned, as in the original: the released training loss is taken over both.
+        That is (B, C or 2C, H, W) without guidance and (2B, …) with it, since the released training
+        loss is taken over both halves of the batch, [conditional, null]. Guided channels are the
+        same in both; the others, such as variances, stay what each half predicted.
         """
         check_inputs(x, cond, self.shape)
         t, narrow = self.clock(x, k), x.to(next(self.model.parameters()).dtype)

@@ -13,7 +13,8 @@ A share of the pool, the validation noises, is not trained on. It decides which 
 which weights are kept. In the mean, a noise counts less if its error is above a limit that is fixed
 once: CAP times the median of the start's errors on the validation noises.
 Activations of the whole walk are kept where a quarter of the free memory holds them; otherwise each
-step runs again in backward. This file does not know where the table came from.
+step runs again in backward. `learn_weights` leaves the table as it is; `learn_in_turn` searches for
+a better one after each training of the weights.
 """
 
 import math
@@ -111,10 +112,10 @@ def learn_in_turn(  # noqa: D417 (some arguments are described together)
 ) -> Schedule:
     """Return a schedule on target whose table and weights were learned in turn, each for the other.
 
-    A search flips single entries of the table under the weights, which know the outputs that they
-    may read, and weights are learned for the new table. The validation noises decide: a turn after
-    which their error has not fallen is not kept, and is the last. One turn costs about TURN_ROUNDS
-    rounds of the search on its noises, and an update about three walks of `batch_size` noises.
+    In a turn `refine` searches for a better table, in which learned weights stay wherever a decision
+    does not change. Then weights are learned for that table. The validation noises decide: a turn
+    after which their error has not fallen is not kept, and is the last. One turn costs about
+    TURN_ROUNDS rounds of the search on its noises, and the updates of `learn_weights`.
 
     Args:
         denoiser, pool, iterations, batch_size, generator: as in `learn_weights`.

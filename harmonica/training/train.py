@@ -47,13 +47,15 @@ def train_sdt(  # noqa: D417 (some arguments are described together)
     progress: bool = True,
 ) -> Router:
     """Train a router from noise alone. With a target, which is beyond the paper, β is chosen, and
-    the table searched afterwards. The defaults follow the authors; β is theirs for T = 10.
+    the table searched afterwards. The defaults are the authors', but not all for one T: β is theirs
+    for T = 10, and 25 walks are their 500 updates at T = 20 (55 walks at T = 10).
 
     Args:
         iterations, batch_size: updates in all; noises in a walk, of all processes together.
         tau, beta, lr, refresh_every, proxy: as in `sdt`; leave beta out with a target.
         target_speedup, target_cur: to end on or just above; a speedup counts `cost`, or MACs.
-        refine, order, toward: budget of the search, order of its gate, and image that it aims at.
+        refine: predictions of a whole batch that the search may spend; 0 leaves it out.
+        order, toward: order of the search's gate, and the image that it aims at.
         generator: draws the router, the noise and the conditions; seed 0 if None.
         checkpoint, checkpoint_every, resume: a file to go on from, bit for bit (`Checkpoint`).
 
@@ -66,8 +68,9 @@ def train_sdt(  # noqa: D417 (some arguments are described together)
     how = {"tau": number("tau", tau, 0, 1), "beta": number("beta", beta, 0), "proxy": proxy}
     how |= {"refresh_every": whole("refresh_every", refresh_every)}
     state = start(denoiser, batch_size, lr, how, target, generator)
-    with Checkpoint(checkpoint, checkpoint_every, denoiser) as saved:
-        saved.begin(state, iterations, resume=resume)
+    saved = Checkpoint(checkpoint, checkpoint_every, denoiser)
+    saved.begin(state, iterations, resume=resume)
+    with saved:
         _train(denoiser, state, saved, iterations, batch_size, how, progress)
         if target is not None:
             search = partial(refine_router, denoiser, state.router, target, batch_size=batch_size)

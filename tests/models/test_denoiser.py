@@ -285,7 +285,7 @@ def tuned_unfollowed(name, pipe=None, **more):
         del pipe.scheduler.step
     [message] = [str(each.message) for each in told if "Whole steps" in str(each.message)]
     ignored = [word for word in ("method", "budget", "cost", "order") if more.get(word)]
-    assert f"so no {', '.join(ignored)}" in message or not ignored
+    assert f"Ignored: {', '.join(ignored)}" in message or not ignored
     return pipe, schedule
 
 

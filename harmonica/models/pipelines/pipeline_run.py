@@ -170,7 +170,10 @@ class PipelineRun:
         return self._output(name, call, model, args, kwargs)
 
     def _output(self, name: str, call: int, model: Method, args: Any, kwargs: Any) -> Any:
-        """Return the output of a model of the loop."""
+        """Return the output of a model of the loop: a real one at the step where the run stops;
+        zeros at the steps before it; a made-up one of the same shapes in a run of all steps. Where
+        shapes are not known yet, the model runs for them alone, and its numbers are dropped.
+        """
         key, at_stop = (name, call), self.k == self.stop_at
         if self.k > 0 and key not in self.outputs:
             raise NotFollowedError(f"{name} is called {call + 1} times, and {call} times at step 0")

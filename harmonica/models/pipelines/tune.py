@@ -54,15 +54,16 @@ def tune(  # noqa: D417 (some arguments are described together)
     cost: Literal["milliseconds"] | None = None, each: Mapping[str, Any] | None = None,
     progress: bool = True, **call: Any,
 ) -> Schedule:  # fmt: skip
-    """Return a schedule that makes this pipeline `speedup` times as fast, in theory.
+    """Return a schedule under which the transformer of a pipeline is `speedup` times as fast, in theory.
 
         schedule = tune(pipe, prompts, speedup=1.5, num_inference_steps=28, guidance_scale=3.5)
         with cached(pipe, schedule):
             image = pipe("…", num_inference_steps=28, guidance_scale=3.5).images[0]
 
-    Ctrl-C returns the best schedule so far; so does an error after the first one, with a warning.
-    A pipeline that cannot be followed gets whole steps and a warning: method, budget, cost and
-    order have no effect then, and the speedup counts no attention scores.
+    Once there is a first schedule, Ctrl-C returns the best so far, and so does an error, with a
+    warning; with "sdt" both are raised. A pipeline that cannot be followed gets whole steps and a
+    warning: method, budget, cost and order have no effect then, Ctrl-C is raised, and the speedup
+    counts no attention scores.
 
     Args:
         pipe, prompts, each, **call: as in `from_pipeline`.
@@ -85,7 +86,7 @@ def tune(  # noqa: D417 (some arguments are described together)
     except NotFollowedError as reason:
         given = {"method": method != "auto", "budget": budget, "cost": cost, "order": order}
         unused = ", ".join(name for name, value in given.items() if value)
-        warnings.warn(f"{reason}. {WHOLE}{f', so no {unused}' if unused else ''}", stacklevel=2)
+        warnings.warn(f"{reason}. {WHOLE}{f'. Ignored: {unused}' if unused else ''}", stacklevel=2)
         return _from_runs(pipe, inputs_of(pipe, prompts, each, call), speedup, progress)
     measure = milliseconds(denoiser) if cost == "milliseconds" else macs(denoiser)
     target = Target(speedup, measure, denoiser.steps)
