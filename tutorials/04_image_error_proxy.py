@@ -209,12 +209,12 @@ plots.sheet(torch.cat([plain[worst], *(image[worst] for image in images.values()
 # | weight of step k | CUR 30 % | CUR 50 % |
 # |---|---|---|
 # | 1 | 4.4e-4 | 3.2e-3 |
-# | λ (IEPO) | 4.7e-4 | 2.6e-3* |
+# | λ (IEPO) | 4.7e-4 | 2.8e-3* |
 # | λ/MSE | 3.0e-4* | 2.1e-3 |
 #
 # The paper finds that IEPO is clearly better than weight 1 on DiT-XL/2. On this model it is not, by this measure. (With the
-# authors' own settings, and by the Fréchet distance, it is: the page on results has the numbers.) The weight λ/MSE was tried in order to test such a
-# reason; it is not in the paper. If you train a router for a model of your own, measure λ and the MSE once, as above, and
+# authors' own settings, and by the Fréchet distance, it is: the page on results has the numbers.) The weight λ/MSE is not in the
+# paper. We tried it to see whether IEPO suffers from counting the size of the error twice. If you train a router for a model of your own, measure λ and the MSE once, as above, and
 # look at their quotient: where it is flat, weight 1 is enough.
 #
 # ## Exercises
