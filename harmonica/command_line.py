@@ -122,7 +122,7 @@ def load_for_images(
 
 def dtype_of(args: argparse.Namespace, device: str | torch.device) -> torch.dtype:
     """Return the dtype of the weights that the options name, or the usual one of this device."""
-    usual = "bfloat16" if torch.device(device).type == "cuda" else "float32"
+    usual = "bfloat16" if str(device).startswith("cuda") else "float32"
     return getattr(torch, args.dtype or usual)  # type: ignore[no-any-return]
 
 
@@ -163,11 +163,11 @@ def exit_code(prog: str, work: Callable[[], None]) -> int:
     return code
 
 
-def check_device(device: str) -> None:
-    """Raise ValueError, saying why, if torch cannot put a tensor on `device`."""
+def check_device(device: str, there: bool = True) -> None:
+    """Raise ValueError, saying why, if torch knows no `device`, or it is not `there`."""
     known = device.split(":")[0] in ("cpu", "cuda", "mps")
     require(known, f"device {device}: expected cpu, cuda, cuda:N or mps")
-    memory.check_device(device)
+    memory.check_device(device if there else "meta")
 
 
 def make_writable(folder: Path) -> None:

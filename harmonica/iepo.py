@@ -18,21 +18,16 @@ from torch import Tensor
 
 from harmonica.cache import Cache, Gate, blend
 from harmonica.denoise import Denoiser, denoise, final_image
-from harmonica.table import require
+from harmonica.values import number, require
 
 Proxy = Literal["leave-one-out", "telescoping"]
 """The paper's λ, and the released code's."""
 
 
 def image_error(  # noqa: D417 (some arguments are described together)
-    denoiser: Denoiser,
-    r: Tensor,
-    x: Tensor,
-    cond: Any,
-    *,
-    tau: float = 0.1,
-    mode: Proxy = "leave-one-out",
-) -> Tensor:
+    denoiser: Denoiser, r: Tensor, x: Tensor, cond: Any, *,
+    tau: float = 0.1, mode: Proxy = "leave-one-out",
+) -> Tensor:  # fmt: skip
     """Return λ (T,), the paper's image error proxy: what reuse at each step does to the final image,
     which is another thing than the error of an image to its target (`references.image_mse`).
 
@@ -49,9 +44,10 @@ def image_error(  # noqa: D417 (some arguments are described together)
 
     λ is in squared units of x, and zero for a step that reuses nothing, hence for k = 0.
     """
-    T, alone = denoiser.steps, mode == "leave-one-out"
+    T, N, alone = denoiser.steps, len(denoiser.sites), mode == "leave-one-out"
     require(alone or mode == "telescoping", f"mode is {mode!r}; {' or '.join(get_args(Proxy))}?")
-    require(len(r) == T, f"r has {len(r)} rows and the denoiser {T} steps; one row is for one step")
+    shape, tau = getattr(r, "shape", ()), number("tau", tau, 0, 1)
+    require(shape == (T, N), f"r is {(*shape,)}; the denoiser has {T} steps × {N} sites")
     r, cache, memory = r.detach(), Cache(), dict[str, Any]()
     images: list[Tensor] = []  # [k−1]: of the walk that leaves the main one before step k
     main = denoise(denoiser, x, cond, blends(r, cache, tau), memory=memory)

@@ -202,7 +202,7 @@ class Router(nn.Module):
 
     def row(self, k: int) -> Tensor:
         """Return r at step k, (N,): σ(logits of step k), or the constant one at k = 0."""
-        if k > 0:
+        if whole("k", k, 0, self.steps) > 0:
             return torch.sigmoid(self.rows[k - 1])
         return torch.ones_like(self.rows[0]) if self.rows else torch.ones(len(self.sites))
 

@@ -126,8 +126,8 @@ def complete(args: argparse.Namespace) -> None:
     for name, value in defaults(args.model).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if started_as()[1] == 1 and not args.dry_run:
-        cli.check_device(args.device)
+    if started_as()[1] == 1:
+        cli.check_device(args.device, there=not args.dry_run)
     args.prompts = None if args.prompts is None else read_prompts(args.prompts)
     args.proxy = None if args.proxy == "none" else args.proxy
 

@@ -31,6 +31,7 @@ from harmonica.command_line import (
 )
 from harmonica.models.pipelines import cached, tune
 from harmonica.models.pipelines.inputs import Inputs, inputs_of
+from harmonica.storage.files import decoding
 
 
 class _Command(ModuleType):
@@ -111,7 +112,11 @@ main = partial(command, parser, _run)
 def _load(name: str, dtype: torch.dtype) -> Any:
     from diffusers import DiffusionPipeline
 
-    with warnings.catch_warnings():  # the new name, dtype, is not known to the oldest diffusers
+    todo = "is no pipeline; pass a folder saved by diffusers, or OWNER/NAME of a Hub repository"
+    with (
+        decoding(name, todo),
+        warnings.catch_warnings(),
+    ):  # the new name, dtype, is not known to the oldest diffusers
         warnings.filterwarnings("ignore", "`torch_dtype` is deprecated")
         return DiffusionPipeline.from_pretrained(name, torch_dtype=dtype)
 

@@ -40,11 +40,14 @@ REFUSED = {
     demo: [
         ("--model uvit-h", "pass weights=PATH of the original imagenet256_uvit_huge.pth"),
         ("--schedule no_such.json", "no_such.json: no such file"),
+        ("--vae no_such", "leave it out, tiny makes pixels"),
         ("--iterations 0", "--iterations: found '0'; expected"),
         ("--target 50", "the target speedup is 50 and the maximum here is"),
     ],
     train: [
         ("--steps 1", "1 step, which always computes"),
+        ("--dry-run --steps 1", "1 step, which always computes"),
+        ("--dry-run --device teapot", "device teapot: "),
         ("--iterations 0", "--iterations: found '0'; expected a whole number, 1 or more"),
         ("--batch-size 0", "--batch-size: found '0'"),
         ("--refresh-every -1", "--refresh-every: found '-1'"),
@@ -64,7 +67,7 @@ CASES = [(c, *case) for c, cases in REFUSED.items() for case in (*FOR_ALL, *case
 
 @pytest.mark.parametrize(("command", "options", "message"), CASES)
 def test_bad_input_is_one_line_and_exit_code_2(command, options, message, tmp_path, capsys):
-    out = f"--out {tmp_path}/run {'' if command is train else '--steps 2'}"
+    out = f"--out {tmp_path}/run {'' if command is train else '--steps 3'}"
     code, printed, err = said(command, f"{out} {options}", capsys)
     assert (code, printed, len(err.splitlines())) == (2, "", 1)
     assert message in err

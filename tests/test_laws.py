@@ -317,10 +317,14 @@ def test_cur_falls_as_tau_falls(percent, seed):
 
 def test_training_and_lambda_refuse_what_they_cannot_use(small):
     x, y = start(small)
-    with refused(r"leave-one-out.*telescoping"):
-        image_error(small, torch.ones(4, 4), x, y, mode="other")
-    with refused("r has 3 rows and the denoiser 4 steps"):
-        image_error(small, torch.ones(3, 4), x, y)
+    for message, shape, how in (
+        ("leave-one-out.*telescoping", (4, 4), {"mode": "other"}),
+        ("tau is 1; expected a number", (4, 4), {"tau": 1}),
+        ("r is .*; the denoiser has 4 steps × 4 sites", (3, 4), {}),
+        ("r is .*; the denoiser has 4 steps × 4 sites", (4, 5), {}),
+    ):
+        with refused(message):
+            image_error(small, torch.ones(shape), x, y, **how)
     with refused("the router is 3 × 4"):
         next(sdt(small, Router(3, 4), [(x, y)]))
 

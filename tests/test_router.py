@@ -99,6 +99,7 @@ def test_a_router_without_steps_sites_or_numbers_is_refused():
     nothing, two = Router(3, 2), torch.zeros(2, 2)
     for name, values in {
         "tau": (-0.1, 1.0, 2, math.nan, math.inf, True, "0.1", None, [0.1], torch.ones(2)),
+        "k": (-1, 3, 1.5, "1", None),
         "steps": (0, -1, True, 2.0, math.nan, "3", None),
         "sites": (0, True, 2.0, None, "ab"),
         "generator": (0, True, "cpu"),
@@ -107,7 +108,8 @@ def test_a_router_without_steps_sites_or_numbers_is_refused():
         for value in values:
             with pytest.raises((ValueError, TypeError), match=f"^{name} (is|are) "):
                 given = {"steps": 3, "sites": 2, name: value}
-                nothing.schedule(value) if name == "tau" else Router(**given)
+                call = {"tau": nothing.schedule, "k": nothing.row}.get(name)
+                call(value) if call else Router(**given)
     router = Router(3, 2)
     router.rows[0].data.fill_(float("nan"))
     with refused("not numbers; its training diverged"):

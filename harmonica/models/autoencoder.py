@@ -20,6 +20,7 @@ from harmonica.models.pixart import PIXART
 from harmonica.models.weights import component, from_diffusers
 from harmonica.storage.files import StrPath
 from harmonica.storage.hub import download
+from harmonica.values import require
 
 ROOM = 2 * 2**30
 """Bytes that the largest layers may take while images are decoded, as many at a time as fit."""
@@ -35,9 +36,11 @@ def decoder(
     is the folder of another one, saved by diffusers. It computes in float32 where float16
     overflows, as the autoencoder itself says.
 
-    Raises FileNotFoundError if a folder has no autoencoder, or none can be fetched.
+    Raises FileNotFoundError if a folder has no autoencoder, or none can be fetched, ValueError if
+    one is given for a bundled model.
     """
     if name in BUNDLED:
+        require(vae is None, f"vae is {vae}; leave it out, {name} makes pixels and needs none")
         return lambda x: x
     if vae is None and weights == "random":
         return lambda x: x[:, :3] / x[:, :3].abs().amax(dim=(1, 2, 3), keepdim=True)

@@ -24,7 +24,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from harmonica.check import require_denoiser
 from harmonica.denoise import Denoiser, sample
@@ -32,7 +32,7 @@ from harmonica.inference.walk import Refinable, Walk
 from harmonica.memory import in_portions
 from harmonica.router import Schedule
 from harmonica.storage.files import StrPath, read_tensors, write_tensors
-from harmonica.values import require, seeded, whole
+from harmonica.values import of_type, require, seeded, whole
 
 R = TypeVar("R")
 Toward = Literal["reference", "uncached"]
@@ -81,6 +81,12 @@ class Pool:
     images: Tensor  # (M, C, H, W), the target of each noise
 
     def __post_init__(self) -> None:
+        for name, value in (("x", self.x), ("images", self.images)):
+            real = of_type(name, value, Tensor, "torch.stack makes one").is_floating_point()
+            require(real, f"{name} is {value.dtype}; expected floating-point numbers")
+        leaves = [leaf for leaf in tree_leaves(self.cond) if isinstance(leaf, Tensor)]
+        odd = [tuple(leaf.shape) for leaf in leaves if leaf.shape[:1] != self.x.shape[:1]]
+        require(not odd, f"cond holds {odd}; expected as many rows as x, {len(self.x)}")
         shapes = f"x is {tuple(self.x.shape)} and images are {tuple(self.images.shape)}"
         fit = self.x.shape == self.images.shape and len(self.x) > 0
         require(fit, f"{shapes}; a pool has one image for each noise, and at least one")
@@ -178,5 +184,6 @@ def _kept(path: StrPath, x: Tensor, steps: int) -> list[Tensor]:
     require(complete, f"{held} steps); name another file")
     images = tensors["images"]
     fit = torch.equal(tensors["x"], x.cpu()) and images.shape[1:] == x.shape[1:]
-    require(fit and len(images) <= len(x), f"{path} holds references of other noises; name another")
+    fit = fit and images.is_floating_point() and bool(images.isfinite().all())
+    require(fit and len(images) <= len(x), f"{path} holds other noises or no images; name another")
     return [images.to(x)]

@@ -166,7 +166,7 @@ def read_text(path: StrPath) -> str:
 def read_json(path: StrPath) -> dict[str, Any]:
     """Read a JSON object; raise FileNotFoundError, or ValueError if the file is not one."""
     text = read_text(path)
-    with decoding(path, "is not JSON"):
+    with decoding(path, "is not whole JSON; write or fetch it again"):
         data = json.loads(text)
     kind = type(data).__name__
     require(kind == "dict", f"{path} holds a JSON {kind}; an object was expected")
@@ -177,7 +177,7 @@ def read_tensors(path: StrPath) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `write_tensors` wrote; raise FileNotFoundError, or ValueError for another file."""
     from safetensors import safe_open
 
-    verdict = "is not a safetensors file of ours"
+    verdict = "is not a whole safetensors file of ours; write or fetch it again"
     with decoding(path, verdict), safe_open(existing(path), framework="pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no dict)
         facts = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}

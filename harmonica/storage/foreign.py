@@ -104,7 +104,11 @@ def read_invardiff(data: Mapping[str, Any]) -> dict[str, Any]:
     steps = _plan("step_cache_book", [data["step_cache_book"]]).T  # (T, 1), true = reuse
     columns: dict[str, Tensor] = {}
     for (book, kind), sites in BOOKS.items():
-        entries = data.get(book) if not kind else (data.get(book) or {}).get(kind)
+        entries = data.get(book)
+        if kind and entries is not None:
+            by_kind = isinstance(entries, dict)
+            require(by_kind, f"{book} is {entries!r:.40}; expected a plan for each kind of site")
+            entries = entries.get(kind)
         if entries is None:
             continue
         plan = _plan(f"{book} {kind}".strip(), entries)

@@ -85,12 +85,15 @@ def read_schedule(path: StrPath, tau: float = 0.1) -> dict[str, Any]:
 def _ours(data: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a schedule that `write_schedule` wrote; raise ValueError or KeyError."""
     name = data.pop("format")
-    require(name == FORMAT, f'its format is {name!r:.40}; expected "{FORMAT}"')
+    require(name == FORMAT, f'its format is {name!r:.40}; expected "{FORMAT}", is it newer?')
     columns, packed = data.pop("compute"), data.pop("weights", None)
+    rule = "expected a string of 0 and 1 for each site, all of one length"
+    require(isinstance(columns, dict) and columns != {}, f"compute is {columns!r:.40}; {rule}")
     for site, digits in columns.items():
         binary = isinstance(digits, str) and not set(digits) - set("01")
-        what = f"site {site:.80} has {digits!r:.40}"
-        require(binary, f"{what}; a string of 0 and 1 was expected")
+        require(binary, f"site {site:.80} has {digits!r:.40}; {rule}")
+    lengths = sorted(set(map(len, columns.values())))
+    require(len(lengths) == 1, f"its sites have {lengths} digits; {rule}")
     table = [[digit == "1" for digit in digits] for digits in columns.values()]  # (N, T)
     fields = {"sites": tuple(columns), **checked_facts(data)}
     fields["compute"] = torch.tensor(table, dtype=torch.bool).reshape(len(table), -1).T
@@ -101,9 +104,13 @@ def _ours(data: dict[str, Any]) -> dict[str, Any]:
 
 def _weights(texts: Any, n_sites: int, steps: int) -> Tensor:
     """Return the weights (T, N, 1 + m) that a file holds as one text for each site."""
+    what = f"weights must be a list of {n_sites} texts in base64, one for each site"
     listed = isinstance(texts, list) and len(texts) == n_sites
-    require(listed, f"weights must be a list of {n_sites} texts, one for each site")
-    columns = [base64.b64decode(text, validate=True) for text in texts]
+    require(listed and all(isinstance(text, str) for text in texts), what)
+    try:
+        columns = [base64.b64decode(text, validate=True) for text in texts]
+    except ValueError:  # the decoder's own words say neither what nor where
+        raise ValueError(what) from None
     lengths, unit = sorted({len(column) for column in columns}), 4 * steps
     rule = f"the same number, a multiple of {unit} (float32 for {steps} steps)"
     whole = len(lengths) == 1 and lengths[0] > 0 and lengths[0] % unit == 0
@@ -131,6 +138,7 @@ def read_router(path: StrPath) -> tuple[dict[str, Any], dict[str, Tensor], dict[
         require(numbers, "logits must be floating-point numbers, (steps − 1, sites)")
         named = isinstance(names, list) and all(isinstance(site, str) for site in names)
         require(named, f"sites must be a list of names, and is {names!r:.40}")
-        require(isinstance(about, dict), f"about must be an object, and is {about!r:.40}")
+        described = isinstance(about, dict) and set(about) <= set(FACTS)
+        require(described, f"about must be an object of {', '.join(FACTS)}, and is {about!r:.40}")
         fields = {"steps": len(logits) + 1, "sites": names, "logits": logits, "about": about}
     return fields, tensors, facts

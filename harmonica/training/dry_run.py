@@ -98,6 +98,7 @@ def dry_run(
     wrong = f"the denoiser is on {place}; a dry run takes one on the meta device, {how}"
     require(place.type == "meta", wrong)
     T = denoiser.steps
+    require(T >= 2, "the denoiser has 1 step, which always computes; nothing can be trained")
     memory: dict[str, int] = {}
     memory["update"], weights, plain, update = _update(denoiser, start)
     walks = -(-iterations // (T - 1))

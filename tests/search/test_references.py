@@ -58,11 +58,16 @@ def test_an_interrupted_pool_is_continued_and_a_file_of_others_refused(tmp_path,
     with refused(r"no references of 12 steps \(found 8 steps\)"):
         references(d, noises=12, factor=3, path=path)
     for other in ({"noises": 11}, {"generator": seeded(1), "noises": 12}):
-        with refused("of other noises; name another"):
+        with refused("holds other noises or no images; name another"):
             references(d, factor=2, path=path, **other)
-    write_tensors(path, {"logits": torch.zeros(1)}, {})
-    with refused(r"found unknown steps"):
-        references(d, noises=12, factor=2, path=path)
+    for tensors, facts, message in (
+        ({"logits": torch.zeros(1)}, {}, "found unknown steps"),
+        ({"x": whole.x, "images": whole.images / 0}, {"steps": 8}, "holds .* no images"),
+        ({"x": whole.x, "images": whole.images.long()}, {"steps": 8}, "holds .* no images"),
+    ):
+        write_tensors(path, tensors, facts)
+        with refused(message):
+            references(d, noises=12, factor=2, path=path)
 
 
 def test_where_no_finer_walk_can_be_made_it_says_what_to_use():
@@ -87,8 +92,14 @@ def test_a_sampler_that_draws_noise_is_compared_with_its_uncached_walk_one_image
     with pytest.warns(UserWarning, match=message):
         pool = references(d, noises=2)
     assert torch.equal(pool.images, sample(d, pool.x, pool.cond))
-    with refused("one image for each noise, and at least one"):
-        Pool(torch.zeros(2, 1, 2, 2), torch.zeros(2), torch.zeros(1, 1, 2, 2))
+    x, y = torch.zeros(2, 1, 2, 2), torch.zeros(2)
+    for message, wrong in {
+        "one image for each noise, and at least one": (x, y, x[:1]),
+        "x is torch.int64; expected floating-point": (x.long(), y, x),
+        "cond holds .*; expected as many rows as x, 2": (x, y[:1], x),
+    }.items():
+        with refused(message):
+            Pool(*wrong)
 
 
 def test_portions_halve_where_memory_runs_out_and_other_errors_pass():

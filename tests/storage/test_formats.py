@@ -118,28 +118,6 @@ def test_settings_in_a_pickle_are_allowed_for_that_one_call(tmp_path):
         torch.load(path, weights_only=True)
 
 
-INCOMPLETE = [
-    ({"0.prob": ROW, "2.prob": ROW}, r"not whole: of rows 0 to 2, \[1\] are missing$"),
-    ({"3.prob": ROW}, r"of rows 0 to 3, \[0, 1, 2\] are missing"),
-    ({"routers": {}}, "no router file"),
-    ({"routers": 7}, "no router file"),
-    ({"0.weight": ROW}, "no router file: it has 0.weight where"),
-    ([ROW], "no router file"),
-    (ROW, "no router file"),
-    ({"0.prob": ROW, "1.prob": torch.ones(3)}, "row 1 that is not finite numbers"),
-    ({"0.prob": torch.ones(2, 2)}, "row 0 that is not finite numbers"),
-    ({"0.prob": ROW, "1.prob": ROW / 0}, "row 1 that is not finite numbers"),
-    ({"0.prob": "1111"}, "row 0 that is not finite numbers"),
-]
-
-
-@pytest.mark.parametrize(("data", "message"), INCOMPLETE)
-def test_a_router_file_that_lacks_something_is_named_with_it(tmp_path, data, message):
-    torch.save(data, tmp_path / "r.pt")
-    with refused(rf"r\.pt.*{message}"):
-        Schedule.load(tmp_path / "r.pt")
-
-
 def test_a_router_is_frozen_where_it_is_read_at_a_threshold_that_is_checked(tmp_path):
     router = Router(5, ["a", "b"], about={"model": "small", "timesteps": (4, 3, 2, 1, 0)})
     router.save(tmp_path / "ours")  # its first byte is that of a pickle
@@ -156,9 +134,7 @@ def write(path, data):
     return path
 
 
-def test_smoothcache_is_sorted_by_block_or_kind_and_a_first_step_that_would_reuse_computes(
-    tmp_path,
-):
+def test_smoothcache_is_sorted_by_block_or_kind_and_its_first_step_computes(tmp_path):
     data = {"mlp-10": [1, 0], "attn-10": [1, 1], "mlp-9": [True, False], "attn-9": [True, True]}
     schedule = Schedule.load(write(tmp_path / "s.json", data))
     assert schedule.sites == ("blocks.9.attn", "blocks.9.mlp", "blocks.10.attn", "blocks.10.mlp")
@@ -173,23 +149,43 @@ def test_smoothcache_is_sorted_by_block_or_kind_and_a_first_step_that_would_reus
     assert schedule.provenance["first_step"] == first
 
 
-IMPOSSIBLE = [
-    ({"attn": [1, 0], "mlp": [1]}, "lists of different lengths.*attn 2, mlp 1"),
-    ({"attn": [1, 0], "mlp-0": [1, 0]}, "mixes sites of one block"),
-    ({"attn": [1, 2]}, "attn with entries other than 0 and 1"),
-    ({"attn": [1, "0"]}, "attn with entries other than 0 and 1"),
-    ({"attn": [1, [0]]}, "attn with entries other than 0 and 1"),
-    ({"attn": []}, "not a valid schedule"),
-    ({"attn-0": [1], "attn-00": [1]}, "not a valid schedule"),
-    ({}, 'no "format"'),
-    ({"attn": "10"}, 'no "format"'),
-]
+PICKLES = {
+    r"not whole: of rows 0 to 2, \[1\] are missing$": [{"0.prob": ROW, "2.prob": ROW}],
+    r"of rows 0 to 3, \[0, 1, 2\] are missing": [{"3.prob": ROW}],
+    "no router file": [{"routers": {}}, {"routers": 7}, [ROW], ROW],
+    "no router file: it has 0.weight where": [{"0.weight": ROW}],
+    "row 1 that is not finite": [
+        {"0.prob": ROW, "1.prob": row} for row in (torch.ones(3), ROW / 0)
+    ],
+    "row 0 that is not finite": [{"0.prob": torch.ones(2, 2)}, {"0.prob": "1111"}],
+}
+OURS = {"format": "harmonica-schedule-1"}
+TEXTS = {
+    "lists of different lengths.*attn 2, mlp 1": [{"attn": [1, 0], "mlp": [1]}],
+    "mixes sites of one block": [{"attn": [1, 0], "mlp-0": [1, 0]}],
+    "attn with entries other than 0 and 1": [{"attn": [1, other]} for other in (2, "0", [0])],
+    "not a valid schedule": [{"attn": []}, {"attn-0": [1], "attn-00": [1]}],
+    'no "format"': [{}, {"attn": "10"}],
+    "transformer_cache_book is .*expected a plan for each kind": [
+        {"step_cache_book": [True], "transformer_cache_book": other} for other in (3, "x", [[True]])
+    ],
+    "is it newer": [{"format": "harmonica-schedule-2"}],
+    "compute is .*; expected a string": [OURS | {"compute": c} for c in (None, {}, ["11"], "11")],
+    r"sites have \[2, 3\] digits": [OURS | {"compute": {"a": "110", "b": "11"}}],
+    "weights must be a list of 1 texts in base64": [
+        OURS | {"compute": {"a": "11"}, "weights": other} for other in ("x", [1], ["!!"], ["é"], [])
+    ],
+}
+REFUSED = [(torch.save, *case) for case in PICKLES.items()]
+REFUSED += [(lambda data, path: write(path, data), *case) for case in TEXTS.items()]
 
 
-@pytest.mark.parametrize(("data", "message"), IMPOSSIBLE)
-def test_a_smoothcache_file_that_says_something_impossible_is_refused(tmp_path, data, message):
-    with refused(rf"s\.json.*{message}"):
-        Schedule.load(write(tmp_path / "s.json", data))
+@pytest.mark.parametrize(("save", "message", "several"), REFUSED)
+def test_a_file_that_lacks_something_or_is_impossible_is_refused(tmp_path, save, message, several):
+    for data in several:
+        save(data, tmp_path / "r.pt")
+        with refused(rf"r\.pt.*{message}"):
+            Schedule.load(tmp_path / "r.pt")
 
 
 THREE = [f"transformer_blocks.{site}" for site in ("3.attn1", "3.attn2", "3.ff", "12.ff")]
