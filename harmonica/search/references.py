@@ -24,7 +24,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from harmonica.check import require_denoiser
 from harmonica.denoise import Denoiser, sample
@@ -84,9 +84,6 @@ class Pool:
         for name, value in (("x", self.x), ("images", self.images)):
             real = of_type(name, value, Tensor, "torch.stack makes one").is_floating_point()
             require(real, f"{name} is {value.dtype}; expected floating-point numbers")
-        leaves = [leaf for leaf in tree_leaves(self.cond) if isinstance(leaf, Tensor)]
-        odd = [tuple(leaf.shape) for leaf in leaves if leaf.shape[:1] != self.x.shape[:1]]
-        require(not odd, f"cond holds {odd}; expected as many rows as x, {len(self.x)}")
         shapes = f"x is {tuple(self.x.shape)} and images are {tuple(self.images.shape)}"
         fit = self.x.shape == self.images.shape and len(self.x) > 0
         require(fit, f"{shapes}; a pool has one image for each noise, and at least one")
