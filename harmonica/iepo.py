@@ -28,7 +28,7 @@ def image_error(  # noqa: D417 (some arguments are described together)
     denoiser: Denoiser, r: Tensor, x: Tensor, cond: Any, *,
     tau: float = 0.1, mode: Proxy = "leave-one-out",
 ) -> Tensor:  # fmt: skip
-    """Return λ (T,), the paper's image error proxy: what reuse at each step does to the final image,
+    """Return λ (T,), the paper's image error proxy: what reuse at a step does to the final image,
     which is another thing than the error of an image to its target (`references.image_mse`).
 
     leave-one-out   mean (x₀ − x₀⁽ᵏ⁾)²: the image under r against the one without reuse at k alone.
