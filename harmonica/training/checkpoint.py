@@ -146,9 +146,9 @@ class Checkpoint:
         self.path, self.every = path, whole("checkpoint_every", every)
         self.weights = fingerprint(denoiser)
 
-    def begin(self, state: TrainingState, iterations: int, *, resume: bool) -> None:
-        """Set the state that the run starts from, on all processes; raise FileExistsError,
-        FileNotFoundError or ValueError if file and request disagree.
+    def begin(self, state: TrainingState, iterations: int, *, resume: bool) -> Checkpoint:
+        """Set the state that the run starts from, on all processes, and return self; raise
+        FileExistsError, FileNotFoundError or ValueError if file and request disagree.
         """
         whole("iterations", iterations)
         self.facts = {"settings": state.settings, "weights": self.weights}
@@ -163,6 +163,7 @@ class Checkpoint:
 
         state.restore(*from_rank_0(first))
         self.state, self.captured, self.written = state, state.capture(), state.updates
+        return self
 
     def note(self, state: TrainingState) -> None:
         """Note the state between two walks, and write it if a write is due."""

@@ -47,15 +47,13 @@ def train_sdt(  # noqa: D417 (some arguments are described together)
     progress: bool = True,
 ) -> Router:
     """Train a router from noise alone. With a target, which is beyond the paper, β is chosen, and
-    the table searched afterwards. The defaults are the authors', but not all for one T: β is theirs
-    for T = 10, and 25 walks are their 500 updates at T = 20 (55 walks at T = 10).
+    the table searched afterwards. Of the authors' defaults, β is for T = 10, refresh_every for 20.
 
     Args:
         iterations, batch_size: updates in all; noises in a walk, of all processes together.
         tau, beta, lr, refresh_every, proxy: as in `sdt`; leave beta out with a target.
         target_speedup, target_cur: to end on or just above; a speedup counts `cost`, or MACs.
-        refine: predictions of a whole batch that the search may spend; 0 leaves it out.
-        order, toward: order of the search's gate, and the image that it aims at.
+        refine, order, toward: of the search: predictions of a batch, order of its gate, its aim.
         generator: draws the router, the noise and the conditions; seed 0 if None.
         checkpoint, checkpoint_every, resume: a file to go on from, bit for bit (`Checkpoint`).
 
@@ -69,8 +67,7 @@ def train_sdt(  # noqa: D417 (some arguments are described together)
     how |= {"refresh_every": whole("refresh_every", refresh_every)}
     state = start(denoiser, batch_size, lr, how, target, generator)
     saved = Checkpoint(checkpoint, checkpoint_every, denoiser)
-    saved.begin(state, iterations, resume=resume)
-    with saved:
+    with saved.begin(state, iterations, resume=resume):
         _train(denoiser, state, saved, iterations, batch_size, how, progress)
         if target is not None:
             search = partial(refine_router, denoiser, state.router, target, batch_size=batch_size)
