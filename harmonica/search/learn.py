@@ -112,7 +112,7 @@ def learn_in_turn(  # noqa: D417 (some arguments are described together)
 ) -> Schedule:
     """Return a schedule on target whose table and weights were learned in turn, each for the other.
 
-    In a turn `refine` searches for a better table, in which learned weights stay wherever a decision
+    In a turn `refine` searches for a better table, in which learned weights stay where a decision
     does not change. Then weights are learned for that table. The validation noises decide: a turn
     after which their error has not fallen is not kept, and is the last. One turn costs about
     TURN_ROUNDS rounds of the search on its noises, and the updates of `learn_weights`.

@@ -54,7 +54,7 @@ def tune(  # noqa: D417 (some arguments are described together)
     cost: Literal["milliseconds"] | None = None, each: Mapping[str, Any] | None = None,
     progress: bool = True, **call: Any,
 ) -> Schedule:  # fmt: skip
-    """Return a schedule under which the transformer of a pipeline is `speedup` times as fast, in theory.
+    """Return a schedule under which a pipeline's transformer is `speedup` times as fast in theory.
 
         schedule = tune(pipe, prompts, speedup=1.5, num_inference_steps=28, guidance_scale=3.5)
         with cached(pipe, schedule):
