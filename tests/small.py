@@ -12,6 +12,7 @@ from harmonica.models import __dict__ as models
 from harmonica.models.pixart import PixArtDenoiser, Variant, random_prompts
 from harmonica.models.uvit import UViT, UViTDenoiser
 from harmonica.samplers import DDIM
+from harmonica.table import outputs_before
 
 SMALL_DIT = {"input_size": 8, "patch_size": 2, "hidden_size": 16, "depth": 2, "num_heads": 2}
 SMALL_PIXART = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2}
@@ -73,7 +74,6 @@ def weigh(table, past, seed=0):
     """Return a schedule with random weights wherever its table allows them."""
     generator = seeded(seed)
     weights = torch.randn(*table.compute.shape, 1 + past, generator=generator)
-    computed = table.compute.cumsum(0) - table.compute.long()
-    weights *= torch.arange(1 + past) <= computed[:, :, None]
+    weights *= torch.arange(1 + past) <= outputs_before(table.compute)[:, :, None]
     weights[:, :, 0] *= table.compute
     return replace(table, weights=weights)
