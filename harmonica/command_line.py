@@ -166,8 +166,8 @@ def exit_code(prog: str, work: Callable[[], None]) -> int:
 def check_device(device: str, there: bool = True) -> None:
     """Raise ValueError, saying why, if torch knows no `device`, or it is not `there`."""
     known = device.split(":")[0] in ("cpu", "cuda", "mps")
-    require(known, f"device {device}: expected cpu, cuda, cuda:N or mps")
-    memory.check_device(device if there else "meta")
+    require(known, f"--device {device}: expected cpu, cuda, cuda:N or mps")
+    memory.check_device(device if there else "meta", "--device")
 
 
 def make_writable(folder: Path) -> None:

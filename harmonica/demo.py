@@ -67,7 +67,8 @@ def run(args: argparse.Namespace) -> None:
     check_target(args.target, None)
     cli.check_device(args.device)
     denoiser, schedule, decode = cli.load_for_images(args, args.device)
-    target_of(denoiser, args.target, None, None)  # out of reach: said now, not after minutes
+    if schedule is None and args.weights != "random":  # out of reach: said now, not after minutes
+        target_of(denoiser, args.target, None, None)
     cli.make_writable(args.out)
     with exclusive_lock(args.out):
         schedule = schedule or _schedule(denoiser, args)

@@ -24,7 +24,8 @@ def number(
     """Return a number as Python's; raise ValueError unless it is one, from least to below `below`.
 
     >>> number("tau", 1.0, 0, 1)
-    ValueError("tau is 1.0; expected a number, 0 or more and below 1")
+    Traceback (most recent call last):
+    ValueError: tau is 1.0; expected a number, 0 or more and below 1
     """
     given = value.item() if getattr(value, "shape", None) == () else value
     span = f", {least:g} or more" * (least > -MOST) + f" and below {below:g}" * (below < MOST)
