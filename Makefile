@@ -45,7 +45,7 @@ notebooks: $(NOTEBOOKS)  ## build and run the tutorials' notebooks from the scri
 tutorials/%.ipynb: tutorials/%.py tutorials/build.py | $(READY)
 	$(BIN)/python tutorials/build.py $<
 
-BENCHES := gate walks server update dry_run bundled_models sensitivity ablation zoo two_processes full_size speed targets predicted fuzz quality weights
+BENCHES := gate walks server update dry_run bundled_models sensitivity ablation zoo two_processes full_size speed targets predicted fuzz quality transfer weights
 bench: $(READY)      ## every figure in benchmarks/results (hours; gpu.py needs a GPU, imports.py other people's files)
 	for name in $(BENCHES); do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
