@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from harmonica.table import require
+from harmonica.values import require
 
 WEIGHTS = Path(__file__).with_name("garments_judge.safetensors")
 

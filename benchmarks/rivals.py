@@ -36,7 +36,7 @@ from harmonica.search.baselines import every, named
 from harmonica.search.paths import Fork, continue_walk, whole_steps
 from harmonica.search.references import image_mse
 from harmonica.search.target import Target
-from harmonica.table import require
+from harmonica.values import require
 
 QUANTILES = 200
 """So many quantiles are tried for a target of `invardiff`."""

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from harmonica.search.references import image_mse
-from harmonica.storage.files import StrPath, decoding, existing, is_archive
+from harmonica.storage.files import decoding, existing, is_archive
+from harmonica.values import StrPath
 
 PICTURES = (".png", ".jpg", ".jpeg")
 ROWS = 512

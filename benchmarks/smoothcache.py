@@ -15,7 +15,7 @@ from harmonica import Schedule, macs
 from harmonica.cache import Compute, Feature, Gate
 from harmonica.denoise import Denoiser, denoise, final_image
 from harmonica.search.baselines import named
-from harmonica.table import require
+from harmonica.values import require
 
 
 def smoothcache(

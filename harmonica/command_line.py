@@ -29,7 +29,7 @@ from harmonica.memory import is_out_of_memory
 from harmonica.models.guided import Guided
 from harmonica.processes import started_as
 from harmonica.router import Schedule
-from harmonica.table import require
+from harmonica.values import require
 
 DTYPES = ("float32", "bfloat16", "float16")  # of the weights; a router is always float32
 
@@ -155,7 +155,7 @@ def exit_code(prog: str, work: Callable[[], None]) -> int:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        first = _first_line(error).rpartition("] ")[2]
+        first = memory.first_line(error).rpartition("] ")[2]
         line, code = f"out of memory, {first} Take a smaller batch.", 2
     except (ValueError, OSError, ArithmeticError) as error:
         line, code = str(error), 2
@@ -167,7 +167,8 @@ def check_device(device: str, there: bool = True) -> None:
     """Raise ValueError, saying why, if torch knows no `device`, or it is not `there`."""
     known = device.split(":")[0] in ("cpu", "cuda", "mps")
     require(known, f"--device {device}: expected cpu, cuda, cuda:N or mps")
-    memory.check_device(device if there else "meta", "--device")
+    if there:
+        memory.check_device(device, "--device")
 
 
 def make_writable(folder: Path) -> None:
@@ -175,7 +176,3 @@ def make_writable(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder) as probe:
         probe.write(b"x")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]

@@ -39,8 +39,8 @@ from harmonica.inference.walk import Walk
 from harmonica.processes import from_rank_0, processes, progress_bar, rank, started_as, world
 from harmonica.router import Schedule
 from harmonica.storage import files
-from harmonica.storage.files import StrPath, write_text
-from harmonica.table import require
+from harmonica.storage.files import write_text
+from harmonica.values import StrPath, require, whole
 
 SETTINGS = "settings.json"  # of the images, in the folder of the finished ones
 
@@ -65,8 +65,7 @@ def write_images(  # noqa: D417 (some arguments share a line)
     """
     out, walk = Path(out), Walk(denoiser, schedule)
     check_out(out)
-    sizes = f"count is {count} and batch_size is {batch_size}; both must be 1 or more"
-    require(min(count, batch_size) >= 1, sizes)
+    count, batch_size = whole("count", count), whole("batch_size", batch_size)
     parts, settings = _parts_of(out), _settings(denoiser, schedule, seed)
     pictures = [parts / f"{i:06}.png" for i in range(count)]
     with ExitStack() as held:

@@ -17,13 +17,17 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     return "DefaultCPUAllocator" in said or "bad_alloc" in said
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, or its name."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+
+
 def check_device(device: Any, name: str = "device") -> None:
     """Raise ValueError, saying why, if torch cannot put a tensor on a device."""
     try:
         torch.empty(1, device=device)
     except (AssertionError, ImportError, RuntimeError, TypeError) as error:  # it is not there
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{name} {device}: {reason:.300}") from None
+        raise ValueError(f"{name} {device}: {first_line(error)}") from None
 
 
 def free_bytes(device: torch.device) -> int:

@@ -22,8 +22,8 @@ from torch import Tensor
 from harmonica.router import Schedule
 from harmonica.search.references import image_mse
 from harmonica.site_names import word_of
-from harmonica.storage.files import StrPath, write_whole
-from harmonica.table import require
+from harmonica.storage.files import write_whole
+from harmonica.values import StrPath, require
 
 MARKS = ("o", "s", "^", "D", "v", "P")
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito

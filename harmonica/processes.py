@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from harmonica.table import require
+from harmonica.values import require
 
 T = TypeVar("T")
 

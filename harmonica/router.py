@@ -11,7 +11,6 @@ This file does not know models, caches or losses; files are in harmonica/storage
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -21,10 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harmonica.table import Macs, default_names, names_of, require
-from harmonica.values import number, of_type, seeded, whole
-
-StrPath = str | os.PathLike[str]
+from harmonica.table import Macs, default_names, names_of
+from harmonica.values import StrPath, number, of_type, require, seeded, whole
 
 
 @dataclass(frozen=True, eq=False)

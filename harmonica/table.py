@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harmonica.values import items, number, whole
-from harmonica.values import require as require
+from harmonica.values import items, number, require, whole
 
 
 @dataclass(frozen=True)

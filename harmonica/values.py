@@ -3,12 +3,14 @@
 A number of numpy, or in a tensor without dimensions, is as good as Python's; True is none.
 """
 
+import os
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
 
 T = TypeVar("T")
+StrPath = str | os.PathLike[str]
 MOST = 3e38  # float32 ends there
 
 

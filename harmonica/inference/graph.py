@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from harmonica.inference.walk import Refinable, Walk
-from harmonica.table import require
+from harmonica.values import require
 
 Capture = Callable[[Callable[[], Tensor], torch.device], tuple[Callable[[], None], Tensor]]
 """(run, which takes nothing, and its device) -> (replay, the tensor that each replay writes)."""

@@ -22,7 +22,7 @@ from harmonica.cost import Macs
 from harmonica.denoise import Denoiser, sample
 from harmonica.inference.walk import Walk
 from harmonica.router import Schedule
-from harmonica.table import require
+from harmonica.values import require
 
 
 @contextmanager

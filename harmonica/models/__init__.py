@@ -35,9 +35,9 @@ from harmonica.models.uvit import UVIT_H, UViT, UViTDenoiser
 from harmonica.models.weights import component, dit_from_diffusers, fill, from_diffusers, read_state
 from harmonica.run_again import run_again
 from harmonica.samplers import Betas, make_sampler
-from harmonica.storage.files import FLOATS, StrPath
+from harmonica.storage.files import FLOATS
 from harmonica.storage.hub import download
-from harmonica.table import require
+from harmonica.values import StrPath, require
 
 _SMALL = {"in_channels": 1, "num_classes": 10, "num_heads": 4, "depth": 8, "learn_sigma": False}
 _XL = {"depth": 28, "hidden_size": 1152, "num_heads": 16, "patch_size": 2}

@@ -18,9 +18,8 @@ from torch import Tensor
 from harmonica.models import BUNDLED
 from harmonica.models.pixart import PIXART
 from harmonica.models.weights import component, from_diffusers
-from harmonica.storage.files import StrPath
 from harmonica.storage.hub import download
-from harmonica.values import require
+from harmonica.values import StrPath, require
 
 ROOM = 2 * 2**30
 """Bytes that the largest layers may take while images are decoded, as many at a time as fit."""

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from harmonica.cache import Compute, Feature, Gate, called_by
 from harmonica.calls import of_call
 from harmonica.override import Answer, is_overridden, overridden
-from harmonica.table import require
+from harmonica.values import require
 
 FeatureOf = Callable[[str, Compute], Feature]
 """(name of a block's site, branch) -> feature; a module that is no site computes."""

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from harmonica.table import require
+from harmonica.values import require
 
 
 class Attention(nn.Module):

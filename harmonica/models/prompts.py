@@ -9,8 +9,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from harmonica.storage.files import StrPath, read_text
-from harmonica.values import items, require
+from harmonica.storage.files import read_text
+from harmonica.values import StrPath, items, require
 
 
 def read_prompts(given: StrPath | Sequence[str] | None = None) -> tuple[str, ...]:

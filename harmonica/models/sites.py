@@ -31,7 +31,7 @@ import torch
 from torch import nn
 
 from harmonica.cost import Macs
-from harmonica.table import require
+from harmonica.values import require
 
 Modules = Mapping[str, nn.Module]  # by name
 ADVICE = "give the modules yourself, as cached(pipe, schedule, sites={name: module, …})"

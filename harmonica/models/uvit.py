@@ -27,7 +27,7 @@ from harmonica.models.guided import Guided, check_inputs
 from harmonica.models.layers import Attention, Mlp
 from harmonica.run_again import run_again
 from harmonica.samplers import Sampler
-from harmonica.table import require
+from harmonica.values import require
 
 UVIT_H = {"input_size": 32, "patch_size": 2, "in_channels": 4, "hidden_size": 1152, "depth": 28}
 UVIT_H |= {"num_heads": 16, "num_classes": 1000}

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from harmonica.storage import files
-from harmonica.storage.files import StrPath
-from harmonica.table import require
+from harmonica.values import StrPath, require
 
 
 def component(folder: StrPath, name: str, *classes: str) -> Path:

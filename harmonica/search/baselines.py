@@ -24,7 +24,7 @@ from harmonica.denoise import Denoiser
 from harmonica.router import Schedule
 from harmonica.search.paths import cheapest_path, reuse_errors, spread, whole_steps
 from harmonica.search.target import Target
-from harmonica.table import require
+from harmonica.values import require
 
 
 def every(denoiser: Denoiser, n: float | None = None, *, speedup: float | None = None) -> Schedule:

@@ -31,8 +31,8 @@ from harmonica.denoise import Denoiser, sample
 from harmonica.inference.walk import Refinable, Walk
 from harmonica.memory import in_portions
 from harmonica.router import Schedule
-from harmonica.storage.files import StrPath, read_tensors, write_tensors
-from harmonica.values import of_type, require, seeded, whole
+from harmonica.storage.files import read_tensors, write_tensors
+from harmonica.values import StrPath, of_type, require, seeded, whole
 
 R = TypeVar("R")
 Toward = Literal["reference", "uncached"]

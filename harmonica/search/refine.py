@@ -33,7 +33,7 @@ from harmonica.search.flip_effects import WALKS, Quadratic, best_flips, flip_eff
 from harmonica.search.paths import cheapest_path, reuse_errors, room_for, spread, whole_steps
 from harmonica.search.references import PORTION, Pool, pool_errors, typical_error
 from harmonica.search.target import Target
-from harmonica.table import require
+from harmonica.values import require
 
 FLIPS = 32  # entries that flip in one round, at most; the quadratic is believed no farther away
 PAIRS = 10  # pairs of rows that are walked in one round, at most

@@ -17,7 +17,7 @@ from harmonica.router import Router
 from harmonica.search.references import Pool, with_images
 from harmonica.search.refine import WALKS_PER_ROUND, few_of, refine
 from harmonica.search.target import Target, logit
-from harmonica.table import require
+from harmonica.values import require
 
 NOISES = 128  # that tables are judged on, unless the budget is larger than the default
 ROUNDS = 12  # of the search that the default budget is enough for

@@ -20,9 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harmonica.table import require
+from harmonica.values import StrPath, require
 
-StrPath = str | os.PathLike[str]
 FLOATS = torch.float32, torch.bfloat16, torch.float16, torch.float64  # of weights and logits
 LARGEST_TEXT = 2**26  # bytes; a table of 1000 steps and 10 000 sites takes a sixth of it
 

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from harmonica.site_names import block_and_word
-from harmonica.storage.files import FLOATS, StrPath, is_plain, write_json
-from harmonica.table import require
+from harmonica.storage.files import FLOATS, is_plain, write_json
+from harmonica.values import StrPath, require
 
 TRAINED = 4.5  # one in 150 000 logits of N(0, 1) is larger; training ends near 5 or far beyond
 

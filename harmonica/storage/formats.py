@@ -22,8 +22,8 @@ from torch import Tensor
 
 from harmonica.checked import FACTS, checked_facts
 from harmonica.storage import files, foreign
-from harmonica.storage.files import FLOATS, StrPath, decoding, existing
-from harmonica.table import require
+from harmonica.storage.files import FLOATS, decoding, existing
+from harmonica.values import StrPath, require
 
 FORMAT = "harmonica-schedule-1"
 T = TypeVar("T")

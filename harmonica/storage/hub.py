@@ -18,7 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from harmonica.storage.files import StrPath, write_text
+from harmonica.storage.files import write_text
+from harmonica.values import StrPath
 
 SCHEDULE, ROUTER = "schedule.json", "router.safetensors"
 PAGE = """---

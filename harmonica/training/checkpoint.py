@@ -25,10 +25,10 @@ from harmonica.processes import batch_per_rank, from_rank_0, rank
 from harmonica.router import Router
 from harmonica.sdt import Update
 from harmonica.search.target import Target
-from harmonica.storage.files import StrPath, changes, decoding, refuse_existing
+from harmonica.storage.files import changes, decoding, refuse_existing
 from harmonica.storage.formats import build, read_router, write_router
 from harmonica.training.beta import BetaController
-from harmonica.values import number, require, seeded, whole
+from harmonica.values import StrPath, number, require, seeded, whole
 
 Captured = tuple[dict[str, Tensor], dict[str, Any]]  # a state as tensors and numbers by name
 
@@ -92,6 +92,13 @@ def _tensor(tensors: dict[str, Tensor], name: str, like: Tensor) -> Tensor:
     return value.to(like.device, copy=True)
 
 
+def trainable_steps(denoiser: Denoiser) -> int:
+    """Return T; raise ValueError for a walk of one step, of which nothing can be trained."""
+    what = "the denoiser has 1 step, which always computes; nothing can be trained"
+    require(denoiser.steps >= 2, what)
+    return denoiser.steps
+
+
 def start(
     denoiser: Denoiser,
     batch_size: int,
@@ -103,8 +110,7 @@ def start(
     """Return the state of a run that has done nothing yet; `how` is what `sdt` is given. Raises
     TypeError or ValueError if no router can be trained for the denoiser.
     """
-    T, generator = denoiser.steps, seeded(generator)
-    require(T >= 2, "the denoiser has 1 step, which always computes; nothing can be trained")
+    T, generator = trainable_steps(denoiser), seeded(generator)
     settings: dict[str, Any] = {
         "batch_size": whole("batch_size", batch_size),
         "lr": number("lr", lr, 0),

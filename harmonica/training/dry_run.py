@@ -33,7 +33,8 @@ from harmonica.search.flip_effects import flip_effects_at
 from harmonica.search.references import with_images
 from harmonica.search.refine import WALKS_PER_ROUND
 from harmonica.search.refine_router import NOISES, ROUNDS
-from harmonica.table import require
+from harmonica.training.checkpoint import trainable_steps
+from harmonica.values import require
 
 aten = torch.ops.aten
 GIB = 2**30
@@ -97,8 +98,7 @@ def dry_run(
     place, how = start[0].device, 'load(name, weights="random", device="meta")'
     wrong = f"the denoiser is on {place}; a dry run takes one on the meta device, {how}"
     require(place.type == "meta", wrong)
-    T = denoiser.steps
-    require(T >= 2, "the denoiser has 1 step, which always computes; nothing can be trained")
+    T = trainable_steps(denoiser)
     memory: dict[str, int] = {}
     memory["update"], weights, plain, update = _update(denoiser, start)
     walks = -(-iterations // (T - 1))

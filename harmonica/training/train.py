@@ -18,9 +18,8 @@ from harmonica.sdt import BETA, sdt
 from harmonica.search.references import Toward, finer_walk
 from harmonica.search.refine_router import refine_router
 from harmonica.search.target import check_target, target_of
-from harmonica.storage.files import StrPath
 from harmonica.training.checkpoint import Checkpoint, TrainingState, start
-from harmonica.values import number, whole
+from harmonica.values import StrPath, number, whole
 
 
 @torch.inference_mode(False)  # and gradients on, whatever the caller's are

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from harmonica.models.sites import sites
-from harmonica.table import require
+from harmonica.values import require
 
 TRANSFORMERS = ("transformer", "transformer_2")
 """Denoisers of a pipeline. The names of the second one's sites begin with its own."""

@@ -36,7 +36,7 @@ from harmonica.models.pipelines.pipeline_run import Outputs, PipelineRun
 from harmonica.models.pipelines.schedulers import SamplerState, SchedulerInputs
 from harmonica.override import Method, overridden
 from harmonica.run_again import run_again
-from harmonica.table import require
+from harmonica.values import require
 
 SEEDS = 20_000_003, 20_000_005  # of the samples that walks are verified with
 

@@ -10,7 +10,7 @@ from harmonica.models.pipelines.denoiser import PipelineDenoiser
 from harmonica.models.pipelines.facts import NotFollowedError
 from harmonica.models.pipelines.inputs import inputs_of
 from harmonica.models.sites import sites
-from harmonica.storage.files import StrPath
+from harmonica.values import StrPath
 
 OTHERWISE = "harmonica.tune can still choose whole steps from runs of the pipeline, and "
 OTHERWISE += "cached(pipe, schedule) runs any table"

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from harmonica.models.pipelines.checks import check_pipeline
 from harmonica.models.prompts import read_prompts
-from harmonica.storage.files import StrPath
-from harmonica.table import require
+from harmonica.values import StrPath, require
 
 Sample = tuple[int, int]
 """Row of the prompt, seed."""

@@ -39,7 +39,7 @@ from harmonica.models.pipelines.taps import tapped
 from harmonica.models.pipelines.tracker import Counts, Rows, Tracker, current, in_walk
 from harmonica.override import Method, overridden
 from harmonica.router import Schedule
-from harmonica.table import require
+from harmonica.values import require
 
 log = logging.getLogger(__name__)
 

@@ -37,9 +37,8 @@ from harmonica.search.paths import cheapest_path
 from harmonica.search.references import Pool, finer_walk, references, with_images
 from harmonica.search.refine import WALKS_PER_ROUND, refine
 from harmonica.search.target import Target
-from harmonica.storage.files import StrPath
-from harmonica.table import require
 from harmonica.training.train import train_sdt
+from harmonica.values import StrPath, require
 
 WALKS, NOISES, FACTOR, SEED = 1000, 4, 10, 20_000_007
 """The budget in walks if none is given; noises that tables are judged on, and how many times T
