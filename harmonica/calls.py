@@ -7,12 +7,10 @@ one. As an index both are the same column of the table.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 
-_call: ContextVar[int] = ContextVar("call", default=0)
-current_call = _call.get
+current_call: ContextVar[int] = ContextVar("call", default=0)
+"""The call of a model within a prediction that runs now; `harmonica.override.in_call` sets it."""
 
 
 class SiteOfCall(int):
@@ -38,24 +36,7 @@ class SiteOfCall(int):
         return hash((int(self), self.call))
 
 
-def set_call() -> None:
-    """Set the call that runs now once more: every site asks for it, and what is set in a context
-    is found faster than a default.
-    """
-    _call.set(_call.get())
-
-
-@contextmanager
-def in_call(call: int) -> Iterator[None]:
-    """Let sites know which call of their model within a prediction this is, 0 for the first."""
-    token = _call.set(call)
-    try:
-        yield
-    finally:
-        _call.reset(token)
-
-
 def of_call(site: int) -> int:
     """Return the key of a site in the call that runs now: the site itself in the first one."""
-    call = _call.get()
+    call = current_call.get()
     return SiteOfCall(site, call) if call else site

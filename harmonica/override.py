@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from harmonica.calls import current_call, of_call, set_call
+from harmonica.calls import current_call, of_call
 
 Method = Callable[..., Any]
 Replacement = Callable[[Method, tuple[Any, ...], dict[str, Any]], Any]
@@ -101,10 +101,8 @@ _lock = threading.RLock()
 
 def _call(key: Key, original: Method, /, *args: Any, **kwargs: Any) -> Any:
     answer = _get_answers().get(key)
-    if type(answer) is tuple:  # as in `_replacement`, but at once
+    if type(answer) is tuple:  # as `_replacement` does, but at once
         gate, site = answer
-        if current_call():
-            site = of_call(site)
         # what the lambda needs are its defaults: cells of a closure would cost more
         return gate(site, lambda f=original, a=args, k=kwargs: f(*a, **k))
     if answer is None and key.answers and torch._C._current_graph_task_id() >= 0:
@@ -169,14 +167,32 @@ def overridden(answers: Iterable[tuple[Any, str, Answer]]) -> Iterator[None]:
 
 
 def _put_in_force(frames: tuple[Frame, ...]) -> dict[Key, Answer]:
-    merged: dict[Key, Answer] = {}
+    later_call, merged = current_call.get(), dict[Key, Answer]()
     for frame in frames:
         for key, answer in frame:
+            if later_call and isinstance(answer, tuple):
+                answer = answer[0], of_call(answer[1])
             merged[key] = _both(answer, merged[key]) if key in merged else answer
     _frames.set(frames)
     _answers.set(merged)
-    set_call()
     return merged
+
+
+@contextmanager
+def in_call(call: int) -> Iterator[None]:
+    """Let sites know which call of their model within a prediction this is, 0 for the first."""
+    before, answers = current_call.get(), _get_answers()
+    if call == before:
+        yield
+        return
+    current_call.set(call)
+    merged = _put_in_force(_frames.get())
+    try:
+        yield
+    finally:
+        current_call.set(before)
+        _answers.set(answers)
+        merged.clear()
 
 
 def _both(inner: Answer, outer: Answer) -> Replacement:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from harmonica.calls import current_call, in_call
+from harmonica.calls import current_call
+from harmonica.override import in_call
 
 _inside: ContextVar[bool] = ContextVar("inside", default=False)
 
@@ -25,7 +26,7 @@ def run_again(function: Callable[..., Any], *args: Any, **_: Any) -> Any:
     """
     if _inside.get() or not torch.is_grad_enabled():
         return function(*args)
-    run = in_call(current_call())(run_once)  # backward is in no call, and sites ask for theirs
+    run = in_call(current_call.get())(run_once)  # backward is in no call, and sites ask for theirs
     return checkpoint(run, function, *args, use_reentrant=False, preserve_rng_state=False)
 
 

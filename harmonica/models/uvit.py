@@ -21,10 +21,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from harmonica.calls import in_call
 from harmonica.models import layers
 from harmonica.models.guided import Guided, check_inputs
 from harmonica.models.layers import Attention, Mlp
+from harmonica.override import in_call
 from harmonica.run_again import run_again
 from harmonica.samplers import Sampler
 from harmonica.values import require

@@ -28,13 +28,12 @@ from torch.utils._python_dispatch import _disable_current_modes as without_modes
 from torch.utils.weak import WeakIdKeyDictionary
 
 from harmonica.cache import gated
-from harmonica.calls import in_call
 from harmonica.models.pipelines import schedulers
 from harmonica.models.pipelines.facts import Facts, NotFollowedError, digest
 from harmonica.models.pipelines.inputs import Inputs, Sample, about
 from harmonica.models.pipelines.pipeline_run import Outputs, PipelineRun
 from harmonica.models.pipelines.schedulers import SamplerState, SchedulerInputs
-from harmonica.override import Method, overridden
+from harmonica.override import Method, in_call, overridden
 from harmonica.run_again import run_again
 from harmonica.values import require
 
