@@ -38,16 +38,9 @@ if TYPE_CHECKING:
     from harmonica.search.learn import learn_weights
     from harmonica.search.references import references
 
-LAZY = {
-    "cached": "harmonica.models.pipelines",
-    "disable_cache": "harmonica.models.pipelines",
-    "enable_cache": "harmonica.models.pipelines",
-    "from_pipeline": "harmonica.models.pipelines",
-    "learn_weights": "harmonica.search.learn",
-    "load": "harmonica.models",
-    "references": "harmonica.search.references",
-    "tune": "harmonica.models.pipelines",
-}
+_OF_PIPELINES = ("cached", "disable_cache", "enable_cache", "from_pipeline", "tune")
+LAZY = dict.fromkeys(_OF_PIPELINES, "harmonica.models.pipelines") | {"load": "harmonica.models"}
+LAZY |= {"learn_weights": "harmonica.search.learn", "references": "harmonica.search.references"}
 """What is imported when it is first used, and the module that it is in."""
 
 
@@ -60,30 +53,8 @@ def __getattr__(name: str) -> Any:
 __version__ = "0.1.0"
 
 __all__ = [
-    "Cache",
-    "Denoiser",
-    "Gate",
-    "Macs",
-    "Router",
-    "Schedule",
-    "Update",
-    "blend",
-    "cached",
-    "check_denoiser",
-    "denoise",
-    "disable_cache",
-    "enable_cache",
-    "from_pipeline",
-    "gated",
-    "image_error",
-    "learn_weights",
-    "load",
-    "macs",
-    "objective",
-    "references",
-    "reuse",
-    "sample",
-    "sdt",
-    "train_sdt",
-    "tune",
-]
+    "Cache", "Denoiser", "Gate", "Macs", "Router", "Schedule", "Update", "blend", "cached",
+    "check_denoiser", "denoise", "disable_cache", "enable_cache", "from_pipeline", "gated",
+    "image_error", "learn_weights", "load", "macs", "objective", "references", "reuse", "sample",
+    "sdt", "train_sdt", "tune",
+]  # fmt: skip

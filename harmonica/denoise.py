@@ -52,14 +52,9 @@ class Denoiser(Protocol):
 
 
 def denoise(  # noqa: D417 (some arguments share a line)
-    denoiser: Denoiser,
-    x: Tensor,
-    cond: Any,
-    gates: Callable[[int], Gate] | None = None,
-    *,
-    start: int = 0,
-    memory: dict[str, Any] | None = None,
-) -> Iterator[Tensor]:
+    denoiser: Denoiser, x: Tensor, cond: Any, gates: Callable[[int], Gate] | None = None, *,
+    start: int = 0, memory: dict[str, Any] | None = None,
+) -> Iterator[Tensor]:  # fmt: skip
     """Walk without gradients, yielding x (B, C, H, W) after each step; the last is the image x₀.
 
     The model is gated only inside a step: a walk abandoned between two leaves nothing behind.

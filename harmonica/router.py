@@ -169,14 +169,9 @@ class Router(nn.Module):
     """
 
     def __init__(
-        self,
-        steps: int,
-        sites: int | Iterable[str],
-        *,
-        generator: torch.Generator | None = None,
-        logits: Tensor | None = None,
-        about: Mapping[str, Any] | None = None,
-    ) -> None:
+        self, steps: int, sites: int | Iterable[str], *, generator: torch.Generator | None = None,
+        logits: Tensor | None = None, about: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.steps, self.about = whole("steps", steps), dict(about or {})
         self.sites = names_of(sites)

@@ -43,20 +43,11 @@ class Update:
 
 
 def sdt(  # noqa: D417 (some arguments share a line)
-    denoiser: Denoiser,
-    router: Router,
-    noise: Iterable[tuple[Tensor, Any]],
-    *,
-    tau: float = 0.1,
-    beta: float | Tensor = BETA,
-    lr: float = 0.01,
-    refresh_every: int = 25,
-    proxy: Proxy | None = "leave-one-out",
-    optimizer: Optimizer | None = None,
-    lam: Tensor | None = None,
-    walk: int = 0,
-    mean: Mean = torch.clone,
-) -> Generator[Update, None, None]:
+    denoiser: Denoiser, router: Router, noise: Iterable[tuple[Tensor, Any]], *,
+    tau: float = 0.1, beta: float | Tensor = BETA, lr: float = 0.01, refresh_every: int = 25,
+    proxy: Proxy | None = "leave-one-out", optimizer: Optimizer | None = None,
+    lam: Tensor | None = None, walk: int = 0, mean: Mean = torch.clone,
+) -> Generator[Update, None, None]:  # fmt: skip
     """Train `router` in place, and yield what each update did (paper, Algorithm 1).
 
     Args:

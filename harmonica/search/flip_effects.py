@@ -68,13 +68,9 @@ class Quadratic:
 
 
 def flip_effects_at(
-    denoiser: Denoiser,
-    schedule: Schedule,
-    pool: Pool,
-    signs: Tensor,
-    portion: int = PORTION,
+    denoiser: Denoiser, schedule: Schedule, pool: Pool, signs: Tensor, portion: int = PORTION,
     run: Run = run_again,
-) -> Quadratic:
+) -> Quadratic:  # fmt: skip
     """Return the quadratic around a schedule's table, mean over a pool's noises, on their device.
 
     `signs`, (M, C, H, W) of ±1, are ξ of each of the M noises. Noises whose error is far above the

@@ -55,15 +55,9 @@ LR = 0.01  # of Adam, falling to zero along a half cosine; 0.02 ends equally nea
 
 @torch.inference_mode(False)  # and gradients on, whatever the caller's are
 def learn_weights(  # noqa: D417 (a denoiser is a denoiser)
-    denoiser: Denoiser,
-    schedule: Schedule,
-    pool: Pool,
-    *,
-    history: int = 3,
-    iterations: int = 144,
-    batch_size: int = 32,
-    generator: torch.Generator | None = None,
-) -> Schedule:
+    denoiser: Denoiser, schedule: Schedule, pool: Pool, *, history: int = 3, iterations: int = 144,
+    batch_size: int = 32, generator: torch.Generator | None = None,
+) -> Schedule:  # fmt: skip
     """Return the schedule with weights that bring its images near the pool's.
 
     Learning starts from the best of these: the schedule as given, reuse, and forecasts that fit
@@ -100,16 +94,9 @@ def learn_weights(  # noqa: D417 (a denoiser is a denoiser)
 
 
 def learn_in_turn(  # noqa: D417 (some arguments are described together)
-    denoiser: Denoiser,
-    schedule: Schedule,
-    pool: Pool,
-    target: Target,
-    *,
-    turns: int = 3,
-    iterations: int = 288,
-    batch_size: int = 16,
-    generator: torch.Generator | None = None,
-) -> Schedule:
+    denoiser: Denoiser, schedule: Schedule, pool: Pool, target: Target, *, turns: int = 3,
+    iterations: int = 288, batch_size: int = 16, generator: torch.Generator | None = None,
+) -> Schedule:  # fmt: skip
     """Return a schedule on target whose table and weights were learned in turn, each for the other.
 
     In a turn `refine` searches for a better table, in which learned weights stay where a decision
@@ -159,13 +146,9 @@ def _batches(noises: int, size: int, count: int, generator: torch.Generator) -> 
 
 
 def _learn(
-    denoiser: Denoiser,
-    start: Schedule,
-    pool: Pool,
-    history: int,
-    batches: Sequence[Tensor],
+    denoiser: Denoiser, start: Schedule, pool: Pool, history: int, batches: Sequence[Tensor],
     limit: float,
-) -> Iterator[Tensor]:
+) -> Iterator[Tensor]:  # fmt: skip
     """Yield the weights after each round over the pool, and after the last update. Noises whose
     error is above `limit` count less.
     """
@@ -217,13 +200,9 @@ def _trainable(start: Schedule, history: int, x: Tensor) -> tuple[Tensor, Tensor
 
 
 def weighted_walk(
-    denoiser: Denoiser,
-    table: list[list[bool]],
-    weights: Tensor,
-    x: Tensor,
-    cond: Any,
+    denoiser: Denoiser, table: list[list[bool]], weights: Tensor, x: Tensor, cond: Any,
     run: Run = run_again,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Return the image (B, C, H, W) of noise x under a table, differentiable in the weights of its
     gates (T, N, 1 + m).
     """

@@ -44,13 +44,9 @@ def continue_walk(
 
 
 def differentiable_walk(
-    denoiser: Denoiser,
-    x: Tensor,
-    cond: Any,
-    weights: Sequence[Tensor],
-    gate_of: Callable[[int, Tensor, Cache], Gate],
-    run: Run = run_again,
-) -> Tensor:
+    denoiser: Denoiser, x: Tensor, cond: Any, weights: Sequence[Tensor],
+    gate_of: Callable[[int, Tensor, Cache], Gate], run: Run = run_again,
+) -> Tensor:  # fmt: skip
     """Return the image (B, C, H, W) of noise x, differentiable in the weights that gates read: step
     k walks under gate_of(k, weights[k], cache).
     """

@@ -117,14 +117,10 @@ def pool_errors(denoiser: Denoiser, pool: Pool, schedule: Schedule | None = None
 
 
 def references(
-    denoiser: Denoiser,
-    *,
-    noises: int = 384,
-    factor: int = 10,
-    generator: torch.Generator | None = None,
-    path: StrPath | None = None,
+    denoiser: Denoiser, *, noises: int = 384, factor: int = 10,
+    generator: torch.Generator | None = None, path: StrPath | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> Pool:
+) -> Pool:  # fmt: skip
     """Return a pool: noises that the denoiser draws, and the image of factor·T steps for each.
 
     That costs noises·factor·T predictions; a factor of 1 gives the uncached walk's images, and so

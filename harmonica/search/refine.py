@@ -61,15 +61,9 @@ class JudgedTable:
 
 
 def refine(  # noqa: D417
-    denoiser: Denoiser,
-    tables: Sequence[Tensor],
-    pool: Pool,
-    others: Iterator[Pool],
-    target: Target,
-    *,
-    budget: float,
-    fill: Schedule | int = 0,
-) -> Iterator[JudgedTable]:
+    denoiser: Denoiser, tables: Sequence[Tensor], pool: Pool, others: Iterator[Pool],
+    target: Target, *, budget: float, fill: Schedule | int = 0,
+) -> Iterator[JudgedTable]:  # fmt: skip
     """Search from several tables, yielding each that is the best so far.
 
     Args:
@@ -108,13 +102,9 @@ class Search:
     """The walks of one search, of which `spent` counts predictions of one noise; see `refine`."""
 
     def __init__(
-        self,
-        denoiser: Denoiser,
-        pool: Pool,
-        others: Iterator[Pool],
-        target: Target,
+        self, denoiser: Denoiser, pool: Pool, others: Iterator[Pool], target: Target,
         fill: Schedule | int = 0,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.denoiser, self.pool, self.others, self.target = denoiser, pool, others, target
         everything = whole_steps(denoiser, range(denoiser.steps))
         self.fill = Schedule(everything, order=fill) if isinstance(fill, int) else fill

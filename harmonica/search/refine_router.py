@@ -26,17 +26,10 @@ MARGIN = 0.5  # distance from τ, in logits, at which a flipped decision is plac
 
 
 def refine_router(  # noqa: D417 (some arguments share a line)
-    denoiser: Denoiser,
-    router: Router,
-    target: Target,
-    *,
-    tau: float = 0.1,
-    batch_size: int = 32,
-    budget: int | None = None,
-    order: int = 0,
-    finer: Denoiser | None = None,
+    denoiser: Denoiser, router: Router, target: Target, *, tau: float = 0.1, batch_size: int = 32,
+    budget: int | None = None, order: int = 0, finer: Denoiser | None = None,
     progress: bool = False,
-) -> None:
+) -> None:  # fmt: skip
     """Flip entries of the router's table until it is on target, refine the table, and set the
     scores so that freezing at τ > 0 gives it: one whose decision changed just beyond τ.
 

@@ -81,12 +81,9 @@ class Target:
 
 
 def check_target(
-    speedup: float | None,
-    beta: float | None = None,
-    order: int = 0,
-    toward: str = "uncached",
+    speedup: float | None, beta: float | None = None, order: int = 0, toward: str = "uncached",
     refine: int | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Raise ValueError for a target that no model could meet, or that comes with a β, or for what
     needs a target and has none; what needs the model is checked by `Target`.
     """

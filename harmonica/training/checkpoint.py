@@ -100,13 +100,9 @@ def trainable_steps(denoiser: Denoiser) -> int:
 
 
 def start(
-    denoiser: Denoiser,
-    batch_size: int,
-    lr: float,
-    how: Mapping[str, Any],
-    target: Target | None = None,
-    generator: torch.Generator | None = None,
-) -> TrainingState:
+    denoiser: Denoiser, batch_size: int, lr: float, how: Mapping[str, Any],
+    target: Target | None = None, generator: torch.Generator | None = None,
+) -> TrainingState:  # fmt: skip
     """Return the state of a run that has done nothing yet; `how` is what `sdt` is given. Raises
     TypeError or ValueError if no router can be trained for the denoiser.
     """

@@ -80,15 +80,9 @@ class DryRun:
 
 
 def dry_run(
-    denoiser: Denoiser,
-    *,
-    iterations: int = 20_000,
-    batch_size: int = 32,
-    refresh_every: int = 25,
-    proxy: Proxy | None = "leave-one-out",
-    target: bool = False,
-    refine: int | None = None,
-) -> DryRun:
+    denoiser: Denoiser, *, iterations: int = 20_000, batch_size: int = 32, refresh_every: int = 25,
+    proxy: Proxy | None = "leave-one-out", target: bool = False, refine: int | None = None,
+) -> DryRun:  # fmt: skip
     """Count what `train_sdt` with these settings takes; only shapes matter.
 
     With a `target` it ends with a search, unless refine is 0. Raises ValueError if the denoiser is

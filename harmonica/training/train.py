@@ -24,27 +24,14 @@ from harmonica.values import StrPath, number, whole
 
 @torch.inference_mode(False)  # and gradients on, whatever the caller's are
 def train_sdt(  # noqa: D417 (some arguments are described together)
-    denoiser: Denoiser,
-    *,
-    iterations: int = 20_000,
-    batch_size: int = 32,
-    tau: float = 0.1,
-    beta: float = BETA,
-    lr: float = 0.01,
-    refresh_every: int = 25,
+    denoiser: Denoiser, *, iterations: int = 20_000, batch_size: int = 32,
+    tau: float = 0.1, beta: float = BETA, lr: float = 0.01, refresh_every: int = 25,
     proxy: Proxy | None = "leave-one-out",
-    target_speedup: float | None = None,
-    target_cur: float | None = None,
-    cost: Macs | None = None,
-    refine: int | None = None,
-    order: int = 0,
-    toward: Toward = "uncached",
-    generator: torch.Generator | None = None,
-    checkpoint: StrPath | None = None,
-    checkpoint_every: int = 500,
-    resume: bool = False,
-    progress: bool = True,
-) -> Router:
+    target_speedup: float | None = None, target_cur: float | None = None, cost: Macs | None = None,
+    refine: int | None = None, order: int = 0, toward: Toward = "uncached",
+    generator: torch.Generator | None = None, progress: bool = True,
+    checkpoint: StrPath | None = None, checkpoint_every: int = 500, resume: bool = False,
+) -> Router:  # fmt: skip
     """Train a router from noise alone. With a target, which is beyond the paper, β is chosen, and
     the table searched afterwards. Of the authors' defaults, β is for T = 10, refresh_every for 20.
 
@@ -76,14 +63,9 @@ def train_sdt(  # noqa: D417 (some arguments are described together)
 
 
 def _train(
-    denoiser: Denoiser,
-    state: TrainingState,
-    saved: Checkpoint,
-    iterations: int,
-    batch_size: int,
-    how: dict[str, Any],
-    progress: bool,
-) -> None:
+    denoiser: Denoiser, state: TrainingState, saved: Checkpoint, iterations: int, batch_size: int,
+    how: dict[str, Any], progress: bool,
+) -> None:  # fmt: skip
     """Draw, update, steer, show, save, a walk at a time."""
     bar = progress_bar(progress, total=iterations, initial=state.updates, unit="update")
     control, router = state.controller, state.router
