@@ -18,8 +18,6 @@ Read in this order: cache, router, denoise, iepo, sdt. Importing this package co
 LAZY names is imported when it is first used.
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 

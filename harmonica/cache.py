@@ -22,8 +22,6 @@ Features are kept by reference and never written to. This file does not know ste
 routers or losses.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial

@@ -4,8 +4,6 @@ Inside a step that is run again, its blocks are not: one level saves the memory,
 run the blocks of the inner level when the step's gates are no longer in force.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any

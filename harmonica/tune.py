@@ -5,8 +5,6 @@ Writes to --out: schedule.json, and comparison.png, an image without and with th
     python -m harmonica.tune --pipeline FOLDER_OR_HUB_ID --speedup 1.5 --steps 28 --guidance 3.5
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

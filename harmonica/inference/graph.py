@@ -12,8 +12,6 @@ A graph reads the weights where they lay when it was captured: change them in pl
 GraphWalk. This file does not know models, schedules or samplers.
 """
 
-from __future__ import annotations
-
 import sys
 import threading
 from collections.abc import Callable

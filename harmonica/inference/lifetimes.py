@@ -6,8 +6,6 @@ never kept. A plan's gates give the same features as `reuse` and `weighted`, bit
 of them alive. This file does not know models or samplers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 

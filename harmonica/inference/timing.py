@@ -5,8 +5,6 @@ what to expect on this machine, and `train_sdt(…, cost=…)` aims at real time
 know models.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager

@@ -14,8 +14,6 @@ Besides the sites that the schedule skips, a walk leaves out
 `exact=True` does without the last two: the images are those of `sample`, bit for bit.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial

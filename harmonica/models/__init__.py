@@ -16,8 +16,6 @@ Each takes each of the four samplers. A stock diffusers pipeline that is already
 denoiser with `pipelines.from_pipeline`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path

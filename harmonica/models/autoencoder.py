@@ -6,8 +6,6 @@ The bundled model has no autoencoder, its latent is the image. With random weigh
 to see: the first three channels of the latent stand in for one. This file does not know samplers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -17,8 +17,6 @@ arguments of an adapter, takes the plain way through `gated`, for this block and
 This file does not know schedules, steps or samplers.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager

@@ -6,8 +6,6 @@ Only the weights are the bundled ones, and the autoencoder is none, since the bu
 pixels.
 """
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 

@@ -18,8 +18,6 @@ A checkpoint of the original (`DiT-XL-2-256x256.pt`) loads strictly. This file k
 schedule or router.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any

@@ -6,8 +6,6 @@
 This file does not know what a gate does with a feature: it knows no cache, schedule or router.
 """
 
-from __future__ import annotations
-
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping

@@ -3,8 +3,6 @@
 B batch   L tokens   D hidden size   C channels   P patch size
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -13,8 +13,6 @@ or into 16 MiB if that is more. This file does not know schedules, caches or sam
     T steps   B samples in the model's batch, guidance included   D hidden size   W steps a product
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial

@@ -3,8 +3,6 @@
 This file does not know models or tokenizers.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from pathlib import Path

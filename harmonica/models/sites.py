@@ -22,8 +22,6 @@ between forwards (QwenImage 2.1 with use_kv_cache, AnyFlow FAR): a skipped atten
 run those without their cache. This file does not know pipelines, samplers or routers.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 

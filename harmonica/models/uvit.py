@@ -16,8 +16,6 @@ A checkpoint of the original (`imagenet256_uvit_huge.pth`) loads strictly. This 
 cache, schedule or router.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

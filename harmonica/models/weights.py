@@ -7,8 +7,6 @@
 in it. This file does not know samplers, caches or routers.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

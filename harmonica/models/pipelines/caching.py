@@ -8,8 +8,6 @@ is a walk of its session. Other objects of the class run as ever, and so do pipe
 transformer or the scheduler.
 """
 
-from __future__ import annotations
-
 import inspect
 import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence

@@ -4,8 +4,6 @@ Checked when a cache is opened and again at each walk, since compiling or anothe
 come in between. Only what would be silent otherwise, or fail without a reason, is refused.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import nn

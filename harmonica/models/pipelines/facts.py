@@ -4,8 +4,6 @@ Two runs are compared by a `digest` of each tensor, a fingerprint. This file doe
 or denoisers.
 """
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import dataclass, field
 from typing import Any

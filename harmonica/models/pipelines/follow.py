@@ -1,7 +1,5 @@
 """from_pipeline: any pipeline as a `Denoiser`, once it is sure that its walk is the pipeline's."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

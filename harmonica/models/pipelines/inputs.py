@@ -3,8 +3,6 @@
 This file does not know denoisers or what the arguments do.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass

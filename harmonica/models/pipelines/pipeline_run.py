@@ -11,8 +11,6 @@ At a skipped step a model returns zeros of its output's shapes, and the schedule
 the one before step k returns x. This file does not know denoisers, schedules or gates.
 """
 
-from __future__ import annotations
-
 import copy
 import inspect
 import re

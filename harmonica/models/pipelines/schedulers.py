@@ -8,8 +8,6 @@ scheduler with the random generators that it draws from; `from_pipeline` steps c
     SamplerState      what the sampler of one walk remembers between two steps
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager

@@ -9,8 +9,6 @@ Between walks nothing stands on the transformer: it can be called, saved, copied
 any other. Every walk takes the scheduler, the transformer and the adapters that it finds.
 """
 
-from __future__ import annotations
-
 import logging
 import threading
 from collections import Counter

@@ -8,8 +8,6 @@ The walk is that of this thread or task. Nobody waits for a device: timesteps th
 made once more on the CPU.
 """
 
-from __future__ import annotations
-
 import copy
 import inspect
 import threading

@@ -16,8 +16,6 @@ counted with its reason. This file does not know how a pipeline is tapped (`taps
 modules are sites.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

@@ -8,8 +8,6 @@ Each stage starts from the one before, and is left out where the budget is too s
 file does not know how a stage works.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
