@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 
 from harmonica import memory, models
-from harmonica.columns import fit
 from harmonica.denoise import check_fit
 from harmonica.memory import is_out_of_memory
 from harmonica.models.guided import Guided
 from harmonica.processes import started_as
 from harmonica.router import Schedule
+from harmonica.site_names import fit
 from harmonica.values import require
 
 DTYPES = ("float32", "bfloat16", "float16")  # of the weights; a router is always float32

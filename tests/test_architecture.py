@@ -13,7 +13,7 @@ LAYERS = (
     {"calls", "override", "samplers", "site_names"}
     | {"processes", "memory", "run_again", "storage", "table", "checked", "values"},
     {"cache", "forecast", "router"},
-    {"columns", "denoise"},
+    {"denoise"},
     {"iepo", "sdt", "cost", "check"},
     {"search", "inference"},
     {"training"},

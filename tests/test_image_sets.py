@@ -13,8 +13,8 @@ from PIL import Image
 from scores import read_images
 
 from harmonica import Schedule, image_sets, models, sample
-from harmonica.columns import fit
 from harmonica.image_sets import draw_images, generator_of, to_uint8, write_images
+from harmonica.site_names import fit
 
 COUNT = 11
 HALF = Schedule([[1] * 4, [0] * 4, [1, 0, 1, 0], [0] * 4])

@@ -26,7 +26,7 @@ import torch
 from harmonica.memory import check_device
 from harmonica.models import pixart
 from harmonica.models.dit import DiT, DiTDenoiser, sincos_positions
-from harmonica.models.guided import Guided, check_guidance
+from harmonica.models.guided import Guided
 from harmonica.models.pixart import PIXART, PixArtDenoiser, Prompts
 from harmonica.models.prompts import read_prompts
 from harmonica.models.uvit import UVIT_H, UViT, UViTDenoiser
@@ -35,7 +35,7 @@ from harmonica.run_again import run_again
 from harmonica.samplers import Betas, make_sampler
 from harmonica.storage.files import FLOATS
 from harmonica.storage.hub import download
-from harmonica.values import StrPath, require
+from harmonica.values import StrPath, number, require
 
 _SMALL = {"in_channels": 1, "num_classes": 10, "num_heads": 4, "depth": 8, "learn_sigma": False}
 _XL = {"depth": 28, "hidden_size": 1152, "num_heads": 16, "patch_size": 2}
@@ -96,9 +96,8 @@ def load(
     walk = make_sampler(sampler or own_sampler, steps, betas)
     require(prompts is None or name in PIXART, f"{name} takes no prompts; it draws classes")
     require(dtype in FLOATS, f"dtype is {dtype}; weights can be {FLOATS}")
-    scale = own_guidance if guidance is None else guidance
-    check_guidance(scale)  # before anything is read
-    check_device(device)
+    scale = number("guidance", own_guidance if guidance is None else guidance, 1)
+    check_device(device)  # all of this before a weight is read
     if name in PIXART:
         model, encoded = _pixart(name, weights, read_prompts(prompts), dtype, device)
         if activation_checkpointing:

@@ -102,11 +102,6 @@ class Guided(ABC):
         return null + self.guidance * (conditional - null)
 
 
-def check_guidance(guidance: float) -> None:
-    """Raise ValueError unless guidance is a number of at least 1."""
-    number("guidance", guidance, 1)  # 1 is off
-
-
 def check_inputs(x: Tensor, cond: Tensor, shape: tuple[int, ...]) -> None:
     """Raise ValueError unless x is (B, C, H, W) with this (C, H, W), and cond (B,) whole numbers
     beside it. Values are not looked at, since a GPU would have to be waited for.

@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from peft import LoraConfig, inject_adapter_in_model
 
 from harmonica import Schedule, train_sdt
-from harmonica.columns import fit
 from harmonica.models.pipelines import from_pipeline
 from harmonica.models.pipelines.caching import cached, disable_cache, enable_cache
 from harmonica.models.sites import sites
 from harmonica.models.weights import dit_from_diffusers
+from harmonica.site_names import fit
 
 PIPES = {
     "dit": dit_pipe,

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from harmonica.cache import called_by
-from harmonica.columns import fit
 from harmonica.cost import Macs, cost_of_call
 from harmonica.inference.lifetimes import plan_of
 from harmonica.models.blocks import gated_blocks
@@ -37,6 +36,7 @@ from harmonica.models.pipelines.taps import tapped
 from harmonica.models.pipelines.tracker import Counts, Rows, Tracker, current, in_walk
 from harmonica.override import Method, overridden
 from harmonica.router import Schedule
+from harmonica.site_names import fit
 from harmonica.values import require
 
 log = logging.getLogger(__name__)
