@@ -7,15 +7,16 @@
     r        router()          (T, N)     score of each step and site, 1 = compute, 0 = reuse
     τ        tau                          compute where r > τ
              schedule.compute  (T, N)     the frozen table, bool
-    λ⁽ᵏ⁾     lam[k]            (T,)       what reuse at step k does to the final image
+    λ⁽ᵏ⁾     lam[k]            (T,)       what reuse at step k does to the image, `image_error`
     β        beta                         price of computing one site
     CUR      schedule.cur                 share of the table that is reused, 0 … 1
              schedule.weights  (T, N, 1 + m)  of the gates; None reuses (the paper)
     x_t      x                 (B, C, H, W)  noisy image;  x_T pure noise, x₀ the image
     y        cond                         what the image is of: labels, prompt embeddings
 
-Read in this order: cache, router, denoise, iepo, sdt. Importing this package costs torch only; what
-LAZY names is imported when it is first used.
+A router holds scores, a table decisions. λ is no error of an image: that is its mean squared
+difference to the image that it should be. Read in this order: cache, router, denoise, iepo, sdt.
+Importing this package costs torch only; what LAZY names is imported when it is first used.
 """
 
 from importlib import import_module

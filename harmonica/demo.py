@@ -17,7 +17,6 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -35,9 +34,6 @@ from harmonica.search.paths import whole_steps
 from harmonica.search.references import finer_walk, image_mse, references
 from harmonica.search.target import check_target, target_of
 from harmonica.storage.files import exclusive_lock
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 HELD_OUT, POOL, CHOOSING, UPDATES = 128, 384, 32, 192
 """Noises of the bundled model that judge, that weights are learned from, that choose the steps; and
@@ -62,8 +58,6 @@ def parser() -> cli.Parser:
 
 def run(args: argparse.Namespace) -> None:
     """Make or load a table, draw, measure, print, save."""
-    from harmonica import pictures
-
     check_target(args.target, None)
     cli.check_device(args.device)
     denoiser, schedule, decode = cli.load_for_images(args, args.device)
@@ -82,8 +76,7 @@ def run(args: argparse.Namespace) -> None:
         print("\n".join(_report(denoiser, schedule, x, cond, images)))
         if args.weights == "random":
             print("  weights are random: the timing is real, the pictures are noise")
-        for name, figure in _pictures(denoiser, schedule, x, cond, images).items():
-            pictures.save(figure, args.out / f"{name}.png")
+        _draw(args.out, denoiser, schedule, x, cond, images)
         print(f"schedule.json and pictures are in {args.out}")
 
 
@@ -129,10 +122,11 @@ def _report(
     return [f"{about}; distances are mean squared", *lines]
 
 
-def _pictures(
-    denoiser: Guided, schedule: Schedule, x: Tensor, cond: Tensor, images: dict[str, Tensor]
-) -> dict[str, "Figure"]:
-    """Return the images in rows, the table, and the error along the walk."""
+def _draw(
+    out: Path, denoiser: Guided, schedule: Schedule, x: Tensor, cond: Tensor,
+    images: dict[str, Tensor],
+) -> None:  # fmt: skip
+    """Save the images in rows, the table, and the error along the walk."""
     from harmonica import pictures
 
     shown = torch.arange(min(SHOWN, len(cond)))
@@ -147,11 +141,10 @@ def _pictures(
     plain, cached = (list(denoise(denoiser, x[:8], cond[:8], gates)) for gates in ways)
     title = f"{schedule.model}, {schedule.sampler}, T = {schedule.steps}"
     rows = {name: some[shown] for name, some in images.items()}
-    return {
-        "images": pictures.rows(rows, labels=labels, title="the same noises"),
-        "router": pictures.router_heatmap(schedule, title=title),
-        "error": pictures.error_along_walk(plain, {f"cached, CUR {schedule.cur:.0%}": cached}),
-    }
+    walks = {f"cached, CUR {schedule.cur:.0%}": cached}
+    pictures.save(pictures.rows(rows, labels=labels, title="the same noises"), out / "images.png")
+    pictures.save(pictures.router_heatmap(schedule, title=title), out / "router.png")
+    pictures.save(pictures.error_along_walk(plain, walks), out / "error.png")
 
 
 if __name__ == "__main__":

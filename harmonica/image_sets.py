@@ -25,7 +25,6 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -39,9 +38,9 @@ from harmonica.inference.walk import Walk
 from harmonica.processes import from_rank_0, processes, progress_bar, rank, started_as, world
 from harmonica.router import Schedule
 from harmonica.storage import files
-from harmonica.storage.files import write_text
 from harmonica.values import StrPath, require, whole
 
+PARTS, LABELS = ".parts", ".labels.txt"  # endings of the folder of finished images, of conditions
 SETTINGS = "settings.json"  # of the images, in the folder of the finished ones
 
 
@@ -66,14 +65,14 @@ def write_images(  # noqa: D417 (some arguments share a line)
     out, walk = Path(out), Walk(denoiser, schedule)
     check_out(out)
     count, batch_size = whole("count", count), whole("batch_size", batch_size)
-    parts, settings = _parts_of(out), _settings(denoiser, schedule, seed)
+    parts = _beside(out, PARTS)
     pictures = [parts / f"{i:06}.png" for i in range(count)]
     with ExitStack() as held:
 
         def begin() -> list[int]:
             parts.mkdir(parents=True, exist_ok=True)
             held.enter_context(files.exclusive_lock(parts))
-            _check_settings(parts, settings)
+            _check_settings(parts, denoiser, schedule, seed)
             return [i for i, picture in enumerate(pictures) if not picture.exists()]
 
         missing = from_rank_0(begin)
@@ -93,8 +92,8 @@ def write_images(  # noqa: D417 (some arguments share a line)
 def check_out(out: Path) -> None:
     """Raise ValueError if `out` has no name, FileExistsError if it is there and not half done."""
     require(bool(out.name), f"out is {str(out)!r}; expected NAME.npz, or a folder to be made")
-    taken = out.is_file() or (out.is_dir() and any(out.iterdir())) or _labels_of(out).exists()
-    if taken and not _parts_of(out).is_dir():
+    taken = out.is_file() or (out.is_dir() and any(out.iterdir())) or _beside(out, LABELS).exists()
+    if taken and not _beside(out, PARTS).is_dir():
         raise FileExistsError(f"{out} exists; choose another name, or remove it")
 
 
@@ -110,9 +109,9 @@ def draw_images(denoiser: Denoiser, numbers: Sequence[int], seed: int) -> tuple[
     """Draw noise (B, C, H, W) and conditions (B,) of these images, each from its own generator."""
     drawn = [denoiser.draw(1, generator_of(seed, i)) for i in numbers]
     for _, cond in drawn:
-        whole = isinstance(cond, Tensor) and cond.shape == (1,) and not cond.is_floating_point()
+        one = isinstance(cond, Tensor) and cond.shape == (1,) and not cond.is_floating_point()
         rule = "expected one whole number, (1,) int64"
-        require(whole, f"the denoiser draws the condition {cond!r:.60}; {rule}")
+        require(one, f"the denoiser draws the condition {cond!r:.60}; {rule}")
     return torch.cat([x for x, _ in drawn]), torch.cat([cond for _, cond in drawn])
 
 
@@ -146,26 +145,19 @@ def read_png(path: Path) -> npt.NDArray[np.uint8]:
         return np.asarray(picture)
 
 
-def _parts_of(out: Path) -> Path:
-    return out.with_name(f"{out.name}.parts")
+def _beside(out: Path, ending: str) -> Path:
+    return out.with_name(out.name + ending)  # outside of a folder, where tools expect images alone
 
 
-def _labels_of(out: Path) -> Path:
-    return out.with_name(f"{out.name}.labels.txt")  # beside a folder no tool takes it for an image
-
-
-def _settings(denoiser: Denoiser, schedule: Schedule | None, seed: int) -> dict[str, Any]:
-    """Return what all images of one set have in common, as JSON has it."""
-    about = {"seed": seed, "schedule": "none", **json.loads(json.dumps(denoiser.about))}
+def _check_settings(parts: Path, denoiser: Denoiser, schedule: Schedule | None, seed: int) -> None:
+    """Write what all images of a set have in common to the folder of finished ones, or compare it
+    with what is there.
+    """
+    settings = {"seed": seed, "schedule": "none", **json.loads(json.dumps(denoiser.about))}
     if schedule is not None:
         tables = (schedule.compute, schedule.gate_weights)
         content = repr([None if table is None else table.tolist() for table in tables])
-        about["schedule"] = hashlib.sha256(content.encode()).hexdigest()
-    return about
-
-
-def _check_settings(parts: Path, settings: dict[str, Any]) -> None:
-    """Write the settings to the folder of finished images, or compare them with those there."""
+        settings["schedule"] = hashlib.sha256(content.encode()).hexdigest()
     if not (parts / SETTINGS).is_file():
         files.write_json(parts / SETTINGS, settings)
     other = files.changes(files.read_json(parts / SETTINGS), settings)
@@ -175,8 +167,8 @@ def _check_settings(parts: Path, settings: dict[str, Any]) -> None:
 
 def _put_together(out: Path, pictures: Sequence[Path], denoiser: Denoiser, seed: int) -> None:
     """Turn the folder of finished images into `out`."""
-    parts, lacking = _parts_of(out), [i for i, path in enumerate(pictures) if not path.exists()]
-    if lacking:
+    parts = _beside(out, PARTS)
+    if lacking := [i for i, path in enumerate(pictures) if not path.exists()]:
         todo = "all processes must see one folder; run it again"
         raise FileNotFoundError(f"{parts} lacks image {lacking[0]}; {todo}")
     labels = [int(draw_images(denoiser, [i], seed)[1]) for i in range(len(pictures))]
@@ -184,7 +176,7 @@ def _put_together(out: Path, pictures: Sequence[Path], denoiser: Denoiser, seed:
         files.write_whole(out, partial(_write_npz, pictures, labels))
         shutil.rmtree(parts)
         return
-    write_text(_labels_of(out), "".join(f"{label}\n" for label in labels))
+    files.write_text(_beside(out, LABELS), "".join(f"{label}\n" for label in labels))
     for other in {*parts.iterdir()} - {*pictures, parts / SETTINGS}:  # of a larger count, or half
         other.unlink()
     parts.replace(out)

@@ -34,7 +34,8 @@ def free_bytes(device: torch.device) -> int:
     """Return how much of a device's memory is free."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"  # macOS
+    return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 def in_portions(run: Callable[[int, int], R], total: int, size: int) -> Iterator[R]:

@@ -38,7 +38,7 @@ def save(figure: Figure, path: StrPath) -> None:
 def router_heatmap(
     table: Schedule | Tensor, site_names: Sequence[str] = (), *, title: str = ""
 ) -> Figure:
-    """Draw a schedule, or scores (T, N) of named sites, with CUR or mean score; dark computes."""
+    """Draw a table, or scores (T, N) of named sites, with CUR or mean score; dark computes."""
     if isinstance(table, Schedule):
         value, fig = f"CUR {table.cur:.1%}", site_heatmap(table.compute, table.sites, shades=2)
         fig.axes[-1].set_yticks([0.25, 0.75], labels=["reuse", "compute"])  # the colour bar

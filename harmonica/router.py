@@ -1,4 +1,4 @@
-"""Router and Schedule: the table of HarmoniCa, while it is learned and once it is frozen.
+"""Router and Schedule: scores while they are learned, and the table of decisions that they become.
 
     r          scores in (0, 1), 1 = compute, 0 = reuse                                (T, N)
     logits     what is trained, r = σ(logits), rows 1 … T−1                            (T−1, N)
@@ -151,7 +151,7 @@ class Schedule:
 
 
 class Router(nn.Module):
-    """The table while it is learned: `router()` is r, (T, N), in (0, 1); row 0 is fixed at 1
+    """Scores while they are learned: `router()` is r, (T, N), in (0, 1); row 0 is fixed at 1
     (paper, "Router").
 
     Each row is a parameter of its own, so it moves only when its step is trained.
@@ -203,7 +203,7 @@ class Router(nn.Module):
         return torch.stack([self.row(k) for k in range(self.steps)])
 
     def schedule(self, tau: float = 0.1) -> Schedule:
-        """Freeze the table: compute where r > τ, 0 ≤ τ < 1 (paper, "Router")."""
+        """Freeze the scores into a table: compute where r > τ, 0 ≤ τ < 1 (paper, "Router")."""
         tau = number("tau", tau, 0, 1)
         r = self().detach().cpu()
         require(not r.isnan().any(), "the router's scores are not numbers; its training diverged")

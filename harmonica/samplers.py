@@ -64,16 +64,12 @@ def spaced_timesteps(steps: int) -> tuple[int, ...]:
     >>> spaced_timesteps(6)
     (999, 799, 599, 400, 200, 0)
     """
-    steps = _checked(steps)
+    steps = whole("steps", steps, 1, TRAIN_TIMESTEPS + 1)
     # Added up, not multiplied: where a timestep falls on a half, as at T = 21, rounding follows the
     # original's sum.
     last = TRAIN_TIMESTEPS - 1
     sums = accumulate([last / (steps - 1)] * (steps - 1), initial=0.0) if steps > 1 else [last]
     return tuple(map(round, sums))[::-1]
-
-
-def _checked(steps: int) -> int:
-    return whole("steps", steps, 1, TRAIN_TIMESTEPS + 1)  # the model was trained on no more
 
 
 class DDIM:
@@ -191,5 +187,5 @@ SAMPLERS = ("ddim", *_SCHEDULERS)
 def make_sampler(name: str, steps: int, betas: Betas = "linear") -> Sampler:
     """Return the sampler called `name` with T = `steps`, for a model trained with `betas`."""
     require(name in SAMPLERS, f"sampler is {name!r}; this version has {', '.join(SAMPLERS)}")
-    steps = _checked(steps)
+    steps = whole("steps", steps, 1, TRAIN_TIMESTEPS + 1)  # the model was trained on no more
     return DDIM(steps, betas) if name == "ddim" else Scheduled(name, steps, betas)

@@ -51,7 +51,7 @@ def sdt(  # noqa: D417 (some arguments share a line)
     """Train `router` in place, and yield what each update did (paper, Algorithm 1).
 
     Args:
-        denoiser, router: frozen model; the table, on the device of the noise.
+        denoiser, router: frozen model; the scores, on the device of the noise.
         noise: (x_T, cond) of one walk each, as many as the caller likes.
         tau: τ; a blended feature replaces the cached one where its score exceeds τ.
         beta: β, the price of a site, or of each, (N,); may be changed in place meanwhile.

@@ -1,6 +1,6 @@
 """python -m harmonica.train: train a router for a model, from noise alone, and freeze it.
 
-Writes router.safetensors (the table in training, which --resume continues) and schedule.json (the
+Writes router.safetensors (the scores, which --resume continues) and schedule.json (the table of
 decisions) to --out. --dry-run only says what that will take. On several GPUs or machines, with the
 same options:
 

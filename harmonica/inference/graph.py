@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from harmonica.inference.walk import Refinable, Walk
-from harmonica.values import require
+from harmonica.values import whole
 
 Capture = Callable[[Callable[[], Tensor], torch.device], tuple[Callable[[], None], Tensor]]
 """(run, which takes nothing, and its device) -> (replay, the tensor that each replay writes)."""
@@ -69,8 +69,7 @@ class GraphWalk:
     """
 
     def __init__(self, walk: Walk, *, most: int = 4, capture: Capture | None = None) -> None:
-        require(most >= 1, f"most is {most}; it must be 1 graph or more")
-        self.walk, self.most, self._for_cuda = walk, most, capture is None
+        self.walk, self.most, self._for_cuda = walk, whole("most", most), capture is None
         self.reason: str | None = None
         self.graphs: dict[Any, Callable[[list[Any]], Tensor]] = {}  # used last comes last
         self._capture, self._refused = capture or partial(cuda_graph, {}), dict[Any, str]()
@@ -134,7 +133,7 @@ def key_of(x: Tensor, cond: Any) -> Any:
     True
     """
     leaves, shape = tree_flatten((x, cond))
-    return str(shape), tuple(
-        (leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else (type(leaf), leaf)
-        for leaf in leaves
-    )
+    kinds = [
+        (t.shape, t.dtype, t.device) if isinstance(t, Tensor) else (type(t), t) for t in leaves
+    ]
+    return str(shape), tuple(kinds)

@@ -20,7 +20,7 @@ from harmonica.cost import Macs
 from harmonica.denoise import Denoiser, sample
 from harmonica.inference.walk import Walk
 from harmonica.router import Schedule
-from harmonica.values import require
+from harmonica.values import whole
 
 
 @contextmanager
@@ -53,10 +53,6 @@ def timed(x: Tensor) -> Iterator[Callable[[], float]]:
     end = now()
 
 
-AnyWalk = Callable[[Tensor, Any], Tensor]
-"""Noise and conditions -> images."""
-
-
 class Timing(NamedTuple):
     """Seconds of one walk, medians over turns."""
 
@@ -71,7 +67,7 @@ class Timing(NamedTuple):
 
 def measure(
     denoiser: Denoiser, schedule: Schedule, x: Tensor, cond: Any, *, repeats: int = 7,
-    walk: AnyWalk | None = None,
+    walk: Callable[[Tensor, Any], Tensor] | None = None,
 ) -> Timing:  # fmt: skip
     """Time the walk from noise x (B, C, H, W) with and without a schedule, by turns, `repeats` of
     which count. `walk` is the cached one, such as `Walk(denoiser, schedule)`; None is `sample`.
@@ -82,7 +78,7 @@ def measure(
 
 
 def by_turns(
-    walks: Mapping[str, AnyWalk], x: Tensor, cond: Any, *, repeats: int
+    walks: Mapping[str, Callable[[Tensor, Any], Tensor]], x: Tensor, cond: Any, *, repeats: int
 ) -> dict[str, list[float]]:
     """Return the seconds of each walk, in the order of the turns, after one turn that warms up.
 
@@ -105,10 +101,8 @@ def milliseconds(denoiser: Denoiser, batch_size: int = 1, *, repeats: int = 7) -
     schedule saves, the sampler included. Keep the result: the next measurement differs by a few
     percent, and a training run can only be resumed with the same costs.
     """
-    numbers = f"batch_size {batch_size}, repeats {repeats}"
-    require(batch_size >= 1 and repeats >= 1, f"found {numbers}; expected 1 or more of each")
-    start = denoiser.draw(batch_size, torch.Generator().manual_seed(0))
-    turns = [_site_times(Walk(denoiser), *start) for _ in range(repeats + 1)][1:]
+    start = denoiser.draw(whole("batch_size", batch_size), torch.Generator().manual_seed(0))
+    turns = [_site_times(Walk(denoiser), *start) for _ in range(1 + whole("repeats", repeats))][1:]
     *each, total = (median(values) / denoiser.steps for values in zip(*turns, strict=True))
     return Macs(torch.tensor(each, dtype=torch.float64), max(total - sum(each), 0.0))
 

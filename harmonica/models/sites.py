@@ -51,7 +51,7 @@ module that it calls on the text's instead where it has one). What is called twi
 
 def sites(transformer: nn.Module) -> dict[str, nn.Module]:
     """Return the sites of a transformer by name, found by the rule of this module: the columns of a
-    router's table, in their order.
+    table, in their order.
 
     Its blocks stand in lists and name their parts. Raises ValueError if it is not a module, has no
     sites, has a module at two sites, or chunks its feed-forwards.

@@ -44,10 +44,9 @@ def is_router(path: StrPath) -> bool:
 
 def write_schedule(path: StrPath, fields: Mapping[str, Any]) -> None:
     """Write the fields of a schedule as readable JSON, one line for each site."""
-    table, facts = fields["compute"].int().T.tolist(), {name: fields[name] for name in FACTS}
-    columns = {
-        site: "".join(map(str, row)) for site, row in zip(fields["sites"], table, strict=True)
-    }
+    facts = {name: fields[name] for name in FACTS}
+    digits = ["".join(map(str, column)) for column in fields["compute"].int().T.tolist()]
+    columns = dict(zip(fields["sites"], digits, strict=True))
     if fields["weights"] is not None:
         columns_of_weights = fields["weights"].numpy().astype("<f4").swapaxes(0, 1)
         facts["weights"] = [base64.b64encode(c.tobytes()).decode() for c in columns_of_weights]

@@ -107,10 +107,7 @@ def start(
     TypeError or ValueError if no router can be trained for the denoiser.
     """
     T, generator = trainable_steps(denoiser), seeded(generator)
-    settings: dict[str, Any] = {
-        "batch_size": whole("batch_size", batch_size),
-        "lr": number("lr", lr, 0),
-    }
+    settings = dict[str, Any](batch_size=whole("batch_size", batch_size), lr=number("lr", lr, 0))
     settings |= {**how, "proxy": how["proxy"] or "none"}
     batch_per_rank(batch_size)
     require(lr > 0, "lr is 0; expected a number above 0")

@@ -124,7 +124,7 @@ def _searched(
     with tqdm(total=budget, unit="prediction", desc="tune", disable=not progress) as bar:
         try:
             for best in _stages(denoiser, target, order, budget, size, batch):
-                bar.set_postfix(error=f"{best.provenance['image_error']:.2e}", refresh=False)
+                bar.set_postfix(error=f"{best.provenance['typical_error']:.2e}", refresh=False)
                 bar.update(denoiser.predictions.total() - bar.n)
         except (Exception, KeyboardInterrupt) as error:
             if best is None:
@@ -157,7 +157,7 @@ def _stages(
     best, others = None, pools()
     with suppress(_HalfSpentError):
         for stage in refine(denoiser, [], next(others), others, target, budget=half, fill=order):
-            about = {"method": "tune", "speedup": target.speedup, "image_error": stage.error}
+            about = {"method": "tune", "speedup": target.speedup, "typical_error": stage.error}
             how: dict[str, Any] = denoiser.about | {"order": order, "provenance": about}
             yield (best := Schedule(stage.table, sites=tuple(denoiser.sites), **how))
     assert best is not None
