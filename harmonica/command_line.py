@@ -44,9 +44,7 @@ class Parser(argparse.ArgumentParser):
     def option(
         self, name: str, kind: Any, text: str, usual: Any = None, shown: str | None = None
     ) -> None:
-        """Add --name: the type of its value, or a tuple of choices; what it is; its default, which
-        the help ends with; and what the help shows as its value.
-        """
+        """Add --name: type or choices, what it is, its default, and what stands for its value."""
         how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": shown}
         text = text if usual is None else f"{text} ({usual})"
         self.add_argument(f"--{name}", default=usual, help=text, **how)

@@ -65,9 +65,7 @@ def count(run: Callable[[], Any], sites: Mapping[str, nn.Module], *, fake: bool 
 
 
 def cost_of_call(model: nn.Module, modules: Mapping[str, nn.Module], inputs: Any) -> Macs | None:
-    """Count a call (args, kwargs) of a model, with zeros for its tensors; None if torch cannot:
-    fake tensors have no values, flex attention has no counter.
-    """
+    """Count a call (args, kwargs) with zeros for its tensors; None if torch cannot (flex attention)."""
     paths = {id(module): path for path, module in model.named_modules()}
     if any(id(module) not in paths for module in modules.values()):
         return None
@@ -93,9 +91,7 @@ def cost_of_call(model: nn.Module, modules: Mapping[str, nn.Module], inputs: Any
 
 
 def _twin(transformer: nn.Module) -> nn.Module:
-    """Return a copy that shares the weights, and whose modules run the forward of their class: what
-    a model keeps between calls stays as it is.
-    """
+    """Return a copy that shares the weights; what the model keeps between calls stays as it is."""
     tensors = chain(transformer.parameters(), transformer.buffers())
     twin = copy.deepcopy(transformer, {id(tensor): tensor for tensor in tensors})
     for module in twin.modules():

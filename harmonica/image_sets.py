@@ -150,9 +150,7 @@ def _beside(out: Path, ending: str) -> Path:
 
 
 def _check_settings(parts: Path, denoiser: Denoiser, schedule: Schedule | None, seed: int) -> None:
-    """Write what all images of a set have in common to the folder of finished ones, or compare it
-    with what is there.
-    """
+    """Write what all images of a set share beside the finished ones, or compare it with theirs."""
     settings = {"seed": seed, "schedule": "none", **json.loads(json.dumps(denoiser.about))}
     if schedule is not None:
         tables = (schedule.compute, schedule.gate_weights)

@@ -148,9 +148,7 @@ def per_step(
 
 
 def error_along_walk(plain: Sequence[Tensor], walks: Mapping[str, Sequence[Tensor]]) -> Figure:
-    """Draw the mean squared difference of x (B, C, H, W) to the plain walk after each step, a line
-    for each walk (a figure of the paper).
-    """
+    """Draw the mean squared difference of x to the plain walk after each step, a line a walk."""
     errors = {name: [*map(image_mse, walk, plain)] for name, walk in walks.items()}
     return per_step(errors, ylabel="mean squared error of x\n(squared pixel units)", log=True)
 

@@ -113,9 +113,7 @@ def load(
 
 
 def _birthplace(weights: StrPath | None, device: str | torch.device) -> torch.device:
-    """Return where random weights are drawn, or nowhere if a file replaces them. Positions are made
-    in float64, which mps does not have.
-    """
+    """Return where weights are drawn, or nowhere if a file replaces them; mps has no float64."""
     place = torch.device(device if weights == "random" else "meta")
     return torch.device("cpu") if place.type == "mps" else place
 

@@ -76,9 +76,7 @@ def ada_block(
     encoder_attention_mask: Tensor | None = None, attention_mask: Tensor | None = None,
     added_cond_kwargs: object = None,
 ) -> Tensor:  # fmt: skip
-    """Do what diffusers' block does with adaLN-zero (DiTPipeline, which has no cross-attention) and
-    with adaLN-single, one modulation for all blocks (PixArt).
-    """
+    """Do what diffusers' block does with adaLN-zero (DiTPipeline) or adaLN-single (PixArt)."""
     h, mask, norms = hidden_states, attention_mask, (block.norm1, block.norm2)  # h (B, L, D)
     if block.norm_type == "ada_norm_zero":
         ada, norms = block.norm1, (block.norm1.norm, block.norm3)

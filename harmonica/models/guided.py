@@ -103,9 +103,7 @@ class Guided(ABC):
 
 
 def check_inputs(x: Tensor, cond: Tensor, shape: tuple[int, ...]) -> None:
-    """Raise ValueError unless x is (B, C, H, W) with this (C, H, W), and cond (B,) whole numbers
-    beside it. Values are not looked at, since a GPU would have to be waited for.
-    """
+    """Raise ValueError unless x is (B, C, H, W) and cond (B,) whole numbers, of any value."""
     kinds = ", ".join(type(each).__name__ for each in (x, cond) if not isinstance(each, Tensor))
     require(not kinds, f"found noise or conditions of type {kinds}; both must be tensors")
     fits = x.ndim == 4 and tuple(x.shape[1:]) == shape and tuple(cond.shape) == (len(x),) != (0,)

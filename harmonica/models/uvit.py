@@ -83,9 +83,7 @@ class UViT(nn.Module):
         self.decoder_pred = nn.Linear(hidden_size, patch_size * patch_size * in_channels)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Predict the noise (B, C, H, W) in x (B, C, H, W) at times t (B,), above 0 up to 1000, for
-        labels y (B,).
-        """
+        """Predict the noise in x (B, C, H, W) at times t (B,), 0 < t ≤ 1000, for labels y (B,)."""
         patches = self.patch_embed(x)  # (B, L, D)
         time = layers.sinusoids(t, patches.shape[2]).to(patches.dtype)[:, None]  # (B, 1, D)
         h = torch.cat([self.label_emb(y)[:, None], time, patches], dim=1) + self.pos_embed

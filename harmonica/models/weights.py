@@ -73,9 +73,7 @@ def read_state(path: StrPath) -> dict[str, Tensor]:
 
 
 def fill(model: nn.Module, state: dict[str, Tensor], path: StrPath) -> None:
-    """Give a model its parameters, every one of them and no other; raise ValueError, naming the
-    first that do not fit, or one that is not finite.
-    """
+    """Give a model all of its parameters; raise ValueError for what does not fit or is not finite."""
     with files.decoding(path, "does not fit the model"):
         model.load_state_dict(state, strict=True, assign=True)
     _must_be_finite(model, path)
@@ -132,9 +130,7 @@ def dit_from_diffusers(state: dict[str, Tensor], positions: Tensor) -> dict[str,
 
 
 def dit_to_diffusers(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the parameters of the original's DiT to diffusers', the inverse of
-    `dit_from_diffusers`; positions are left out.
-    """
+    """Undo `dit_from_diffusers`: rename the parameters to diffusers' names; leave positions out."""
     renamed: dict[str, Tensor] = {}
     for ours, theirs in _dit_names(state, "blocks").items():
         if ours in state:
