@@ -65,7 +65,7 @@ def count(run: Callable[[], Any], sites: Mapping[str, nn.Module], *, fake: bool 
 
 
 def cost_of_call(model: nn.Module, modules: Mapping[str, nn.Module], inputs: Any) -> Macs | None:
-    """Count a call (args, kwargs) with zeros for its tensors; None if torch cannot (flex attention)."""
+    """Count a call (args, kwargs) on zeros; None if torch cannot, as where attention is flex."""
     paths = {id(module): path for path, module in model.named_modules()}
     if any(id(module) not in paths for module in modules.values()):
         return None

@@ -122,7 +122,7 @@ class DiT(nn.Module):
         self.activation_checkpointing = False  # `harmonica.run_again`
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Predict noise, and variance if learned, (B, C or 2C, H, W) for t (B,) and labels y (B,)."""
+        """Predict noise, and variance if learned, (B, C or 2C, H, W), for t and y (B,)."""
         h = self.x_embedder(x) + self.pos_embed  # (B, L, D)
         c = self.t_embedder(t) + self.y_embedder(y)  # (B, D)
         for block in self.blocks:

@@ -73,7 +73,7 @@ def read_state(path: StrPath) -> dict[str, Tensor]:
 
 
 def fill(model: nn.Module, state: dict[str, Tensor], path: StrPath) -> None:
-    """Give a model all of its parameters; raise ValueError for what does not fit or is not finite."""
+    """Give a model all of its parameters, which must be finite; raise ValueError otherwise."""
     with files.decoding(path, "does not fit the model"):
         model.load_state_dict(state, strict=True, assign=True)
     _must_be_finite(model, path)
