@@ -27,9 +27,6 @@ from harmonica.models.sites import Modules, sites
 LEFT_OUT = {"MiniMaxMusic3RVQDepthDecoder": "no denoiser: it writes audio codes, without timesteps"}
 """Classes that are not in the zoo, and why."""
 
-REFUSED: dict[str, str] = {}
-"""Classes in which sites() raises ValueError, and why."""
-
 FLEX = ("AnyFlowFARTransformer3DModel", "Kandinsky6SRTransformer3DModel")
 UNCOUNTED = (*FLEX, "WanAnimate2Transformer3DModel")
 """Classes whose MACs are estimated only: torch's counter of operations cannot run flex attention."""

@@ -3,10 +3,12 @@
 `python -m pytest tests/models/test_every_model.py -vv` prints the table.
 """
 
+import argparse
 import gc
 import json
 import shutil
 import sys
+from functools import partial
 from pipes import dit_transformer, pixart_pipe, pixart_transformer, vae
 
 import diffusers
@@ -201,16 +203,35 @@ def test_what_t5_needs_is_named_if_it_is_missing(tmp_path, monkeypatch):
         load("pixart-alpha-256", weights=tmp_path, prompts=["a river"])
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_an_original_uvit_file_loads_strictly(tmp_path, suffix):
-    save, path = (torch.save if suffix == ".pth" else save_file), tmp_path / f"uvit_huge{suffix}"
-    model = UViT(**SMALL_UVIT)
-    save(model.state_dict(), path)
-    d = load("uvit-h", weights=path, steps=2)
+SMALLEST = {"dit-xl": partial(DiT, **SMALL_DIT), "uvit-h": partial(UViT, **SMALL_UVIT)}
+
+
+@pytest.mark.parametrize("how", ["weights alone", "with what training left", "w.safetensors"])
+@pytest.mark.parametrize("name", SMALLEST)
+def test_an_original_checkpoint_loads_strictly(name, how, tmp_path):
+    model, path = SMALLEST[name](), tmp_path / how
+    state, rest = model.state_dict(), {"opt": {}, "args": argparse.Namespace(lr=1e-4)}
+    if path.suffix:
+        save_file(state, path, metadata={"format": "pt"})  # which is theirs
+    else:
+        torch.save({"model": {}, "ema": state, **rest} if "training" in how else state, path)
+    d = load(name, weights=path, steps=2)
     assert all(map(torch.equal, d.model.parameters(), model.parameters()))
-    save({k: v.clone() for k, v in DiT(**SMALL_DIT).state_dict().items()}, path)
-    with refused("does not fit the model"):
-        load("uvit-h", weights=path)
+    assert name == "uvit-h" or d.guided_channels == 3
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path):
+    state, path = SMALLEST["dit-xl"]().state_dict(), tmp_path / "w.pt"
+    nan = torch.full_like(state["pos_embed"], torch.nan)
+    for change, message in (
+        ({"pos_embed": torch.zeros(1, 9, 8)}, "not fit the model: .*size mismatch for pos_embed"),
+        ({"stranger": torch.zeros(1)}, "does not fit the model: .*Unexpected key"),
+        ({"pos_embed": nan}, "pos_embed that is not finite"),
+        ({"args": "text"}, "does not hold tensors by parameter name"),
+    ):
+        torch.save({**state, **change}, path)
+        with refused(message):
+            load("dit-xl", weights=path)
 
 
 OF_ANOTHER_MODEL = [

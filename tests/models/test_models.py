@@ -1,14 +1,12 @@
 """Models, samplers and cost: DiT and DDIM against their definitions, MACs against published ones."""
 
-import argparse
 import math
 
 import pytest
 import torch
-from conftest import attributes, make, refused, seeded, start, with_noise
+from conftest import SMALL, attributes, make, refused, seeded, start, with_noise
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 from speed import SIZES
 
 from harmonica import Router, macs
@@ -18,6 +16,7 @@ from harmonica.models import DITS, digits, load
 from harmonica.models.dit import DiT, DiTDenoiser, sincos_positions
 from harmonica.models.pipelines import from_pipeline
 from harmonica.models.sites import sites
+from harmonica.models.uvit import UViT
 from harmonica.models.weights import dit_from_diffusers, dit_to_diffusers
 from harmonica.samplers import DDIM, alphas_cumprod, make_sampler, spaced_timesteps
 
@@ -77,6 +76,9 @@ BAD = [
     ({"name": "uvit-h", "weights": "random", "prompts": ["a cat"]}, "it draws classes"),
 ]
 
+INDIVISIBLE = {"patch_size 3": {"patch_size": 3}, "num_heads 3": {"num_heads": 3}}
+INDIVISIBLE |= {"num_heads 2, and by 4": {"hidden_size": 6}}
+
 
 def test_a_denoiser_freezes_its_model_and_what_cannot_be_is_refused_by_name():
     model = DiT(**DITS["tiny"]).train()
@@ -86,42 +88,12 @@ def test_a_denoiser_freezes_its_model_and_what_cannot_be_is_refused_by_name():
     for changes, message in BAD:
         with refused(message):
             load(**{"name": "tiny", **changes})
-    for size, number in (("patch_size", 3), ("num_heads", 3), ("hidden_size", 6)):
-        with refused("patch_size 3" if size == "patch_size" else "num_heads"):
-            DiT(**{**DITS["tiny"], size: number})
-
-
-@pytest.fixture
-def small_xl(monkeypatch):
-    """Make 'dit-xl' a small model of the same class, so that its loading code runs."""
-    small = {"input_size": 4, "hidden_size": 8, "depth": 1, "num_heads": 2, "num_classes": 3}
-    monkeypatch.setitem(DITS, "dit-xl", small)
-    return DiT(**small)
-
-
-@pytest.mark.parametrize("around", [{}, {"opt": {}, "args": argparse.Namespace(lr=1e-4)}], ids=len)
-def test_an_original_checkpoint_loads_strictly(tmp_path, small_xl, around):
-    state, path = small_xl.state_dict(), tmp_path / "DiT-XL-2-256x256.pt"
-    torch.save({"model": state, "ema": state, **around} if around else state, path)
-    d = load("dit-xl", weights=path, steps=2)
-    assert all(map(torch.equal, d.model.parameters(), small_xl.parameters()))
-    assert d.guided_channels == 3
-
-
-def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path, small_xl):
-    state, path = small_xl.state_dict(), tmp_path / "w.pt"
-    nan = torch.full((1, 4, 8), float("nan"))
-    for change, message in (
-        ({"pos_embed": torch.zeros(1, 9, 8)}, "not fit the model: .*size mismatch for pos_embed"),
-        ({"stranger": torch.zeros(1)}, "does not fit the model: .*Unexpected key"),
-        ({"pos_embed": nan}, "pos_embed that is not finite"),
-        ({"args": "text"}, "does not hold tensors by parameter name"),
-    ):
-        torch.save({**state, **change}, path)
-        with refused(message):
-            load("dit-xl", weights=path)
-    save_file(state, tmp_path / "w.safetensors", metadata={"format": "pt"})  # which is theirs
-    assert load("dit-xl", weights=tmp_path / "w.safetensors", steps=2).steps == 2
+    for kind in (DiT, UViT):
+        for by, size in INDIVISIBLE.items():
+            with refused(f"it must be divisible by {by}"):
+                kind(**SMALL | size)
+    with refused("depth is 3; it must be even"):
+        UViT(**SMALL, depth=3)
 
 
 @given(st.integers(2, 1000))

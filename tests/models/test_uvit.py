@@ -6,7 +6,7 @@ from functools import cache
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SMALL, noting, refused, seeded, seeds, start, tables, with_noise
+from conftest import noting, refused, seeded, seeds, start, tables, with_noise
 from hypothesis import given
 from hypothesis import strategies as st
 from small import make_uvit, uvit_model
@@ -150,20 +150,6 @@ def test_the_model_is_the_one_written_again_its_timesteps_as_cosines_then_sines(
     t = torch.tensor([1000.0, 333.3, 1.0, 0.5])
     # Up to 1000 radians in float32.
     torch.testing.assert_close(sinusoids(t, 1152), waves(t, 1152), rtol=0, atol=2e-4)
-
-
-INDIVISIBLE = [
-    ({"patch_size": 3}, "input_size is 4; it must be divisible by patch_size 3"),
-    ({"num_heads": 3}, "hidden_size is 8; it must be divisible by num_heads 3"),
-    ({"hidden_size": 6}, "hidden_size is 6; it must be divisible by num_heads 2, and by 4"),
-    ({"depth": 3}, "depth is 3; it must be even"),
-]
-
-
-@pytest.mark.parametrize(("changes", "message"), INDIVISIBLE)
-def test_sizes_that_do_not_divide_are_refused(changes, message):
-    with refused(message):
-        UViT(**{**SMALL, "depth": 2, **changes})
 
 
 def two_calls(d, gate_of, x, k, y):
