@@ -49,11 +49,9 @@ def make_uvit(steps=4, *, guidance=1.4, **options):
     return UViTDenoiser(uvit_model(**options), DDIM(steps), guidance=guidance, name="small")
 
 
-def make_pixart(steps=4):
-    return PixArtDenoiser(pixart_transformer(), DDIM(steps), random_prompts(["a", "b"], 6, 12))
-
-
-MADE = {"dit": make, "stock": stock_dit, "pixart": make_pixart, "uvit": make_uvit}
+PROMPTS = random_prompts(["a", "b"], 6, 12)
+MADE = {"dit": make, "stock": stock_dit, "uvit": make_uvit}
+MADE["pixart"] = lambda steps=4: PixArtDenoiser(pixart_transformer(), DDIM(steps), PROMPTS)
 """A denoiser for each kind of block that is known."""
 
 

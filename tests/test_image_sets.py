@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from scores import read_images
+from small import weigh
 
 from harmonica import Schedule, image_sets, models, sample
 from harmonica.image_sets import draw_images, generator_of, to_uint8, write_images
@@ -18,11 +19,6 @@ from harmonica.site_names import fit
 
 COUNT = 11
 HALF = Schedule([[1] * 4, [0] * 4, [1, 0, 1, 0], [0] * 4])
-
-
-def gate_weights(last):
-    """Return weights of the gates of HALF, the last output times a factor."""
-    return torch.stack([HALF.compute.float(), last * ~HALF.compute], dim=2)
 
 
 def decode(x):
@@ -169,7 +165,7 @@ OTHERS = [
     ({"schedule": None}, "schedule .* -> none"),
     ({"schedule": Schedule([[1] * 4] * 4)}, "schedule "),
     ({"schedule": replace(HALF, order=1)}, "schedule "),
-    ({"schedule": replace(HALF, weights=gate_weights(1.0))}, "schedule "),
+    ({"schedule": weigh(HALF, 1)}, "schedule "),
     ({"denoiser": make(guidance=2.0)}, "guidance 1.5 -> 2.0"),
 ]
 

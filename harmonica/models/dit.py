@@ -54,14 +54,12 @@ class Block(nn.Module):
 class TimestepEmbedder(nn.Module):
     """Timestep 0 … 999 to vector, by 256 sinusoids and two layers: (B,) -> (B, D)."""
 
-    FREQUENCIES = 256
-
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(self.FREQUENCIES, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.mlp = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, t: Tensor) -> Tensor:
-        waves = layers.sinusoids(t, self.FREQUENCIES)  # (B, 256)
+        waves = layers.sinusoids(t, 256)  # (B, 256)
         return self.mlp(waves.to(next(self.mlp.parameters()).dtype))  # type: ignore[no-any-return]
 
 

@@ -3,6 +3,7 @@
 import threading
 import time
 from pipes import count_calls, randomised
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -100,17 +101,10 @@ def test_the_text_is_projected_once_a_walk():
     assert count_calls(text, lambda: Walk(d, exact=True)(x, cond)) == [1] * 5
 
 
-class Foreign:
-    """A denoiser that nobody knows."""
-
-    def __init__(self, inner):
-        self.inner, self.steps = inner, inner.steps
-        self.sites, self.about = inner.sites, inner.about
-        self.predict, self.step, self.draw = inner.predict, inner.step, inner.draw
-
-
 def test_what_is_unknown_walks_by_overriding_sites_and_has_nothing_ahead():
-    d, x, y = with_noise(Foreign(make()))
+    inner, members = make(), ("steps", "sites", "about", "predict", "step", "draw")
+    d = SimpleNamespace(**{name: getattr(inner, name) for name in members})
+    d, x, y = with_noise(d)
     assert not isinstance(d, Accelerated)
     assert torch.equal(Walk(d, table(d))(x, y), sample(d, x, y, table(d)))
     with precompute.precomputed(model := nn.Linear(2, 2), (1.0,), exact=False):

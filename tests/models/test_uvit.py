@@ -2,6 +2,7 @@
 
 import math
 from functools import cache
+from pipes import count_calls
 
 import pytest
 import torch
@@ -26,15 +27,6 @@ def of_full_size():
     with torch.device("meta"):
         model = UViT(**UVIT_H)
     return UViTDenoiser(model, DDIM(2), guidance=1.0)
-
-
-@pytest.fixture
-def small():
-    return make_uvit()
-
-
-def random_scores(sites, seed=0):
-    return Router(4, sites, generator=seeded(seed))().detach().double()
 
 
 def block_shapes(name, d, *, skip=False):
@@ -166,8 +158,8 @@ def two_calls(d, gate_of, x, k, y):
 def test_one_cache_is_a_cache_for_each_call_of_the_original(schedule, soft, seed):
     d, x, y = with_noise(make_uvit(), seed=seed)
     caches = {}, {}, {}
-    r = torch.where(schedule.compute, random_scores(SITES, seed), 0.01)
-    r[0] = 1.0
+    scores = Router(4, SITES, generator=seeded(seed))().detach().double()
+    r = torch.where(schedule.compute, scores, 0.01)
 
     def gate_of(k, i):
         return blend(r[k], caches[i], 0.1) if soft else reuse(schedule.compute[k], caches[i])
@@ -180,8 +172,8 @@ def test_one_cache_is_a_cache_for_each_call_of_the_original(schedule, soft, seed
         assert torch.equal(feature, caches[getattr(site, "call", 0)][int(site)])
 
 
-def test_guidance_is_the_originals_with_one_added_to_its_scale(small):
-    x, y = start(small)
+def test_guidance_is_the_originals_with_one_added_to_its_scale():
+    small, x, y = with_noise(make_uvit())
     t = torch.full((2,), small.sampler.timesteps[1] + 1.0)
     with torch.no_grad():
         conditional, null = (small.model(x, t, labels) for labels in (y, torch.tensor([3, 3])))
@@ -215,9 +207,8 @@ def test_guidance_of_half_weights_is_not_rounded_to_half(dtype):
     check_denoiser(make_uvit(guidance=1.0))
 
 
-def test_the_long_skips_compute_where_every_site_is_reused(small):
-    ran = []
-    for block in small.model.out_blocks:
-        block.skip_linear.register_forward_hook(lambda *_: ran.append(1))
-    sample(small, *start(small), Schedule([[True] * SITES, *[[False] * SITES] * 3]))
-    assert len(ran) == 4 * 2  # steps × calls, one pair of blocks
+def test_the_long_skips_compute_where_every_site_is_reused():
+    d, x, y = with_noise(make_uvit())
+    once, long_skip = Schedule([[True] * SITES, *[[False] * SITES] * 3]), d.model.out_blocks[0]
+    calls = count_calls([long_skip.skip_linear], lambda: sample(d, x, y, once))
+    assert calls == [4 * 2]  # steps × calls
