@@ -140,7 +140,7 @@ def target(card: Card) -> dict[str, Any]:
         {"iterations": 6, "batch_size": 8} if card.quick else {"iterations": 190, "batch_size": 32}
     )
     router = train_sdt(
-        d, **how, lr=0.1, target_speedup=1.5, refine=0 if card.quick else 20_000, progress=False
+        d, **how, lr=0.1, target_speedup=1.5, budget=0 if card.quick else 640_000, progress=False
     )
     facts = router.about["provenance"]
     return {
@@ -249,7 +249,7 @@ def training(card: Card) -> dict[str, Any]:
     size = 4 if card.quick else 32
     start = time.monotonic()
     router = train_sdt(
-        d, iterations=updates, batch_size=size, target_speedup=1.5, refine=0, progress=False
+        d, iterations=updates, batch_size=size, target_speedup=1.5, budget=0, progress=False
     )
     seconds, faster = time.monotonic() - start, router.schedule().speedup(macs(d))
     return {"updates": updates, "seconds": round(seconds, 1), "speedup": round(faster, 3)}

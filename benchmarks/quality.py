@@ -207,7 +207,7 @@ def harmonica(denoiser: Denoiser, method: str, speedup: float, job: Job) -> Sche
     if not path.exists():
         began = time.perf_counter()
         router = train_sdt(
-            denoiser, iterations=args.updates, batch_size=args.batch_size, lr=args.lr, proxy=proxy, refine=0,
+            denoiser, iterations=args.updates, batch_size=args.batch_size, lr=args.lr, proxy=proxy, budget=0,
             refresh_every=args.refresh_every, target_speedup=speedup, progress=False,
             generator=torch.Generator().manual_seed(seed),
         )  # fmt: skip
@@ -217,7 +217,7 @@ def harmonica(denoiser: Denoiser, method: str, speedup: float, job: Job) -> Sche
     if "refined" in method:
         target = Target(speedup, macs(denoiser), denoiser.steps)
         finer = finer_walk(denoiser) if "reference" in method else denoiser
-        refine_router(denoiser, router, target, batch_size=64, order=1, finer=finer)
+        refine_router(denoiser, router, target, order=1, finer=finer)
     return router.schedule(0.1)
 
 

@@ -38,7 +38,7 @@ def main() -> None:
     for target in TARGETS:
         began = time.perf_counter()
         router = train_sdt(
-            denoiser, iterations=args.updates, batch_size=8, lr=0.1, refresh_every=10, refine=0, target_speedup=target,
+            denoiser, iterations=args.updates, batch_size=8, lr=0.1, refresh_every=10, budget=0, target_speedup=target,
             progress=False,
         )  # fmt: skip
         row: dict[str, Any] = {"target": target, "updates": args.updates}

@@ -67,7 +67,7 @@ def whose_walk(steps: int, speedup: float, seeds: int, updates: int) -> list[dic
     for seed in range(seeds):
         for walk, trained in (("student", denoiser), ("teacher", TeacherWalks(denoiser))):
             schedule = train_sdt(
-                trained, iterations=updates, batch_size=8, lr=0.1, refresh_every=10, refine=0, target_speedup=speedup,
+                trained, iterations=updates, batch_size=8, lr=0.1, refresh_every=10, budget=0, target_speedup=speedup,
                 cost=macs(denoiser), generator=torch.Generator().manual_seed(seed), progress=False,
             ).schedule(0.1)  # fmt: skip
             images = sample(denoiser, pool.x, pool.cond, schedule)

@@ -53,11 +53,10 @@ def reuse(row: Tensor | Sequence[bool], cache: Cache) -> Gate:
     >>> reuse([True], cache)(0, lambda: "fresh"), reuse([False], cache)(0, lambda: "never called")
     ('fresh', 'fresh')
     """
-    if isinstance(row, Tensor):
-        if row.is_floating_point():
-            todo = "reuse takes bools: router.schedule(tau).compute[k]"
-            raise TypeError(f"row is {row.dtype}; {todo}")
-        row = row.tolist()
+    row = row.tolist() if isinstance(row, Tensor) else row
+    if isinstance(row[0], float):
+        todo = "reuse takes bools: router.schedule(tau).compute[k]"
+        raise TypeError(f"row holds scores such as {row[0]}; {todo}")
 
     def gate(site: int, compute: Compute) -> Feature:
         try:

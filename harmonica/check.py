@@ -4,7 +4,8 @@ Write an adapter for a model of your own, call this in its test, and the rest of
 with it.
 """
 
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from harmonica.cache import Cache, Compute, Feature, gated, reuse
+from harmonica.checked import checked_facts
 from harmonica.denoise import Denoiser, denoise, final_image
 
 
@@ -22,6 +24,25 @@ def require_denoiser(denoiser: Any) -> None:
     if lacks:
         todo = "load(name) and from_pipeline(pipe, …) give one"
         raise TypeError(f"{type(denoiser).__name__} is no Denoiser, it lacks {lacks}; {todo}")
+
+
+def identity(denoiser: Denoiser) -> dict[str, Any]:
+    """Return what a file must know of its denoiser, as JSON gives it back: its steps, its sites,
+    `about`, and a checksum of a few weights.
+    """
+    sites = list(denoiser.sites.values())
+    few = [p.flatten()[:64] for site in (sites[0], sites[-1]) for p in site.parameters()]
+    facts = {**checked_facts(denoiser.about), "sites": [*denoiser.sites], "weights": checksum(few)}
+    facts = {name: list(v) if isinstance(v, tuple) else v for name, v in facts.items()}
+    return {"steps": denoiser.steps, **facts}
+
+
+def checksum(tensors: Iterable[Tensor]) -> str:
+    """Return a checksum of the numbers in tensors."""
+    crc = 0
+    for each in tensors:
+        crc = zlib.crc32(each.detach().cpu().flatten().view(torch.uint8).numpy().tobytes(), crc)
+    return f"{crc:08x}"
 
 
 def check_denoiser(denoiser: Denoiser) -> None:

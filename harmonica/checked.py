@@ -30,7 +30,8 @@ def checked_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     (T, N), distinct, times = shape, len(set(names)), len(facts["timesteps"])
     fit = len(names) == distinct == N and times in (0, T)
     has = f"comes with {distinct} distinct site names and {times} timesteps"
-    require(fit, f"the table is {T} × {N} (steps × sites) and {has}")
+    todo = f"name each site differently, and give {T} timesteps or none"
+    require(fit, f"the table is {T} × {N} (steps × sites) and {has}; {todo}")
     for i, name in enumerate(names):
         require(isinstance(name, str), f"site {i} is {name!r:.60}; expected a string")
         computes = f"step 0 reuses {name}, but nothing is cached yet; its row must be true"
@@ -52,7 +53,7 @@ def checked_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
         elif name == "provenance":
             checked[name] = _as_json(value)
         elif value is not None and name in ("guidance", "threshold"):
-            checked[name] = number(name, value)
+            checked[name] = number(name, value, *([0, 1] if name == "threshold" else []))
         elif name in ("model", "sampler"):
             checked[name] = "" if value is None else value
             require(isinstance(checked[name], str), f"{name} is {value!r:.60}; expected a string")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from harmonica.cache import Cache, Gate, gated, reuse
 from harmonica.router import Schedule
-from harmonica.values import of_type
+from harmonica.values import of_type, whole
 
 
 @runtime_checkable
@@ -67,7 +67,7 @@ def denoise(  # noqa: D417 (some arguments share a line)
         memory: the sampler's, changed by the walk; a fork passes copies of it and of the cache.
     """
     memory = {} if memory is None else memory
-    for k in range(start, denoiser.steps):
+    for k in range(whole("start", start, 0, denoiser.steps + 1), denoiser.steps):
         with torch.no_grad():  # not inference_mode: a cache filled there could not be trained from
             with nullcontext() if gates is None else gated(denoiser.sites, gates(k)):
                 out = denoiser.predict(x, k, cond)

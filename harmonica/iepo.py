@@ -18,7 +18,7 @@ from torch import Tensor
 
 from harmonica.cache import Cache, Gate, blend
 from harmonica.denoise import Denoiser, denoise, final_image
-from harmonica.values import number, require
+from harmonica.values import number, of_type, require
 
 Proxy = Literal["leave-one-out", "telescoping"]
 """The paper's λ, and the released code's."""
@@ -45,8 +45,8 @@ def image_error(  # noqa: D417 (some arguments are described together)
     λ is in squared units of x, and zero for a step that reuses nothing, hence for k = 0.
     """
     T, N, alone = denoiser.steps, len(denoiser.sites), mode == "leave-one-out"
-    require(alone or mode == "telescoping", f"mode is {mode!r}; {' or '.join(get_args(Proxy))}?")
-    shape, tau = getattr(r, "shape", ()), number("tau", tau, 0, 1)
+    require(alone or mode == "telescoping", f"λ is {mode!r}; {' or '.join(get_args(Proxy))}?")
+    shape, tau = of_type("r", r, Tensor, "router() gives one").shape, number("tau", tau, 0, 1)
     require(shape == (T, N), f"r is {(*shape,)}; the denoiser has {T} steps × {N} sites")
     r, cache, memory = r.detach(), Cache(), dict[str, Any]()
     images: list[Tensor] = []  # [k−1]: of the walk that leaves the main one before step k
@@ -69,7 +69,8 @@ def blends(r: Tensor, cache: Cache, tau: float) -> Callable[[int], Gate]:
 
 def mse(out: Tensor, target: Tensor) -> Tensor:
     """Return the mean squared difference, (), in float32 or wider: half would make 1e-12 zero."""
-    wide = torch.promote_types(out.dtype, torch.float32)
+    fit, wide = out.shape == target.shape, torch.promote_types(out.dtype, torch.float32)
+    require(fit, f"out is {tuple(out.shape)} and target {tuple(target.shape)}; expected one shape")
     return F.mse_loss(out.to(wide), target.to(wide))
 
 

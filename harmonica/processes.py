@@ -21,9 +21,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
-from harmonica.values import require
+from harmonica.values import check_rows, require
 
 T = TypeVar("T")
 
@@ -124,15 +124,6 @@ def local_part(batch: Any, batch_size: int) -> Any:
     """Return this process's share of a joint batch, a tree of tensors with batch_size rows."""
     if world() == 1:
         return batch
-
-    def take(value: Any) -> Any:
-        if value is None or isinstance(value, int | float):
-            return value  # the same for every sample
-        rows = value.shape if isinstance(value, Tensor) else None
-        kind = type(value).__name__ if rows is None else f"tensor of shape {tuple(rows)}"
-        rule = "several processes share tensors by their first dimension, the batch"
-        fit = rows is not None and rows[:1] == (batch_size,)
-        require(fit, f"found a {kind} in a joint batch of {batch_size}; {rule}")
-        return value[rank() :: world()].contiguous()
-
-    return tree_map(take, batch)
+    check_rows("the batch that processes share", batch, batch_size)
+    take = lambda value: value[rank() :: world()].contiguous()  # noqa: E731
+    return tree_map_only(Tensor, take, batch)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from harmonica.table import Macs, default_names, names_of
-from harmonica.values import StrPath, number, of_type, require, seeded, whole
+from harmonica.values import LARGEST, StrPath, number, of_type, require, seeded, whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +100,7 @@ class Schedule:
 
     def resample(self, steps: int) -> Schedule:
         """Stretch the table to other steps, without learned weights; warns: it is untrained."""
-        steps = whole("steps", steps)
+        steps = whole("steps", steps, 1, LARGEST)
         if steps == self.steps:
             return self
         what = f"a schedule for {self.steps} steps was stretched to {steps}, not trained there"
@@ -173,7 +173,7 @@ class Router(nn.Module):
         logits: Tensor | None = None, about: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.steps, self.about = whole("steps", steps), dict(about or {})
+        self.steps, self.about = whole("steps", steps, 1, LARGEST), dict(about or {})
         self.sites = names_of(sites)
         shape = (self.steps - 1, len(self.sites))
         if logits is None:

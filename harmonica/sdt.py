@@ -23,7 +23,7 @@ from harmonica.cache import Cache, blend, gated
 from harmonica.denoise import Denoiser, denoise
 from harmonica.iepo import Proxy, blends, image_error, mse, objective
 from harmonica.router import Router
-from harmonica.values import number, require, whole
+from harmonica.values import number, of_type, require, whole
 
 BETA = 7e-8  # the authors', for DiT-XL/2 at T = 10
 LOGIT_LIMIT = 5.0  # of all logits after each update (released code), so that no score gets stuck
@@ -63,9 +63,11 @@ def sdt(  # noqa: D417 (some arguments share a line)
 
     Raises ValueError if a setting does not fit, FloatingPointError if a loss is not finite.
     """
-    _check(denoiser, router, tau, refresh_every)
+    lam = torch.ones(denoiser.steps) if lam is None else lam
+    _check(denoiser, router, lam, beta)
+    tau, lr = number("tau", tau, 0, 1), number("lr", lr, 0)
+    whole("refresh_every", refresh_every)
     optimizer = optimizer or AdamW(router.parameters(), lr=lr, weight_decay=0.0)
-    lam = torch.ones(router.steps) if lam is None else lam
     for n, (x, cond) in enumerate(noise, start=walk):
         if proxy is not None and n % refresh_every == 0:
             lam.copy_(mean(image_error(denoiser, router(), x, cond, tau=tau, mode=proxy)))
@@ -83,12 +85,18 @@ def sdt(  # noqa: D417 (some arguments share a line)
             x = denoiser.step(x, out.detach(), k, memory)
 
 
-def _check(denoiser: Denoiser, router: Router, tau: float, refresh_every: int) -> None:
+def _check(denoiser: Denoiser, router: Router, lam: Tensor, beta: float | Tensor) -> None:
+    of_type("router", router, Router, "Router(denoiser.steps, denoiser.sites)")
     ours = f"{router.steps} × {len(router.sites)}"
     theirs = f"{denoiser.steps} × {len(denoiser.sites)}"
     require(ours == theirs, f"the router is {ours} (steps × sites) and the denoiser is {theirs}")
-    number("tau", tau, 0, 1)
-    whole("refresh_every", refresh_every)
+    shape = of_type("lam", lam, Tensor, "torch.ones(router.steps)").shape
+    require(shape == (router.steps,), f"lam is {(*shape,)}; expected one λ of {router.steps} steps")
+    if isinstance(beta, Tensor):
+        fit = beta.shape in ((), (len(router.sites),))
+        require(fit, f"beta has shape {(*beta.shape,)}; expected one price, or one for each site")
+    else:
+        number("beta", beta, 0)
 
 
 def _update(

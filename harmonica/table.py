@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harmonica.values import items, number, require, whole
+from harmonica.values import LARGEST, items, number, require, whole
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,12 @@ class Macs:
     rest: float  # that no site covers: embeddings, modulation, the final layer
 
     def __post_init__(self) -> None:
-        sites, rest = numbers("sites", self.sites).double(), number("rest", self.rest, 0)
-        fit = sites.dim() == 1 and bool((sites.isfinite() & (sites >= 0)).all())
-        require(fit, f"costs are {sites!r:.60}; expected one for each site, 0 or more, and finite")
+        sites, rest = numbers("sites", self.sites), number("rest", self.rest, 0)
+        real = sites.dim() == 1 and not sites.is_complex()
+        fit = real and bool((sites.isfinite() & (sites >= 0)).all() and sites.any())
+        rule = "expected one for each site, 0 or more and finite, not all of them 0"
+        require(fit, f"sites is {sites!r:.60}; {rule}")
+        sites = sites.double()
         vars(self).update(sites=sites, rest=rest)
 
     @property
@@ -45,13 +48,15 @@ def default_names(n_sites: int) -> tuple[str, ...]:
 def names_of(sites: Any) -> tuple[str, ...]:
     """Return the names of sites, or names for a number of them."""
     named = isinstance(sites, Iterable) and not isinstance(sites, Tensor)
-    return items("sites", sites) if named else default_names(whole("sites", sites))
+    return items("sites", sites) if named else default_names(whole("sites", sites, 1, LARGEST))
 
 
 def numbers(name: str, values: Any) -> Tensor:
     """Return a copy, on the CPU, of what a tensor can be made of; raise ValueError otherwise."""
     try:
-        return torch.as_tensor(values).detach().to("cpu", copy=True).to_dense()
+        tensor = torch.as_tensor(values).detach()
+        require(not (tensor.is_quantized or tensor.is_nested), "it is quantized or nested")
+        return tensor.to("cpu", copy=True).to_dense()
     except (TypeError, ValueError, RuntimeError) as error:
         what = f"{name} is a {type(values).__name__} that no tensor can be made of"
         raise ValueError(f"{what}: {error!s:.120}") from None

@@ -23,7 +23,7 @@ from harmonica.memory import free_bytes
 from harmonica.models import BUNDLED
 from harmonica.models.prompts import read_prompts
 from harmonica.processes import batch_per_rank, processes, rank, started_as
-from harmonica.search.target import check_target
+from harmonica.search.target import check_target, target_of
 from harmonica.storage.files import exclusive_lock
 from harmonica.training.dry_run import DryRun, dry_run
 
@@ -39,7 +39,7 @@ LARGE: dict[str, dict[str, Any]] = {
     "pixart-alpha-512": _CHECKPOINTING,
     "pixart-alpha-1024": {**_CHECKPOINTING, "batch_size": 8},
     "pixart-sigma-1024": {**_CHECKPOINTING, "batch_size": 8},
-    "pixart-sigma-2k": {**_CHECKPOINTING, "batch_size": 2, "refine": 0},  # no search fits
+    "pixart-sigma-2k": {**_CHECKPOINTING, "batch_size": 2, "budget": 0},  # no search fits
 }
 """Other settings for models that would not fit into 80 GiB."""
 
@@ -65,8 +65,8 @@ def parser() -> cli.Parser:
         p.option(name, kind, f"{text} ({AUTHORS[key]:g}; bundled models: {QUICK[key]:g})")
     p.option("tau", cli.share, "a score above it computes", 0.1)
     p.option("target", float, "theoretical speedup, or just above it; no --beta", shown="SPEEDUP")
-    budget = "predictions for the search after training, with --target (12 rounds)"
-    p.option("refine", cli.whole, budget, shown="PREDICTIONS")
+    budget = "of the search after training, with --target, in predictions of one noise (12 rounds)"
+    p.option("budget", cli.whole, budget, shown="PREDICTIONS")
     p.option("proxy", proxies, "which lambda; none is 1", proxies[0])
     p.option("out", Path, "folder for results", Path("out/train"), "DIR")
     p.option("seed", cli.seed, "draws the first router and the noise", 0)
@@ -115,14 +115,15 @@ def needs(args: argparse.Namespace) -> DryRun:
     dtype = str(cli.dtype_of(args, args.device)).removeprefix("torch.")
     args = argparse.Namespace(**{**vars(args), "weights": "random", "dtype": dtype})
     denoiser = cli.load_model(args, "meta", checkpointing=args.activation_checkpointing)
-    settings = {name: getattr(args, name) for name in ("iterations", "refresh_every", "refine")}
+    settings = {name: getattr(args, name) for name in ("iterations", "refresh_every", "budget")}
     batch, target = -(-args.batch_size // started_as()[1]), args.target is not None and args.dry_run
+    target_of(denoiser, args.target, None, None)  # out of reach?
     return dry_run(denoiser, **settings, batch_size=batch, proxy=args.proxy, target=target)
 
 
 def complete(args: argparse.Namespace) -> None:
     """Fill in the settings that were not given, and refuse what no model could be trained with."""
-    check_target(args.target, args.beta, refine=args.refine)
+    check_target(args.target, args.beta, budget=args.budget)
     for name, value in defaults(args.model).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -143,7 +144,7 @@ def _check_out(args: argparse.Namespace) -> None:
 
 
 def _train(denoiser: Denoiser, args: argparse.Namespace) -> Router:
-    names = (*AUTHORS, "tau", "refine", "proxy", "resume")
+    names = (*AUTHORS, "tau", "budget", "proxy", "resume")
     settings = {name: getattr(args, name) for name in names} | {"target_speedup": args.target}
     if args.target is not None:
         del settings["beta"]

@@ -8,10 +8,13 @@ from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 T = TypeVar("T")
 StrPath = str | os.PathLike[str]
 MOST = 3e38  # float32 ends there
+LARGEST = 10**6  # a number of steps or sites; a table of more is a mistake
 
 
 def require(holds: bool, otherwise: str) -> None:
@@ -55,6 +58,19 @@ def items(name: str, values: Any) -> tuple[Any, ...]:
     if isinstance(values, str | bytes) or not isinstance(values, Iterable):
         raise TypeError(f"{name} is {values!r:.60}; expected a list or a tuple")
     return tuple(values)
+
+
+def check_rows(name: str, tree: Any, rows: int) -> None:
+    """Raise ValueError unless each tensor of a tree has so many rows, and what is no tensor is None
+    or a number that all rows share.
+    """
+    plain = lambda part: isinstance(part, list) and not any(isinstance(e, Tensor) for e in part)  # noqa: E731
+    for leaf in tree_leaves(tree, is_leaf=plain):
+        shape = tuple(leaf.shape) if isinstance(leaf, Tensor) else None
+        kind = type(leaf).__name__ if shape is None else f"tensor of shape {shape}"
+        fit = shape[:1] == (rows,) if shape is not None else isinstance(leaf, int | float | None)
+        todo = f"expected tensors of {rows} rows, one for each noise, or numbers that all share"
+        require(fit, f"{name} holds a {kind}; {todo}")
 
 
 def seeded(generator: torch.Generator | None, seed: int = 0) -> torch.Generator:

@@ -156,7 +156,7 @@ def test_the_defaults_are_the_authors_but_for_the_bundled_model():
     assert {name: parameters[name].default for name in train.AUTHORS} == train.AUTHORS
     for model, settings in (("tiny", train.QUICK), ("dit-xl", train.AUTHORS)):
         assert train.defaults(model) == {**settings, "activation_checkpointing": False}
-    assert train.defaults("pixart-sigma-2k")["refine"] == 0  # no search fits into 80 GiB
+    assert train.defaults("pixart-sigma-2k")["budget"] == 0  # no search fits into 80 GiB
 
 
 def test_a_checkpoint_is_not_lost_nor_imagined_whatever_the_model(tmp_path, monkeypatch, capsys):

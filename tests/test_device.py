@@ -154,15 +154,15 @@ def trained(place, name="dit-xl", **settings):
     return train_sdt(d, **how | settings).logits
 
 
-REFINED = {"target_speedup": 1.3, "refine": 500, "batch_size": 4, "iterations": 2}
+REFINED = {"target_speedup": 1.3, "budget": 2000, "batch_size": 4, "iterations": 2}
 SETTINGS = [{}, {"proxy": None}, {"proxy": "telescoping"}, {"again": True}, {"name": "uvit-h"}]
-SETTINGS += [{"name": "pixart-alpha-256"}, {"target_speedup": 1.3, "refine": 0}]
-SETTINGS += [{"target_cur": 0.3, "refine": 0}, REFINED, REFINED | {"order": 1}]
+SETTINGS += [{"name": "pixart-alpha-256"}, {"target_speedup": 1.3, "budget": 0}]
+SETTINGS += [{"target_cur": 0.3, "budget": 0}, REFINED, REFINED | {"order": 1}]
 SETTINGS += [REFINED | {"toward": "reference"}]
 
 
 def resumed(place, out):
-    how = {"target_speedup": 1.3, "refine": 0, "checkpoint": out / f"{place}.safetensors"}
+    how = {"target_speedup": 1.3, "budget": 0, "checkpoint": out / f"{place}.safetensors"}
     trained(place, iterations=3, **how)
     return trained(place, iterations=5, resume=True, **how)
 
@@ -224,7 +224,7 @@ def test_milliseconds_are_measured_on_the_device(device):
 TRAIN = "--steps 3 --iterations 2 --batch-size 2"
 COMMANDS = {
     "train": ("train", f"--model tiny {TRAIN}"),
-    "train to a target": ("train", f"{TRAIN} --target 1.3 --refine 0"),
+    "train to a target": ("train", f"{TRAIN} --target 1.3 --budget 0"),
     "demo": ("demo", "--steps 3 --iterations 2 --images 2"),
     "image_sets": ("image_sets", "--model tiny --steps 3 --count 4 --batch-size 2"),
 }
@@ -307,7 +307,7 @@ def lambda_of(place, _):
 ON_A_CARD = {
     "lambda": lambda_of,
     "training": lambda place, out: trained(place, iterations=1),
-    "training to a target": lambda place, out: trained(place, target_speedup=1.3, refine=0).shape,
+    "training to a target": lambda place, out: trained(place, target_speedup=1.3, budget=0).shape,
     "refinement": lambda place, out: trained(place, **REFINED).shape,
     "effects of flips": lambda place, out: flip_effects(place),
     "image sets": lambda place, out: command("image_sets", place, out / place),

@@ -67,7 +67,7 @@ SHORTER = {
     "03": "range(25) range(2); range(3) range(1); draw(100 draw(10; updates=150 updates=10",
     "04": "range(20) range(2); draw(100 draw(12; draw(16 draw(4; range(4)] range(2)]",
     "06": "range(1500) range(400); 570 38; draw(1000 draw(100; draw(64 draw(16; (1.2, (; "
-    "(256 (64; train_to(s) train_to(s,refine=60); order=1) order=1,refine=60)",
+    "(256 (64; train_to(s) train_to(s,budget=1920); order=1) order=1,budget=1920)",
     "07": "noises=64 noises=12; draw(32 draw(8; noises=96 noises=12; iterations=60 iterations=2; "
     "noises=48 noises=12; iterations=10 iterations=1; iterations=20 iterations=1",
 }

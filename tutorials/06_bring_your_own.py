@@ -235,14 +235,14 @@ def judge(tables):
 
 
 def train_to(speedup, **how):
-    """Train for a speedup; unless refine=0, a search then flips single entries of the table."""
+    """Train for a speedup; unless budget=0, a search then flips single entries of the table."""
     settings = {"iterations": 570, "batch_size": 32, "lr": 0.2, "proxy": None, "progress": False}
     return train_sdt(denoiser, target_speedup=speedup, **how, **settings).schedule()
 
 
 speeds = (1.2, 1.5, 2.0)
 bench = {
-    "SDT": judge([train_to(s, refine=0) for s in speeds]),
+    "SDT": judge([train_to(s, budget=0) for s in speeds]),
     "SDT, refined": judge([train_to(s) for s in speeds]),
     "SDT, refined, forecasts": judge([train_to(s, order=1) for s in speeds]),
     "every n-th step": judge([baselines.every(denoiser, speedup=s) for s in speeds]),

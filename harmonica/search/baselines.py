@@ -14,17 +14,17 @@ methods are in benchmarks/rivals.py.
 
 from collections.abc import Mapping
 from fractions import Fraction
-from math import inf
 from typing import Any
 
 from torch import Tensor
 
+from harmonica.check import require_denoiser
 from harmonica.cost import macs
 from harmonica.denoise import Denoiser
 from harmonica.router import Schedule
 from harmonica.search.paths import cheapest_path, reuse_errors, spread, whole_steps
 from harmonica.search.target import Target
-from harmonica.values import require
+from harmonica.values import number, require
 
 
 def every(denoiser: Denoiser, n: float | None = None, *, speedup: float | None = None) -> Schedule:
@@ -34,10 +34,10 @@ def every(denoiser: Denoiser, n: float | None = None, *, speedup: float | None =
     The computed steps are ⌈i·n⌉: for a whole n those with k % n == 0, for n = 2.5 steps 0, 3, 5, 8,
     10, … With a speedup instead, n = T / (number of steps that may compute).
     """
+    require_denoiser(denoiser)
     one = (n is None) != (speedup is None)
     require(one, f"n is {n} and speedup {speedup}; give one of the two")
-    require(n is None or 1 <= n < inf, f"n is {n}; it must be 1 (compute all) or more steps")
-    steps, interval = denoiser.steps, Fraction(n or 1)
+    steps, interval = denoiser.steps, Fraction(number("n", 1 if n is None else n, 1))
     if speedup is not None:
         interval = Fraction(steps, Target(speedup, macs(denoiser), steps).whole_steps)
     table = whole_steps(denoiser, spread(steps, interval))

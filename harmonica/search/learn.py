@@ -44,9 +44,9 @@ from harmonica.search.references import (
     typical_error,
 )
 from harmonica.search.refine import WALKS_PER_ROUND, few_of, refine
-from harmonica.search.target import Target
+from harmonica.search.target import Target, require_target
 from harmonica.table import outputs_before
-from harmonica.values import of_type, require, seeded, whole
+from harmonica.values import LARGEST, of_type, require, seeded, whole
 
 VALIDATION_SHARE = 6  # one noise of so many is not trained on
 TURN_ROUNDS, TURN_NOISES = 8, 256  # of the search in a turn; half of the pool at most
@@ -75,12 +75,13 @@ def learn_weights(  # noqa: D417 (a denoiser is a denoiser)
     schedule does not fit the denoiser; FloatingPointError if the error is not finite.
     """
     require_denoiser(denoiser)
-    of_type("pool", pool, Pool, "references(denoiser) gives one")
-    require(len(pool) >= 2, f"the pool has {len(pool)} noises; expected 2 or more")
-    history, iterations = whole("history", history, 1, 11), whole("iterations", iterations)
+    validation, training = held_back(pool)
+    history, iterations = (
+        whole("history", history, 1, 11),
+        whole("iterations", iterations, 1, LARGEST),
+    )
     batch_size, generator = whole("batch_size", batch_size), seeded(generator)
     check_fit(schedule, denoiser)
-    validation, training = held_back(pool)
     best, errors = _best_start(denoiser, schedule, validation, history)
     limit, lowest = CAP * float(errors.median()), _finite(float(typical_error(errors)))
     batches = _batches(len(training), batch_size, iterations, generator)
@@ -111,12 +112,12 @@ def learn_in_turn(  # noqa: D417 (some arguments are described together)
 
     Raises ValueError if a number is out of range, or the schedule is slower than the target.
     """
-    of_type("target", target, Target, "Target(speedup, macs(denoiser), denoiser.steps)")
+    require_target(target, denoiser)
     _, training = held_back(pool)
     judging = training[slice(min(max(len(pool) // 2, 1), TURN_NOISES))]
     few = few_of(len(judging))
     others = cycle([training[slice(i, i + few)] for i in range(0, len(training) - few + 1, few)])
-    budget = TURN_ROUNDS * WALKS_PER_ROUND * denoiser.steps * len(judging)  # of one noise
+    budget = TURN_ROUNDS * WALKS_PER_ROUND * denoiser.steps * len(judging)
     how: dict[str, Any] = {"iterations": iterations, "batch_size": batch_size}
     how["generator"] = seeded(generator)
     best = learn_weights(denoiser, schedule, pool, **how)
@@ -133,6 +134,8 @@ def learn_in_turn(  # noqa: D417 (some arguments are described together)
 
 def held_back(pool: Pool) -> tuple[Pool, Pool]:
     """Return the noises for validation, one in VALIDATION_SHARE, and those that are trained on."""
+    of_type("pool", pool, Pool, "references(denoiser) gives one")
+    require(len(pool) >= 2, f"the pool has {len(pool)} noises; expected 2 or more")
     few = max(len(pool) // VALIDATION_SHARE, 1)
     return pool[slice(few)], pool[slice(few, None)]
 
@@ -216,4 +219,4 @@ def weighted_walk(
 def _finite(number: float) -> float:
     if math.isfinite(number):
         return number
-    raise FloatingPointError(f"the error of the images is {number}; look for NaN in the weights")
+    raise FloatingPointError(f"the error of the images is {number}; look for NaN in pool and model")

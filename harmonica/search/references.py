@@ -24,15 +24,15 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from harmonica.check import require_denoiser
+from harmonica.check import checksum, identity, require_denoiser
 from harmonica.denoise import Denoiser, sample
 from harmonica.inference.walk import Refinable, Walk
 from harmonica.memory import in_portions
 from harmonica.router import Schedule
-from harmonica.storage.files import read_tensors, write_tensors
-from harmonica.values import StrPath, of_type, require, seeded, whole
+from harmonica.storage.files import changes, read_tensors, write_tensors
+from harmonica.values import LARGEST, StrPath, check_rows, of_type, require, seeded, whole
 
 R = TypeVar("R")
 Toward = Literal["reference", "uncached"]
@@ -84,9 +84,11 @@ class Pool:
         for name, value in (("x", self.x), ("images", self.images)):
             real = of_type(name, value, Tensor, "torch.stack makes one").is_floating_point()
             require(real, f"{name} is {value.dtype}; expected floating-point numbers")
-        shapes = f"x is {tuple(self.x.shape)} and images are {tuple(self.images.shape)}"
-        fit = self.x.shape == self.images.shape and len(self.x) > 0
-        require(fit, f"{shapes}; a pool has one image for each noise, and at least one")
+        kinds = [f"{tuple(each.shape)} on {each.device}" for each in (self.x, self.images)]
+        fit = kinds[0] == kinds[1] and self.x.dim() > 1 and len(self.x) > 0
+        rule = "a pool has one image for each noise, and at least one"
+        require(fit, f"x is {kinds[0]} and images are {kinds[1]}; {rule}")
+        check_rows("cond", self.cond, len(self.x))
 
     def __len__(self) -> int:
         return len(self.x)
@@ -129,19 +131,23 @@ def references(
     progress(images that are done, noises).
 
     Raises ValueError if a number is below 1, the denoiser has no finer walk, or the file at `path`
-    is of other noises or steps.
+    is of another denoiser, or of other noises, conditions or steps.
     """
     require_denoiser(denoiser)
-    noises, finer = whole("noises", noises), finer_walk(denoiser, whole("factor", factor))
+    noises, finer = (
+        whole("noises", noises, 1, LARGEST),
+        finer_walk(denoiser, whole("factor", factor)),
+    )
     x, cond = denoiser.draw(noises, seeded(generator, SEED))
-    parts = [] if path is None else _kept(path, x, finer.steps)
+    facts = {**identity(denoiser), "reference_steps": finer.steps, "noises": checksum([x])}
+    facts["conditions"] = checksum(leaf for leaf in tree_leaves(cond) if isinstance(leaf, Tensor))
+    parts = [] if path is None else _kept(path, x, facts)
     done = sum(map(len, parts))
     rest = Pool(x, cond, x)[slice(done, None)] if done < noises else None
     for images in rest.portions(lambda part: sample(finer, part.x, part.cond)) if rest else ():
         parts.append(images)
         if path is not None:
-            tensors = {"x": x.cpu(), "images": torch.cat(parts).cpu()}
-            write_tensors(path, tensors, {"steps": finer.steps})
+            write_tensors(path, {"images": torch.cat(parts)}, {"references": facts})
         if progress is not None:
             progress(sum(map(len, parts)), noises)
     return Pool(x, cond, torch.cat(parts))
@@ -167,16 +173,18 @@ def finer_walk(denoiser: Denoiser, factor: int = 10) -> Denoiser:
         raise ValueError(f"no walk of {factor} × {denoiser.steps} steps: {error}; {todo}") from None
 
 
-def _kept(path: StrPath, x: Tensor, steps: int) -> list[Tensor]:
+def _kept(path: StrPath, x: Tensor, facts: dict[str, Any]) -> list[Tensor]:
     """Return the images that a file holds for the first noises, in a list of at most one."""
     if not Path(path).exists():
         return []
-    tensors, facts = read_tensors(path)
-    complete = {"x", "images"} <= tensors.keys() and facts.get("steps") == steps
-    held = f"{path} holds no references of {steps} steps (found {facts.get('steps', 'unknown')}"
-    require(complete, f"{held} steps); name another file")
-    images = tensors["images"]
-    fit = torch.equal(tensors["x"], x.cpu()) and images.shape[1:] == x.shape[1:]
+    tensors, held = read_tensors(path)
+    then: Any = held.get("references")
+    images = tensors.get("images", torch.zeros(()))
+    require(isinstance(then, dict), f"{path} holds no references; name another file")
+    others = changes(then, facts)
+    require(not others, f"{path} holds references of something else ({others:.400}); name another")
+    fit = images.shape[1:] == x.shape[1:] and 0 < images.shape[:1].numel() <= len(x)
     fit = fit and images.is_floating_point() and bool(images.isfinite().all())
-    require(fit and len(images) <= len(x), f"{path} holds other noises or no images; name another")
+    rule = f"expected finite ones for {len(x)} noises at most"
+    require(fit, f"{path} holds images {tuple(images.shape)} {images.dtype}; {rule}")
     return [images.to(x)]

@@ -12,6 +12,9 @@ Tables are judged on the same noises throughout, each quadratic sees others, so 
 its own noises only is not kept. To save time, a candidate is walked on FEW noises first, then on a
 half of them, and the quadratic, which only proposes, sees a half.
 
+    budget     what a search may spend, of all processes together, in predictions of one noise; a
+               backward pass counts as two. Whatever has a budget counts it so.
+
 Reuse couples sites strongly: whole steps that refresh together are far better than the same
 refreshes spread out. No flip finds that from afar, so the search starts from several tables: the
 given ones, and the cheapest and the evenly spread paths of whole steps. This file does not know how
@@ -32,7 +35,7 @@ from harmonica.router import Schedule
 from harmonica.search.flip_effects import WALKS, Quadratic, best_flips, flip_effects_at, with_table
 from harmonica.search.paths import cheapest_path, reuse_errors, room_for, spread, whole_steps
 from harmonica.search.references import PORTION, Pool, pool_errors, typical_error
-from harmonica.search.target import Target
+from harmonica.search.target import Target, require_target
 from harmonica.values import require
 
 FLIPS = 32  # entries that flip in one round, at most; the quadratic is believed no farther away
@@ -57,7 +60,7 @@ class JudgedTable:
     table: Tensor  # (T, N) bool
     error: float  # typical error on the search's noises, of all processes
     on_target: bool  # a start may be too slow; what is yielded is not
-    spent: float  # predictions of one noise so far
+    spent: float  # of the budget, so far
 
 
 def refine(  # noqa: D417
@@ -71,13 +74,13 @@ def refine(  # noqa: D417
         pool: the noises that tables are judged on, and their targets.
         others: noises for the quadratics, a pool for each round.
         target: no table that is slower is yielded.
-        budget: predictions of one noise to spend; a backward pass counts as two. A round that no
-            longer fits is not begun.
+        budget: see above; a round that no longer fits is not begun.
         fill: what a skipped entry returns, `Schedule.order` or a schedule whose learned weights
             stay as they are wherever its table does.
 
     Raises ValueError if no table is on target, and then there is nothing to start from.
     """
+    require_target(target, denoiser)
     search = Search(denoiser, pool, others, target, fill)
     starts = [search.judge(table) for table in (*tables, *search.paths())]
     on_target = [start for start in starts if start.on_target]
@@ -85,7 +88,7 @@ def refine(  # noqa: D417
     require(bool(on_target), f"{fastest}; make one with target.fit_budget")
     best = min(on_target, key=lambda start: start.error)
     yield best
-    while search.spent + WALKS_PER_ROUND * search.walk <= budget:
+    while world() * (search.spent + WALKS_PER_ROUND * search.walk) <= budget:
         starts.sort(key=lambda start: start.error)
         at = starts.pop(0)  # best first, be it too slow
         after = search.improve(at)
@@ -99,7 +102,7 @@ def refine(  # noqa: D417
 
 
 class Search:
-    """The walks of one search, of which `spent` counts predictions of one noise; see `refine`."""
+    """The walks of one search; `spent` counts this process's share of the budget. See `refine`."""
 
     def __init__(
         self, denoiser: Denoiser, pool: Pool, others: Iterator[Pool], target: Target,
@@ -132,7 +135,7 @@ class Search:
     def judge(self, table: Tensor) -> JudgedTable:
         """Judge a table on all noises."""
         error, spent = self._error(table, len(self.pool)), self.target.spent(table)
-        return JudgedTable(table, error, spent <= self.target.allowed, self.spent)
+        return JudgedTable(table, error, spent <= self.target.allowed, world() * self.spent)
 
     def better(self, table: Tensor, at: JudgedTable) -> JudgedTable | None:
         """Return a table's judgement if it is better than `at`, on few noises as well."""

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harmonica.denoise import Denoiser
+from harmonica.denoise import Denoiser, check_fit
 from harmonica.processes import local_part, progress_bar, world
 from harmonica.router import Router
 from harmonica.search.references import Pool, with_images
 from harmonica.search.refine import WALKS_PER_ROUND, few_of, refine
-from harmonica.search.target import Target, logit
-from harmonica.values import require
+from harmonica.search.target import Target, logit, require_target
+from harmonica.values import number, of_type, require, whole
 
 NOISES = 128  # that tables are judged on, unless the budget is larger than the default
 ROUNDS = 12  # of the search that the default budget is enough for
@@ -26,7 +26,7 @@ MARGIN = 0.5  # distance from τ, in logits, at which a flipped decision is plac
 
 
 def refine_router(  # noqa: D417 (some arguments share a line)
-    denoiser: Denoiser, router: Router, target: Target, *, tau: float = 0.1, batch_size: int = 32,
+    denoiser: Denoiser, router: Router, target: Target, *, tau: float = 0.1,
     budget: int | None = None, order: int = 0, finer: Denoiser | None = None,
     progress: bool = False,
 ) -> None:  # fmt: skip
@@ -35,35 +35,40 @@ def refine_router(  # noqa: D417 (some arguments share a line)
 
     Args:
         router: changed in place; provenance says what was spent, and the table's `typical_error`.
-        budget: predictions of batch_size noises, of all processes; ROUNDS rounds on NOISES noises
-            if None, 0 only flips until the table is on target. A budget m times the default uses m
-            times as many noises.
+        budget: as in `refine`; enough for ROUNDS rounds on NOISES noises if None. 0 only flips
+            entries until the table is on target; m times the default uses m times as many noises.
         order: how skipped sites are filled, `Schedule.order`; the router will say so.
         finer: whose images are to be met, such as a `finer_walk`; the denoiser itself if None.
     """
-    finer = denoiser if finer is None else finer
-    rule = "a target needs 0 < tau < 1, since nothing is reused at 0"
-    require(0.0 < tau < 1.0, f"tau is {tau}; {rule}")
-    r = router().detach().cpu()  # (T, N)
-    table, facts = target.fit_budget(r, r > tau), dict[str, Any](refined_for=0.0)
-    one = ROUNDS * WALKS_PER_ROUND * denoiser.steps  # predictions of a whole search, a noise
-    allowed = NOISES * one if budget is None else float(budget * batch_size)  # of all processes
-    if allowed > 0:
-        noises = max(NOISES, int(allowed / one))
-        pool, others = _pools(denoiser, noises, finer)
-        total, budget_here = round(allowed / noises), allowed / world()
-        search = refine(denoiser, [table], pool, others, target, budget=budget_here, fill=order)
-        with progress_bar(progress, total=total, unit="prediction", desc="refine") as bar:
+    require_target(target, denoiser)
+    reused = number("tau", tau, 0, 1) > 0
+    require(reused, "tau is 0; a search needs more than that, since nothing is reused at 0")
+    start = of_type("router", router, Router, "train_sdt gives one").schedule(tau)
+    check_fit(start, denoiser)
+    usual, finer = default_budget(denoiser.steps), denoiser if finer is None else finer
+    budget = whole("budget", usual if budget is None else budget, 0)
+    order = whole("order", order, 0, 10)
+    facts: dict[str, Any] = {"search_predictions": 0}
+    table = target.fit_budget(router().detach().cpu(), start.compute)
+    if budget > 0:
+        pool, others = _pools(denoiser, max(NOISES, NOISES * budget // usual), finer)
+        search = refine(denoiser, [table], pool, others, target, budget=budget, fill=order)
+        with progress_bar(progress, total=budget, unit="prediction", desc="refine") as bar:
             for judged in search:
-                table, spent = judged.table, judged.spent * world()
+                table, spent = judged.table, round(judged.spent)
                 bar.set_postfix(error=f"{judged.error:.2e}", refresh=False)
-                bar.update(round(spent / noises) - bar.n)
-                facts = {"refined_for": round(spent / batch_size), "typical_error": judged.error}
+                bar.update(spent - bar.n)
+                facts = {"search_predictions": spent, "typical_error": judged.error}
     _adopt(router, table, tau)
     facts["target_speedup"] = target.speedup
     if finer is not denoiser:
         facts["toward"] = "reference"
     router.about |= {"order": order, "provenance": router.about.get("provenance", {}) | facts}
+
+
+def default_budget(steps: int) -> int:
+    """Return the budget of a search on T steps, unless another is given."""
+    return NOISES * ROUNDS * int(WALKS_PER_ROUND * steps)
 
 
 def _pools(denoiser: Denoiser, noises: int, finer: Denoiser) -> tuple[Pool, Iterator[Pool]]:

@@ -9,7 +9,7 @@ This file does not know how a table is trained or searched for.
 
 import math
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -34,15 +34,16 @@ class Target:
     steps: int  # T
 
     def __post_init__(self) -> None:
-        check_target(self.speedup)
+        speedup, steps = number("the target speedup", self.speedup, 1), whole("steps", self.steps)
+        vars(self).update(speedup=speedup, steps=steps)
         of_type("cost", self.cost, Macs, "harmonica.macs(denoiser)")
-        first_only = torch.zeros(self.steps, len(self.cost.sites), dtype=torch.bool)
+        first_only = torch.zeros(steps, len(self.cost.sites), dtype=torch.bool)
         first_only[0] = True
         most = self.speed(first_only)
-        why = f"the first of {self.steps} steps computes, and sites are {self.cost.covered:.1%}"
-        given = f"the target speedup is {self.speedup:g} and the maximum here is {most:.4g}"
+        why = f"the first of {steps} steps computes, and sites are {self.cost.covered:.1%}"
+        given = f"the target speedup is {speedup:g} and the maximum here is {most:.4g}"
         todo = "ask for less or take more steps"
-        require(self.speedup <= most * (1 + 1e-9), f"{given}: {why} of the cost; {todo}")
+        require(speedup <= most * (1 + 1e-9), f"{given}: {why} of the cost; {todo}")
 
     @property
     def allowed(self) -> float:
@@ -82,19 +83,19 @@ class Target:
 
 def check_target(
     speedup: float | None, beta: float | None = None, order: int = 0, toward: str = "uncached",
-    refine: int | None = None,
+    budget: int | None = None,
 ) -> None:  # fmt: skip
     """Raise ValueError for a target that no model could meet, or that comes with a β, or for what
     needs a target and has none; what needs the model is checked by `Target`.
     """
     given = f"the target speedup is {speedup}"
     whole("order", order, 0, 10)
-    whole("refine", refine or 0, 0)
+    whole("budget", budget or 0, 0)
     known = toward in get_args(Toward)
     require(known, f"toward is {toward!r}; it must be 'reference' or 'uncached'")
     number("the target speedup", 1 if speedup is None else speedup, 1)
-    aimed = speedup is not None or (order == 0 and toward == "uncached" and not refine)
-    settings = f"order is {order}, toward {toward!r} and refine {refine}, but {given}"
+    aimed = speedup is not None or (order == 0 and toward == "uncached" and not budget)
+    settings = f"order is {order}, toward {toward!r} and budget {budget}, but {given}"
     require(aimed, f"{settings}; these are for a search, so give target_speedup as well")
     todo = f"beta is {beta} and {given}; a target chooses beta by itself, leave it out"
     require(speedup is None or beta is None, todo)
@@ -117,7 +118,19 @@ def target_of(
     if speedup is None:
         require(cost is None, "cost is given without a target; give target_speedup as well")
         return None
-    return Target(speedup, macs(denoiser) if cost is None else cost, denoiser.steps)
+    target = Target(speedup, macs(denoiser) if cost is None else cost, denoiser.steps)
+    require_target(target, denoiser)
+    return target
+
+
+def require_target(target: Any, denoiser: Denoiser) -> None:
+    """Raise TypeError or ValueError unless this is a target for such a denoiser."""
+    require_denoiser(denoiser)
+    how = "Target(speedup, macs(denoiser), denoiser.steps)"
+    of_type("target", target, Target, how)
+    (T, N), theirs = (target.steps, len(target.cost.sites)), (denoiser.steps, len(denoiser.sites))
+    given = f"the target counts {T} steps and {N} sites, and the denoiser has {theirs[0]} and"
+    require(theirs == (T, N), f"{given} {theirs[1]}; make it as {how}")
 
 
 def logit(tau: float) -> float:

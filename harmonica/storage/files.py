@@ -7,6 +7,7 @@ know what the JSON and the tensors mean.
 """
 
 import argparse
+import errno
 import json
 import os
 import tempfile
@@ -35,13 +36,20 @@ def existing(path: StrPath) -> Path:
     return path
 
 
-def refuse_existing(path: StrPath, todo: str) -> None:
-    """Raise FileExistsError if a file is there, an OSError if none can be written."""
-    if Path(path).exists():
-        raise FileExistsError(f"{path} exists; {todo}")
+def folder_of(path: StrPath) -> Path:
+    """Return the folder of a file that need not be there; raise FileNotFoundError if it is not."""
     folder = Path(path).absolute().parent
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder; make it first")
+        raise FileNotFoundError(f"{folder}: no such folder; make it for {Path(path).name}")
+    return folder
+
+
+def refuse_existing(path: StrPath, todo: str) -> None:
+    """Raise FileExistsError if a file is there, an OSError if none can be written."""
+    folder = folder_of(path)
+    if Path(path).exists():
+        what = "is a folder; name a file in it" if Path(path).is_dir() else f"exists; {todo}"
+        raise FileExistsError(f"{path} {what}")
     with tempfile.TemporaryFile(dir=folder) as probe:
         probe.write(b"x")
 
@@ -76,17 +84,18 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def write_whole(path: StrPath, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a file beside `path`, under a new name each time, then rename it to `path`.
+    """Let `write` fill a file beside `path`, under a new name each time, then rename it to `path`;
+    where that is a link, the file that it leads to is written.
 
     Raises FileNotFoundError if there is no such folder, or an OSError that names `path`.
     """
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path.parent}: no such folder; make it for {path.name}")
-    beside = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.part")
+    place = Path(os.path.realpath(path))
+    beside = folder_of(place) / f"{place.name}.{uuid.uuid4().hex[:8]}.part"
     try:
+        if place.exists() and not os.access(place, os.W_OK):
+            raise PermissionError(errno.EACCES, "it is read-only")
         write(beside)
-        beside.replace(path)
+        beside.replace(place)
     except OSError as error:
         if error.errno is None:
             raise
@@ -96,27 +105,34 @@ def write_whole(path: StrPath, write: Callable[[Path], Any]) -> None:
 
 
 @contextmanager
-def exclusive_lock(folder: StrPath) -> Iterator[None]:
-    """Hold a folder for one run; raise BlockingIOError if another run holds it.
+def exclusive_lock(path: StrPath) -> Iterator[None]:
+    """Hold a folder, or a file that need not be there, for one run; raise BlockingIOError if
+    another run holds it.
 
-    The lock is the system's and ends with the process, so none is ever left over. Where there are
-    no such locks (Windows, some network disks) nobody is refused.
+    The lock is the system's and ends with the process; a file is held by an empty one beside it,
+    which may be left over. Where there are no such locks (Windows, some network disks) nobody is
+    refused.
     """
     if os.name == "nt":
         yield
         return
     import fcntl
 
-    handle = os.open(folder, os.O_RDONLY)
+    beside = None if Path(path).is_dir() else folder_of(path) / f"{Path(path).name}.lock"
+    handle = os.open(beside or path, os.O_RDONLY if beside is None else os.O_CREAT)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             todo = "wait for it, or choose another"
-            raise BlockingIOError(f"{folder} is being written to by another run; {todo}") from None
+            raise BlockingIOError(f"{path} is being written to by another run; {todo}") from None
         except OSError:  # a disk that knows no locks
             pass
-        yield
+        try:
+            yield
+        finally:
+            if beside is not None:
+                beside.unlink(missing_ok=True)
     finally:
         os.close(handle)
 
@@ -178,7 +194,8 @@ def read_tensors(path: StrPath) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     verdict = "is not a whole safetensors file of ours; write or fetch it again"
     with decoding(path, verdict), safe_open(existing(path), framework="pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no dict)
+        # copies, since a tensor of the file would change, or kill Python, when the file does
+        tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
         facts = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
     return tensors, facts
 

@@ -10,8 +10,6 @@ of processes, to rounding.
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW
 
+from harmonica.check import identity
 from harmonica.denoise import Denoiser
 from harmonica.memory import is_out_of_memory
 from harmonica.processes import batch_per_rank, from_rank_0, rank
@@ -28,7 +27,7 @@ from harmonica.search.target import Target
 from harmonica.storage.files import changes, decoding, refuse_existing
 from harmonica.storage.formats import build, read_router, write_router
 from harmonica.training.beta import BetaController
-from harmonica.values import StrPath, number, require, seeded, whole
+from harmonica.values import StrPath, require, seeded, whole
 
 Captured = tuple[dict[str, Tensor], dict[str, Any]]  # a state as tensors and numbers by name
 
@@ -100,57 +99,47 @@ def trainable_steps(denoiser: Denoiser) -> int:
 
 
 def start(
-    denoiser: Denoiser, batch_size: int, lr: float, how: Mapping[str, Any],
-    target: Target | None = None, generator: torch.Generator | None = None,
+    denoiser: Denoiser, settings: dict[str, Any], target: Target | None = None,
+    generator: torch.Generator | None = None,
 ) -> TrainingState:  # fmt: skip
-    """Return the state of a run that has done nothing yet; `how` is what `sdt` is given. Raises
+    """Return the state of a run that has done nothing yet; a target chooses β by itself. Raises
     TypeError or ValueError if no router can be trained for the denoiser.
     """
     T, generator = trainable_steps(denoiser), seeded(generator)
-    settings = dict[str, Any](batch_size=whole("batch_size", batch_size), lr=number("lr", lr, 0))
-    settings |= {**how, "proxy": how["proxy"] or "none"}
-    batch_per_rank(batch_size)
-    require(lr > 0, "lr is 0; expected a number above 0")
+    batch_per_rank(settings["batch_size"])
     if target is not None:
-        del settings["beta"]  # a target chooses it
         settings |= {"target_speedup": target.speedup, "target_cost": target.cost.total}
-    provenance = {"method": "HarmoniCa", "iterations": 0, **settings}
+        del settings["beta"]
+    known = {**settings, "proxy": settings["proxy"] or "none"}
+    provenance = {"method": "HarmoniCa", "iterations": 0, **known}
     with decoding("denoiser.about", "does not describe a schedule"):  # before hours, not after
         about = {**denoiser.about, "provenance": provenance}
         router = Router(T, denoiser.sites, generator=generator, about=about)
     device = denoiser.draw(1, torch.Generator())[0].device
     require(device.type != "meta", "the denoiser is on meta, where nothing is computed; load it")
-    optimizer = AdamW(router.to(device).parameters(), lr=lr, weight_decay=0.0)
-    controller = None if target is None else BetaController(target, how["tau"], device)
+    optimizer = AdamW(router.to(device).parameters(), lr=settings["lr"], weight_decay=0.0)
+    controller = None if target is None else BetaController(target, settings["tau"], device)
     return TrainingState(settings, router, optimizer, torch.ones(T), controller, generator)
-
-
-def fingerprint(denoiser: Denoiser) -> str:
-    """Return a checksum of a few weights: with other weights, training would end elsewhere."""
-    sites = list(denoiser.sites.values())
-    weights = [p for site in (sites[0], sites[-1]) for p in site.parameters()]
-    few = [p.detach().flatten()[:64].float().cpu() for p in weights]
-    return f"{zlib.crc32(torch.cat(few).numpy().tobytes()) if few else 0:08x}"
 
 
 class Checkpoint:
     """The file of a training run, written every so many updates, before and after the search; as a
     context it saves the run on Ctrl-C and on lack of memory.
 
-    `path` is None for a run that leaves no file. The settings and the denoiser's weights must be
-    the same on resuming.
+    `path` is None for a run that leaves no file. The settings and the denoiser must be the same on
+    resuming.
     """
 
     def __init__(self, path: StrPath | None, every: int, denoiser: Denoiser) -> None:
         self.path, self.every = path, whole("checkpoint_every", every)
-        self.weights = fingerprint(denoiser)
+        self.identity = identity(denoiser)
 
     def begin(self, state: TrainingState, iterations: int, *, resume: bool) -> Checkpoint:
         """Set the state that the run starts from, on all processes, and return self; raise
         FileExistsError, FileNotFoundError or ValueError if file and request disagree.
         """
         whole("iterations", iterations)
-        self.facts = {"settings": state.settings, "weights": self.weights}
+        self.facts = {"settings": {**self.identity, **state.settings}}
 
         def first() -> Captured:
             if resume:
@@ -194,13 +183,14 @@ class Checkpoint:
             raise KeyboardInterrupt(f"stopped after {self.written} updates; {kept}") from None
 
     def _restore(self, state: TrainingState, iterations: int) -> None:
-        path = "the checkpoint to resume" if self.path is None else self.path
+        require(self.path is not None, "resume is True without a checkpoint; name the file")
+        path: Any = self.path
+        facts: Any
         fields, tensors, facts = read_router(path)
-        router = build(Router, path, fields)
-        whole = isinstance(facts.get("settings"), dict) and "state.logits" in tensors
+        router, then = build(Router, path, fields), facts.get("settings")
+        whole = isinstance(then, dict) and "state.logits" in tensors
         require(whole, f"{path} is a router without the state of its training; it cannot go on")
-        now, then = _identity(state.router, self.facts), _identity(router, facts)
-        other = changes({key: then.get(key) for key in now}, now)  # a search adds its order
+        other = changes(then, self.facts["settings"])
         what = f"{path} was trained with other settings ({other:.400})"
         require(not other, f"{what}; resume with the same")
         with decoding(path, "is a damaged checkpoint"):
@@ -208,11 +198,3 @@ class Checkpoint:
             state.restore(tensors, facts)
         enough = f"{path} has {done} updates already and {iterations} were asked for; ask for more"
         require(done <= iterations, enough)
-
-
-def _identity(router: Router, facts: dict[str, Any]) -> dict[str, Any]:
-    """Return what must be the same on resuming, in a form that survives JSON."""
-    about = {key: value for key, value in router.about.items() if key != "provenance"}
-    fields = {"sites": router.sites, **about, **facts["settings"], "weights": facts.get("weights")}
-    lists = {key: list(v) if isinstance(v, tuple) else v for key, v in fields.items()}
-    return {"steps": router.steps, **lists}

@@ -31,8 +31,7 @@ from harmonica.router import Router, Schedule
 from harmonica.sdt import sdt
 from harmonica.search.flip_effects import flip_effects_at
 from harmonica.search.references import with_images
-from harmonica.search.refine import WALKS_PER_ROUND
-from harmonica.search.refine_router import NOISES, ROUNDS
+from harmonica.search.refine_router import default_budget
 from harmonica.training.checkpoint import trainable_steps
 from harmonica.values import require
 
@@ -81,12 +80,12 @@ class DryRun:
 
 def dry_run(
     denoiser: Denoiser, *, iterations: int = 20_000, batch_size: int = 32, refresh_every: int = 25,
-    proxy: Proxy | None = "leave-one-out", target: bool = False, refine: int | None = None,
+    proxy: Proxy | None = "leave-one-out", target: bool = False, budget: int | None = None,
 ) -> DryRun:  # fmt: skip
     """Count what `train_sdt` with these settings takes; only shapes matter.
 
-    With a `target` it ends with a search, unless refine is 0. Raises ValueError if the denoiser is
-    not on the meta device.
+    With a `target` it ends with a search, unless the budget is 0. Raises ValueError if the denoiser
+    is not on the meta device.
     """
     start = denoiser.draw(batch_size, torch.Generator().manual_seed(0))
     place, how = start[0].device, 'load(name, weights="random", device="meta")'
@@ -102,11 +101,10 @@ def dry_run(
         memory["lambda"] = _lambda(denoiser, start)
         proxies = -(-walks // refresh_every) * T * (T + 1) // 2
         predictions, macs = predictions + proxies, macs + proxies * plain
-    if target and refine != 0:
+    if target and budget != 0:
         memory["search"] = _search(denoiser)
-        whole = NOISES * ROUNDS * int(WALKS_PER_ROUND * T) // batch_size
-        budget = whole if refine is None else refine
-        predictions, macs = predictions + budget, macs + budget * plain
+        batches = (default_budget(T) if budget is None else budget) // batch_size
+        predictions, macs = predictions + batches, macs + batches * plain
     return DryRun(predictions, macs, weights, memory, batch_size)
 
 

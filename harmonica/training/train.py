@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -12,14 +13,15 @@ from harmonica.cost import Macs, macs
 from harmonica.denoise import Denoiser
 from harmonica.iepo import Proxy
 from harmonica.memory import is_out_of_memory
-from harmonica.processes import local_part, mean_over_ranks, progress_bar, world
+from harmonica.processes import local_part, mean_over_ranks, progress_bar, rank, world
 from harmonica.router import Router
 from harmonica.sdt import BETA, sdt
 from harmonica.search.references import Toward, finer_walk
 from harmonica.search.refine_router import refine_router
 from harmonica.search.target import check_target, target_of
+from harmonica.storage.files import exclusive_lock
 from harmonica.training.checkpoint import Checkpoint, TrainingState, start
-from harmonica.values import StrPath, number, whole
+from harmonica.values import LARGEST, StrPath, number, require, whole
 
 
 @torch.inference_mode(False)  # and gradients on, whatever the caller's are
@@ -28,7 +30,7 @@ def train_sdt(  # noqa: D417 (some arguments are described together)
     tau: float = 0.1, beta: float = BETA, lr: float = 0.01, refresh_every: int = 25,
     proxy: Proxy | None = "leave-one-out",
     target_speedup: float | None = None, target_cur: float | None = None, cost: Macs | None = None,
-    refine: int | None = None, order: int = 0, toward: Toward = "uncached",
+    budget: int | None = None, order: int = 0, toward: Toward = "uncached",
     generator: torch.Generator | None = None, progress: bool = True,
     checkpoint: StrPath | None = None, checkpoint_every: int = 500, resume: bool = False,
 ) -> Router:  # fmt: skip
@@ -39,40 +41,43 @@ def train_sdt(  # noqa: D417 (some arguments are described together)
         iterations, batch_size: updates in all; noises in a walk, of all processes together.
         tau, beta, lr, refresh_every, proxy: as in `sdt`; leave beta out with a target.
         target_speedup, target_cur: to end on or just above; a speedup counts `cost`, or MACs.
-        refine, order, toward: of the search: predictions of a batch, order of its gate, its aim.
+        budget, order, toward: of the search (`refine_router`); its aim.
         generator: draws the router, the noise and the conditions; seed 0 if None.
         checkpoint, checkpoint_every, resume: a file to go on from, bit for bit (`Checkpoint`).
 
     Raises TypeError or ValueError if an argument does not fit, OSError if `checkpoint` does not.
     """
     target = target_of(denoiser, target_speedup, target_cur, cost)
+    settings: dict[str, Any] = {"proxy": proxy, "tau": number("tau", tau, 0, 1)}
+    settings |= {"lr": number("lr", lr, 0), "beta": number("beta", beta, 0)}
+    settings |= {"batch_size": whole("batch_size", batch_size, 1, LARGEST)}
+    settings |= {"refresh_every": whole("refresh_every", refresh_every)}
+    require(settings["lr"] > 0, "lr is 0; expected a number above 0")
     price = None if beta == BETA else beta
-    check_target(None if target is None else target.speedup, price, order, toward, refine)
+    check_target(None if target is None else target.speedup, price, order, toward, budget)
     finer = finer_walk(denoiser) if toward == "reference" else denoiser
-    how = {"tau": number("tau", tau, 0, 1), "beta": number("beta", beta, 0), "proxy": proxy}
-    how |= {"refresh_every": whole("refresh_every", refresh_every)}
-    state = start(denoiser, batch_size, lr, how, target, generator)
+    state = start(denoiser, settings, target, generator)
     saved = Checkpoint(checkpoint, checkpoint_every, denoiser)
-    with saved.begin(state, iterations, resume=resume):
-        _train(denoiser, state, saved, iterations, batch_size, how, progress)
+    alone = exclusive_lock(checkpoint) if checkpoint is not None and rank() == 0 else nullcontext()
+    with alone, saved.begin(state, iterations, resume=resume):
+        _train(denoiser, state, saved, iterations, progress)
         if target is not None:
-            search = partial(refine_router, denoiser, state.router, target, batch_size=batch_size)
-            _refine(partial(search, tau=tau, order=order, finer=finer, progress=progress), refine)
+            search = partial(refine_router, denoiser, state.router, target, tau=tau, order=order)
+            _refine(partial(search, finer=finer, progress=progress), budget)
             saved.write()
     return state.router
 
 
 def _train(
-    denoiser: Denoiser, state: TrainingState, saved: Checkpoint, iterations: int, batch_size: int,
-    how: dict[str, Any], progress: bool,
-) -> None:  # fmt: skip
+    denoiser: Denoiser, state: TrainingState, saved: Checkpoint, iterations: int, progress: bool
+) -> None:
     """Draw, update, steer, show, save, a walk at a time."""
     bar = progress_bar(progress, total=iterations, initial=state.updates, unit="update")
-    control, router = state.controller, state.router
-    how = {**how, "optimizer": state.optimizer, "lam": state.lam, "mean": mean_over_ranks}
-    if control is not None:
-        how["beta"] = control.beta
-    cost = None if bar.disable else macs(denoiser)
+    control, router, settings = state.controller, state.router, state.settings
+    how: dict[str, Any] = {name: settings[name] for name in ("tau", "refresh_every", "proxy")}
+    how["beta"] = settings["beta"] if control is None else control.beta
+    how |= {"optimizer": state.optimizer, "lam": state.lam, "mean": mean_over_ranks}
+    batch_size, cost = settings["batch_size"], None if bar.disable else macs(denoiser)
     while state.updates < iterations:
         noise = [local_part(denoiser.draw(batch_size, state.generator), batch_size)]
         updates = sdt(denoiser, router, noise, walk=state.walk, **how)
@@ -82,7 +87,7 @@ def _train(
                 control.after(router, update)
             bar.update()
         if cost is not None:
-            faster = router.schedule(how["tau"]).speedup(cost)
+            faster = router.schedule(settings["tau"]).speedup(cost)
             bar.set_postfix_str(f"loss {update.loss:.1e}, CUR {update.cur:.0%}, {faster:.2f}x")
         if update.k == denoiser.steps - 1:
             saved.note(state)

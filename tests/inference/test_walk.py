@@ -138,7 +138,7 @@ def test_milliseconds_are_the_sites_own_and_the_rest_is_what_no_schedule_saves(m
 def test_a_table_lands_on_a_target_in_milliseconds_of_something():
     d = make(dtype=torch.float32)
     cost = Macs(torch.tensor([1.0, 5.0, 1.0, 1.0], dtype=torch.float64), 2.0)
-    how = {"iterations": 12, "batch_size": 2, "lr": 0.2, "refine": 0, "progress": False}
+    how = {"iterations": 12, "batch_size": 2, "lr": 0.2, "budget": 0, "progress": False}
     schedule = train_sdt(d, target_speedup=1.5, cost=cost, **how).schedule(0.1)
     assert schedule.speedup(cost) >= 1.5
     for bad in ({"batch_size": 0}, {"repeats": 0}):

@@ -112,7 +112,7 @@ def test_it_trains_and_finds_whole_steps_and_refines(name, monkeypatch):
     _, d = denoiser_of(name, steps=3)
     x, cond = start(d, 1, 0)
     assert dynamic_programming(d, x, cond, speedup=1.2).speedup(macs(d)) >= 1.2
-    how = {"iterations": 3, "batch_size": 1, "refine": 200, "progress": False}
+    how = {"iterations": 3, "batch_size": 1, "budget": 200, "progress": False}
     router = train_sdt(d, target_speedup=1.2, **how)
     assert router.schedule().speedup(macs(d)) >= 1.2
 

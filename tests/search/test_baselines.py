@@ -112,8 +112,8 @@ def test_a_target_of_fora_spreads_its_steps_evenly(steps, data):
 
 
 def test_settings_that_a_method_cannot_use_are_refused_by_name(small):
-    for n in (0, 0.5, -2, math.inf, math.nan):
-        with refused("n is .*; it must be 1"):
+    for n in (0, 0.5, -2, math.inf, math.nan, True, "2"):
+        with refused("n is .*; expected a number, 1 or more"):
             every(small, n)
     for both in ({}, {"n": 1, "speedup": 1.0}):
         with refused("n is .* and speedup .*; give one of the two"):

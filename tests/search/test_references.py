@@ -50,23 +50,35 @@ def test_an_interrupted_pool_is_continued_and_a_file_of_others_refused(tmp_path,
 
     with pytest.raises(KeyboardInterrupt):
         references(d, noises=12, factor=2, path=path, progress=stop)
-    assert len(read_tensors(path)[0]["images"]) == 8
+    half = read_tensors(path)
+    assert len(half[0]["images"]) == 8
     for _ in range(2):
         again = references(d, noises=12, factor=2, path=path, progress=lambda *a: calls.append(a))
         assert torch.equal(again.images, whole.images)
     assert calls == [(4, 12), (8, 12), (12, 12)]
-    with refused(r"no references of 12 steps \(found 8 steps\)"):
-        references(d, noises=12, factor=3, path=path)
-    for other in ({"noises": 11}, {"generator": seeded(1), "noises": 12}):
-        with refused("holds other noises or no images; name another"):
-            references(d, factor=2, path=path, **other)
-    for tensors, facts, message in (
-        ({"logits": torch.zeros(1)}, {}, "found unknown steps"),
-        ({"x": whole.x, "images": whole.images / 0}, {"steps": 8}, "holds .* no images"),
-        ({"x": whole.x, "images": whole.images.long()}, {"steps": 8}, "holds .* no images"),
-    ):
-        write_tensors(path, tensors, facts)
+    of_labels = make()
+    of_labels.draw = lambda *how: (lambda x, y: (x, (y + 1) % 3))(*make().draw(*how))
+    for message, other in {
+        "reference_steps 8 -> 12": {"factor": 3},
+        "noises .* -> ": {"noises": 11},
+        "noises .* -> .*": {"generator": seeded(1)},
+        r"something else \(guidance 1.5 -> 4.0\); name another": {"denoiser": make(guidance=4.0)},
+        "sampler ddim -> dpm-solver": {
+            "denoiser": harmonica.load("tiny", steps=4, sampler="dpm-solver++")
+        },
+        "steps 4 -> 8": {"denoiser": make(8), "factor": 1},
+        r"\(weights ": {"denoiser": make(seed=1)},
+        r"\(conditions ": {"denoiser": of_labels},
+    }.items():
         with refused(message):
+            references(**{"denoiser": d, "noises": 12, "factor": 2, "path": path, **other})
+    for images in (whole.images / 0, whole.images.long(), whole.images[:, :1], torch.ones(())):
+        write_tensors(path, {"images": images}, half[1])
+        with refused("holds images .* expected finite ones for 12 noises at most"):
+            references(d, noises=12, factor=2, path=path)
+    for facts in ({}, {"references": 8}):
+        write_tensors(path, half[0], facts)
+        with refused("holds no references; name another file"):
             references(d, noises=12, factor=2, path=path)
 
 
@@ -92,13 +104,30 @@ def test_a_sampler_that_draws_noise_is_compared_with_its_uncached_walk_one_image
     with pytest.warns(UserWarning, match=message):
         pool = references(d, noises=2)
     assert torch.equal(pool.images, sample(d, pool.x, pool.cond))
-    x, y = torch.zeros(2, 1, 2, 2), torch.zeros(2)
-    for message, wrong in {
-        "one image for each noise, and at least one": (x, y, x[:1]),
-        "x is torch.int64; expected floating-point": (x.long(), y, x),
-    }.items():
-        with refused(message):
-            Pool(*wrong)
+
+
+X, Y = torch.zeros(2, 1, 2, 2), torch.zeros(2)
+NO_POOLS = {
+    "one image for each noise, and at least one": [(X, Y, X[:1]), (X[:0], Y[:0], X[:0]), (Y, Y, X)],
+    "x is torch.int64; expected floating-point": [(X.long(), Y, X)],
+    "images is torch.bool; expected floating-point": [(X, Y, X > 0)],
+    r"x is \(2, 1, 2, 2\) on cpu and images are .* on meta": [(X, Y, X.to("meta"))],
+    r"x is \(\) on": [(torch.zeros(()), Y, torch.zeros(()))],
+    r"cond holds a tensor of shape \(1,\); expected tensors of 2 rows": [
+        (X, cond, X) for cond in (Y[:1], [Y, Y[:1]], (Y, None, Y[:1]), {"y": Y, "z": {"w": Y[:1]}})
+    ],
+    r"cond holds a tensor of shape \(\)": [(X, torch.zeros(()), X)],
+    "cond holds a (str|list); expected": [(X, cond, X) for cond in ("cat", ["a", "b"], [1, 2])],
+}
+
+
+def test_a_pool_has_one_image_and_one_row_of_each_condition_for_each_noise():
+    for message, several in NO_POOLS.items():
+        for wrong in several:
+            with refused(message):
+                Pool(*wrong)
+    shared = Pool(X, {"y": (Y, None), "guidance": 2.0, "size": (8, 8)}, X)
+    assert len(shared[slice(1)].cond["y"][0]) == 1
 
 
 def test_portions_halve_where_memory_runs_out_and_other_errors_pass():

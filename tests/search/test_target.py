@@ -15,8 +15,8 @@ from harmonica.sdt import Update
 from harmonica.search.learn import learn_weights
 from harmonica.search.paths import whole_steps
 from harmonica.search.references import pool_errors, references, typical_error, with_images
-from harmonica.search.refine import FEW, PAIRS, WALKS_PER_ROUND, Search, refine
-from harmonica.search.refine_router import NOISES, ROUNDS, refine_router
+from harmonica.search.refine import FEW, PAIRS, Search, refine
+from harmonica.search.refine_router import default_budget, refine_router
 from harmonica.search.target import Target, target_of
 from harmonica.training.beta import BetaController
 
@@ -36,7 +36,7 @@ def single():
 def test_a_trained_table_is_on_target_and_one_entry_more_would_not_be(speedup):
     d = single()
     cost = macs(d)
-    schedule = router_of(d, target_speedup=speedup, refine=0).schedule(0.1)
+    schedule = router_of(d, target_speedup=speedup, budget=0).schedule(0.1)
     target = Target(speedup, cost, d.steps)
     spent = float((schedule.compute * cost.sites).sum())
     assert schedule.speedup(cost) >= speedup * (1 - 1e-9)
@@ -44,7 +44,7 @@ def test_a_trained_table_is_on_target_and_one_entry_more_would_not_be(speedup):
 
 
 def test_a_cur_is_landed_on_and_without_a_target_beta_stays_as_it_is_given():
-    assert router_of(single(), target_cur=0.5, refine=0).schedule(0.1).cur == 0.5
+    assert router_of(single(), target_cur=0.5, budget=0).schedule(0.1).cur == 0.5
     assert target_of(single(), None, None, None) is None
     assert router_of(single(), 3, beta=0.0).about["provenance"]["beta"] == 0.0
 
@@ -54,7 +54,7 @@ def test_a_target_out_of_reach_is_refused_with_the_maximum_before_training():
     most = Schedule([[True] * 4, *[[False] * 4] * 3]).speedup(macs(d))
     with refused(f"maximum here is {most:.4g}"):
         router_of(d, iterations=10**9, target_speedup=100.0)
-    assert router_of(d, 3, target_speedup=most, refine=0).schedule(0.1).cur == 0.75
+    assert router_of(d, 3, target_speedup=most, budget=0).schedule(0.1).cur == 0.75
 
 
 CONTRADICT = [{"target_speedup": 1.5, "target_cur": 0.5}, {"target_speedup": 1.5, "beta": 1e-7}]
@@ -172,23 +172,62 @@ def test_a_larger_budget_judges_on_more_noises(monkeypatch):
         return iter(())
 
     monkeypatch.setattr("harmonica.search.refine_router.refine", watched)
-    one = ROUNDS * WALKS_PER_ROUND * 4
-    for budget in (None, 10, NOISES * one / 16, 2 * NOISES * one / 16):
+    usual = default_budget(4)
+    for budget in (None, 10, usual, 2 * usual):
         router = Router(4, d.sites, generator=seeded(0))
-        refine_router(d, router, Target(1.6, macs(d), 4), batch_size=16, budget=budget)
+        refine_router(d, router, Target(1.6, macs(d), 4), budget=budget)
     assert seen == [(128, 64), (128, 64), (128, 64), (256, 128)]
 
 
-@pytest.mark.parametrize("budget", [0, 50, 4000])
+@pytest.mark.parametrize("budget", [0, 800, 64000])
 def test_refining_stays_within_its_budget_and_says_what_it_spent(budget):
     d = make()
     router = Router(4, d.sites, generator=seeded(0))
-    refine_router(d, router, Target(1.6, macs(d), 4), batch_size=16, budget=budget)
-    judging = 8 * (4 + 8 + 6 + 5 * 4)  # targets, reuse errors and five starts, of 128 noises
-    assert router.about["provenance"]["refined_for"] <= max(budget, judging if budget else 0)
+    refine_router(d, router, Target(1.6, macs(d), 4), budget=budget)
+    judging = 128 * (4 + 8 + 6 + 5 * 4)  # targets, reuse errors and five starts
+    assert router.about["provenance"]["search_predictions"] <= max(budget, judging if budget else 0)
     assert router.schedule(0.1).speedup(macs(d)) >= 1.6
-    with refused("tau is 0"):
-        refine_router(d, router, Target(1.5, macs(d), 4), tau=0.0)
+    target, before = Target(1.5, macs(d), 4), router.logits
+    for message, wrong in {
+        "tau is 0": {"tau": 0.0},
+        "tau is 1": {"tau": 1},
+        "tau is 'a'": {"tau": "a"},
+        "budget is -1; expected a whole": {"budget": -1},
+        "budget is True": {"budget": True},
+        "order is 10": {"order": 10},
+        "router is a Schedule": {"router": router.schedule()},
+        "this schedule has 5 steps": {"router": Router(5, d.sites)},
+        "target is a float": {"target": 1.5},
+        "counts 4 steps and 3 sites, and the denoiser has 4 and 4": {
+            "target": Target(1.1, Macs(torch.ones(3), 0.0), 4)
+        },
+        "counts 5 steps": {"target": Target(1.1, macs(d), 5)},
+        "NoneType is no Denoiser": {"denoiser": None},
+    }.items():
+        with pytest.raises((ValueError, TypeError), match=message):
+            refine_router(
+                **{"denoiser": d, "router": router, "target": target, "budget": 0} | wrong
+            )
+    assert torch.equal(router.logits, before)
+
+
+def test_a_target_that_no_table_can_have_is_refused_by_name():
+    for message, (speedup, cost, steps) in {
+        "target speedup is None": (None, COST, 4),
+        "target speedup is nan": (math.nan, COST, 4),
+        "target speedup is True": (True, COST, 4),
+        "steps is 0": (1.0, COST, 0),
+        "steps is 4.0": (1.0, COST, 4.0),
+        "cost is a Tensor": (1.0, torch.ones(4), 4),
+        "the maximum here is 3.25": (3.3, COST, 4),
+    }.items():
+        with pytest.raises((ValueError, TypeError), match=message):
+            Target(speedup, cost, steps)
+    for sites in (torch.zeros(2), [-1.0, 1.0], [[1.0]], [math.inf], "ab", torch.ones(2).cfloat()):
+        with refused("sites is .*(expected one for each site|no tensor)"):
+            Macs(sites, 1.0)
+    with refused("counts 4 steps and 3 sites"):
+        router_of(single(), 3, target_speedup=1.2, cost=Macs(torch.ones(3), 0.0))
 
 
 REFUSED = {
@@ -202,7 +241,7 @@ REFUSED = {
 @pytest.mark.usefixtures("few_noises")
 def test_the_commands_land_on_a_target_and_refuse_one_with_a_beta(tmp_path, capsys):
     size = f"--steps 3 --iterations 4 --out {tmp_path}/"
-    for out, options in (("a", "--refine 0"), ("b", "--refine 100")):
+    for out, options in (("a", "--budget 0"), ("b", "--budget 200")):
         options = f"{size}{out} --batch-size 2 --target 1.5 {options}"
         assert said(train, options, capsys)[0] == 0
         schedule = Schedule.load(tmp_path / out / "schedule.json")

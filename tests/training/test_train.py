@@ -16,7 +16,7 @@ from harmonica.samplers import DDIM
 from harmonica.sdt import BETA
 from harmonica.search.flip_effects import flip_effects_at
 from harmonica.search.references import pool_errors, with_images
-from harmonica.storage.files import read_tensors, write_tensors
+from harmonica.storage.files import exclusive_lock, read_tensors, write_tensors
 from harmonica.training.checkpoint import Checkpoint
 from harmonica.training.dry_run import DryRun, dry_run, metered
 
@@ -84,11 +84,19 @@ def test_a_checkpoint_is_not_overwritten_and_only_continued_by_the_same_run(tmp_
     again = lambda d=d, **more: router_of(d, 6, checkpoint=path, resume=True, **more)  # noqa: E731
     with pytest.raises(FileNotFoundError, match="no such file"):
         again()
-    with pytest.raises(FileNotFoundError, match="the checkpoint to resume"):
+    with refused("resume is True without a checkpoint; name the file"):
         router_of(d, 3, resume=True)
+    with pytest.raises(FileExistsError, match="is a folder; name a file in it"):
+        router_of(d, 3, checkpoint=tmp_path)
+    with (
+        exclusive_lock(path),
+        pytest.raises(BlockingIOError, match="c is being written to by anot"),
+    ):
+        router_of(d, 3, checkpoint=path)
     router_of(d, 3, checkpoint=path)
     with pytest.raises(FileExistsError, match="resume=True continues it"):
         router_of(d, 3, checkpoint=path)
+    assert list(tmp_path.iterdir()) == [path]  # no lock is left, and no half-written file
     with refused(r"trained with other settings \(weights"):
         again(single(seed=1))
     with refused(r"other settings \(beta 0.0001 -> 0.1\)"):
@@ -110,7 +118,7 @@ def test_a_checkpoint_is_not_overwritten_and_only_continued_by_the_same_run(tmp_
 def test_settings_that_make_no_sense_are_refused_before_training():
     counts, nan = (0, -1, True, 2.0, "2", None, math.inf), math.nan
     counted = ("iterations", "batch_size", "checkpoint_every", "refresh_every")
-    wrong = {"tau": (1, nan, "0.1"), "beta": (-1, nan, math.inf, "1", None), "refine": (-1, "2")}
+    wrong = {"tau": (1, nan, "0.1"), "beta": (-1, nan, math.inf, "1", None), "budget": (-1, "2")}
     wrong |= {"order": (-1, True, 1.0, None), "target_cur": (1, nan, "0.5")}
     wrong |= {"lr": (0, -1, nan, True), "target_speedup": (0, nan, math.inf, True, "2")}
     for option, values in (wrong | dict.fromkeys(counted, counts)).items():
@@ -196,13 +204,13 @@ def test_provenance_counts_the_updates_that_were_made(tmp_path, small):
     assert (told.model, told.sampler, told.guidance, told.threshold) == ("small", "ddim", 1.5, 0.2)
     assert (told.timesteps, told.provenance["iterations"]) == (small.sampler.timesteps, 6)
     assert torch.equal(Router.load(path).logits, router.logits)
-    with pytest.raises(FileNotFoundError, match="no such folder; make it first"):
+    with pytest.raises(FileNotFoundError, match="no such folder; make it for r"):
         train_sdt(small, iterations=3, checkpoint=tmp_path / "no" / "r.safetensors", **how)
 
 
 def test_a_search_without_memory_leaves_a_table_on_target_and_can_go_on(tmp_path, monkeypatch):
     no_room = raising(torch.OutOfMemoryError("no room"))
-    how = {"target_speedup": 1.2, "beta": BETA, "refine": 8000, "checkpoint": tmp_path / "router"}
+    how = {"target_speedup": 1.2, "beta": BETA, "budget": 16000, "checkpoint": tmp_path / "router"}
     with monkeypatch.context() as patched:
         patched.setattr("harmonica.search.refine.flip_effects_at", no_room)
         with pytest.warns(UserWarning, match="the router is on its target.*resume"):
@@ -272,10 +280,10 @@ def test_it_counts_predictions_and_the_multiply_accumulates_of_them_and_of_backw
 def test_a_search_is_counted_only_for_a_target_and_what_does_not_fit_is_said(small):
     d = on_meta(make(3, 1, dtype=torch.float32))
     assert set(dry_run(d).memory) == {"update", "lambda"}
-    with_search = dry_run(d, target=True, refine=100)
-    assert with_search.predictions == dry_run(d).predictions + 100
+    with_search = dry_run(d, target=True, budget=200)
+    assert with_search.predictions == dry_run(d).predictions + 200 // 32
     assert with_search.memory["search"] > with_search.weights
-    assert "search" not in dry_run(d, target=True, refine=0).memory
+    assert "search" not in dry_run(d, target=True, budget=0).memory
     with refused("the denoiser is on cpu; a dry run takes one on the meta"):
         dry_run(small)
     plan = DryRun(1, 1e15, 2 * GIB, {"update": 34 * GIB, "lambda": 10 * GIB}, 32)

@@ -107,7 +107,7 @@ def _trained(
     _check_budget(budget, 3 * batch, denoiser.steps)
     how: dict[str, Any] = {"target_speedup": target.speedup, "cost": target.cost, "order": order}
     how |= {"iterations": budget // (3 * batch), "batch_size": batch, "progress": progress}
-    return train_sdt(denoiser, refine=0, **how).schedule()
+    return train_sdt(denoiser, budget=0, **how).schedule()
 
 
 def _searched(
