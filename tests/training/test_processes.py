@@ -155,7 +155,7 @@ def test_a_condition_that_cannot_be_shared_out_is_refused(monkeypatch):
     monkeypatch.setattr(distributed, "world", lambda: 2)
     monkeypatch.setattr(distributed, "rank", lambda: 1)
     assert local_part((torch.arange(4), None, 0.5), 4)[1:] == (None, 0.5)
-    with refused("found a str in a joint batch of 4"):
+    with refused("processes share holds a list; expected tensors of 4 rows"):
         local_part((torch.arange(4), ["a", "b", "c", "d"]), 4)
 
 
@@ -164,7 +164,7 @@ def test_what_one_rank_finds_or_fails_at_stops_all(both):
     for _, facts in both:
         uneven = "ValueError: batch_size is 3 for 2 processes in all; make it a multiple of 2"
         assert (facts["uneven"], facts["heard"]) == (uneven, "from 0")
-        assert "a tensor of shape (1, 4) in a joint batch of 4" in facts["joint"]
+        assert "holds a tensor of shape (1, 4); expected tensors of 4 rows" in facts["joint"]
         assert facts["broken"].startswith("FloatingPointError: the loss of step 1 is nan")
         assert facts["told"].startswith("ValueError: invalid literal for int")
 
