@@ -64,11 +64,14 @@ def check_rows(name: str, tree: Any, rows: int) -> None:
     """Raise ValueError unless each tensor of a tree has so many rows, and what is no tensor is None
     or a number that all rows share.
     """
-    plain = lambda part: isinstance(part, list) and not any(isinstance(e, Tensor) for e in part)  # noqa: E731
+
+    def plain(part: Any) -> bool:  # a list without tensors is no condition that can be cut
+        return isinstance(part, list) and not any(isinstance(each, Tensor) for each in part)
+
     for leaf in tree_leaves(tree, is_leaf=plain):
-        shape = tuple(leaf.shape) if isinstance(leaf, Tensor) else None
-        kind = type(leaf).__name__ if shape is None else f"tensor of shape {shape}"
-        fit = shape[:1] == (rows,) if shape is not None else isinstance(leaf, int | float | None)
+        kind, fit = type(leaf).__name__, isinstance(leaf, int | float | None)
+        if isinstance(leaf, Tensor):
+            kind, fit = f"tensor of shape {tuple(leaf.shape)}", leaf.shape[:1] == (rows,)
         todo = f"expected tensors of {rows} rows, one for each noise, or numbers that all share"
         require(fit, f"{name} holds a {kind}; {todo}")
 
