@@ -30,7 +30,7 @@ FOR_ALL = [
     ("--dtype float8", "invalid choice: 'float8'"),
     ("--device teapot", "device teapot: "),
     ("--device meta", "device meta: "),
-    ("--device cuda:99", "device cuda:99: "),
+    ("--device cuda:99", "--device cuda:99: "),
     ("--weights no_such.pt", "no_such.pt: no such file"),
     ("--prompts no.txt --model pixart-alpha-256 --weights random", "no.txt: no such file"),
     ("--out /dev/null/here", "Not a directory"),

@@ -272,16 +272,6 @@ def test_latents_decoded_a_few_at_a_time_are_those_of_one_at_a_time(dtype, tmp_p
     torch.testing.assert_close(images, alone, atol=0.05 if half else 1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("place", ["cuda", "cuda:7", "gpu"])
-@pytest.mark.parametrize("name", ["train", "demo", "image_sets"])
-def test_a_missing_device_is_one_line_and_exit_code_2(name, place, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert command(name, place, tmp_path / "out") == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert f"--device {place}" in said
-
-
 def test_whatever_is_reduced_over_processes_lies_on_the_device(monkeypatch, device):
     """Two processes that have drawn the same: a sum is twice what one has."""
     reduced = []
