@@ -106,8 +106,8 @@ def _update(
 
     Other rows have no gradient and keep still, momentum included; all are clamped. The model must
     still be gated: under activation checkpointing, backward runs its blocks again. In half
-    precision the gradient λ·2Δ / elements could round to zero. So the loss is multiplied by
-    elements / λ, to a power of two, and the gradient is divided by it.
+    precision the gradient λ·2(out − target) / elements could round to zero. So the loss is
+    multiplied by a power of two near elements / λ, and the gradient is divided by it.
     """
     loss, error = mean(torch.stack(losses).detach()).tolist()
     if not math.isfinite(loss):  # on all processes

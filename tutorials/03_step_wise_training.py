@@ -292,7 +292,7 @@ for name, some in tables.items():
 #
 # Two cautions. On DiT-XL/2 the paper finds step-wise training ahead of Learning-to-Cache, and a model of 0.63 million weights
 # cannot refute that. And the distance to the image without a cache is only one measure. By the distance of a whole set of
-# images to real ones, as in the paper, the learned tables are about as good as no cache at all (`docs/results.md`).
+# images to real ones, as in the paper, the learned tables are nearer than no cache at 1.4× (`docs/results.md`).
 #
 # ## Exercises
 #

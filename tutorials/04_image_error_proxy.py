@@ -125,7 +125,7 @@ for k in range(1, T):
 #
 # ## The ablation, in miniature
 #
-# We train one router for each loss, from the same scores and on the same 20 noises. λ depends on the table, and training
+# We train one router for each loss, from the same scores and on the same 20 batches. λ depends on the table, and training
 # changes the table, so `sdt` measures λ again every `refresh_every` walks (here 5). β is the price of a site in units of
 # the loss, so each loss needs its own β. These were chosen to end at about the same speed.
 

@@ -259,10 +259,10 @@ for name, tables in {**bench, "the table above": judge([schedule])}.items():
     print(f"{name:23}", row)
 
 # %% [markdown]
-# Up to 2× only refined tables are on the front. At each speed the error of the better one is a fifth or less of the
+# Up to 2× only refined tables are on the front. At each speed the error of the better one is below a fifth of the
 # best other method's. Which of the two is better depends on the speed: with forecasts a skipped branch does not repeat
-# its last output but continues it by one difference (`harmonica/forecast.py`). Here that has the lower error at 1.2× and
-# 2×, the higher one at 1.5×. The search does not find the best table, only one that no tried change made better.
+# its last output but continues it by one difference (`harmonica/forecast.py`). Here that has the lower error at 1.2×, and
+# also at 1.7×, where plain reuse stops at 1.5×; at 2× it has the higher one. The search does not find the best table, only one that no tried change made better.
 #
 # SDT alone is about as good as dynamic programming. It judges a step by that step's output, and never sees what
 # computing now saves later. The search sees that, because it judges whole walks. It may also give each branch a rhythm

@@ -51,15 +51,16 @@ axes.set(xlabel="steps, nothing cached", ylabel="distance to the reference")
 figure
 
 # %% [markdown]
-# Twice the steps end about four times nearer. So the uncached walk of 20 steps is itself an approximation. A cache
+# Twice the steps end four to six times nearer (these are 64 noises; 1000 give 9.0e-3 and 2.4e-3). So the uncached walk of 20 steps is itself an approximation. A cache
 # adds an error of its own, but that error need not point away from the reference.
 #
 # ## Two questions, two rankings
 #
-# Here are four ways to pay about half. FORA computes every second step. Dynamic programming chooses the steps that
-# are computed. *Order 1* continues the last output by its change since the output before: at the step after a computed
-# one, h₁ + (h₁ − h₂) = 2·h₁ − h₂, where hⱼ is the j-th last computed output. Or one can take 10 steps. **How far does
-# each end from the uncached image, and how far from the reference?**
+# Here are four ways to pay about half. FORA computes every second step (1.93×). Dynamic programming chooses the nine
+# steps that are computed (2.13×). *Order 1* continues the last output by its change since the output before: at the
+# step after a computed one, h₁ + (h₁ − h₂) / d, where hⱼ is the j-th last computed output and d the number of steps
+# between the two. Or one can take 10 steps (2.00×). **How far does each end from the uncached image, and how far from
+# the reference?**
 
 # %%
 few = denoiser.draw(32, torch.Generator().manual_seed(0))

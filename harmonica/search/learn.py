@@ -68,7 +68,7 @@ def learn_weights(  # noqa: D417 (a denoiser is a denoiser)
         schedule: whose table stays as it is.
         pool: noises and targets (`references`); one in VALIDATION_SHARE is for validation.
         history: m, past outputs that a gate may read; memory grows with it.
-        iterations, batch_size: updates, and noises in each; small ones do more for their price.
+        iterations, batch_size: updates, and noises in each; small batches do more for their price.
         generator: shuffles the pool; one with a seed of its own if None.
 
     Raises ValueError if a number is out of range, the pool has fewer than two noises, or the
@@ -107,7 +107,8 @@ def learn_in_turn(  # noqa: D417 (some arguments are described together)
 
     Args:
         denoiser, pool, iterations, batch_size, generator: as in `learn_weights`.
-        schedule, target: with or without weights; the speedup that it has and must have.
+        schedule: with or without weights, as fast as the target or faster.
+        target: the speedup to keep.
         turns: at most so many times the table is searched and the weights learned again.
 
     Raises ValueError if a number is out of range, or the schedule is slower than the target.

@@ -35,13 +35,15 @@ def train_sdt(  # noqa: D417 (some arguments are described together)
     checkpoint: StrPath | None = None, checkpoint_every: int = 500, resume: bool = False,
 ) -> Router:  # fmt: skip
     """Train a router from noise alone. With a target, which is beyond the paper, β is chosen, and
-    the table searched afterwards. Of the authors' defaults, β is for T = 10, refresh_every for 20.
+    the table searched afterwards. The default β is the authors' for T = 10, where refresh_every
+    should be 55.
 
     Args:
         iterations, batch_size: updates in all; noises in a walk, of all processes together.
         tau, beta, lr, refresh_every, proxy: as in `sdt`; leave beta out with a target.
         target_speedup, target_cur: to end on or just above; a speedup counts `cost`, or MACs.
-        budget, order, toward: of the search (`refine_router`); its aim.
+        budget, order: of the search (`refine_router`); a budget of 0 leaves it out.
+        toward: its aim, the image of "uncached" or of the "reference", a walk of ten times T steps.
         generator: draws the router, the noise and the conditions; seed 0 if None.
         checkpoint, checkpoint_every, resume: a file to go on from, bit for bit (`Checkpoint`).
 

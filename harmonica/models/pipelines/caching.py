@@ -48,7 +48,7 @@ def cached(
             are understood (`harmonica.site_names`).
         sites: cacheable modules by name; None finds them (`harmonica.models.sites`).
         otherwise: what to do at timesteps that no schedule is for.
-        offload: keep features in pinned host memory; exact, at two copies for each feature.
+        offload: keep features in pinned host memory; exact, each is copied there and back.
 
     Yields a `Session`: `print(session)` says what was reused, `session.report()` in numbers. Raises
     TypeError if pipe has no transformer or scheduler, or a compiled transformer; ValueError if it
