@@ -100,9 +100,7 @@ def check_fit(schedule: Schedule, denoiser: Denoiser) -> None:
 
 
 def sample(denoiser: Denoiser, x: Tensor, cond: Any, schedule: Schedule | None = None) -> Tensor:
-    """Return the image x₀ that noise x becomes, both (B, C, H, W), under a schedule or with the
-    plain model; raise ValueError if the schedule does not fit.
-    """
+    """Return the image x₀ of noise x, both (B, C, H, W), under a schedule or the plain model."""
     if schedule is None:
         return final_image(denoise(denoiser, x, cond))
     check_fit(schedule, denoiser)

@@ -76,11 +76,8 @@ def learn_weights(  # noqa: D417 (a denoiser is a denoiser)
     """
     require_denoiser(denoiser)
     validation, training = held_back(pool)
-    history, iterations = (
-        whole("history", history, 1, 11),
-        whole("iterations", iterations, 1, LARGEST),
-    )
-    batch_size, generator = whole("batch_size", batch_size), seeded(generator)
+    history, batch_size = whole("history", history, 1, 11), whole("batch_size", batch_size)
+    iterations, generator = whole("iterations", iterations, 1, LARGEST), seeded(generator)
     check_fit(schedule, denoiser)
     best, errors = _best_start(denoiser, schedule, validation, history)
     limit, lowest = CAP * float(errors.median()), _finite(float(typical_error(errors)))
@@ -153,9 +150,7 @@ def _learn(
     denoiser: Denoiser, start: Schedule, pool: Pool, history: int, batches: Sequence[Tensor],
     limit: float,
 ) -> Iterator[Tensor]:  # fmt: skip
-    """Yield the weights after each round over the pool, and after the last update. Noises whose
-    error is above `limit` count less.
-    """
+    """Yield the weights after each round and at the end; noises above `limit` count less."""
     weights, mask = _trainable(start, history, pool.x)
     optimizer, table = Adam([weights], betas=(0.9, 0.99)), start.compute.tolist()
     portion, run = room_for(denoiser, pool.x, pool.cond, len(batches[0]))
@@ -207,9 +202,7 @@ def weighted_walk(
     denoiser: Denoiser, table: list[list[bool]], weights: Tensor, x: Tensor, cond: Any,
     run: Run = run_again,
 ) -> Tensor:  # fmt: skip
-    """Return the image (B, C, H, W) of noise x under a table, differentiable in the weights of its
-    gates (T, N, 1 + m).
-    """
+    """Return the image (B, C, H, W) of noise x, differentiable in weights (T, N, 1 + m)."""
 
     def gate_of(k: int, w: Tensor, cache: Cache) -> Gate:
         return weighted(table[k], [row.unbind() for row in w.unbind()], cache)

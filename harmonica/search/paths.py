@@ -33,9 +33,7 @@ Run = Callable[..., Any]
 def continue_walk(
     denoiser: Denoiser, cond: Any, table: Tensor, fork: Fork, start: int
 ) -> Iterator[Fork]:
-    """Walk on from a fork before step `start`, which stays as it is, under a table (T, N); yield a
-    fork after each step.
-    """
+    """Walk on from a copy of a fork before `start` under a table (T, N); yield a fork a step."""
     x, cache, memory = fork[0], fork[1].copy(), fork[2].copy()
     rows = table.tolist()
     gates = lambda k: reuse(rows[k], cache)  # noqa: E731

@@ -134,11 +134,8 @@ def references(
     is of another denoiser, or of other noises, conditions or steps.
     """
     require_denoiser(denoiser)
-    noises, finer = (
-        whole("noises", noises, 1, LARGEST),
-        finer_walk(denoiser, whole("factor", factor)),
-    )
-    x, cond = denoiser.draw(noises, seeded(generator, SEED))
+    finer = finer_walk(denoiser, whole("factor", factor))
+    x, cond = denoiser.draw(whole("noises", noises, 1, LARGEST), seeded(generator, SEED))
     facts = {**identity(denoiser), "reference_steps": finer.steps, "noises": checksum([x])}
     facts["conditions"] = checksum(leaf for leaf in tree_leaves(cond) if isinstance(leaf, Tensor))
     parts = [] if path is None else _kept(path, x, facts)

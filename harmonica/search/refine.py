@@ -119,9 +119,7 @@ class Search:
         self._signs = torch.Generator().manual_seed(SIGNS_SEED)
 
     def paths(self) -> list[Tensor]:
-        """Return the cheapest and the evenly spread path of as many whole steps as the target
-        allows, and one more.
-        """
+        """Return the cheapest and the evenly spread path of the steps allowed, and of one more."""
         steps, pool = self.denoiser.steps, self.pool[slice(few_of(len(self.pool)))]
         sums = lambda part: len(part) * reuse_errors(self.denoiser, part.x, part.cond)  # noqa: E731
         errors = torch.stack(list(pool.portions(sums, self._room[0]))).sum(0)
@@ -161,9 +159,7 @@ class Search:
         return next((after for after in candidates if after is not None), None)
 
     def _flip(self, model: Quadratic, at: JudgedTable) -> JudgedTable | None:
-        """Flip the entries that the quadratic proposes, or half as many, if that helps or brings
-        the table on target.
-        """
+        """Flip proposed entries, or half as many, if that helps or brings the table on target."""
         most = FLIPS
         while most:
             table = best_flips(model, at.table, self.target, most=most)
@@ -177,9 +173,7 @@ class Search:
         return None
 
     def _error(self, table: Tensor, noises: int) -> float:
-        """Return the typical error of a table on the first noises of every process; a noise that
-        was walked before is remembered.
-        """
+        """Return a table's typical error on each process's first noises; walked ones are known."""
         errors = self._known.get(key := table.numpy().tobytes(), torch.empty(0))
         if len(errors) < min(noises, len(self.pool)):
             rest = self.pool[slice(len(errors), noises)]
@@ -200,15 +194,13 @@ class Search:
 
 
 def _pairs(model: Quadratic, table: Tensor) -> list[Tensor]:
-    """Return the tables (T, N) with two rows exchanged that the quadratic likes best, PAIRS at
-    most; rows that are nearly alike are left to flips.
-    """
+    """Return the PAIRS tables with two rows exchanged that the quadratic likes best."""
     ranked = []
     for j, k in combinations(range(1, len(table)), 2):
         order = list(range(len(table)))
         order[j], order[k] = k, j
         z = (table[order] != table)[1:].flatten()  # (E,)
-        if z.sum() >= table.shape[1]:
+        if z.sum() >= table.shape[1]:  # rows that are nearly alike are left to flips
             ranked.append((model(z), table[order]))
     ranked.sort(key=lambda each: each[0])
     return [exchanged for _, exchanged in ranked[:PAIRS]]

@@ -134,9 +134,7 @@ def _plan(book: str, entries: Any) -> Tensor:
 
 
 def read_router_file(data: Any, tau: float) -> dict[str, Any]:
-    """Return the fields of the schedule that a router file of Learning-to-Cache or of HarmoniCa's
-    authors gives at τ.
-    """
+    """Return the fields of the schedule that another project's router file gives at τ."""
     data = data if isinstance(data, dict) else {}
     args = data.get("args")
     settings = vars(args) if isinstance(args, argparse.Namespace) else {}

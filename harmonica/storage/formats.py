@@ -127,9 +127,7 @@ def write_router(
 
 
 def read_router(path: StrPath) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
-    """Read the fields of a router, and the tensors and facts beside it; raise FileNotFoundError, or
-    ValueError if the file is not a router.
-    """
+    """Read a router's fields, and tensors and facts beside it; ValueError for another file."""
     tensors, facts = files.read_tensors(path)
     with decoding(path, "is not a valid router"):
         logits, names, about = tensors.pop("logits"), facts.pop("sites"), facts.pop("about")

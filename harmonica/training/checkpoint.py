@@ -160,9 +160,7 @@ class Checkpoint:
             self.write()
 
     def write(self) -> None:
-        """Write the state noted last, and the router as it is now, which may be a part of a walk or
-        a search further.
-        """
+        """Write the state noted last, and the router as it is now, maybe part of a walk further."""
         (tensors, counts), router = self.captured, self.state.router
         self.written = counts["updates"]
         if self.path is not None and rank() == 0:

@@ -109,9 +109,7 @@ def dry_run(
 
 
 def _update(denoiser: Denoiser, start: tuple[Any, Any]) -> tuple[int, int, float, float]:
-    """Return the peak of training, the bytes of the weights, and the MACs of a plain prediction and
-    of an update.
-    """
+    """Return training's peak, the weights' bytes, MACs of a plain prediction and of an update."""
     router = Router(denoiser.steps, denoiser.sites).to("meta")
     with metered() as plain, torch.no_grad():
         denoiser.predict(start[0], 0, start[1])
