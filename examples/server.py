@@ -86,7 +86,7 @@ def app() -> FastAPI:
         stop = Event()
         if stops.setdefault(name, stop) is not stop:
             raise HTTPException(409, f"{name} is being drawn; choose another name")
-        pipe = free.get()  # in a thread of FastAPI's, so waiting here keeps nobody else waiting
+        pipe = free.get()  # waits in one of FastAPI's 40 threads
         options = {"num_inference_steps": steps, "generator": torch.Generator().manual_seed(seed)}
         try:
             pipe.scheduler.stop = stop
