@@ -49,7 +49,7 @@ from harmonica.search.learn import learn_in_turn, learn_weights
 from harmonica.search.references import Pool, finer_walk, image_mse
 from harmonica.search.refine_router import refine_router
 from harmonica.search.target import Target
-from harmonica.storage.files import read_json, write_json
+from harmonica.storage.files import read_json, read_tensors, write_json, write_tensors
 
 ORDERS = {", order 1": 1, ", order 2": 2}
 TRAINED = (
@@ -211,7 +211,7 @@ def harmonica(denoiser: Denoiser, method: str, speedup: float, job: Job) -> Sche
             refresh_every=args.refresh_every, target_speedup=speedup, progress=False,
             generator=torch.Generator().manual_seed(seed),
         )  # fmt: skip
-        router.about["provenance"]["seconds"] = round(time.perf_counter() - began, 1)
+        router.about["provenance"]["training_seconds"] = round(time.perf_counter() - began, 1)
         router.save(path)
     router = Router.load(path)
     if "refined" in method:
@@ -234,8 +234,9 @@ def row_of(job: Job) -> dict[str, Any]:
     pool, plain = held_out(denoiser, args)
     row: dict[str, Any] = {
         "model": args.model, "T": steps, "sampler": sampler, "method": method, "asked": speedup, "seed": seed,
-        "updates": args.updates,
     }  # fmt: skip
+    if method in TRAINED and "weights" not in method:  # those say themselves how they were learned
+        row["updates"] = args.updates
     try:
         if method == "uncached":
             row["speedup"], images = 1.0, plain
@@ -281,11 +282,11 @@ def judged(images: Tensor, plain: Tensor, finer: Tensor, model: str) -> dict[str
 def held_out(denoiser: Denoiser, args: argparse.Namespace) -> tuple[Pool, Tensor]:
     """Return the noises that judge, with their references, and their uncached images, from files where they are."""
     pool = pool_of(denoiser, args.noises, HELD_OUT, args)
-    path = args.out / f"plain-{run_of(denoiser, args)}-{args.noises}.pt"
+    path = args.out / f"plain-{run_of(denoiser, args)}-{args.noises}.safetensors"
     if path.exists():
-        return pool, torch.load(path)
+        return pool, read_tensors(path)[0]["images"]
     images = sample(denoiser, pool.x, pool.cond)
-    torch.save(images, path)
+    write_tensors(path, {"images": images}, {})
     return pool, images
 
 

@@ -88,6 +88,7 @@ def learn_weights(  # noqa: D417 (a denoiser is a denoiser)
         if error < lowest:
             best, lowest = learned, error
     facts = {**schedule.provenance, "weights_history": history, "weights_pool": len(pool)}
+    facts |= {"weights_updates": iterations, "weights_batch_size": batch_size}
     return replace(best, provenance={**facts, "weights_validation_error": lowest})
 
 
