@@ -17,16 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harmonica.command_line import (
-    DTYPES,
-    Parser,
-    check_device,
-    command,
-    dtype_of,
-    make_writable,
-    seed,
-    whole,
-)
+from harmonica import command_line
+from harmonica.command_line import Parser, whole
 from harmonica.models.pipelines import cached, tune
 from harmonica.models.pipelines.inputs import Inputs, inputs_of
 from harmonica.storage.files import decoding
@@ -57,9 +49,9 @@ def parser() -> Parser:
     p.option("method", ("auto", "sdt"), "sdt is the paper's training", "auto")
     p.option("budget", whole, "predictions that may be spent (1000 walks')")
     p.option("cost", ("milliseconds",), "aim at the clock, not at MACs")
-    p.option("seed", seed, "of the image that is shown", 0)
+    p.option("seed", command_line.seed, "of the image that is shown", 0)
     p.option("device", str, "cpu, cuda or cuda:N", "cpu")
-    p.option("dtype", DTYPES, "of the weights (float32; on cuda bfloat16)")
+    p.option("dtype", command_line.DTYPES, "of the weights (float32; on cuda bfloat16)")
     p.option("out", Path, "folder", Path("out/tune"))
     return p
 
@@ -82,9 +74,9 @@ def _argument(text: str) -> tuple[str, Any]:
 def _run(args: argparse.Namespace) -> None:
     from PIL import Image
 
-    check_device(args.device)
-    make_writable(args.out)
-    pipe = _load(args.pipeline, dtype_of(args, args.device)).to(args.device)
+    command_line.check_device(args.device)
+    command_line.make_writable(args.out)
+    pipe = _load(args.pipeline, command_line.dtype_of(args, args.device)).to(args.device)
     call = {"steps": args.steps, "guidance": args.guidance, **dict(args.call)}
     try:
         inputs = inputs_of(pipe, args.prompts, None, call)
@@ -104,17 +96,14 @@ def _run(args: argparse.Namespace) -> None:
     print(f"with the schedule, and the difference, {factor:.0f} times enlarged")
 
 
-main = partial(command, parser, _run)
+main = partial(command_line.command, parser, _run)
 
 
 def _load(name: str, dtype: torch.dtype) -> Any:
     from diffusers import DiffusionPipeline
 
     todo = "is no pipeline; pass a folder saved by diffusers, or OWNER/NAME of a Hub repository"
-    with (
-        decoding(name, todo),
-        warnings.catch_warnings(),
-    ):  # the new name, dtype, is not known to the oldest diffusers
+    with decoding(name, todo), warnings.catch_warnings():  # the oldest diffusers knows no `dtype`
         warnings.filterwarnings("ignore", "`torch_dtype` is deprecated")
         return DiffusionPipeline.from_pretrained(name, torch_dtype=dtype)
 

@@ -6,7 +6,7 @@ import weakref
 from contextlib import nullcontext
 from functools import wraps
 from importlib import import_module
-from pipes import WALKS, dit_pipe, pixart_pipe, randomised, run_embedded, walked
+from pipes import WALKS, dit_pipe, in_threads, pixart_pipe, randomised, run_embedded, walked
 
 import diffusers
 import pytest
@@ -19,8 +19,10 @@ from torch.utils._pytree import tree_map_only
 
 import harmonica
 from harmonica import Schedule, blend, check_denoiser, gated, image_error, macs, train_sdt
+from harmonica.cost import Macs
 from harmonica.denoise import denoise, final_image, sample
 from harmonica.models.pipelines import cached, from_pipeline, tune
+from harmonica.models.pipelines.pipeline_run import PipelineRun
 from harmonica.models.sites import macs_per_token, sites
 from harmonica.search.baselines import dynamic_programming
 from harmonica.search.learn import weighted_walk
@@ -106,15 +108,17 @@ def test_lambda_is_brute_force_and_costs_so_many_predictions(name):
         assert torch.equal(lam[k], F.mse_loss(*ends))
 
 
-@pytest.mark.parametrize("name", ["pixart", "flux-two-calls", "sd3-controlnet"])
+@pytest.mark.parametrize("name", WALKS)
 def test_it_trains_and_finds_whole_steps_and_refines(name, monkeypatch):
-    monkeypatch.setattr("harmonica.search.refine_router.NOISES", 8)
-    _, d = denoiser_of(name, steps=3)
+    _, d = denoiser_of(name, steps=2)
     x, cond = start(d, 1, 0)
-    assert dynamic_programming(d, x, cond, speedup=1.2).speedup(macs(d)) >= 1.2
-    how = {"iterations": 3, "batch_size": 1, "budget": 200, "progress": False}
-    router = train_sdt(d, target_speedup=1.2, **how)
-    assert router.schedule().speedup(macs(d)) >= 1.2
+    price = Macs(torch.ones(len(d.sites)), 0.1)  # a true count takes as long as all the rest
+    monkeypatch.setattr("harmonica.search.refine_router.NOISES", 2)
+    monkeypatch.setattr("harmonica.search.baselines.macs", lambda _: price)
+    assert dynamic_programming(d, x, cond, speedup=1.2).speedup(price) >= 1.2
+    how = {"iterations": 2, "batch_size": 1, "budget": 40, "progress": False}
+    router = train_sdt(d, target_speedup=1.2, cost=price, **how)
+    assert router.schedule().speedup(price) >= 1.2
 
 
 def double_denoiser(name, checkpointing):
@@ -142,7 +146,7 @@ def assert_slope(value, at, seed=0):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("name", ["pixart", "wan", "flux-two-calls"])
+@pytest.mark.parametrize("name", WALKS)
 def test_the_gradient_through_a_whole_walk_is_finite_differences(name, checkpointing):
     d, generator = double_denoiser(name, checkpointing), seeded(0)
     cond = cond_of(1)
@@ -344,14 +348,73 @@ def test_what_tune_cannot_use_is_refused_by_name_before_anything_runs():
         "method is 'auto '; expected 'auto'": {"method": "auto "},
         "budget is 37; with 4 steps it takes 38 predictions at least": {"budget": 37},
         "budget is 2; with 4 steps it takes 12": {"budget": 2, "method": "sdt"},
+        "budget is '100'; expected a whole number": {"budget": "100"},
+        "budget is inf; expected a whole number": {"budget": float("inf")},
+        "target speedup is None; expected a number, 1 or more": {"speedup": None},
+        "order is 1.5; expected a whole number": {"order": 1.5},
+        "steps is True; expected a whole number": {"steps": True},
         "steps is 4 and num_inference_steps 5; they are one argument": {"num_inference_steps": 5},
         "guidance is 1.0 and guidance_scale 2.0": {"guidance": 1.0, "guidance_scale": 2.0},
     }.items():
         with refused(message):
             tuned("flux", **how)
-    each = {"prompt_embeds": torch.zeros(2, 5, 12), "pooled_prompt_embeds": torch.zeros(3, 8)}
-    with refused("lengths of prompts and each differ"):
-        from_pipeline(make(), steps=2, each=each)
+    text, pooled = torch.zeros(2, 5, 12), torch.zeros(3, 8)
+    for message, how in {
+        "lengths of prompts and each differ": {"pooled_prompt_embeds": pooled},
+        "pooled_prompt_embeds is 'ab'; expected a list": {"pooled_prompt_embeds": "ab"},
+        "num_images_per_prompt is .2, 2.; a sample is one": {"num_images_per_prompt": [2, 2]},
+        "height is given in two ways; give it once": {"height": [64, 64]},
+    }.items():
+        with pytest.raises((ValueError, TypeError), match=message):
+            from_pipeline(make(), steps=2, height=64, each={"prompt_embeds": text, **how})
+    how = {"use_resolution_binning": False, "clean_caption": False, "prompt": "the cat"}
+    with refused("prompt is given in two ways; give it once"):
+        from_pipeline(pixart_pipe(), prompts=["a boat"], **how)
+
+
+def test_values_of_each_may_be_lists_where_the_pipeline_takes_a_tensor():
+    pipe, d = denoiser_of("flux")
+    each = {name: list(values) for name, values in WALKS["flux"][1]["each"].items()}
+    listed = from_pipeline(pipe, steps=4, **{**WALKS["flux"][1], "each": each})
+    x, cond = d.noise(cond_of(2)), cond_of(2)
+    assert torch.equal(listed.predict(x, 1, cond), d.predict(x, 1, cond))
+    with refused("cond names rows .5.; there are 2 prompts"):
+        d.noise(torch.tensor([[5, 0]]))
+
+
+def test_encoders_may_be_let_go_once_the_denoiser_is_made():
+    (pipe, d), (_, other) = denoiser_of("pixart"), denoiser_of("pixart")
+    pipe.text_encoder = pipe.tokenizer = None
+    x = d.noise(cond_of(2))
+    alone = [other.predict(x[i : i + 1], 1, cond_of(2)[i : i + 1]) for i in range(2)]
+    assert torch.equal(d.predict(x, 1, cond_of(2)), torch.cat(alone))
+
+
+@pytest.mark.parametrize("most", [2**30, 0])
+def test_encodings_are_remembered_up_to_so_many_bytes(most, monkeypatch):
+    monkeypatch.setattr(f"{PipelineRun.__module__}.MOST_BYTES", most)
+    (pipe, d), ran = denoiser_of("pixart"), []
+    pipe.text_encoder.register_forward_hook(lambda *_: ran.append(1))
+    for row in (0, 1, 0):
+        d.noise(torch.tensor([[row, 7]]))
+    assert bool(ran) is (most == 0)
+
+
+def test_noise_of_torchs_own_generator_is_the_same_whatever_other_threads_draw():
+    pipe = dit_pipe(scheduler=diffusers.DDPMScheduler())
+    d = from_pipeline(pipe, steps=3, **WALKS["dit"][1])
+    conds = [torch.tensor([[0, seed]]) for seed in range(4)]
+    jobs = [lambda cond=cond: sample(d, d.noise(cond), cond) for cond in conds]
+    assert equal(in_threads(jobs), [job() for job in jobs])
+
+
+def test_a_walk_whose_sigmas_are_given_is_tuned_without_a_finer_one():
+    sigmas = [1.0, 0.7, 0.4, 0.2]
+    schedule = tuned("flux", steps=None, sigmas=sigmas, budget=400)[1]
+    d = from_pipeline(WALKS["flux"][0](), sigmas=sigmas, **WALKS["flux"][1])
+    assert schedule.timesteps == d.about["timesteps"]
+    with refused("runs 4 steps; are its timesteps or sigmas given"):
+        d.with_steps(40)
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,18 @@ import gc
 import itertools
 import logging
 import pipes
-import sys
 import threading
 import weakref
-from concurrent.futures import ThreadPoolExecutor
-from pipes import dit_transformer, everything, randomised, run, run_embedded, table, under
+from pipes import (
+    dit_transformer,
+    everything,
+    in_threads,
+    randomised,
+    run,
+    run_embedded,
+    table,
+    under,
+)
 
 import diffusers
 import pytest
@@ -78,18 +85,6 @@ def asked(transformer):
     return transformer(torch.ones(1, 4, 8, 8), torch.tensor([250]), torch.tensor([3])).sample
 
 
-def in_threads(jobs):
-    """Run all jobs at once, taking turns far more often than they would; return their results."""
-    barrier, before = threading.Barrier(len(jobs)), sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        with ThreadPoolExecutor(len(jobs)) as pool:
-            run = lambda job: barrier.wait() * 0 or job()  # noqa: E731
-            return list(pool.map(run, jobs))
-    finally:
-        sys.setswitchinterval(before)
-
-
 @pytest.mark.parametrize("name", MADE)
 @pytest.mark.parametrize("how", ["sample", "one Walk", "two Walks"])
 def test_eight_threads_on_one_denoiser_make_the_images_that_each_makes_alone(name, how):
@@ -125,13 +120,20 @@ def test_pipelines_that_share_a_transformer_run_at_once_each_under_its_own_table
     assert is_stock(shared)
 
 
+class Another(Loop):
+    pass
+
+
+@pytest.mark.parametrize("kind", [Loop, Another])
 @pytest.mark.parametrize("inner_cached", [True, False])
-def test_a_pipeline_called_in_the_walk_of_another_changes_neither_image(inner_cached):
+def test_a_pipeline_called_in_the_walk_of_another_changes_neither_image(inner_cached, kind):
     outer, images = loop(), []
-    inner = Loop(outer.transformer, DDIMScheduler())
+    inner = kind(outer.transformer, DDIMScheduler())
     with torch.no_grad(), contextlib.ExitStack() as stack:
         if inner_cached:
             stack.enter_context(cached(inner, table(inner, every=4)))
+        elif kind is Another:  # else it would follow the table
+            stack.enter_context(cached(inner, [], otherwise="compute"))
         alone, expected = inner(2), under(outer, table(outer), outer)
         outer.step = lambda *args: images.append(inner(2)) or Loop.step(outer, *args)
         assert torch.equal(under(outer, table(outer), outer), expected)
@@ -205,6 +207,32 @@ def test_generators_and_tasks_of_one_pipeline_take_turns_without_meeting():
         images, between = zip(*asyncio.run(all_streamed()), strict=True)
     assert equal(images, alone)
     assert equal(between, [stock] * 2)
+
+
+def test_calls_that_one_step_makes_in_two_threads_find_their_own_features():
+    class Halves(Loop):
+        async def __call__(self, how):
+            x, texts = torch.ones(1, 4, 8, 8), torch.tensor([1000, 5]).split(1)
+            self.scheduler.set_timesteps(4)
+            for t in self.scheduler.timesteps:
+                run = lambda y, t=t: self.transformer(x, timestep=t[None], class_labels=y).sample  # noqa: E731
+                a, b = await how(run, texts)
+                x = self.step((3 * b - 2 * a)[:, :4], t, x)
+            return x
+
+    async def in_turn(run, texts):
+        return map(run, texts)
+
+    async def at_once(run, texts):
+        with first.register_forward_pre_hook(lambda *_: both.wait() * 0 or None):
+            return await asyncio.gather(*(asyncio.to_thread(run, text) for text in texts))
+
+    pipe, both = Halves(dit_transformer()), threading.Barrier(2)
+    first = pipe.transformer.transformer_blocks[0]
+    with torch.no_grad(), cached(pipe, table(pipe)) as session:
+        alone = asyncio.run(pipe(in_turn))
+        assert torch.equal(asyncio.run(pipe(at_once)), alone)
+        assert not session.report()["beyond"]
 
 
 def test_blocks_that_backward_runs_again_in_another_thread_ask_the_gate_of_the_step():
@@ -473,22 +501,26 @@ def test_what_has_no_feature_of_its_shape_computes_and_is_reused_later(change, s
     assert (told["skipped"], sum(told["beyond"].values())) == (skipped, beyond)
 
 
-def test_the_call_that_is_left_finds_its_own_features_by_its_text():
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("told_by", ["its text", "a part of all texts", "a flag"])
+def test_the_call_that_is_left_finds_its_own_features(told_by, mode):
     """Guidance as two calls ends, and the one that is left was the second."""
-    labels = [torch.tensor([1000]), torch.tensor([5])]
 
     class Guided(Loop):
         def __call__(self, last=4):
-            x = torch.ones(1, 4, 8, 8)
+            x, labels = torch.ones(1, 4, 8, 8), torch.tensor([1000, 5])
             self.scheduler.set_timesteps(4)
+            texts = {"its text": labels.split(1), "a part of all texts": labels[:, None]}
             for k, t in enumerate(self.scheduler.timesteps):
-                for y in labels if k < last else labels[1:]:
-                    out = self.transformer(x, timestep=t[None], class_labels=y).sample[:, :4]
+                for i in (0, 1) if k < last else (1,):
+                    y = texts.get(told_by, labels.clone()[:, None])[i]
+                    how = {"class_labels": y, "return_dict": told_by == "a flag" and i == 1}
+                    out = self.transformer(x, timestep=t[None], **how)[0][:, :4]
                 self.scheduler.step(out, t, x)
             return out
 
     pipe = Guided(dit_transformer())
-    with torch.no_grad(), cached(pipe, Schedule([*[[1] * 4] * 3, [0] * 4])):
+    with mode(), cached(pipe, Schedule([*[[1] * 4] * 3, [0] * 4])):
         assert torch.equal(pipe(), pipe(last=3))
 
 
@@ -502,6 +534,9 @@ def test_each_walk_takes_the_table_for_its_timesteps():
             assert torch.equal(pipe(steps=steps), alone[steps])
         with refused(r"no table is for the 5 steps .*4 steps .*; 6 steps"):
             pipe(steps=5)
+    for bad in ([], [tables[4], tables[4]], "schedule.json", {4: tables[4]}, None):
+        with pytest.raises((ValueError, TypeError), match="schedule"):
+            cached(pipe, bad).__enter__()
     plain = pipe(steps=5)
     with cached(pipe, [*tables.values()], otherwise="compute") as session:
         assert torch.equal(pipe(steps=5), plain)
@@ -571,16 +606,33 @@ def test_a_scheduler_whose_methods_somebody_has_wrapped_is_followed(start):
     assert all(vars(pipe.scheduler)[name] is before[name] for name in ("set_timesteps", "step"))
 
 
+def compile_in_parent(model, part):
+    setattr(model.transformer_blocks, part[-1:], torch.compile(model.get_submodule(part)))
+
+
+COMPILED = {
+    "compile": lambda model, part: model.get_submodule(part).compile(),
+    "forward": lambda model, part: setattr(
+        model.get_submodule(part), "forward", torch.compile(model.get_submodule(part).forward)
+    ),
+    "torch.compile": compile_in_parent,
+}
+
+
 @pytest.mark.parametrize("part", ["transformer_blocks.1", ""])
-def test_a_transformer_compiled_in_place_is_refused_with_what_to_do(part):
+@pytest.mark.parametrize("how", COMPILED)
+def test_a_transformer_compiled_in_place_is_refused_with_what_to_do(how, part):
+    if (how, part) == ("torch.compile", ""):
+        part = "transformer_blocks.0"
     pipe, message = loop(), r"compiled in place.*compile its sites instead"
-    with cached(pipe, table(pipe)):
+    rows = table(pipe)
+    with cached(pipe, rows):
         pipe()
-        pipe.transformer.get_submodule(part).compile(backend="eager")
+        COMPILED[how](pipe.transformer, part)
         with refused(message):
             pipe()
     with refused(message):
-        cached(pipe, table(pipe)).__enter__()
+        cached(pipe, rows).__enter__()
 
 
 def test_compiled_sites_work_where_blocks_are_not_known():

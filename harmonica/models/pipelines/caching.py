@@ -25,6 +25,7 @@ from harmonica.models.pipelines.taps import patched
 from harmonica.models.pipelines.tracker import current, in_walk
 from harmonica.override import Method
 from harmonica.router import Schedule
+from harmonica.values import items, of_type
 
 _sessions: WeakKeyDictionary[Any, list[Session]] = WeakKeyDictionary()  # outermost first
 
@@ -38,8 +39,10 @@ def cached(
     """Run a stock diffusers pipeline under a schedule for as long as the `with` is open.
 
     A schedule that computes everything gives the pipeline's own images, bit for bit. Several
-    threads and tasks may call it and its siblings at once; a walk belongs to whoever began it. At
-    the end everything is as it was, exception or not.
+    threads and tasks may call it and its siblings at once; a walk belongs to whoever began it, with
+    all that its callbacks call. A pipeline of another class that a callback calls on the same
+    transformer needs `cached(it, [], otherwise="compute")`, or it follows the table too. At the end
+    everything is as it was, exception or not.
 
     Args:
         pipe: a pipeline with a `transformer` and a `scheduler`; adapters, offloading and another
@@ -55,7 +58,8 @@ def cached(
     cannot be cached, or a schedule does not fit it, or none is for the timesteps of a run. Warns at
     the end if a schedule reuses and no site was ever skipped.
     """
-    given = [schedules] if isinstance(schedules, Schedule) else list(schedules)
+    several = (schedules,) if isinstance(schedules, Schedule) else items("schedules", schedules)
+    given = [of_type("a schedule", each, Schedule, "Schedule.load(path)") for each in several]
     session = Session(pipe, given, sites, otherwise, offload)
     kind, open_sessions = type(pipe), _sessions.setdefault(pipe, [])
     del pipe  # this frame must not keep it alive

@@ -49,12 +49,18 @@ def _check_not_compiled(name: str, model: Any) -> None:
     if not isinstance(model, nn.Module) or hasattr(model, "_orig_mod"):
         todo = f"Set pipe.{name} to the module that was compiled, and {instead}"
         raise TypeError(f"pipe.{name} is compiled, and compiled code cannot skip a site. {todo}")
-    compiled = [path for path, part in model.named_modules() if part._compiled_call_impl]
+    compiled = [path for path, part in model.named_modules() if _is_compiled(part)]
     inside = tuple(f"{site}." for site in sites(model)) if compiled else ()
     for path in compiled:
         part = f"pipe.{name}.{path}".rstrip(".")
         why = f"{part} is compiled in place, and compiled code cannot skip a site"
         require(f"{path}.".startswith(inside), f"{why}. Load the {name} again, and {instead}")
+
+
+def _is_compiled(part: nn.Module) -> bool:
+    """Tell whether torch.compile was given this module, in one of its three ways."""
+    traced = hasattr(vars(part).get("forward"), "_torchdynamo_orig_callable")
+    return traced or part._compiled_call_impl is not None or hasattr(part, "_orig_mod")
 
 
 def _other_cache(pipe: Any, model: nn.Module) -> str:

@@ -38,13 +38,14 @@ from harmonica.run_again import run_again
 from harmonica.values import require
 
 SEEDS = 20_000_003, 20_000_005  # of the samples that walks are verified with
+ENCODED = 64  # prompts at once; later ones when they are met
 
 
 class PipelineDenoiser:
     """What `from_pipeline` returns: a `Denoiser`.
 
     Attributes:
-        steps, sites, about: see `Denoiser`.
+        steps, sites, about, draws_noise: see `Denoiser` and `Refinable`.
         inputs, facts: what the pipeline is called with, and what is known of its runs.
         predictions: number of steps -> images predicted so far, by this and all its `with_steps`.
 
@@ -63,11 +64,8 @@ class PipelineDenoiser:
         if len(self.facts.models_in_loop) > 1:  # known only now: others ran as if before it
             self._learn()
         self.verify([(0, SEEDS[0])])
-
-    @property
-    def draws_noise(self) -> bool:
-        """Whether a step of the scheduler draws noise."""
-        return self.facts.draws_noise
+        if "prompt" in inputs.each:  # encode them now, so that the encoders may be let go
+            self.noise(torch.tensor([[row, 0] for row in range(min(inputs.rows, ENCODED))]))
 
     @cached_property
     def batched(self) -> bool:
@@ -91,11 +89,14 @@ class PipelineDenoiser:
         other.inputs, other.about = replace(self.inputs, call=call), dict(self.about)
         other._inputs_of = WeakIdKeyDictionary()
         other._learn()
+        moved = (other.steps > self.steps) == (steps > self.steps)
+        require(moved, f"the pipeline runs {other.steps} steps; are its timesteps or sigmas given?")
         return other
 
     def _learn(self) -> None:
         """Learn the facts from a whole run of one sample."""
         self.facts = self._whole_run([(0, SEEDS[0])]).facts
+        self.draws_noise = self.facts.draws_noise
         self.steps, times = len(self.facts.states), self.facts.timesteps
         self.about["timesteps"] = times[: self.steps] if len(times) >= self.steps else ()
 
@@ -149,14 +150,14 @@ class PipelineDenoiser:
     def noise(self, cond: Tensor) -> Tensor:
         """Return the x that the pipeline starts from for these prompts and seeds, (B, …)."""
         with torch.no_grad(), without_modes():
-            runs = [self._run([sample], self.facts, None, 0) for sample in _samples(cond)]
+            runs = [self._run([it], self.facts, None, 0) for it in self.inputs.samples(cond)]
             firsts = [run.inputs.sample for run in runs if run.inputs is not None]
             return torch.cat([self.facts.first_half(x) for x in firsts if x is not None])
 
     def predict(self, x: Tensor, k: int, cond: Tensor) -> Tensor:
         """Return the output that the pipeline hands to its scheduler at step k, for x (B, …)."""
         self._check(x, k, cond)
-        samples, pairs = _samples(cond), list[tuple[Tensor, SchedulerInputs]]()
+        samples, pairs = self.inputs.samples(cond), list[tuple[Tensor, SchedulerInputs]]()
         together = len(samples) == 1 or self.batched
         groups = [samples] if together else [[sample] for sample in samples]
         with without_modes() as modes:
@@ -170,16 +171,13 @@ class PipelineDenoiser:
         return pairs[0][0] if together else torch.cat([out for out, _ in pairs])
 
     def _check(self, x: Tensor, k: int, cond: Tensor) -> None:
-        (n, *shape), rows, T = self.facts.x.shape, self.inputs.rows, self.steps
+        (n, *shape), T = self.facts.x.shape, self.steps
         require(0 <= k < T, f"step {k} of a walk of {T} steps, 0 to {T - 1}")
         pairs = cond.shape[1:] == (2,) and not cond.is_floating_point() and len(cond) > 0
         sizes = ", ".join(["B" if n == 1 else f"{n}·B", *map(str, shape)])
         todo = f"expected ({sizes}) and (B, 2) whole numbers, as `draw` returns"
         given = f"x {tuple(x.shape)} and cond {tuple(cond.shape)} {cond.dtype}"
         require(pairs and x.shape == (len(cond) * n, *shape), f"found {given}; {todo}")
-        chosen = [row for row, _ in _samples(cond)]
-        exist = all(0 <= row < rows for row in chosen)
-        require(exist, f"cond names rows {chosen}; there are {rows} prompts")
 
     def _predict_at_once(
         self, samples: Sequence[Sample], x: Tensor, k: int, run_model: Method | None = None
@@ -202,8 +200,7 @@ class PipelineDenoiser:
         """
         inputs: list[SchedulerInputs] = self._inputs_of.get(x, {}).get(k, [])
         if not inputs:
-            todo = f"call predict(x, {k}, …) before step"
-            raise RuntimeError(f"step {k} of an x that was not predicted; {todo}")
+            raise RuntimeError(f"step {k} of an x that was not predicted; call predict(x, {k}, …)")
         if k > 0 and "samplers" not in memory:
             raise RuntimeError(f"step {k} needs what the steps before it left in `memory`")
         samplers = memory.get("samplers", [each.start for each in inputs])
@@ -246,10 +243,6 @@ class PipelineDenoiser:
         """Tell whether the shapes of all outputs are known for so many samples at once."""
         looping = {key for key in self._outputs[1] if key[0] in self.facts.models_in_loop}
         return bool(looping) and looping <= self._outputs[len(samples)].keys()
-
-
-def _samples(cond: Tensor) -> list[Sample]:
-    return [(int(row), int(seed)) for row, seed in cond.tolist()]
 
 
 def _run_and_check(

@@ -39,6 +39,15 @@ class Facts:
         return x[: len(x) // 2] if self.doubled else x
 
 
+def shapes_of(tree: Any) -> Any:
+    """Return a tree whose tensors have the shapes, types and devices of these, and no memory."""
+
+    def empty(leaf: Tensor) -> Tensor:
+        return torch.empty((), dtype=leaf.dtype, device=leaf.device).expand(leaf.shape)
+
+    return tree_map_only(Tensor, empty, tree)
+
+
 def made_up(output: Any, inputs: Any) -> Any:
     """Return an output of these shapes, which depends on all inputs and costs nothing."""
     generator = Generator().manual_seed(digest(inputs))

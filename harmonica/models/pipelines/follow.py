@@ -32,7 +32,8 @@ def from_pipeline(
         pipe: as it will be used: adapters loaded, offloading switched on, scheduler set.
         steps: another name for `num_inference_steps`; T is read off the walk.
         prompts: a file with one prompt a line, or the prompts; None for a bundled list, if the
-            pipeline takes prompts.
+            pipeline takes prompts. The first 64 are encoded here, so encoders may be let go; of
+            encodings, the latest GiB is remembered.
         each: arguments that every sample has its own of, by name, instead of prompts or beside
             them: tensors (rows, …) or lists of one length, such as `prompt_embeds`, `image`.
         guidance: another name for `guidance_scale`.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from harmonica.models.pipelines.checks import check_pipeline
 from harmonica.models.prompts import read_prompts
-from harmonica.values import StrPath, require
+from harmonica.values import StrPath, items, require, whole
 
 Sample = tuple[int, int]
 """Row of the prompt, seed."""
@@ -31,6 +31,14 @@ class Inputs:
     each: Mapping[str, Any]  # those that each row has its own of, tensors (rows, …) or lists
     rows: int
     takes_generator: bool
+
+    def samples(self, cond: Tensor) -> list[Sample]:
+        """Return the samples that cond (B, 2) names; raise ValueError for rows that are not there."""
+        samples = [(int(row), int(seed)) for row, seed in cond.tolist()]
+        rows = [row for row, _ in samples]
+        exist = all(0 <= row < self.rows for row in rows)
+        require(exist, f"cond names rows {rows}; there are {self.rows} prompts")
+        return samples
 
     def of(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Return the arguments for a batch of samples."""
@@ -57,17 +65,24 @@ def inputs_of(
     """Return what the pipeline is called with; raises as `from_pipeline` does."""
     check_pipeline(pipe)
     name, parameters = type(pipe).__name__, inspect.signature(type(pipe).__call__).parameters
-    each, call = dict(each or {}), _by_their_names(call)
-    given = {*each, *call}
-    if prompts is not None or ("prompt" in parameters and not {"prompt", "prompt_embeds"} & given):
-        each["prompt"] = list(read_prompts(prompts))
+    each, call = {**(each or {})}, _by_their_names(call)
+    prompted, given = {"prompt"} if prompts is not None else set(), {*each, *call}
+    twice = {*each} & {*call} | prompted & given
+    todo = "give it once: as prompts, in each, or for all samples"
+    require(not twice, f"{', '.join(twice)} is given in two ways; {todo}")
+    if prompted or ("prompt" in parameters and not {"prompt", "prompt_embeds"} & given):
+        each["prompt"] = read_prompts(prompts)
     if "class_labels" in parameters and "class_labels" not in given:
-        each["class_labels"] = list(range(pipe.transformer.config.num_embeds_ada_norm))
+        each["class_labels"] = range(pipe.transformer.config.num_embeds_ada_norm)
     _check_arguments(name, parameters, each, call)
+    each = {it: _rows(it, values, str(parameters[it].annotation)) for it, values in each.items()}
+    lengths = {argument: len(values) for argument, values in each.items()}
+    fit = len({*lengths.values()}) < 2 and 0 not in lengths.values()
+    why = f"the lengths of prompts and each differ, or are zero: {lengths}"
+    require(fit, f"{why}; give each prompt one")
     if call.get("num_inference_steps") is None:
         call["num_inference_steps"] = parameters["num_inference_steps"].default
-    steps = call["num_inference_steps"]
-    require(isinstance(steps, int) and steps >= 1, f"steps is {steps}; expected 1 or more")
+    call["num_inference_steps"] = whole("steps", call["num_inference_steps"])
     if "output_type" in parameters:
         call.setdefault("output_type", "latent")
     rows = len(next(iter(each.values()), [None]))
@@ -96,12 +111,19 @@ def _check_arguments(
     for argument in {"generator", "latents"} & {*each, *call}:
         raise ValueError(f"{argument} is given; x and its seeds take its place, leave it out")
     for argument in ("num_images_per_prompt", "num_videos_per_prompt"):
-        count = call.get(argument, 1)
+        count = each.get(argument, call.get(argument, 1))
         require(count == 1, f"{argument} is {count}; a sample is one image, so leave it out")
-    lengths = {argument: len(values) for argument, values in each.items()}
-    fit = len({*lengths.values()}) < 2 and 0 not in lengths.values()
-    why = f"the lengths of prompts and each differ, or are zero: {lengths}"
-    require(fit, f"{why}; give each prompt one")
+
+
+def _rows(name: str, values: Any, takes: str) -> Any:
+    """Return the values of an argument, one for each row, in one tensor where the pipeline takes
+    no list.
+    """
+    if isinstance(values, Tensor):
+        return values
+    rows, no_list = items(name, values), "Tensor" in takes and "list" not in takes.lower()
+    tensors = len(rows) > 0 and all(isinstance(row, Tensor) for row in rows)
+    return torch.stack(rows) if tensors and no_list else rows
 
 
 def about(pipe: Any, call: Mapping[str, Any]) -> dict[str, Any]:

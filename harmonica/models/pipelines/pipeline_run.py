@@ -28,10 +28,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
 
 from harmonica.models.pipelines import schedulers
-from harmonica.models.pipelines.facts import Facts, NotFollowedError, digest, made_up
+from harmonica.models.pipelines.facts import Facts, NotFollowedError, digest, made_up, shapes_of
 from harmonica.override import Answer, Method, overridden
 
-MOST_REMEMBERED = 512
+MOST_RESULTS, MOST_BYTES = 512, 2**30  # that are remembered; the oldest goes first
 
 ENCODES_OR_DRAWS = re.compile(r"_?(encode|get)_\w*(prompt|text|embed)\w*|prepare_latents")
 """Methods of pipelines whose result depends on the condition alone, and the one that draws x."""
@@ -143,7 +143,7 @@ class PipelineRun:
                 self._remembering = False
             if not torch.equal(before, torch.get_rng_state()):
                 return result
-            if len(self.memory) >= MOST_REMEMBERED:
+            while _is_full([*self.memory.values()]):
                 self.memory.pop(next(iter(self.memory)), None)
             self.memory[key] = result
         return tree_map(lambda leaf: leaf, self.memory[key])  # transformers empty lists
@@ -158,7 +158,7 @@ class PipelineRun:
         if name not in looping and (self.k == 0 or self.stop_at is not None):
             key = (name, call, self.rows, digest((args, kwargs)))
             output = self._remember(key, partial(model, *args, **kwargs))
-            self.outputs.setdefault((name, call), _shapes_of(output))
+            self.outputs.setdefault((name, call), shapes_of(output))
             return output
         if name not in looping:  # it ran at step 0 as if it ran before the loop only
             looping.add(name)
@@ -178,7 +178,7 @@ class PipelineRun:
         if self.run_model is not None and (at_stop or key not in self.outputs):
             torch.set_grad_enabled(self._grad)
             output = self.run_model(name, model, call, args, kwargs)
-            self.outputs.setdefault(key, _shapes_of(output))
+            self.outputs.setdefault(key, shapes_of(output))
             if at_stop and not any(isinstance(it, FakeTensor) for it in tree_leaves(output)):
                 return output
         if self.stop_at is None or (at_stop and self.run_model is None):
@@ -271,13 +271,9 @@ class PipelineRun:
             self._calls.pop(name, None)
 
 
-def _shapes_of(tree: Any) -> Any:
-    """Return a tree whose tensors have the shapes, types and devices of these, and no memory."""
-
-    def empty(leaf: Tensor) -> Tensor:
-        return torch.empty((), dtype=leaf.dtype, device=leaf.device).expand(leaf.shape)
-
-    return tree_map_only(Tensor, empty, tree)
+def _is_full(results: list[Any]) -> bool:
+    sizes = (leaf.nbytes for leaf in tree_leaves(results) if isinstance(leaf, Tensor))
+    return len(results) >= MOST_RESULTS or sum(sizes) > MOST_BYTES
 
 
 @cache

@@ -9,14 +9,17 @@ scheduler with the random generators that it draws from; `from_pipeline` steps c
 """
 
 import inspect
+import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+_random = threading.RLock()
 
 
 @cache
@@ -108,10 +111,11 @@ def global_generators(device: torch.device) -> list[Generator]:
 @contextmanager
 def random_states(device: torch.device, states: list[Tensor]) -> Iterator[list[Tensor]]:
     """Set torch's global generators in this `with`, unless `states` is empty; yield a list that
-    holds their states afterwards.
+    holds their states afterwards. All threads draw from them, so one `with` waits for another.
     """
     generators, after = global_generators(device) if states else [], list[Tensor]()
-    with torch.random.fork_rng([g.device for g in generators[1:]], enabled=bool(states)):
+    forked = torch.random.fork_rng([g.device for g in generators[1:]], enabled=bool(states))
+    with _random if states else nullcontext(), forked:
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
         yield after

@@ -26,12 +26,7 @@ from harmonica.cache import called_by
 from harmonica.cost import Macs, cost_of_call
 from harmonica.inference.lifetimes import plan_of
 from harmonica.models.blocks import gated_blocks
-from harmonica.models.pipelines.checks import (
-    TRANSFORMERS,
-    check_pipeline,
-    sites_of,
-    transformers_of,
-)
+from harmonica.models.pipelines import checks
 from harmonica.models.pipelines.taps import tapped
 from harmonica.models.pipelines.tracker import Counts, Rows, Tracker, current, in_walk
 from harmonica.override import Method, overridden
@@ -53,16 +48,23 @@ class Session:
         self, pipe: Any, schedules: Sequence[Schedule], modules: Mapping[str, nn.Module] | None,
         otherwise: str, offload: bool,
     ) -> None:  # fmt: skip
-        check_pipeline(pipe)
+        checks.check_pipeline(pipe)
         given = f"otherwise is {otherwise!r}; it must be 'raise' or 'compute'"
         require(otherwise in ("raise", "compute"), given)
         self.pipe, self._kind, self.walks = ref(pipe), type(pipe).__name__, 0
         self.disable: Callable[[], None] | None = None  # where `enable_cache` opened it
         self._given, self._otherwise, self._offload = modules, otherwise, offload
-        self.sites = tuple(sites_of(pipe) if modules is None else modules)
+        self.sites = tuple(checks.sites_of(pipe) if modules is None else modules)
         self.schedules = [fit(schedule, self.sites) for schedule in schedules]
         for schedule in self.schedules:
             schedule.check(schedule.steps, self.sites)
+        of = [(each.steps, each.timesteps) for each in self.schedules]
+        twice = (
+            f"two of {len(of)} schedules are for the same timesteps; only one can run, so pass it"
+        )
+        require(len(set(of)) == len(of), twice)
+        none = "there is no schedule; pass one, or otherwise='compute' to reuse nothing"
+        require(bool(of) or otherwise == "compute", none)
         self._tables = [(schedule, plan_of(schedule)) for schedule in self.schedules]
         self._inputs: dict[str, Any] = {}  # of the first call of each transformer, without numbers
         self._costs: dict[str, Macs | None] = {}
@@ -77,9 +79,9 @@ class Session:
         Raises ValueError if the pipeline cannot be cached as it stands now.
         """
         pipe: Any = self.pipe()
-        check_pipeline(pipe)
+        checks.check_pipeline(pipe)
         tracker = Tracker(partial(self._choose, pipe.scheduler), self._offload)
-        models = nn.ModuleDict(transformers_of(pipe))
+        models = nn.ModuleDict(checks.transformers_of(pipe))
         taps = ((m, called_by(m), partial(self._tap, tracker, name)) for name, m in models.items())
         blocks = gated_blocks(models, self._modules(pipe), tracker.ask)
         with tapped(pipe.scheduler), overridden(taps), blocks, in_walk(tracker):
@@ -92,18 +94,19 @@ class Session:
                 self._close(tracker)
 
     def _tap(self, tracker: Tracker, name: str, forward: Method, args: Any, kwargs: Any) -> Any:
-        if current.get() is tracker:
-            if name not in self._inputs:
-                shapes_alone = partial(Tensor.to, device="meta")
-                self._inputs[name] = tree_map_only(Tensor, shapes_alone, (args, kwargs))
-            tracker.call(name, (args, kwargs))
-        return forward(*args, **kwargs)
+        if current.get() is not tracker:
+            return forward(*args, **kwargs)
+        if name not in self._inputs:
+            shapes_alone = partial(Tensor.to, device="meta")
+            self._inputs[name] = tree_map_only(Tensor, shapes_alone, (args, kwargs))
+        with tracker.call(name, (args, kwargs)):
+            return forward(*args, **kwargs)
 
     def _modules(self, pipe: Any) -> list[nn.Module]:
         if self._given is not None:
             return list(self._given.values())
         try:
-            models = nn.ModuleDict(transformers_of(pipe))
+            models = nn.ModuleDict(checks.transformers_of(pipe))
             return [models.get_submodule(_path(site)) for site in self.sites]
         except AttributeError as error:
             todo = "after changing the model's parts, open cached(pipe, schedule) again"
@@ -122,10 +125,8 @@ class Session:
         todo = "Run one of these, add a table (schedule.resample stretches one), or pass "
         todo += "otherwise='compute'"
         if getattr(scheduler.config, "use_dynamic_shifting", False):
-            todo += (
-                f". {type(scheduler).__name__} shifts its timesteps with the resolution: a table "
-            )
-            todo += "belongs to the one it was made at"
+            shifts = f"{type(scheduler).__name__} shifts its timesteps with the resolution"
+            todo += f". {shifts}: a table belongs to the one it was made at"
         raise ValueError(f"{run}; there are tables for {have}. {todo}")
 
     def _close(self, tracker: Tracker) -> None:
@@ -144,7 +145,7 @@ class Session:
 
     def _counts(self) -> Counts:
         with self._lock:  # copies: walks go on counting meanwhile
-            return sum((Counter(tracker.counts) for tracker in self._live), self._ended)
+            return sum((Counter(each.counts) for each in self._live), Counter(self._ended))
 
     @property
     def skipped(self) -> int:
@@ -220,7 +221,8 @@ def _row_of(schedule: Schedule, times: Sequence[float]) -> int | None:
 
 def _path(site: str) -> str:
     """Return where a site is in the pipeline."""
-    return site if site.split(".")[0] in TRANSFORMERS[1:] else f"{TRANSFORMERS[0]}.{site}"
+    first, *others = checks.TRANSFORMERS
+    return site if site.split(".")[0] in others else f"{first}.{site}"
 
 
 def _span(times: Sequence[float]) -> str:

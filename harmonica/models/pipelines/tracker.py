@@ -10,24 +10,25 @@
 One rule replaces refusals: *where nothing valid is kept, compute*. So the first step that runs
 computes everything; which row of the table it was is known when the scheduler steps. A call of
 other shapes, a further call in a step, a feature that was changed in place, a second transformer:
-all of them compute, and are reused in their turn. An output remembers the step that it comes from,
-and whether anybody has written to it since. What was computed although the table reuses it is
+all of them compute, and are reused in their turn. What was computed although the table reuses it is
 counted with its reason. This file does not know how a pipeline is tapped (`taps.py`), nor which
 modules are sites.
 """
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
+from operator import eq
 from typing import Any, NamedTuple
-from weakref import ref
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
+from torch.utils.weak import WeakIdRef
 
 from harmonica.cache import Compute, Feature
 from harmonica.forecast import weighted_sum
@@ -86,16 +87,21 @@ def _copy(tensor: Tensor, offload: bool) -> partial[Tensor]:
 class Call:
     """One of the calls that a step makes of a transformer, and what is kept for it."""
 
-    transformer: str
-    shapes: list[torch.Size]  # of its input tensors
-    inputs: list[ref[Tensor]] = field(default_factory=list)  # these at the last step
+    kind: tuple[Any, ...]  # transformer, structure of the inputs, shapes of the tensors among them
+    inputs: list[Any] = field(default_factory=list)  # at the last step, as `_identity` knows them
     kept: dict[int, tuple[Output, ...]] = field(default_factory=dict)  # by site, newest first
     reused: dict[int, bool] = field(default_factory=dict)  # by site, of those asked in this step
     used: bool = False  # in the step that runs
 
-    def alike(self, tensors: Sequence[Tensor]) -> int:
-        """Count the inputs that are the same objects as at the last step: the text, as a rule."""
-        return sum(old() is new for old, new in zip(self.inputs, tensors, strict=True))
+
+def _identity(leaf: Any) -> Any:
+    """Return what tells an input of one call from that of another: a number or a flag itself, a
+    tensor, the text as a rule, by the object that it is or is a view of.
+    """
+    if isinstance(leaf, Tensor):
+        viewed = leaf.untyped_storage() if leaf.is_inference() else leaf._base
+        return WeakIdRef(leaf if viewed is None else viewed), leaf.storage_offset()
+    return leaf if isinstance(leaf, int | float | str) else None
 
 
 class Tracker:
@@ -110,6 +116,7 @@ class Tracker:
         self, choose: Callable[[tuple[float, ...]], tuple[Rows, int] | None], offload: bool
     ) -> None:
         self._choose, self._offload, self.counts = choose, offload, Counts()
+        self._lock = threading.Lock()  # a step may make its calls in several threads
         self.end()
 
     def end(self) -> None:
@@ -119,7 +126,6 @@ class Tracker:
         self._tensor: Any = None  # the same timesteps, as the scheduler holds them
         self._k: int | None = None  # the row that runs; None in the first step
         self._open = list[Call]()
-        self._call: Call | None = None  # that runs, or was the last one in this step
 
     def begin(self, times: Sequence[float], tensor: Any = None) -> None:
         """Begin, or begin again, at these timesteps, which the scheduler holds in `tensor`.
@@ -132,25 +138,33 @@ class Tracker:
             self._rows, self._first = chosen
             self._times, self._tensor = list(times), tensor
 
-    def call(self, transformer: str, inputs: Any) -> None:
-        """Begin a call of the transformer of this name: find what is kept for it."""
+    @contextmanager
+    def call(self, transformer: str, inputs: Any) -> Iterator[None]:
+        """Let what runs in this `with` be a call of the transformer of this name."""
         self.counts["calls", transformer] += 1
-        if not self._rows:
-            return
-        tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
-        key = transformer, [tensor.shape for tensor in tensors]
-        fitting = (c for c in self._open if not c.used and (c.transformer, c.shapes) == key)
-        call = max(fitting, key=lambda each: each.alike(tensors), default=None)
-        if call is None:
-            call = Call(*key)
-            if sum(each.used for each in self._open) < MOST_CALLS:
+        token = _call.set(self._call_of(transformer, inputs) if self._rows else None)
+        try:
+            yield
+        finally:
+            _call.reset(token)
+
+    def _call_of(self, transformer: str, inputs: Any) -> Call:
+        """Return the call of the last steps that this one is like, or a new one."""
+        leaves, structure = tree_flatten(inputs)
+        kind = transformer, structure, [getattr(leaf, "shape", None) for leaf in leaves]
+        known = list(map(_identity, leaves))
+        with self._lock:
+            fitting = [call for call in self._open if not call.used and call.kind == kind]
+            alike = [sum(map(eq, call.inputs, known)) for call in fitting]
+            call = fitting[alike.index(max(alike))] if fitting else Call(kind)
+            if not fitting and sum(each.used for each in self._open) < MOST_CALLS:
                 self._open.append(call)
-        call.inputs, call.reused, call.used = [ref(tensor) for tensor in tensors], {}, True
-        self._call = call
+            call.inputs, call.reused, call.used = known, {}, True
+        return call
 
     def step(self, timestep: Any) -> None:
         """End a step, when the scheduler, or a copy of it, steps."""
-        if self._call is None:
+        if not any(call.used for call in self._open):
             return
         if (k := self._k) is None:
             place = place_of(timestep, self._tensor, self._times)
@@ -162,7 +176,7 @@ class Tracker:
             for call in self._open:
                 kept = ((site, own) for site, (own,) in call.kept.items() if row and row[site].keep)
                 call.kept = {site: (own._replace(step=k),) for site, own in kept}
-        self._k, self._call = k + 1 if k >= 0 else None, None
+        self._k = k + 1 if k >= 0 else None
         self._open = [call for call in self._open if call.used]
         for call in self._open:
             call.used = False
@@ -173,7 +187,7 @@ class Tracker:
         """Answer a site; the gate of a walk."""
         if current.get() is not self:
             return compute()  # another pipeline is called inside this one
-        if (call := self._call) is None:
+        if (call := _call.get()) is None:
             self.counts["computed", site] += 1
             return compute()
         if call.reused.get(site):
@@ -206,6 +220,7 @@ class Tracker:
 
 current: ContextVar[Tracker | None] = ContextVar("tracker", default=None)
 """The walk that this thread or task is in."""
+_call: ContextVar[Call | None] = ContextVar("call of a transformer", default=None)
 
 
 @contextmanager

@@ -36,7 +36,7 @@ from harmonica.search.references import Pool, finer_walk, references, with_image
 from harmonica.search.refine import WALKS_PER_ROUND, refine
 from harmonica.search.target import Target
 from harmonica.training.train import train_sdt
-from harmonica.values import StrPath, require
+from harmonica.values import StrPath, number, require, whole
 
 WALKS, NOISES, FACTOR, SEED = 1000, 4, 10, 20_000_007
 """The budget in walks if none is given; noises that tables are judged on; steps of the reference
@@ -79,6 +79,9 @@ def tune(  # noqa: D417 (some arguments are described together)
     require(method in ("auto", "sdt"), f"method is {method!r}; {known}")
     known = "expected 'milliseconds', or None for multiply-accumulates"
     require(cost in (None, "milliseconds"), f"cost is {cost!r}; {known}")
+    number("the target speedup", speedup, 1)
+    whole("order", order, 0, 10)
+    whole("budget", budget or 0, 0)
     try:
         denoiser = from_pipeline(pipe, prompts=prompts, each=each, **call)
     except NotFollowedError as reason:
@@ -146,7 +149,9 @@ def _stages(
 ) -> Iterator[Schedule]:
     """Yield schedules, each better than the one before, judged on `size` noises at a time."""
     T, half, generator = denoiser.steps, budget // 2, torch.Generator().manual_seed(SEED)
-    finer = finer_walk(denoiser, FACTOR if half // 4 >= size * FACTOR * T else 1)
+    alone = denoiser.draws_noise or {"timesteps", "sigmas"} & denoiser.inputs.call.keys()
+    factor = 1 if alone else FACTOR  # those walks cannot be had with more steps
+    finer = finer_walk(denoiser, factor if half // 4 >= size * factor * T else 1)
     a_round = size * (WALKS_PER_ROUND * T + finer.steps)
 
     def pools() -> Iterator[Pool]:
@@ -164,7 +169,6 @@ def _stages(
     assert best is not None
     # Half of what is left goes into reference walks, half into updates, of about four walks each.
     walks = (budget - max(half, denoiser.predictions.total())) // T
-    factor = 1 if denoiser.draws_noise else FACTOR
     noises, updates = min(walks // (2 * factor), 64 * batch), walks // (8 * batch)
     if noises >= 2 * NOISES and updates >= 1:
         pool = references(denoiser, noises=noises, factor=factor)
