@@ -33,7 +33,7 @@ class Inputs:
     takes_generator: bool
 
     def samples(self, cond: Tensor) -> list[Sample]:
-        """Return the samples that cond (B, 2) names; raise ValueError for rows that are not there."""
+        """Return the samples of cond (B, 2); raise ValueError for rows that are not there."""
         samples = [(int(row), int(seed)) for row, seed in cond.tolist()]
         rows = [row for row, _ in samples]
         exist = all(0 <= row < self.rows for row in rows)

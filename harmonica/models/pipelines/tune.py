@@ -58,10 +58,9 @@ def tune(  # noqa: D417 (some arguments are described together)
         with cached(pipe, schedule):
             image = pipe("…", num_inference_steps=28, guidance_scale=3.5).images[0]
 
-    Once there is a first schedule, Ctrl-C returns the best so far, and so does an error, with a
-    warning; with "sdt" both are raised. A pipeline that cannot be followed gets whole steps and a
-    warning: method, budget, cost and order have no effect then, Ctrl-C is raised, and the speedup
-    counts no attention scores.
+    Ctrl-C returns the best schedule so far if there is one, and so does an error, with a warning;
+    with "sdt" both are raised. A pipeline that cannot be followed gets whole steps and a warning:
+    method, budget, cost and order have no effect then, and the speedup counts no attention scores.
 
     Args:
         pipe, prompts, each, **call: as in `from_pipeline`.
@@ -81,7 +80,7 @@ def tune(  # noqa: D417 (some arguments are described together)
     require(cost in (None, "milliseconds"), f"cost is {cost!r}; {known}")
     number("the target speedup", speedup, 1)
     whole("order", order, 0, 10)
-    whole("budget", budget or 0, 0)
+    whole("budget", 1 if budget is None else budget)
     try:
         denoiser = from_pipeline(pipe, prompts=prompts, each=each, **call)
     except NotFollowedError as reason:
@@ -91,10 +90,9 @@ def tune(  # noqa: D417 (some arguments are described together)
         return _from_runs(pipe, inputs_of(pipe, prompts, each, call), speedup, progress)
     measure = milliseconds(denoiser) if cost == "milliseconds" else macs(denoiser)
     target = Target(speedup, measure, denoiser.steps)
-    budget = WALKS * denoiser.steps if budget is None else budget
     batch = NOISES if denoiser.batched else 1  # asked now, since the answer takes predictions
     way = _trained if method == "sdt" else _searched
-    schedule = way(denoiser, target, order, budget, batch, progress)
+    schedule = way(denoiser, target, order, budget or WALKS * denoiser.steps, batch, progress)
     spent = {"predictions": denoiser.predictions.total()}
     return replace(schedule, provenance={**schedule.provenance, **spent})
 
