@@ -65,6 +65,8 @@ def test_gates_refuse_an_empty_cache_scores_for_decisions_and_a_module_at_two_si
         blend(torch.tensor([1.0, 0.5]), {}, 0.1)
     with pytest.raises(TypeError, match="reuse takes bools"):
         reuse(torch.tensor([0.2, 0.9]), {})
+    with pytest.raises(TypeError, match=r"row holds scores such as 0.2; reuse takes bools"):
+        reuse([0.2, 0.9], {})
     linear = nn.Linear(1, 1)
     with refused("a module stands at two sites"), gated([linear] * 2, reuse([True] * 2, {})):
         pass
@@ -325,8 +327,29 @@ def test_training_and_lambda_refuse_what_they_cannot_use(small):
     ):
         with refused(message):
             image_error(small, torch.ones(shape), x, y, **how)
-    with refused("the router is 3 × 4"):
-        next(sdt(small, Router(3, 4), [(x, y)]))
+    with pytest.raises(TypeError, match="r is a list"):
+        image_error(small, [[1.0] * 4] * 4, x, y)
+    for start_at in (-1, 5, True):
+        with refused(f"start is {start_at}; expected a whole number, 0 or more and below 5"):
+            next(denoise(small, x, y, start=start_at))
+    for message, how in {
+        "the router is 3 × 4": {"router": Router(3, 4)},
+        "router is a Schedule": {"router": Router(4, 4).schedule()},
+        "beta is -1": {"beta": -1},
+        "beta is nan": {"beta": float("nan")},
+        r"beta has shape \(3,\); expected one price, or one for each": {"beta": torch.ones(3)},
+        "lr is -1": {"lr": -1},
+        "lr is True": {"lr": True},
+        r"lam is \(3,\); expected one λ of 4 steps": {"lam": torch.ones(3)},
+        "lam is a list": {"lam": [1.0] * 4},
+        "tau is 1": {"tau": 1},
+        "refresh_every is 0": {"refresh_every": 0},
+        "λ is 'other'": {"proxy": "other"},
+    }.items():
+        with pytest.raises((ValueError, TypeError), match=message):
+            next(sdt(**{"denoiser": small, "router": Router(4, 4), "noise": [(x, y)], **how}))
+    with refused(r"out is \(2, 2, 4, 4\) and target \(1, 2, 4, 4\); expected one shape"):
+        objective(x, x[:1], torch.ones(4), 1.0, 1.0)
 
 
 def test_the_objective_is_lambda_mse_plus_beta_sum_r():

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harmonica import Macs, Router, Schedule, sample
+from harmonica.storage.files import read_tensors, write_tensors
 
 FACTS = {"timesteps": (999, 500, 0), "model": "small", "sampler": "ddim", "guidance": 1.5}
 
@@ -80,7 +81,8 @@ IMPOSSIBLE = [
     ([[1, 1]], {"timesteps": (1, 2)}, "2 timesteps"),
     *(([[1, 1]], {"timesteps": (t,)}, "a timestep is") for t in (math.nan, "1", None, True, 1j)),
     *(([[1, 1]], {"guidance": g}, "guidance is") for g in (math.inf, "2", [2], True)),
-    *(([[1, 1]], {"threshold": t}, "threshold is") for t in (math.nan, "0")),
+    *(([[1, 1]], {"threshold": t}, "threshold is") for t in (math.nan, "0", -0.1, 1.0)),
+    (torch.quantize_per_tensor(torch.ones(1, 1), 1, 0, torch.qint8), {}, "quantized or nested"),
     *(([[1, 1]], {"model": m}, "model is") for m in (3, b"dit", Path("dit"))),
     *(([[1, 1]], {"provenance": {"a": v}}, "provenance is") for v in (math.nan, Path(), object())),
     ([[1, 1]], {"sites": (1, 2)}, "site 0 is 1"),
@@ -100,8 +102,8 @@ def test_a_router_without_steps_sites_or_numbers_is_refused():
     for name, values in {
         "tau": (-0.1, 1.0, 2, math.nan, math.inf, True, "0.1", None, [0.1], torch.ones(2)),
         "k": (-1, 3, 1.5, "1", None),
-        "steps": (0, -1, True, 2.0, math.nan, "3", None),
-        "sites": (0, True, 2.0, None, "ab"),
+        "steps": (0, -1, True, 2.0, math.nan, "3", None, 10**9),
+        "sites": (0, True, 2.0, None, "ab", 10**9),
         "generator": (0, True, "cpu"),
         "logits": (torch.zeros(3, 2), two * math.nan, two.int(), two.bool(), [[0.0, 0.0]] * 2),
     }.items():
@@ -153,3 +155,26 @@ def test_a_reader_sees_the_old_file_or_the_new_one(tmp_path):
         assert json.loads(half + reader.read())["model"] == "old"
     assert Schedule.load(path).model == "new"
     assert os.listdir(tmp_path) == ["s.json"]  # noqa: PTH208
+
+
+def test_a_link_stays_a_link_and_a_read_only_file_stays_as_it_is(tmp_path, monkeypatch):
+    old, new = Schedule([[1]], model="old"), Schedule([[1]], model="new")
+    path, link = tmp_path / "s.json", tmp_path / "link.json"
+    old.save(path)
+    link.symlink_to(path.name)
+    new.save(link)
+    assert (link.is_symlink(), Schedule.load(path)) == (True, new)
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
+    for target in (path, link):
+        with pytest.raises(PermissionError, match="it is read-only; it was not written"):
+            old.save(target)
+    assert {each.name for each in tmp_path.iterdir()} == {"s.json", "link.json"}
+    assert Schedule.load(path) == new
+
+
+def test_what_was_read_does_not_change_with_its_file(tmp_path):
+    path, ones = tmp_path / "r", torch.ones(2, 2)
+    write_tensors(path, {"images": ones}, {})
+    read = read_tensors(path)[0]["images"]
+    path.write_bytes(bytes(path.stat().st_size))  # in place, as cp does
+    assert torch.equal(read, ones)

@@ -153,7 +153,7 @@ class DiTDenoiser(Guided):
         loss is taken over both halves of the batch, [conditional, null]. Guided channels are the
         same in both; the others, such as variances, stay what each half predicted.
         """
-        check_inputs(x, cond, self.shape)
+        check_inputs(x, cond, self.shape, self.conditions)
         t, narrow = self.clock(x, k), x.to(next(self.model.parameters()).dtype)
         if self.guidance == 1.0:
             return self.model(narrow, t, cond).to(x.dtype)  # type: ignore[no-any-return]

@@ -142,7 +142,8 @@ class PixArtDenoiser(Guided):
         """Return the guided noise at step k for x (B, C, H, W) and numbers of prompts (B,), and the
         conditional variance if the sampler reads one: (B, C or 2C, H, W).
         """
-        check_inputs(x, cond, (self.shape[0], *x.shape[2:]))  # of any size
+        shape = self.shape[0], *x.shape[2:]  # of any size
+        check_inputs(x, cond, shape, self.conditions)
         if self.guidance == 1.0:
             guided = conditional = self._run(x, k, cond)  # (B, 2C, H, W)
         else:

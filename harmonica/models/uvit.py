@@ -115,7 +115,7 @@ class UViTDenoiser(Guided):
 
     def predict(self, x: Tensor, k: int, cond: Tensor) -> Tensor:
         """Return the guided noise (B, C, H, W) at step k for class labels (B,)."""
-        check_inputs(x, cond, self.shape)
+        check_inputs(x, cond, self.shape, self.conditions)
         t, narrow, outs = self.clock(x, k, first=1.0), x.to(self.model.pos_embed.dtype), []
         for call, y in enumerate((cond, torch.full_like(cond, self.conditions))):
             with in_call(call):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from harmonica.check import require_denoiser
 from harmonica.denoise import Denoiser, check_fit
 from harmonica.processes import local_part, progress_bar, world
 from harmonica.router import Router
@@ -48,6 +49,7 @@ def refine_router(  # noqa: D417 (some arguments share a line)
     usual, finer = default_budget(denoiser.steps), denoiser if finer is None else finer
     budget = whole("budget", usual if budget is None else budget, 0)
     order = whole("order", order, 0, 10)
+    require_denoiser(finer)
     facts: dict[str, Any] = {"search_predictions": 0}
     table = target.fit_budget(router().detach().cpu(), start.compute)
     if budget > 0:

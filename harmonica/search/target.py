@@ -19,7 +19,7 @@ from harmonica.cost import Macs, macs
 from harmonica.denoise import Denoiser
 from harmonica.router import Schedule
 from harmonica.search.references import Toward
-from harmonica.values import number, of_type, require, whole
+from harmonica.values import LARGEST, number, of_type, require, whole
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,10 @@ class Target:
     steps: int  # T
 
     def __post_init__(self) -> None:
-        speedup, steps = number("the target speedup", self.speedup, 1), whole("steps", self.steps)
+        speedup, steps = (
+            number("the target speedup", self.speedup, 1),
+            whole("steps", self.steps, 1, LARGEST),
+        )
         vars(self).update(speedup=speedup, steps=steps)
         of_type("cost", self.cost, Macs, "harmonica.macs(denoiser)")
         first_only = torch.zeros(steps, len(self.cost.sites), dtype=torch.bool)

@@ -203,6 +203,7 @@ def test_refining_stays_within_its_budget_and_says_what_it_spent(budget):
         },
         "counts 5 steps": {"target": Target(1.1, macs(d), 5)},
         "NoneType is no Denoiser": {"denoiser": None},
+        "int is no Denoiser": {"finer": 3},
     }.items():
         with pytest.raises((ValueError, TypeError), match=message):
             refine_router(

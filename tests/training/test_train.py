@@ -303,3 +303,5 @@ def test_the_command_says_what_training_takes_and_writes_nothing(tmp_path, capsy
     for word in ("predictions", "multiply-accumulates", "hours", "peak memory, update", "lambda"):
         assert word in said
     assert not (tmp_path / "x").exists()
+    assert train.main([*out, "--target", "1e9"]) == 2
+    assert "the target speedup is 1e+09 and the maximum here is" in capsys.readouterr().err
