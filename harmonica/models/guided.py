@@ -103,7 +103,7 @@ class Guided(ABC):
 
 
 def check_inputs(x: Tensor, cond: Tensor, shape: tuple[int, ...], count: int) -> None:
-    """Raise ValueError unless x is (B, C, H, W) and cond (B,) whole numbers below `count`."""
+    """Raise ValueError unless x is (B, C, H, W) and cond (B,) numbers of conditions, or `count`."""
     kinds = ", ".join(type(each).__name__ for each in (x, cond) if not isinstance(each, Tensor))
     require(not kinds, f"found noise or conditions of type {kinds}; both must be tensors")
     fits = x.ndim == 4 and tuple(x.shape[1:]) == shape and tuple(cond.shape) == (len(x),) != (0,)
@@ -114,6 +114,6 @@ def check_inputs(x: Tensor, cond: Tensor, shape: tuple[int, ...], count: int) ->
     expected = f"(B, {', '.join(map(str, shape))}) and (B,) whole numbers on one device"
     require(fits, f"{noise}, {conditions}; expected {expected}, B at least 1, as `draw` returns")
     if cond.device.type == "cpu":  # another device would have to be waited for
-        wrong = [label for label in cond.tolist() if not 0 <= label < count]
-        todo = f"pass numbers of classes or prompts from 0 to {count - 1}"
+        wrong = [label for label in cond.tolist() if not 0 <= label <= count]
+        todo = f"pass classes or prompts from 0 to {count - 1}, or {count} for none"
         require(not wrong, f"found labels out of range, {wrong[:4]}; {todo}")

@@ -107,7 +107,7 @@ def test_inputs_that_do_not_fit_the_model_are_named_and_leave_no_trace(name):
                 walk(d, noise, labels)
         with refused("found noise or conditions of type list; both must be tensors"):
             walk(d, x, cond.tolist())
-        for label in (-1, d.conditions, 10**6):
+        for label in (-1, d.conditions + 1, 10**6):
             with refused(rf"out of range, \[{label}\]; pass .* from 0 to {d.conditions - 1}"):
                 walk(d, x, torch.tensor([0, label]))
     assert torch.equal(sample(d, x, cond), plain)
