@@ -34,8 +34,9 @@ x, labels = denoiser.draw(16, generator)
 # teacher predicts? But nobody looks at predicted noise. What counts is the image at the end.
 #
 # λ⁽ᵏ⁾ measures the image. Walk under the router. Walk again, with reuse switched off *at step k alone*. λ⁽ᵏ⁾ is the mean
-# squared difference between the two images. `image_error` returns λ for all k. The MSE of the outputs comes from one
-# walk of `sdt` with a learning rate of zero. **Do the two agree about which steps are bad?**
+# squared difference between the two images. `image_error` returns λ for all k. (What is printed as *image error* further down is
+# another thing: the mean squared difference of a whole table's image to the uncached one.) The MSE of the outputs comes
+# from one walk of `sdt` with a learning rate of zero. **Do the two agree about which steps are bad?**
 
 # %%
 lam = image_error(denoiser, router(), x, labels, tau=tau)  # (T,)
@@ -108,7 +109,7 @@ plots.per_step(lines, ylabel="λ (mean squared change\nof the image)", log=True)
 
 # %%
 unit = lam / mse.clamp_min(1e-12)  # (T,), λ/MSE
-plots.per_step({"λ / MSE": unit.tolist()}, ylabel="image error per unit of MSE", log=True)
+plots.per_step({"λ / MSE": unit.tolist()}, ylabel="λ per unit of MSE", log=True)
 
 # %%
 for k in range(1, T):
