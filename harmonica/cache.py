@@ -56,7 +56,7 @@ def reuse(row: Tensor | Sequence[bool], cache: Cache) -> Gate:
     row = row.tolist() if isinstance(row, Tensor) else row
     if isinstance(row[0], float):
         todo = "reuse takes bools: router.schedule(tau).compute[k]"
-        raise TypeError(f"row holds scores such as {row[0]}; {todo}")
+        raise TypeError(f"row holds scores such as {row[0]:.2g}; {todo}")
 
     def gate(site: int, compute: Compute) -> Feature:
         try:

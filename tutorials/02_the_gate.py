@@ -307,7 +307,7 @@ with tempfile.TemporaryDirectory() as folder:
 # wrong = {
 #     "a false in the first row": lambda: Schedule([[True, False], [True, True]]),
 #     "10 steps": lambda: sample(denoiser, x, labels, Schedule(torch.ones(10, N, dtype=torch.bool))),
-#     "scores": lambda: reuse(torch.rand(N), {}),
+#     "scores": lambda: reuse(torch.full((N,), 0.5), {}),
 # }
 # for what, attempt in wrong.items():
 #     try:
@@ -319,7 +319,7 @@ with tempfile.TemporaryDirectory() as folder:
 # ```text
 # a false in the first row: ValueError: step 0 reuses site1, but nothing is cached yet; its row must be true
 # 10 steps: ValueError: this schedule has 10 steps (unknown sampler), the run has 20; run 10 or train a schedule for 20, or call schedule.resample(20)
-# scores: TypeError: row is torch.float32; reuse takes bools: router.schedule(tau).compute[k]
+# scores: TypeError: row holds scores such as 0.5; reuse takes bools: router.schedule(tau).compute[k]
 # ```
 #
 # </details>
