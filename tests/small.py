@@ -62,7 +62,7 @@ def in_double(d):
     return d
 
 
-def table(d, share=0.5, seed=0):
+def random_table(d, share=0.5, seed=0):
     rows = torch.rand(d.steps, len(d.sites), generator=seeded(seed)) > share
     rows[0] = True
     return Schedule(rows, sites=tuple(d.sites))

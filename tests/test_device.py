@@ -16,7 +16,7 @@ import torch
 from conftest import seeded, start, with_noise
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from sham import Sham, ShamDevice
-from small import loaded, table
+from small import loaded, random_table
 from smoothcache import smoothcache
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -46,7 +46,7 @@ def device():
 
 
 def ordered(d, order=0):
-    return replace(table(d), order=order)
+    return replace(random_table(d), order=order)
 
 
 WAYS = {

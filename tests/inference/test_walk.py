@@ -10,7 +10,7 @@ import torch
 from conftest import attributes, equal, make, raising, refused, seeds, start, tables, with_noise
 from hypothesis import given
 from sham import ShamDevice
-from small import MADE, in_double, loaded, table
+from small import MADE, in_double, loaded, random_table
 from torch import nn
 
 from harmonica import Macs, Schedule, sample, train_sdt
@@ -38,7 +38,7 @@ def test_an_exact_walk_is_sample_bit_for_bit_and_another_to_rounding(schedule, s
 @pytest.mark.usefixtures("small_models")
 def test_every_model_under_every_sampler(name, sampler):
     d, x, cond = with_noise(in_double(loaded(name, sampler)), 2, 0)
-    schedule = table(d)
+    schedule = random_table(d)
     plain = sample(d, x, cond, schedule)
     assert torch.equal(Walk(d, schedule, exact=True)(x, cond), plain)
     assert relative(Walk(d, schedule)(x, cond), plain) < 1e-9
@@ -48,7 +48,7 @@ def test_every_model_under_every_sampler(name, sampler):
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
 def test_the_bundled_model_agrees_to_the_rounding_of_its_type(dtype, rounding):
     d, x, y = with_noise(load("tiny", dtype=dtype), 16, 0)
-    for rows in (table(d, seed=seed) for seed in range(3)):
+    for rows in (random_table(d, seed=seed) for seed in range(3)):
         plain = sample(d, x, y, rows)
         assert relative(Walk(d, rows)(x, y), plain) < rounding
         assert torch.equal(Walk(d, rows, exact=True)(x, y), plain)
@@ -58,24 +58,24 @@ def test_the_bundled_model_agrees_to_the_rounding_of_its_type(dtype, rounding):
 def test_nothing_is_left_on_the_model_exception_or_not(name):
     d, x, cond = with_noise(MADE[name](), 1, 0)
     before, step = attributes(d.model), d.step
-    Walk(d, table(d))(x, cond)
+    Walk(d, random_table(d))(x, cond)
     assert attributes(d.model) == before
     broken = raising(RuntimeError("broken"))
     d.step = lambda x, out, k, memory: (broken if k == 2 else step)(x, out, k, memory)
     with pytest.raises(RuntimeError, match="broken"):
-        Walk(d, table(d))(x, cond)
+        Walk(d, random_table(d))(x, cond)
     assert attributes(d.model) == before
 
 
 @pytest.mark.parametrize("name", MADE)
 def test_a_walk_remembers_nothing_of_the_one_before_and_sees_weights_changed_since(name):
     d = in_double(MADE[name]())
-    walk = Walk(d, table(d))
+    walk = Walk(d, random_table(d))
     first, second = (start(d, b, b) for b in (3, 2))
     walk(*first)
-    assert torch.equal(walk(*second), Walk(d, table(d))(*second))
+    assert torch.equal(walk(*second), Walk(d, random_table(d))(*second))
     randomised(d.model, seed=9)
-    assert relative(walk(*second), sample(d, *second, table(d))) < 1e-9
+    assert relative(walk(*second), sample(d, *second, random_table(d))) < 1e-9
 
 
 def test_modulations_of_all_steps_are_one_product_per_block_or_of_as_many_as_fit(monkeypatch):
@@ -106,7 +106,7 @@ def test_what_is_unknown_walks_by_overriding_sites_and_has_nothing_ahead():
     d = SimpleNamespace(**{name: getattr(inner, name) for name in members})
     d, x, y = with_noise(d)
     assert not isinstance(d, Accelerated)
-    assert torch.equal(Walk(d, table(d))(x, y), sample(d, x, y, table(d)))
+    assert torch.equal(Walk(d, random_table(d))(x, y), sample(d, x, y, random_table(d)))
     with precompute.precomputed(model := nn.Linear(2, 2), (1.0,), exact=False):
         assert "forward" not in vars(model)
     with refused("this schedule has 2 steps"):
@@ -167,7 +167,7 @@ class Tape:
 
 def test_a_graph_is_captured_once_and_every_batch_is_copied_in():
     d, tape = make(), Tape()
-    walk = Walk(d, table(d))
+    walk = Walk(d, random_table(d))
     draw = GraphWalk(walk, capture=tape)
     noise = [start(d, seed=seed) for seed in range(3)]
     expected, images = [walk(*batch) for batch in noise], []
@@ -180,7 +180,7 @@ def test_a_graph_is_captured_once_and_every_batch_is_copied_in():
 
 def test_each_shape_of_noise_and_condition_has_a_graph_and_the_oldest_makes_room():
     d, tape = make(), Tape()
-    draw = GraphWalk(Walk(d, table(d)), most=2, capture=tape)
+    draw = GraphWalk(Walk(d, random_table(d)), most=2, capture=tape)
     batches = {size: start(d, batch=size) for size in (1, 2, 3)}
     for size, captured in ((1, 1), (2, 2), (1, 2), (3, 3), (1, 3), (2, 4)):
         draw(*batches[size])
@@ -202,7 +202,7 @@ def test_a_key_is_shapes_types_and_what_is_no_tensor():
 def test_a_sampler_that_draws_noise_is_not_captured():
     for sampler in ("ddim", "dpm-solver++", "iddpm", "sa-solver"):
         d, tape, draws = loaded("pixart-alpha-256", sampler), Tape(), sampler[0] in "is"
-        draw = GraphWalk(Walk(d, table(d)), capture=tape)
+        draw = GraphWalk(Walk(d, random_table(d)), capture=tape)
         draw(*start(d, 1, 0))
         assert tape.captured == (not draws)
         assert ("the sampler draws noise at every step" in (draw.reason or "")) == draws
@@ -218,7 +218,7 @@ def test_a_capture_fails_with_its_first_cause_and_the_stream_is_put_back(how, mo
     monkeypatch.setattr(threading, "active_count", lambda: 1)
     with ShamDevice() as device:
         d = loaded("dit-xl", device="cuda")
-        walk, batch = Walk(d, table(d)), start(d, 2, 0)
+        walk, batch = Walk(d, random_table(d)), start(d, 2, 0)
         step, capture = d.step, torch.cuda.graph.return_value
         if how == "fails":
             capture.__enter__.side_effect = RuntimeError("the first cause")
@@ -237,7 +237,7 @@ def test_a_capture_fails_with_its_first_cause_and_the_stream_is_put_back(how, mo
 
 def test_a_capture_that_fails_falls_back_and_keeps_good_graphs_and_is_tried_again_for_memory():
     d, tape = make(), Tape()
-    walk = Walk(d, table(d))
+    walk = Walk(d, random_table(d))
     cpu, draw = GraphWalk(walk), GraphWalk(walk, most=1, capture=tape)
     assert torch.equal(cpu(*start(d)), walk(*start(d)))
     assert cpu.reason == "x is on cpu; graphs are for CUDA devices"
@@ -261,7 +261,7 @@ def test_a_capture_that_fails_falls_back_and_keeps_good_graphs_and_is_tried_agai
 @pytest.mark.usefixtures("small_models")
 def test_a_replayed_graph_is_the_eager_walk_bit_for_bit(name, sampler):
     d = loaded(name, sampler, device="cuda")
-    walk = Walk(d, table(d))
+    walk = Walk(d, random_table(d))
     draw = GraphWalk(walk)
     for seed in range(3):
         x, cond = start(d, 2, seed)

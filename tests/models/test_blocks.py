@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import attributes, make, noting, start, with_noise
 from diffusers.models.attention import BasicTransformerBlock
-from small import MADE, table
+from small import MADE, random_table
 from torch import nn
 
 from harmonica import Schedule, gated, reuse, sample
@@ -33,7 +33,7 @@ def test_every_block_is_known_and_gives_the_images_of_overridden_sites_bit_for_b
     blocks = [module for module in d.model.modules() if type(module).__name__ in kinds]
     assert blocks
     assert all(map(known_block, blocks))
-    assert torch.equal(walk(d, table(d), x, cond), sample(d, x, cond, table(d)))
+    assert torch.equal(walk(d, random_table(d), x, cond), sample(d, x, cond, random_table(d)))
 
 
 def calls_of(d, run):
@@ -82,7 +82,7 @@ def test_an_unusual_block_is_run_as_it_stands_with_the_same_numbers(name, change
     assert known_block(transformer.transformer_blocks[1]) is None
     if change != "training":
         x, cond = start(d, 1, 3)
-        assert torch.equal(walk(d, table(d), x, cond), sample(d, x, cond, table(d)))
+        assert torch.equal(walk(d, random_table(d), x, cond), sample(d, x, cond, random_table(d)))
 
 
 def test_another_kind_of_norm_is_not_known():

@@ -29,8 +29,7 @@ import torch
 from conftest import equal, make, noting, raising, refused, seeded, start
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from peft import LoraConfig, inject_adapter_in_model
-from small import MADE
-from small import table as rows_for
+from small import MADE, random_table
 from torch import nn
 
 from harmonica import Schedule, gated, sample
@@ -90,7 +89,7 @@ def asked(transformer):
 def test_eight_threads_on_one_denoiser_make_the_images_that_each_makes_alone(name, how):
     d = MADE[name]()
     noise = [start(d, 1, seed) for seed in range(8)]
-    tables = [rows_for(d, seed=seed % 2) for seed in range(8)]
+    tables = [random_table(d, seed=seed % 2) for seed in range(8)]
     walks = [Walk(d, schedule, exact=True) for schedule in tables[:2]]
     walk = {
         "sample": lambda i: sample(d, *noise[i], tables[i] if i % 4 else None),
