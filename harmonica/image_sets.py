@@ -38,6 +38,7 @@ from harmonica.inference.walk import Walk
 from harmonica.processes import from_rank_0, processes, progress_bar, rank, started_as, world
 from harmonica.router import Schedule
 from harmonica.storage import files
+from harmonica.storage.files import write_text
 from harmonica.values import StrPath, require, whole
 
 PARTS, LABELS = ".parts", ".labels.txt"  # endings of the folder of finished images, of conditions
@@ -174,7 +175,7 @@ def _put_together(out: Path, pictures: Sequence[Path], denoiser: Denoiser, seed:
         files.write_whole(out, partial(_write_npz, pictures, labels))
         shutil.rmtree(parts)
         return
-    files.write_text(_beside(out, LABELS), "".join(f"{label}\n" for label in labels))
+    write_text(_beside(out, LABELS), "".join(f"{label}\n" for label in labels))
     for other in {*parts.iterdir()} - {*pictures, parts / SETTINGS}:  # of a larger count, or half
         other.unlink()
     parts.replace(out)
