@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from harmonica.cache import Cache, Compute, Feature, gated, reuse
-from harmonica.checked import checked_facts
 from harmonica.denoise import Denoiser, denoise, final_image
+from harmonica.schedule_fields import checked_facts
 
 
 def require_denoiser(denoiser: Any) -> None:

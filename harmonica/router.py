@@ -60,7 +60,7 @@ class Schedule:
     provenance: Mapping[str, str | float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        from harmonica.checked import checked_fields
+        from harmonica.schedule_fields import checked_fields
 
         for name, value in checked_fields(vars(self)).items():
             object.__setattr__(self, name, value)

@@ -1,6 +1,6 @@
 """Table: what the entries of a table of decisions cost, and what a site has computed before them.
 
-What every table must be is held in harmonica.checked.
+What every table must be is held in harmonica.schedule_fields.
 """
 
 from collections.abc import Iterable

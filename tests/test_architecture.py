@@ -11,7 +11,7 @@ CORE = ("router", "cache", "denoise", "iepo", "sdt")
 
 LAYERS = (
     {"calls", "override", "samplers", "site_names"}
-    | {"processes", "memory", "run_again", "storage", "table", "checked", "values"},
+    | {"processes", "memory", "run_again", "storage", "table", "schedule_fields", "values"},
     {"cache", "forecast", "router"},
     {"denoise"},
     {"iepo", "sdt", "cost", "check"},

@@ -39,7 +39,7 @@ def every(denoiser: Denoiser, n: float | None = None, *, speedup: float | None =
     require(one, f"n is {n} and speedup {speedup}; give one of the two")
     steps, interval = denoiser.steps, Fraction(number("n", 1 if n is None else n, 1))
     if speedup is not None:
-        interval = Fraction(steps, Target(speedup, macs(denoiser), steps).whole_steps)
+        interval = Fraction(steps, Target(speedup, macs(denoiser), steps).steps_that_compute)
     table = whole_steps(denoiser, spread(steps, interval))
     return named(denoiser, table, "FORA", {"interval": float(interval)})
 
@@ -53,7 +53,7 @@ def dynamic_programming(denoiser: Denoiser, x: Tensor, cond: Any, *, speedup: fl
     step's cost depends on it alone.
     """
     target = Target(speedup, macs(denoiser), denoiser.steps)
-    path = cheapest_path(reuse_errors(denoiser, x, cond), target.whole_steps)
+    path = cheapest_path(reuse_errors(denoiser, x, cond), target.steps_that_compute)
     settings = {"speedup": speedup, "noises": len(x)}
     return named(denoiser, whole_steps(denoiser, path), "dynamic programming", settings)
 

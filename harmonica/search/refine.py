@@ -125,7 +125,7 @@ class Search:
         errors = torch.stack(list(pool.portions(sums, self._room[0]))).sum(0)
         errors = mean_over_ranks(errors / len(pool))
         self.spent += len(pool) * steps * (2 + (steps - 1) / 2)
-        most = self.target.whole_steps
+        most = self.target.steps_that_compute
         counts = [n for n in (most, most + 1) if 1 <= n <= steps]
         pairs = [(cheapest_path(errors, n), spread(steps, Fraction(steps, n))) for n in counts]
         return [whole_steps(self.denoiser, path) for pair in pairs for path in pair]

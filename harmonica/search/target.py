@@ -54,7 +54,7 @@ class Target:
         return self.steps * (self.cost.total / self.speedup - self.cost.rest) * (1 + 1e-12)
 
     @property
-    def whole_steps(self) -> int:
+    def steps_that_compute(self) -> int:
         """How many steps may compute all of their sites."""
         return int(self.allowed / float(self.cost.sites.sum()))
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harmonica.checked import FACTS, checked_facts
+from harmonica.schedule_fields import FACTS, checked_facts
 from harmonica.storage import files, foreign
 from harmonica.storage.files import FLOATS, decoding, existing
 from harmonica.values import StrPath, require

@@ -183,7 +183,7 @@ def _from_runs(pipe: Any, inputs: Inputs, speedup: float, progress: bool) -> Sch
     columns, name, (plain, times) = tuple(sites_of(pipe)), type(pipe).__name__, run()
     T, cost = len(plain), macs_per_token(pipe.transformer, sites(pipe.transformer))
     require(T > 0, f"{name} never steps its scheduler, so no table fits it")
-    count = min(Target(speedup, cost, T).whole_steps, T)
+    count = min(Target(speedup, cost, T).steps_that_compute, T)
     about = {"method": "tune, whole steps from runs", "runs": T, "speedup": speedup}
     fields: dict[str, Any] = {"sites": columns, "timesteps": times, "provenance": about}
     fields |= {"model": name, "sampler": type(pipe.scheduler).__name__}

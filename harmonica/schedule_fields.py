@@ -1,4 +1,4 @@
-"""Checked: the fields of a `Schedule` are held to what a table of decisions must be.
+"""Schedule fields: each is held to what a `Schedule`, a table of decisions, must be.
 
 Whatever passes can be saved, and comes back from its file the same.
 """
