@@ -116,7 +116,7 @@ def _resume(path: Path) -> None:
     d = make(dtype=torch.float32)
     how = {"tau": 0.1, "beta": 7e-8, "refresh_every": 25, "proxy": "leave-one-out"}
     state = start(d, {"batch_size": 1, "lr": 0.01, **how})
-    Checkpoint(path, 100, d).begin(state, 6, resume=True)
+    Checkpoint(path, 100, d, state, 6, resume=True)
     assert 0 <= state.updates <= 6
     assert bool(state.router().isfinite().all())
     state.router.rows[0].grad = torch.ones(4)

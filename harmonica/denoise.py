@@ -39,9 +39,7 @@ class Denoiser(Protocol):
     def about(self) -> dict[str, Any]: ...  # noqa: D102 (described above)
 
     def predict(self, x: Tensor, k: int, cond: Any) -> Tensor:
-        """Return the guided output at step k for x (B, C, H, W): B rows, or 2B, both halves, which
-        the loss may compare.
-        """
+        """Return the guided output at step k for x (B, C, H, W): B rows, or 2B, both halves."""
         ...
 
     def step(self, x: Tensor, out: Tensor, k: int, memory: dict[str, Any]) -> Tensor:

@@ -19,12 +19,11 @@ from torch.utils._pytree import tree_map
 
 from harmonica.cache import Cache, Compute, Feature, Gate, never_computed
 
+Weights = Sequence[float | Tensor]  # of the outputs of one site
 History = tuple[Feature, ...]  # what the cache holds under `weighted`: last outputs, newest first
 
 
-def weighted(
-    row: Sequence[bool], weights: Sequence[Sequence[float | Tensor]], cache: Cache
-) -> Gate:
+def weighted(row: Sequence[bool], weights: Sequence[Weights], cache: Cache) -> Gate:
     """Return the gate of a weighted schedule: w₀·fresh + w₁·h₁ + … + w_m·h_m.
 
     A skipped site never calls `compute`. Where the weights are (1, 0, …) the fresh feature itself
@@ -49,9 +48,7 @@ def weighted(
     return gate
 
 
-def weighted_sum(
-    weights: Sequence[float | Tensor], features: History, *, fused: bool = False
-) -> Feature:
+def weighted_sum(weights: Weights, features: History, *, fused: bool = False) -> Feature:
     """Return Σⱼ wⱼ·fⱼ; surplus weights are ignored, what is no tensor comes from the first feature.
 
     A feature whose weight is the number 0 is left out. If one is left and its weight is 1, it is

@@ -159,9 +159,8 @@ def _check_settings(parts: Path, denoiser: Denoiser, schedule: Schedule | None, 
         settings["schedule"] = hashlib.sha256(content.encode()).hexdigest()
     if not (parts / SETTINGS).is_file():
         files.write_json(parts / SETTINGS, settings)
-    other = files.changes(files.read_json(parts / SETTINGS), settings)
-    todo = "go on with those, or remove the folder"
-    require(not other, f"{parts} was begun with other settings: {other}; {todo}")
+    first, todo = files.read_json(parts / SETTINGS), "go on with those, or remove the folder"
+    files.require_same(f"{parts} was begun with other settings", first, settings, todo)
 
 
 def _put_together(out: Path, pictures: Sequence[Path], denoiser: Denoiser, seed: int) -> None:

@@ -21,8 +21,6 @@ The diffusion's noise levels are called β as well, and SA-Solver has a τ of it
 price β or the threshold τ of a router. This file does not know models, guidance or caches.
 """
 
-from __future__ import annotations
-
 import copy
 import zlib
 from importlib import import_module
@@ -101,7 +99,7 @@ class DDIM:
         moved: Tensor = after**0.5 * x0 + (1.0 - after) ** 0.5 * eps
         return moved
 
-    def with_steps(self, steps: int) -> DDIM:
+    def with_steps(self, steps: int) -> "DDIM":
         return type(self)(steps, self.betas)
 
 
@@ -161,7 +159,7 @@ class Scheduled:
         memory["scheduler"] = _copied(vars(scheduler))
         return moved.to(x.dtype)
 
-    def with_steps(self, steps: int) -> Sampler:
+    def with_steps(self, steps: int) -> "Sampler":
         return make_sampler(self.name, steps, self.betas)
 
 

@@ -73,8 +73,7 @@ def parser() -> cli.Parser:
     p.add_argument("--resume", action="store_true", help="continue the router.safetensors in --out")
     p.add_argument("--dry-run", action="store_true", help="say what training will take, and stop")
     text = "run blocks again in backward: less memory, more time (where 80 GiB need it)"
-    yes_or_no = argparse.BooleanOptionalAction
-    p.add_argument("--activation-checkpointing", action=yes_or_no, help=text)
+    p.add_argument("--activation-checkpointing", action=argparse.BooleanOptionalAction, help=text)
     return p
 
 

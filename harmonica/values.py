@@ -61,9 +61,7 @@ def items(name: str, values: Any) -> tuple[Any, ...]:
 
 
 def check_rows(name: str, tree: Any, rows: int) -> None:
-    """Raise ValueError unless each tensor of a tree has so many rows, and what is no tensor is None
-    or a number that all rows share.
-    """
+    """Raise ValueError unless a tree holds tensors of so many rows, and numbers that all share."""
 
     def plain(part: Any) -> bool:  # a list without tensors is no condition that can be cut
         return isinstance(part, list) and not any(isinstance(each, Tensor) for each in part)

@@ -174,7 +174,7 @@ def test_other_settings_and_sizes_do_not_go_on_where_these_stopped(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "x.npz", decode=stopping(1)[0])
     for change, message in OTHERS:
-        with refused(f"was begun with other settings: {message}"):
+        with refused(rf"was begun with other settings \({message}"):
             write(tmp_path / "x.npz", **change)
     with refused(r"images differ in size: \(2, 2, 3\) in .*, \(4, 4, 3\) in "):
         write(tmp_path / "x.npz", decode=lambda x: decode(x)[:, :, :2, :2])

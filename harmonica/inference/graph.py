@@ -27,6 +27,7 @@ from harmonica.values import whole
 
 Capture = Callable[[Callable[[], Tensor], torch.device], tuple[Callable[[], None], Tensor]]
 """(run, which takes nothing, and its device) -> (replay, the tensor that each replay writes)."""
+Replay = Callable[[list[Any]], Tensor]  # the tensors of a batch -> its images
 
 
 def cuda_graph(
@@ -71,7 +72,7 @@ class GraphWalk:
     def __init__(self, walk: Walk, *, most: int = 4, capture: Capture | None = None) -> None:
         self.walk, self.most, self._for_cuda = walk, whole("most", most), capture is None
         self.reason: str | None = None
-        self.graphs: dict[Any, Callable[[list[Any]], Tensor]] = {}  # used last comes last
+        self.graphs: dict[Any, Replay] = {}  # used last comes last
         self._capture, self._refused = capture or partial(cuda_graph, {}), dict[Any, str]()
 
     def __call__(self, x: Tensor, cond: Any) -> Tensor:
@@ -98,9 +99,7 @@ class GraphWalk:
             return "the sampler draws noise at every step; a graph would repeat its first batch's"
         return None
 
-    def _captured(
-        self, key: Any, leaves: list[Any], shape: Any
-    ) -> Callable[[list[Any]], Tensor] | None:
+    def _captured(self, key: Any, leaves: list[Any], shape: Any) -> Replay | None:
         """Return what runs a batch of this key as a graph; None, and say why, if it cannot be."""
         copies, outer = tree_map_only(Tensor, Tensor.clone, leaves), sys.exc_info()[1]
         inputs = [leaf for leaf in copies if isinstance(leaf, Tensor)]
@@ -133,7 +132,5 @@ def key_of(x: Tensor, cond: Any) -> Any:
     True
     """
     leaves, shape = tree_flatten((x, cond))
-    kinds = [
-        (t.shape, t.dtype, t.device) if isinstance(t, Tensor) else (type(t), t) for t in leaves
-    ]
-    return str(shape), tuple(kinds)
+    keys = [(t.shape, t.dtype, t.device) if isinstance(t, Tensor) else (type(t), t) for t in leaves]
+    return str(shape), tuple(keys)

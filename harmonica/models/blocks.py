@@ -165,9 +165,7 @@ def gated_blocks(
         yield
 
 
-def _answer(
-    block: nn.Module, run: Run, column: Mapping[str, int], gate: Gate, exact: bool
-) -> Answer:
+def _answer(block: nn.Module, run: Run, column: dict[str, int], gate: Gate, exact: bool) -> Answer:
     """Return what answers for a block; `column` is that of each of its sites by name."""
 
     def feature_of(name: str, compute: Compute) -> Feature:

@@ -9,8 +9,6 @@ as a class label is for DiT. This file does not know caches.
     B batch   P prompts   L text tokens (120 for α, 300 for Σ)   D_text 4096   C, H, W latent
 """
 
-from __future__ import annotations
-
 import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -70,7 +68,7 @@ class Prompts:
     embeds: Tensor  # (P + 1, L, D_text)
     mask: Tensor  # (P + 1, L), 1 where a token is a word, 0 where it is padding
 
-    def to(self, like: Tensor) -> Prompts:
+    def to(self, like: Tensor) -> "Prompts":
         """Return the same prompts on the device and in the dtype of `like`."""
         return Prompts(self.texts, self.embeds.to(like), self.mask.to(like.device))
 

@@ -60,10 +60,8 @@ def every_time(memo: Memo, embedder: nn.Module) -> Pair:
     return embedder, answer
 
 
-def modulation(
-    memo: Memo, product: nn.Module, time: nn.Module, label: nn.Module, room: int
-) -> Pair:
-    """Answer a product of c = time(t) + label(y), (B, D) -> (B, 6D), by one for W steps.
+def modulation(memo: Memo, layer: nn.Module, time: nn.Module, label: nn.Module, room: int) -> Pair:
+    """Answer a layer of c = time(t) + label(y), (B, D) -> (B, 6D), by one product for W steps.
 
     As many steps as fit into `room` rows; below two it runs as it is.
     """
@@ -80,9 +78,9 @@ def modulation(
             rows = (times[first : first + steps, None] + labels).flatten(0, 1)  # (W·B, D)
             return forward(rows).unflatten(0, (-1, batch)).unbind()  # type: ignore[no-any-return]
 
-        return memo.get_or_make(product, make, first)[memo.k - first]  # of W × (B, 6D)
+        return memo.get_or_make(layer, make, first)[memo.k - first]  # of W × (B, 6D)
 
-    return product, answer
+    return layer, answer
 
 
 def rows_that_fit(model: nn.Module, products: Sequence[Any]) -> int:

@@ -58,9 +58,7 @@ def dynamic_programming(denoiser: Denoiser, x: Tensor, cond: Any, *, speedup: fl
     return named(denoiser, whole_steps(denoiser, path), "dynamic programming", settings)
 
 
-def named(
-    denoiser: Denoiser, table: Tensor, method: str, settings: Mapping[str, float]
-) -> Schedule:
+def named(denoiser: Denoiser, table: Tensor, method: str, facts: Mapping[str, float]) -> Schedule:
     """Return a table (T, N) as a schedule for this denoiser that says how it was made."""
-    about = {**denoiser.about, "provenance": {"method": method, **settings}}
+    about = {**denoiser.about, "provenance": {"method": method, **facts}}
     return Schedule(table, sites=tuple(denoiser.sites), **about)

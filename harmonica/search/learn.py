@@ -170,8 +170,7 @@ def _learn(
         total = torch.stack(list(pool[batch].portions(gradient, portion))).sum(0)
         _finite(float(total.sum()))
         weights.grad = total / len(batch) * mask
-        share = update / len(batches)
-        optimizer.param_groups[0]["lr"] = LR * (1 + math.cos(math.pi * share)) / 2
+        optimizer.param_groups[0]["lr"] = LR * (1 + math.cos(math.pi * update / len(batches))) / 2
         optimizer.step()
         if update % a_round == 0 or update == len(batches):
             yield weights.detach()
@@ -193,8 +192,7 @@ def _trainable(start: Schedule, history: int, x: Tensor) -> tuple[Tensor, Tensor
     given = taylor_weights(start.compute, 0) if given is None else given
     weights = torch.zeros(*start.compute.shape, 1 + max(history, given.shape[2] - 1))
     weights[:, :, : given.shape[2]] = given
-    past = outputs_before(start.compute)
-    mask = torch.arange(weights.shape[2]) <= past[:, :, None]
+    mask = torch.arange(weights.shape[2]) <= outputs_before(start.compute)[:, :, None]
     mask[:, :, 0] = start.compute
     return weights.to(x.device).requires_grad_(), mask.to(x.device)
 

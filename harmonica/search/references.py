@@ -13,8 +13,6 @@ image altogether and say little about small changes. So what is fitted to errors
 counts such a noise less (`outlier_weights`, `typical_error`).
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -31,7 +29,7 @@ from harmonica.denoise import Denoiser, sample
 from harmonica.inference.walk import Refinable, Walk
 from harmonica.memory import in_portions
 from harmonica.router import Schedule
-from harmonica.storage.files import changes, read_tensors, write_tensors
+from harmonica.storage.files import read_tensors, require_same, write_tensors
 from harmonica.values import LARGEST, StrPath, check_rows, of_type, require, seeded, whole
 
 R = TypeVar("R")
@@ -93,13 +91,13 @@ class Pool:
     def __len__(self) -> int:
         return len(self.x)
 
-    def __getitem__(self, which: slice | Tensor) -> Pool:
+    def __getitem__(self, which: slice | Tensor) -> "Pool":
         """Return the part of the pool at a slice or at indices."""
         rows = which.to(self.x.device) if isinstance(which, Tensor) else which
         cond = tree_map_only(Tensor, lambda leaf: leaf[rows], self.cond)
         return Pool(self.x[rows], cond, self.images[rows])
 
-    def portions(self, run: Callable[[Pool], R], size: int | None = None) -> Iterator[R]:
+    def portions(self, run: Callable[["Pool"], R], size: int | None = None) -> Iterator[R]:
         """Yield run(part) for parts of `size` noises, or PORTION; fewer where memory runs out."""
         parts = lambda first, last: run(self[slice(first, last)])  # noqa: E731
         return in_portions(parts, len(self), PORTION if size is None else size)
@@ -178,8 +176,7 @@ def _kept(path: StrPath, x: Tensor, facts: dict[str, Any]) -> list[Tensor]:
     then: Any = held.get("references")
     images = tensors.get("images", torch.zeros(()))
     require(isinstance(then, dict), f"{path} holds no references; name another file")
-    others = changes(then, facts)
-    require(not others, f"{path} holds references of something else ({others:.400}); name another")
+    require_same(f"{path} holds references of something else", then, facts, "name another")
     fit = images.shape[1:] == x.shape[1:] and 0 < images.shape[:1].numel() <= len(x)
     fit = fit and images.is_floating_point() and bool(images.isfinite().all())
     rule = f"expected finite ones for {len(x)} noises at most"

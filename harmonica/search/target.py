@@ -34,16 +34,12 @@ class Target:
     steps: int  # T
 
     def __post_init__(self) -> None:
-        speedup, steps = (
-            number("the target speedup", self.speedup, 1),
-            whole("steps", self.steps, 1, LARGEST),
-        )
+        speedup = number("the target speedup", self.speedup, 1)
+        steps = whole("steps", self.steps, 1, LARGEST)
         vars(self).update(speedup=speedup, steps=steps)
-        of_type("cost", self.cost, Macs, "harmonica.macs(denoiser)")
-        first_only = torch.zeros(steps, len(self.cost.sites), dtype=torch.bool)
-        first_only[0] = True
-        most = self.speed(first_only)
-        why = f"the first of {steps} steps computes, and sites are {self.cost.covered:.1%}"
+        cost = of_type("cost", self.cost, Macs, "harmonica.macs(denoiser)")
+        most = steps * cost.total / (cost.total + (steps - 1) * cost.rest)
+        why = f"the first of {steps} steps computes, and sites are {cost.covered:.1%}"
         given = f"the target speedup is {speedup:g} and the maximum here is {most:.4g}"
         todo = "ask for less or take more steps"
         require(speedup <= most * (1 + 1e-9), f"{given}: {why} of the cost; {todo}")

@@ -14,7 +14,7 @@ import tempfile
 import uuid
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -73,14 +73,16 @@ def decoding(path: StrPath, verdict: str) -> Iterator[None]:
         raise ValueError(f"{path} {verdict}: {what}") from None
 
 
-def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Return how settings differ from those of a file, in short; nothing if they are the same.
+def require_same(what: str, before: Mapping[str, Any], now: Mapping[str, Any], todo: str) -> None:
+    """Raise ValueError, saying how they differ, unless settings are those of a file.
 
-    >>> changes({"seed": 0, "steps": 20}, {"seed": 1, "steps": 20})
-    'seed 0 -> 1'
+    >>> require_same("x.pt has other settings", {"seed": 0, "T": 9}, {"seed": 1, "T": 9}, "…")
+    Traceback (most recent call last):
+    ValueError: x.pt has other settings (seed 0 -> 1); …
     """
     pairs = [(name, before.get(name), now.get(name)) for name in sorted({*before, *now})]
-    return "; ".join(f"{name} {a!s:.80} -> {b!s:.80}" for name, a, b in pairs if a != b)
+    other = "; ".join(f"{name} {a!s:.80} -> {b!s:.80}" for name, a, b in pairs if a != b)
+    require(not other, f"{what} ({other:.400}); {todo}")
 
 
 def write_whole(path: StrPath, write: Callable[[Path], Any]) -> None:
@@ -119,8 +121,9 @@ def exclusive_lock(path: StrPath) -> Iterator[None]:
     import fcntl
 
     beside = None if Path(path).is_dir() else folder_of(path) / f"{Path(path).name}.lock"
-    handle = os.open(beside or path, os.O_RDONLY if beside is None else os.O_CREAT)
-    try:
+    with ExitStack() as at_end:
+        handle = os.open(beside or path, os.O_RDONLY if beside is None else os.O_CREAT)
+        at_end.callback(os.close, handle)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -128,13 +131,9 @@ def exclusive_lock(path: StrPath) -> Iterator[None]:
             raise BlockingIOError(f"{path} is being written to by another run; {todo}") from None
         except OSError:  # a disk that knows no locks
             pass
-        try:
-            yield
-        finally:
-            if beside is not None:
-                beside.unlink(missing_ok=True)
-    finally:
-        os.close(handle)
+        if beside is not None:
+            at_end.callback(beside.unlink, missing_ok=True)
+        yield
 
 
 def write_text(path: StrPath, text: str) -> None:

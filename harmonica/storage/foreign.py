@@ -138,8 +138,7 @@ def read_router_file(data: Any, tau: float) -> dict[str, Any]:
     data = data if isinstance(data, dict) else {}
     args = data.get("args")
     settings = vars(args) if isinstance(args, argparse.Namespace) else {}
-    rows = _rows(data.get("routers", data))
-    method, logits, may_reuse = _in_execution_order(rows, settings)
+    method, logits, may_reuse = _in_execution_order(_rows(data.get("routers", data)), settings)
     require(0.0 <= tau < 1.0, f"tau is {tau}; it must be 0 (compute all) or more, and below 1")
     compute = (logits.sigmoid() > tau) | ~may_reuse[:, None]  # (T, N)
     fields = _fields(compute, _site_names(logits.shape[1]), f"{method} router file")

@@ -60,8 +60,7 @@ class BetaController:
         excess = math.log(spent / max(self.target.allowed, 1e-30))
         log_beta, last, known = self.state.tolist()
         if known:
-            step = GAIN * excess + DAMPING * (excess - last)
-            log_beta += min(max(step, -FASTEST), FASTEST)
+            log_beta += min(max(GAIN * excess + DAMPING * (excess - last), -FASTEST), FASTEST)
         else:  # where the penalty is about as large as the error
             typical = sorted(self._errors)[len(self._errors) // 2]
             log_beta = math.log(max(typical, 1e-30) / len(router.sites))

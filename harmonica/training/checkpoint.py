@@ -8,8 +8,6 @@ rank 0 alone touches the file. All start from its state, so a run may be resumed
 of processes, to rounding.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +22,7 @@ from harmonica.processes import batch_per_rank, from_rank_0, rank
 from harmonica.router import Router
 from harmonica.sdt import Update
 from harmonica.search.target import Target
-from harmonica.storage.files import changes, decoding, refuse_existing
+from harmonica.storage.files import decoding, refuse_existing, require_same
 from harmonica.storage.formats import build, read_router, write_router
 from harmonica.training.beta import BetaController
 from harmonica.values import StrPath, require, seeded, whole
@@ -126,37 +124,34 @@ class Checkpoint:
     """The file of a training run, written every so many updates, before and after the search; as a
     context it saves the run on Ctrl-C and on lack of memory.
 
-    `path` is None for a run that leaves no file. The settings and the denoiser must be the same on
-    resuming.
+    `path` is None for a run that leaves no file. `state` is set to what the run starts from, on all
+    processes. Raises FileExistsError, FileNotFoundError or ValueError if file and request disagree:
+    on resuming, the settings and the denoiser must be the same.
     """
 
-    def __init__(self, path: StrPath | None, every: int, denoiser: Denoiser) -> None:
-        self.path, self.every = path, whole("checkpoint_every", every)
-        self.identity = identity(denoiser)
-
-    def begin(self, state: TrainingState, iterations: int, *, resume: bool) -> Checkpoint:
-        """Set the state that the run starts from, on all processes, and return self; raise
-        FileExistsError, FileNotFoundError or ValueError if file and request disagree.
-        """
+    def __init__(
+        self, path: StrPath | None, every: int, denoiser: Denoiser, state: TrainingState,
+        iterations: int, *, resume: bool,
+    ) -> None:  # fmt: skip
+        self.path, self.every, self.state = path, whole("checkpoint_every", every), state
+        self.facts = {"settings": {**identity(denoiser), **state.settings}}
         whole("iterations", iterations)
-        self.facts = {"settings": {**self.identity, **state.settings}}
 
         def first() -> Captured:
             if resume:
-                self._restore(state, iterations)
+                self._restore(iterations)
             elif self.path is not None:
                 refuse_existing(self.path, "resume=True continues it, or choose another name")
             tensors, facts = state.capture()
             return {name: value.cpu() for name, value in tensors.items()}, facts
 
         state.restore(*from_rank_0(first))
-        self.state, self.captured, self.written = state, state.capture(), state.updates
-        return self
+        self.captured, self.written = state.capture(), state.updates
 
-    def note(self, state: TrainingState) -> None:
+    def note(self) -> None:
         """Note the state between two walks, and write it if a write is due."""
-        self.captured = state.capture()
-        if state.updates - self.written >= self.every:
+        self.captured = self.state.capture()
+        if self.state.updates - self.written >= self.every:
             self.write()
 
     def write(self) -> None:
@@ -167,7 +162,7 @@ class Checkpoint:
             fields = {"logits": router.logits, "sites": router.sites, "about": router.about}
             write_router(self.path, fields, (tensors, {**counts, **self.facts}))
 
-    def __enter__(self) -> Checkpoint:
+    def __enter__(self) -> "Checkpoint":
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
@@ -176,11 +171,11 @@ class Checkpoint:
             self.state.restore(*self.captured)  # to the start of the walk
             self.write()
         if stopped:
-            todo = f"{self.path} continues it with resume=True"
-            kept = todo if self.path else "nothing was saved"
+            resumed = f"{self.path} continues it with resume=True"
+            kept = resumed if self.path else "nothing was saved"
             raise KeyboardInterrupt(f"stopped after {self.written} updates; {kept}") from None
 
-    def _restore(self, state: TrainingState, iterations: int) -> None:
+    def _restore(self, iterations: int) -> None:
         require(self.path is not None, "resume is True without a checkpoint; name the file")
         path: Any = self.path
         facts: Any
@@ -188,11 +183,10 @@ class Checkpoint:
         router, then = build(Router, path, fields), facts.get("settings")
         whole = isinstance(then, dict) and "state.logits" in tensors
         require(whole, f"{path} is a router without the state of its training; it cannot go on")
-        other = changes(then, self.facts["settings"])
-        what = f"{path} was trained with other settings ({other:.400})"
-        require(not other, f"{what}; resume with the same")
+        what, todo = f"{path} was trained with other settings", "resume with the same"
+        require_same(what, then, self.facts["settings"], todo)
         with decoding(path, "is a damaged checkpoint"):
             done = int(router.about.get("provenance", {}).get("iterations", 0))
-            state.restore(tensors, facts)
+            self.state.restore(tensors, facts)
         enough = f"{path} has {done} updates already and {iterations} were asked for; ask for more"
         require(done <= iterations, enough)

@@ -20,7 +20,7 @@ from harmonica.search.references import Toward, finer_walk
 from harmonica.search.refine_router import refine_router
 from harmonica.search.target import check_target, target_of
 from harmonica.storage.files import exclusive_lock
-from harmonica.training.checkpoint import Checkpoint, TrainingState, start
+from harmonica.training.checkpoint import Checkpoint, start
 from harmonica.values import LARGEST, StrPath, number, require, whole
 
 
@@ -59,10 +59,10 @@ def train_sdt(  # noqa: D417 (some arguments are described together)
     check_target(None if target is None else target.speedup, price, order, toward, budget)
     finer = finer_walk(denoiser) if toward == "reference" else denoiser
     state = start(denoiser, settings, target, generator)
-    saved = Checkpoint(checkpoint, checkpoint_every, denoiser)
+    begin = partial(Checkpoint, checkpoint, checkpoint_every, denoiser, state)
     alone = exclusive_lock(checkpoint) if checkpoint is not None and rank() == 0 else nullcontext()
-    with alone, saved.begin(state, iterations, resume=resume):
-        _train(denoiser, state, saved, iterations, progress)
+    with alone, begin(iterations, resume=resume) as saved:
+        _train(denoiser, saved, iterations, progress)
         if target is not None:
             search = partial(refine_router, denoiser, state.router, target, tau=tau, order=order)
             _refine(partial(search, finer=finer, progress=progress), budget)
@@ -70,10 +70,9 @@ def train_sdt(  # noqa: D417 (some arguments are described together)
     return state.router
 
 
-def _train(
-    denoiser: Denoiser, state: TrainingState, saved: Checkpoint, iterations: int, progress: bool
-) -> None:
+def _train(denoiser: Denoiser, saved: Checkpoint, iterations: int, progress: bool) -> None:
     """Draw, update, steer, show, save, a walk at a time."""
+    state = saved.state
     bar = progress_bar(progress, total=iterations, initial=state.updates, unit="update")
     control, router, settings = state.controller, state.router, state.settings
     how: dict[str, Any] = {name: settings[name] for name in ("tau", "refresh_every", "proxy")}
@@ -92,7 +91,7 @@ def _train(
             faster = router.schedule(settings["tau"]).speedup(cost)
             bar.set_postfix_str(f"loss {update.loss:.1e}, CUR {update.cur:.0%}, {faster:.2f}x")
         if update.k == denoiser.steps - 1:
-            saved.note(state)
+            saved.note()
     saved.write()
 
 

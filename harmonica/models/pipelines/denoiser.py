@@ -11,8 +11,6 @@ outputs depend on all inputs and cost nothing, so a difference in anything that 
 the scheduler is seen at the next step. This file does not know what happens in a run.
 """
 
-from __future__ import annotations
-
 import copy
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -82,7 +80,7 @@ class PipelineDenoiser:
             return True
         return False
 
-    def with_steps(self, steps: int) -> PipelineDenoiser:
+    def with_steps(self, steps: int) -> "PipelineDenoiser":
         """Return the same pipeline with about so many steps; it is not verified again."""
         other, call = copy.copy(self), dict(self.inputs.call)
         call["num_inference_steps"] = round(call["num_inference_steps"] * steps / self.steps)
@@ -102,9 +100,7 @@ class PipelineDenoiser:
 
     @torch.no_grad()
     def _whole_run(self, samples: Sequence[Sample]) -> PipelineRun:
-        """Run all steps on made-up outputs; models run once where their outputs' shapes are not
-        known for so many samples.
-        """
+        """Run all steps on made-up outputs; a model runs once where their shapes are not known."""
         facts = Facts(self.facts.models_in_loop, self.facts.uses_global_random)
         images = 0 if self._knows_outputs(samples) else len(samples)
         run = self._run(samples, facts, partial(_run_and_check, self.sites))
@@ -182,9 +178,7 @@ class PipelineDenoiser:
     def _predict_at_once(
         self, samples: Sequence[Sample], x: Tensor, k: int, run_model: Method | None = None
     ) -> tuple[Tensor, SchedulerInputs]:
-        """Predict in one run; return the output, made up without `run_model`, and what else the
-        scheduler was given.
-        """
+        """Predict in one run; without `run_model` the output that is returned is made up."""
         run, facts = self._run(samples, self.facts, run_model, k, x), self.facts
         if run.inputs is None:
             raise NotFollowedError(f"the pipeline ends before step {k}")

@@ -116,9 +116,7 @@ def _check_arguments(
 
 
 def _rows(name: str, values: Any, takes: str) -> Any:
-    """Return the values of an argument, one for each row, in one tensor where the pipeline takes
-    no list.
-    """
+    """Return an argument's values, one a row, in one tensor where the pipeline takes no list."""
     if isinstance(values, Tensor):
         return values
     rows, no_list = items(name, values), "Tensor" in takes and "list" not in takes.lower()

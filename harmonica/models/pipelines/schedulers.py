@@ -125,9 +125,7 @@ def random_states(device: torch.device, states: list[Tensor]) -> Iterator[list[T
 def step_again(
     inputs: SchedulerInputs, sampler: SamplerState, out: Tensor, sample: Tensor
 ) -> tuple[Tensor, SamplerState]:
-    """Take the step of a run that was stopped, with a copy of the sampler; return what it steps to,
-    and the sampler then.
-    """
+    """Take a stopped run's step with a copy of the sampler; return x and the sampler after it."""
     states, generators = iter(sampler.generators), list[Generator]()
     scheduler = copied_scheduler(sampler.scheduler)
     given = {"model_output": out, "sample": sample}

@@ -59,9 +59,7 @@ class Session:
         for schedule in self.schedules:
             schedule.check(schedule.steps, self.sites)
         of = [(each.steps, each.timesteps) for each in self.schedules]
-        twice = (
-            f"two of {len(of)} schedules are for the same timesteps; only one can run, so pass it"
-        )
+        twice = f"two of {len(of)} schedules are for the same timesteps; pass the one to run"
         require(len(set(of)) == len(of), twice)
         none = "there is no schedule; pass one, or otherwise='compute' to reuse nothing"
         require(bool(of) or otherwise == "compute", none)

@@ -29,6 +29,7 @@ from harmonica.models.pipelines.inputs import Inputs, inputs_of
 from harmonica.models.pipelines.schedulers import step_arguments, timesteps_from
 from harmonica.models.sites import macs_per_token, sites
 from harmonica.override import Method, overridden
+from harmonica.processes import progress_bar
 from harmonica.router import Schedule
 from harmonica.search.learn import learn_weights
 from harmonica.search.paths import cheapest_path
@@ -116,14 +117,12 @@ def _searched(
     denoiser: PipelineDenoiser, target: Target, order: int, budget: int, batch: int, progress: bool
 ) -> Schedule:
     """Return the best schedule of the stages that the budget is enough for."""
-    from tqdm.auto import tqdm
-
     T, spent = denoiser.steps, denoiser.predictions.total()
     a_noise = 1 + T * (T + 13) // 2  # whole steps: errors of all runs of reuse, and 6 walks
     _check_budget(budget, spent + a_noise, T)
     size = min(NOISES, (budget - spent) // a_noise)
     best: Schedule | None = None
-    with tqdm(total=budget, unit="prediction", desc="tune", disable=not progress) as bar:
+    with progress_bar(progress, total=budget, unit="prediction", desc="tune") as bar:
         try:
             for best in _stages(denoiser, target, order, budget, size, batch):
                 bar.set_postfix(error=f"{best.provenance['typical_error']:.2e}", refresh=False)
@@ -175,7 +174,6 @@ def _stages(
 
 def _from_runs(pipe: Any, inputs: Inputs, speedup: float, progress: bool) -> Schedule:
     """Return whole steps chosen from T runs of the pipeline, which compute T(T+1)/2 steps."""
-    from tqdm.auto import tqdm
 
     def run() -> tuple[list[Tensor], tuple[float, ...]]:
         return steps_of_run(pipe, inputs.of([(0, SEED)]))
@@ -189,11 +187,10 @@ def _from_runs(pipe: Any, inputs: Inputs, speedup: float, progress: bool) -> Sch
     fields |= {"model": name, "sampler": type(pipe.scheduler).__name__}
 
     def whole_steps(computing: Collection[int]) -> Schedule:
-        rows = [[k in computing] * len(columns) for k in range(T)]
-        return Schedule(torch.tensor(rows), **fields)
+        return Schedule(torch.tensor([[k in computing] * len(columns) for k in range(T)]), **fields)
 
     errors = torch.zeros(T, T, dtype=torch.float64)
-    for j in tqdm(range(T - 1), unit="run", desc="tune", disable=not progress):
+    for j in progress_bar(progress, iterable=range(T - 1), unit="run", desc="tune"):
         with cached(pipe, whole_steps(range(j + 1))):
             for k, after in enumerate(run()[0]):
                 errors[j, k] = float((after.double() - plain[k].double()).square().mean())
