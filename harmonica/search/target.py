@@ -17,7 +17,6 @@ from torch import Tensor
 from harmonica.check import require_denoiser
 from harmonica.cost import Macs, macs
 from harmonica.denoise import Denoiser
-from harmonica.router import Schedule
 from harmonica.search.references import Toward
 from harmonica.values import LARGEST, number, of_type, require, whole
 
@@ -57,10 +56,6 @@ class Target:
     def spent(self, compute: Tensor) -> float:
         """Return what the sites that compute cost in one walk under a table (T, N)."""
         return float((compute * self.cost.sites).sum())
-
-    def speed(self, compute: Tensor) -> float:
-        """Return the theoretical speedup of a table (T, N)."""
-        return Schedule(compute).speedup(self.cost)
 
     def fit_budget(self, scores: Tensor, compute: Tensor) -> Tensor:
         """Return the table (T, N) that `compute` becomes when entries flip until it is on target.

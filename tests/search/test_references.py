@@ -249,7 +249,7 @@ def test_table_and_weights_in_turn_end_on_target_and_no_worse_than_weights_alone
     learned = [learn_in_turn(d, start, pool, target, turns=n, **how) for n in (0, 1, 2)]
     none, _, two = (float(pool_errors(d, pool[slice(2)], each).mean()) for each in learned)
     assert two <= none
-    assert target.speed(learned[1].compute) >= 1.4
+    assert learned[1].speedup(target.cost) >= 1.4
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])

@@ -10,9 +10,6 @@ from harmonica.models.pipelines.inputs import inputs_of
 from harmonica.models.sites import sites
 from harmonica.values import StrPath
 
-OTHERWISE = "harmonica.tune can still choose whole steps from runs of the pipeline, and "
-OTHERWISE += "cached(pipe, schedule) runs any table"
-
 
 def from_pipeline(
     pipe: Any, *, steps: int | None = None, prompts: StrPath | Sequence[str] | None = None,
@@ -51,5 +48,6 @@ def from_pipeline(
             raise NotFollowedError("somebody wrapped the step of its scheduler, which is copied")
         return PipelineDenoiser(pipe, inputs, sites(pipe.transformer))
     except NotFollowedError as why:
-        text = f"{type(pipe).__name__} cannot be followed step by step: {why}. {OTHERWISE}"
-        raise NotFollowedError(text) from None
+        what = f"{type(pipe).__name__} cannot be followed step by step: {why}. harmonica.tune can"
+        todo = "still choose whole steps from runs of it, and cached(pipe, schedule) runs any table"
+        raise NotFollowedError(f"{what} {todo}") from None
