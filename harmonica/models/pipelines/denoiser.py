@@ -103,7 +103,7 @@ class PipelineDenoiser:
         """Run all steps on made-up outputs; a model runs once where their shapes are not known."""
         facts = Facts(self.facts.models_in_loop, self.facts.uses_global_random)
         images = 0 if self._knows_outputs(samples) else len(samples)
-        run = self._run(samples, facts, partial(_run_and_check, self.sites))
+        run = self._run(samples, facts, partial(_run_checked, self.sites))
         if not run.trace:
             raise NotFollowedError("it never steps its scheduler, or steps a copy of it")
         self.predictions[len(run.trace)] += images
@@ -239,12 +239,8 @@ class PipelineDenoiser:
         return bool(looping) and looping <= self._outputs[len(samples)].keys()
 
 
-def _run_and_check(
-    sites: Mapping[str, nn.Module], name: str, model: Method, _: int, args: Any, kwargs: Any
-) -> Any:
-    """Run a model; raise NotFollowedError if it is the transformer and sites do not run once."""
-    if name != "transformer":
-        return model(*args, **kwargs)
+def _run_checked(sites: Mapping[str, nn.Module], model: Method, _: int, args: Any, kw: Any) -> Any:
+    """Run the transformer; raise NotFollowedError if its sites do not run once."""
     calls = Counter[int]()
 
     def gate(site: int, compute: Callable[[], Any]) -> Any:
@@ -252,7 +248,7 @@ def _run_and_check(
         return compute()
 
     with gated(sites, gate):
-        output = model(*args, **kwargs)
+        output = model(*args, **kw)
     if not calls:
         raise NotFollowedError("its transformer asked no site; have its modules been replaced?")
     [(site, count)] = calls.most_common(1)
@@ -263,14 +259,10 @@ def _run_and_check(
     return output
 
 
-def _run_model(
-    modes: Sequence[Any], first_call: int, name: str, model: Any, call: int, args: Any, kwargs: Any
-) -> Any:
-    """Run a model; the transformer runs under the dispatch modes that were on when the prediction
-    was asked for, such as a count on fake tensors; `run_again` checkpoints blocks that shall be.
+def _run_model(modes: Sequence[Any], first: int, model: Any, call: int, args: Any, kw: Any) -> Any:
+    """Run the transformer under the dispatch modes that were on when the prediction was asked for,
+    such as a count on fake tensors; `run_again` checkpoints blocks that shall be.
     """
-    if name != "transformer":
-        return model(*args, **kwargs)
     name, parts = "_gradient_checkpointing_func", model.modules()
     blocks = [part for part in parts if getattr(part, "gradient_checkpointing", False)]
     able = (block for block in blocks if callable(getattr(block, name, None)))
@@ -280,5 +272,5 @@ def _run_model(
             stack.enter_context(mode)
         if torch.is_grad_enabled():
             stack.enter_context(overridden(checkpointed))
-        stack.enter_context(in_call(first_call + call))
-        return model(*args, **kwargs)
+        stack.enter_context(in_call(first + call))
+        return model(*args, **kw)

@@ -54,8 +54,8 @@ class PipelineRun:
     outputs: Outputs  # of the models for this number of samples; a model that runs adds to it
     memory: dict[Hashable, Any]  # what models outside the loop have returned, for all runs
     rows: tuple[int, ...]  # the prompts
-    run_model: Method | None  # (name, forward, number of its call in this step, args, kwargs) ->
-    # output of a model of the loop where it must run; None makes outputs up
+    run_model: Method | None  # (forward, number of its call in this step, args, kwargs) -> output
+    # of the transformer where it must run; None makes outputs up
     stop_at: int | None = None
     x: Tensor | None = None  # at stop_at; None at step 0 leaves the pipeline's own
 
@@ -177,7 +177,8 @@ class PipelineRun:
             raise NotFollowedError(f"{name} is called {call + 1} times, and {call} times at step 0")
         if self.run_model is not None and (at_stop or key not in self.outputs):
             torch.set_grad_enabled(self._grad)
-            output = self.run_model(name, model, call, args, kwargs)
+            plain = name != "transformer"
+            output = model(*args, **kwargs) if plain else self.run_model(model, call, args, kwargs)
             self.outputs.setdefault(key, shapes_of(output))
             if at_stop and not any(isinstance(it, FakeTensor) for it in tree_leaves(output)):
                 return output
