@@ -45,6 +45,11 @@ def make(steps=4, depth=2, *, guidance=1.5, seed=0, dtype=torch.float64, remembe
     return DiTDenoiser(model, sampler, guidance=guidance, guided_channels=1, name="small")
 
 
+def single(*args, **options):
+    """Return that denoiser in single precision, which training takes."""
+    return make(*args, dtype=torch.float32, **options)
+
+
 def redrawn(model, seed: int):
     """Draw all weights of a model anew in its precision, and return it."""
     generator = seeded(seed)
@@ -171,8 +176,7 @@ def few_noises(monkeypatch):
 @pytest.fixture
 def short_demo(monkeypatch):
     """Let the demo draw few noises, learn for two updates, and paint nothing, which takes longest."""
-    few = {"HELD_OUT": 20, "TIMED": 2, "POOL": 4, "CHOOSING": 2, "UPDATES": 2}
-    for name, value in few.items():
+    for name, value in {"HELD_OUT": 20, "TIMED": 2, "POOL": 4, "CHOOSING": 2, "UPDATES": 2}.items():
         monkeypatch.setattr(f"harmonica.demo.{name}", value)
     touch = lambda self, path, **_: Path(path).touch()  # noqa: E731
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", touch)

@@ -70,8 +70,7 @@ def random_table(d, share=0.5, seed=0):
 
 def weigh(table, past, seed=0):
     """Return a schedule with random weights wherever its table allows them."""
-    generator = seeded(seed)
-    weights = torch.randn(*table.compute.shape, 1 + past, generator=generator)
+    weights = torch.randn(*table.compute.shape, 1 + past, generator=seeded(seed))
     weights *= torch.arange(1 + past) <= outputs_before(table.compute)[:, :, None]
     weights[:, :, 0] *= table.compute
     return replace(table, weights=weights)

@@ -146,8 +146,7 @@ def test_the_command_is_the_library_stopped_and_resumed_or_not(tmp_path, capsys)
     trained(parts, capsys, f"{options} --iterations 4")
     assert torch.equal(trained(parts, capsys, f"{options} --resume"), router.logits)
     assert (whole / "schedule.json").read_text() == (parts / "schedule.json").read_text()
-    other = f"{SHORT} {options} --lr 0.3 --out {parts} --resume"
-    code, _, err = said(train, other, capsys)
+    code, _, err = said(train, f"{SHORT} {options} --lr 0.3 --out {parts} --resume", capsys)
     assert (code, "lr 0.2 -> 0.3" in err) == (2, True)
 
 

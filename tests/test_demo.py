@@ -29,8 +29,7 @@ def test_the_demos_table_shows_theory_and_clock_side_by_side(tmp_path, capsys, s
     names = [f"blocks.{i}.{kind}" for i in range(8) for kind in ("attn", "mlp")]
     schedule = Schedule([[k % 2 == 0] * 16 for k in range(4)], tuple(names))
     schedule.save(tmp_path / "s.json")
-    options = f"--steps 4 --schedule {tmp_path}/s.json --out {tmp_path}"
-    code, text, _ = said(demo, options, capsys)
+    code, text, _ = said(demo, f"--steps 4 --schedule {tmp_path}/s.json --out {tmp_path}", capsys)
     assert (code, Schedule.load(tmp_path / "schedule.json")) == (0, schedule)
     assert re.search(r"CUR\)\s+50.0%", text)
     assert re.search(r"distance to the reference\s+\S+  \(uncached \S+\)", text)

@@ -186,8 +186,7 @@ def baseline(name, place):
 
 def flip_effects(place, order=0):
     d, x, y = with_noise(loaded("dit-xl", steps=3, device=place), 2, 0)
-    pool = Pool(x, y, sample(d, x, y))
-    model = flip_effects_at(d, ordered(d, order), pool, torch.ones_like(x))
+    model = flip_effects_at(d, ordered(d, order), Pool(x, y, sample(d, x, y)), torch.ones_like(x))
     return model.gradient, model.curvature
 
 

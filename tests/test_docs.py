@@ -64,8 +64,7 @@ def test_every_link_of_a_page_leads_somewhere(page):
 
 @pytest.mark.parametrize("document", ["pitfalls.md", "fidelity.md", "faults.md", "comparison.md"])
 def test_every_test_that_a_document_names_exists(document):
-    text = (ROOT / "docs" / document).read_text(encoding="utf-8")
-    named = re.findall(r"`(test_\w+)(…?)`", text)
+    named = re.findall(r"`(test_\w+)(…?)`", (ROOT / "docs" / document).read_text(encoding="utf-8"))
     assert len(named) > 10
     known = names_of_tests()
     for name, cut in named:

@@ -47,13 +47,10 @@ def expected(module, i):
         return pipe([i % 10], **options).images
 
 
-def client_of(app):
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server")
-
-
 async def serve(app, requests, cancelled=()):
     """Post pairs of a name and parameters at once, and cancel some; return answers and metrics."""
-    async with client_of(app) as client:
+    how = {"transport": httpx.ASGITransport(app), "base_url": "http://server"}
+    async with httpx.AsyncClient(**how) as client:
 
         async def cancel(name):
             while not (await client.delete(f"/images/{name}")).json():
@@ -74,31 +71,24 @@ def numbered(count):
 
 
 def test_fifty_requests_at_once_ten_of_them_cancelled_give_the_images_made_alone():
-    module = server()
-    cancelled = range(3, 50, 5)
+    module, cancelled = server(), range(3, 50, 5)
     answers, metrics = asyncio.run(serve(module.app(), numbered(50), cancelled))
     assert {answer.status_code for answer in answers} == {200, 409}
     drawn = [i for i, answer in enumerate(answers) if answer.status_code == 200]
     assert set(range(50)) - set(cancelled) <= set(drawn)
     for i in drawn[::4]:
-        image = np.load(io.BytesIO(answers[i].content))
-        assert np.array_equal(image, expected(module, i)), i
+        assert np.array_equal(np.load(io.BytesIO(answers[i].content)), expected(module, i)), i
     assert f"harmonica_images_total {len(drawn)}\n" in metrics
     assert f"harmonica_cancelled_total {50 - len(drawn)}\n" in metrics
     assert "harmonica_in_flight 0\n" in metrics
 
 
 def test_memory_is_flat():
-    app = server().app()
-
-    def tensors():
-        gc.collect()
-        return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
-
-    counts = []
+    app, counts = server().app(), []
     for _ in range(3):
         asyncio.run(serve(app, numbered(12), [5]))
-        counts.append(tensors())
+        gc.collect()
+        counts.append(sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects()))
     assert counts[2] < counts[1] + 6  # a leak would be one tensor or more for each of 12 requests
 
 

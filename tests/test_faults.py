@@ -11,8 +11,7 @@ from contextlib import contextmanager
 
 import conftest
 import pytest
-import torch
-from conftest import ROOT, make, raising, started
+from conftest import ROOT, raising, single, started
 
 from harmonica import Router, Schedule, demo, image_sets, train, train_sdt
 from harmonica import pictures as plots
@@ -20,6 +19,7 @@ from harmonica.storage.files import exclusive_lock
 from harmonica.storage.foreign import write_smoothcache
 from harmonica.storage.hub import write_folder
 
+QUIET = {"batch_size": 2, "progress": False}
 SHORT = "--steps 4 --iterations 4"
 COMMANDS = {
     "demo": (demo, f"{SHORT} --images 2 --weights random"),
@@ -55,13 +55,12 @@ def router():
     return Router(4, ["blocks.0.attn", "blocks.0.mlp"])
 
 
-LEARN = {"iterations": 2, "batch_size": 2, "progress": False}
 SAVES = {
     "schedule.json": lambda path: router().schedule().save(path),
     "router.safetensors": lambda path: router().save(path),
     "a folder": lambda path: write_folder(path, router().schedule(), router()),
     "smoothcache.json": lambda path: write_smoothcache(path, router().schedule()),
-    "checkpoint": lambda path: train_sdt(make(dtype=torch.float32), checkpoint=path, **LEARN),
+    "checkpoint": lambda path: train_sdt(single(), iterations=2, checkpoint=path, **QUIET),
     "picture.png": lambda path: plots.save(plots.router_heatmap(router().schedule()), path),
 }
 
@@ -140,13 +139,6 @@ def test_a_pipe_that_nobody_reads_is_141_and_silence(what):
     assert (child.returncode, err) == (141, "")
 
 
-SMALL_DEMO = """
-import sys; from harmonica import demo
-demo.HELD_OUT, demo.TIMED = 20, 2
-sys.exit(demo.main())
-"""
-
-
 def test_a_read_only_home_another_language_and_a_plain_terminal_will_do(tmp_path):
     """No home to write to, no UTF-8, no colours, no network, spaces and accents in the path, output to a file."""
     out = tmp_path / "two words, één"
@@ -157,9 +149,11 @@ def test_a_read_only_home_another_language_and_a_plain_terminal_will_do(tmp_path
         "TERM": "dumb", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
         **dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9"),
     }  # fmt: skip
+    small_demo = "import sys; from harmonica import demo; demo.HELD_OUT, demo.TIMED = 20, 2; "
     options = ["--schedule", schedule, "--steps", "2", "--images", "2", "--out", out]
+    script = ["-c", small_demo + "sys.exit(demo.main())"]
     how = {"env": environment, "cwd": ROOT, "capture_output": True}
-    done = subprocess.run([sys.executable, "-c", SMALL_DEMO, *options], check=False, **how)
+    done = subprocess.run([sys.executable, *script, *options], check=False, **how)
     assert done.returncode == 0, done.stderr.decode(errors="replace")
     assert b"\x1b" not in done.stdout + done.stderr
     assert b"Traceback" not in done.stderr
@@ -179,11 +173,9 @@ def test_every_text_file_is_opened_with_its_encoding_named():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_stop_training_and_leave_no_router(value, tmp_path):
-    d = make(dtype=torch.float32)
+    d = single()
     next(d.sites["blocks.1.mlp"].parameters()).data.fill_(value)
-    how = {"batch_size": 2, "checkpoint": tmp_path / "c", "proxy": None, "progress": False}
-    with pytest.raises(
-        FloatingPointError, match="the loss of step 1 is .*; look for NaN in the weights"
-    ):
-        train_sdt(d, iterations=3, **how)
+    message = "the loss of step 1 is .*; look for NaN in the weights"
+    with pytest.raises(FloatingPointError, match=message):
+        train_sdt(d, iterations=3, checkpoint=tmp_path / "c", proxy=None, **QUIET)
     assert not list(tmp_path.iterdir())

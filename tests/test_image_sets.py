@@ -61,8 +61,7 @@ def in_folder(path):
 @pytest.mark.parametrize("batch", [1, 3, 8, 100])
 def test_an_image_does_not_depend_on_the_batch_size_or_how_many_there_are(batch, whole, tmp_path):
     assert same(written(tmp_path / "x.npz", batch=batch), whole)
-    few = written(tmp_path / "y.npz", batch=batch, count=3)
-    assert same(few, [each[:3] for each in whole])
+    assert same(written(tmp_path / "y.npz", batch=batch, count=3), [each[:3] for each in whole])
 
 
 def test_a_process_makes_its_share_and_says_whose_images_it_misses(whole, tmp_path, monkeypatch):
@@ -142,8 +141,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(after, first, then, name, 
     decoder, sizes = stopping(None)
     write(out, batch=then, decode=decoder)
     assert sum(sizes) == COUNT - after * first  # no finished image again
-    images = arrays(out)[0] if name == "x.npz" else in_folder(out)
-    assert np.array_equal(images, whole[0])
+    assert np.array_equal(arrays(out)[0] if name == "x.npz" else in_folder(out), whole[0])
     left = {"x.npz": ["x.npz"], "x": ["x", "x.labels.txt"]}[name]
     assert sorted(p.name for p in tmp_path.iterdir()) == left
 
@@ -160,20 +158,17 @@ def test_an_interruption_while_all_is_put_together_costs_no_image(whole, tmp_pat
     assert np.array_equal(in_folder(tmp_path / "x"), whole[0][:5])  # of fewer, the first
 
 
-OTHERS = [
-    ({"seed": 6}, "seed 5 -> 6"),
-    ({"schedule": None}, "schedule .* -> none"),
-    ({"schedule": Schedule([[1] * 4] * 4)}, "schedule "),
-    ({"schedule": replace(HALF, order=1)}, "schedule "),
-    ({"schedule": weigh(HALF, 1)}, "schedule "),
-    ({"denoiser": make(guidance=2.0)}, "guidance 1.5 -> 2.0"),
-]
-
-
 def test_other_settings_and_sizes_do_not_go_on_where_these_stopped(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "x.npz", decode=stopping(1)[0])
-    for change, message in OTHERS:
+    for change, message in [
+        ({"seed": 6}, "seed 5 -> 6"),
+        ({"schedule": None}, "schedule .* -> none"),
+        ({"schedule": Schedule([[1] * 4] * 4)}, "schedule "),
+        ({"schedule": replace(HALF, order=1)}, "schedule "),
+        ({"schedule": weigh(HALF, 1)}, "schedule "),
+        ({"denoiser": make(guidance=2.0)}, "guidance 1.5 -> 2.0"),
+    ]:
         with refused(rf"was begun with other settings \({message}"):
             write(tmp_path / "x.npz", **change)
     with refused(r"images differ in size: \(2, 2, 3\) in .*, \(4, 4, 3\) in "):
@@ -208,20 +203,16 @@ def test_values_go_to_the_nearest_level_and_grey_becomes_rgb():
     assert to_uint8(colours)[0, 0, 0].tolist() == [0, 128, 255]
 
 
-NO_PICTURES = [
-    (lambda x: x, r"decode made \(4, 2, 4, 4\); expected \(B, 1 or 3, H, W\)"),
-    (lambda x: x[:, 0], r"decode made \(4, 4, 4\)"),
-    (lambda x: x[:, :1] * float("nan"), "decode made values that are not finite"),
-]
-NO_CONDITIONS = (torch.zeros(1), (1, 2), torch.zeros(1, 2, dtype=torch.long))
-
-
 def test_what_is_no_picture_no_condition_or_no_request_is_refused_by_name(tmp_path):
-    for bad, message in NO_PICTURES:
+    for bad, message in [
+        (lambda x: x, r"decode made \(4, 2, 4, 4\); expected \(B, 1 or 3, H, W\)"),
+        (lambda x: x[:, 0], r"decode made \(4, 4, 4\)"),
+        (lambda x: x[:, :1] * float("nan"), "decode made values that are not finite"),
+    ]:
         with refused(message):
             write(tmp_path / "w.npz", decode=bad)
         assert not (tmp_path / "w.npz").exists()
-    for cond in NO_CONDITIONS:
+    for cond in (torch.zeros(1), (1, 2), torch.zeros(1, 2, dtype=torch.long)):
         d = make()
         d.draw = lambda batch, g, draw=d.draw: (draw(batch, g)[0], cond)
         with refused("expected one whole number"):

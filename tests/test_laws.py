@@ -38,8 +38,7 @@ def test_computing_everything_is_the_plain_model_bit_for_bit(steps, depth, batch
 def test_blend_at_a_saturated_router_is_reuse_bit_for_bit(schedule, seed):
     d, x, y = with_noise(make(), seed=seed)
     hard, soft, r = {}, {}, schedule.compute.double()
-    blended = denoise(d, x, y, lambda k: blend(r[k], soft, 0.1))
-    assert equal(walk(d, x, y, schedule, hard), blended)
+    assert equal(walk(d, x, y, schedule, hard), denoise(d, x, y, lambda k: blend(r[k], soft, 0.1)))
     assert all(torch.equal(hard[site], soft[site]) for site in hard)
 
 
@@ -130,8 +129,7 @@ def test_a_forked_walk_ends_where_the_original_does(schedule, at, seed):
         if k == at:
             fork = (end, cache.copy(), memory.copy())
     x, cache, memory = fork
-    forked = final_image(walk(d, x, y, schedule, cache, start=at, memory=memory))
-    assert torch.equal(end, forked)
+    assert torch.equal(end, final_image(walk(d, x, y, schedule, cache, start=at, memory=memory)))
 
 
 @given(tables(), tables(), seeds)
@@ -219,8 +217,7 @@ def test_lambda_is_zero_for_a_step_that_reuses_nothing(mode, schedule, seed):
 def test_each_trajectory_begins_with_an_empty_cache_and_memory(remembers):
     """What was left of another trajectory would be of another batch, and not fit."""
     d = make(remembers=remembers)
-    noise = [start(d, batch=2), start(d, batch=3)]
-    assert len(list(sdt(d, drawn(), noise, proxy=None))) == 6
+    assert len(list(sdt(d, drawn(), [start(d, batch=2), start(d, batch=3)], proxy=None))) == 6
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -244,8 +241,7 @@ def test_lambda_leaves_every_random_generator_as_it_found_it(small):
 
 def trained(d, *, n=2, **options):
     router = drawn(d.steps)
-    noise = [start(d, seed=i) for i in range(n)]
-    return router, list(sdt(d, router, noise, beta=1e-3, **options))
+    return router, list(sdt(d, router, [start(d, seed=i) for i in range(n)], beta=1e-3, **options))
 
 
 def test_one_update_for_each_step_but_the_first_weighed_by_lambda(small):

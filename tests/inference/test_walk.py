@@ -84,8 +84,7 @@ def test_modulations_of_all_steps_are_one_product_per_block_or_of_as_many_as_fit
     assert count_calls(linears, lambda: sample(d, x, y)) == [5, 5, 5]
     assert count_calls(linears, lambda: Walk(d)(x, y)) == [1, 1, 1]
     assert count_calls(linears, lambda: Walk(d, exact=True)(x, y)) == [5, 5, 5]
-    embedders = [d.model.t_embedder, d.model.y_embedder]
-    assert count_calls(embedders, lambda: Walk(d)(x, y)) == [1, 1]
+    assert count_calls([d.model.t_embedder, d.model.y_embedder], lambda: Walk(d)(x, y)) == [1, 1]
     for steps, products in ((2, 3), (1, 5), (5, 1), (4, 2)):
         monkeypatch.setattr(precompute, "rows_that_fit", lambda *_, steps=steps: steps * 4)
         assert count_calls(linears, lambda: Walk(d)(x, y)) == [products] * 3
@@ -139,8 +138,7 @@ def test_a_table_lands_on_a_target_in_milliseconds_of_something():
     d = make(dtype=torch.float32)
     cost = Macs(torch.tensor([1.0, 5.0, 1.0, 1.0], dtype=torch.float64), 2.0)
     how = {"iterations": 12, "batch_size": 2, "lr": 0.2, "budget": 0, "progress": False}
-    schedule = train_sdt(d, target_speedup=1.5, cost=cost, **how).schedule(0.1)
-    assert schedule.speedup(cost) >= 1.5
+    assert train_sdt(d, target_speedup=1.5, cost=cost, **how).schedule(0.1).speedup(cost) >= 1.5
     for bad in ({"batch_size": 0}, {"repeats": 0}):
         with refused("expected a whole number, 1 or more"):
             milliseconds(make(), **bad)

@@ -91,8 +91,7 @@ def test_another_kind_of_norm_is_not_known():
     positions = {"positional_embeddings": "sinusoidal", "num_positional_embeddings": 4}
     of_kind["ada_norm_single"] = {"cross_attention_dim": 8, **positions}
     for kind, options in of_kind.items():
-        block = BasicTransformerBlock(8, 2, 4, norm_type=kind, **options)
-        assert known_block(block.eval()) is None
+        assert known_block(BasicTransformerBlock(8, 2, 4, norm_type=kind, **options).eval()) is None
 
 
 UNUSUAL_CALLS = {"scaled": {"cross_attention_kwargs": {"scale": 0.5}}, "chunks": {}}

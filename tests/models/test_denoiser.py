@@ -91,8 +91,7 @@ def test_it_keeps_the_laws_of_denoisers_and_cached_runs_what_sample_runs(name):
 def test_lambda_is_brute_force_and_costs_so_many_predictions(name):
     pipe, d = denoiser_of(name, steps=3)
     cond = cond_of(1)
-    x = d.noise(cond)
-    r = torch.rand(d.steps, len(d.sites), generator=seeded(2))
+    x, r = d.noise(cond), torch.rand(d.steps, len(d.sites), generator=seeded(2))
     r[0] = 1.0
     calls = []
     with pipe.transformer.register_forward_hook(lambda *_: calls.append(1)):
@@ -117,8 +116,7 @@ def test_it_trains_and_finds_whole_steps_and_refines(name, monkeypatch):
     monkeypatch.setattr("harmonica.search.baselines.macs", lambda _: price)
     assert dynamic_programming(d, x, cond, speedup=1.2).speedup(price) >= 1.2
     how = {"iterations": 2, "batch_size": 1, "budget": 40, "progress": False}
-    router = train_sdt(d, target_speedup=1.2, cost=price, **how)
-    assert router.schedule().speedup(price) >= 1.2
+    assert train_sdt(d, target_speedup=1.2, cost=price, **how).schedule().speedup(price) >= 1.2
 
 
 def double_denoiser(name, checkpointing):
@@ -148,8 +146,7 @@ def assert_slope(value, at, seed=0):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", WALKS)
 def test_the_gradient_through_a_whole_walk_is_finite_differences(name, checkpointing):
-    d, generator = double_denoiser(name, checkpointing), seeded(0)
-    cond = cond_of(1)
+    d, generator, cond = double_denoiser(name, checkpointing), seeded(0), cond_of(1)
     x = d.noise(cond)
     table = torch.rand(d.steps, len(d.sites), generator=generator) < 0.6
     table[0] = True
@@ -165,8 +162,7 @@ def test_the_gradient_through_a_whole_walk_is_finite_differences(name, checkpoin
 
 def test_a_block_that_backward_runs_again_knows_the_call_that_it_belongs_to():
     d, cond, cache, memory = double_denoiser("flux-two-calls", True), cond_of(1), {}, {}
-    r = torch.rand(len(d.sites), dtype=torch.float64, generator=seeded(0))
-    x = d.noise(cond)
+    r, x = torch.rand(len(d.sites), dtype=torch.float64, generator=seeded(0)), d.noise(cond)
     with torch.no_grad(), gated(d.sites, blend(torch.ones_like(r), cache, 0.1)):
         x = d.step(x, d.predict(x, 0, cond), 0, memory)
 
@@ -180,8 +176,7 @@ def test_a_block_that_backward_runs_again_knows_the_call_that_it_belongs_to():
 
 @pytest.mark.parametrize("name", ["wan", "sd3-controlnet"])
 def test_an_exception_at_a_site_leaves_everything_as_it_was(name):
-    pipe, d = denoiser_of(name)
-    cond = cond_of(1)
+    (pipe, d), cond = denoiser_of(name), cond_of(1)
     x = d.noise(cond)
     plain = d.predict(x, 2, cond)
 
@@ -218,8 +213,7 @@ def test_the_pipeline_and_another_denoiser_of_it_may_run_in_between():
 
 @pytest.mark.parametrize("part", ["transformer", "scheduler"])
 def test_a_part_that_was_replaced_later_is_refused(part):
-    pipe, d = denoiser_of("flux")
-    cond = cond_of(1)
+    (pipe, d), cond = denoiser_of("flux"), cond_of(1)
     x = d.noise(cond)
     setattr(pipe, part, copy.deepcopy(getattr(pipe, part)))
     with refused("another transformer or scheduler; call from_pipeline again"):
@@ -372,11 +366,12 @@ def test_what_tune_cannot_use_is_refused_by_name_before_anything_runs():
         from_pipeline(pixart_pipe(), prompts=["a boat"], **how)
 
 
-def test_values_of_each_may_be_lists_where_the_pipeline_takes_a_tensor():
+def test_values_of_each_may_be_lists_and_the_number_of_steps_goes_by_two_names():
     pipe, d = denoiser_of("flux")
     each = {name: list(values) for name, values in WALKS["flux"][1]["each"].items()}
-    listed = from_pipeline(pipe, steps=4, **{**WALKS["flux"][1], "each": each})
+    listed = from_pipeline(pipe, num_inference_steps=4, **{**WALKS["flux"][1], "each": each})
     x, cond = d.noise(cond_of(2)), cond_of(2)
+    assert listed.steps == d.steps
     assert torch.equal(listed.predict(x, 1, cond), d.predict(x, 1, cond))
     with refused("cond names rows .5.; there are 2 prompts"):
         d.noise(torch.tensor([[5, 0]]))
@@ -401,8 +396,7 @@ def test_encodings_are_remembered_up_to_so_many_bytes(most, monkeypatch):
 
 
 def test_noise_of_torchs_own_generator_is_the_same_whatever_other_threads_draw():
-    pipe = dit_pipe(scheduler=diffusers.DDPMScheduler())
-    d = from_pipeline(pipe, steps=3, **WALKS["dit"][1])
+    d = from_pipeline(dit_pipe(scheduler=diffusers.DDPMScheduler()), steps=3, **WALKS["dit"][1])
     conds = [torch.tensor([[0, seed]]) for seed in range(4)]
     jobs = [lambda cond=cond: sample(d, d.noise(cond), cond) for cond in conds]
     assert equal(in_threads(jobs), [job() for job in jobs])
@@ -425,12 +419,6 @@ def test_tuning_keeps_within_the_budget(method, budget):
     assert budget // 3 < schedule.provenance["predictions"] <= budget
 
 
-@pytest.mark.parametrize("spelling", ["steps", "num_inference_steps"])
-def test_the_number_of_steps_goes_by_two_names(spelling):
-    make, arguments = WALKS["flux"]
-    assert from_pipeline(make(), **{spelling: 3}, **arguments).steps == 3
-
-
 def test_the_command_tunes_a_saved_pipeline_and_shows_an_image(tmp_path, capsys):
     main = import_module("harmonica.tune").main
     pixart_pipe().save_pretrained(folder := tmp_path / "pipe")
@@ -450,8 +438,7 @@ def test_the_command_tunes_a_saved_pipeline_and_shows_an_image(tmp_path, capsys)
     assert "comparison.png" in printed
     assert main([*command, "--call", "guidence=2"]) == 2
     assert "PixArtAlphaPipeline does not take guidence" in capsys.readouterr().err
-    # Importing the command leaves the function of its name callable.
-    import_module("harmonica.tune")
+    # Importing the command has left the function of its name callable.
     with pytest.raises((TypeError, ValueError), match="NoneType"):
         harmonica.tune(None, speedup=1.5)
 

@@ -148,16 +148,14 @@ def test_dit_is_diffusers_dit_once_its_two_deviations_are_patched(tmp_path):
     Diffusers shifts the timestep rates by one and gives the second norm an epsilon of 1e-5.
     """
     transformer = dit_transformer(equal=True)
-    pipe = diffusers.DiTPipeline(transformer, vae(), diffusers.DDIMScheduler())
-    pipe.save_pretrained(tmp_path)
+    diffusers.DiTPipeline(transformer, vae(), diffusers.DDIMScheduler()).save_pretrained(tmp_path)
     for block in transformer.transformer_blocks:  # the original's numerics
         block.norm1.emb.time_proj.downscale_freq_shift, block.norm3.eps = 0, 1e-6
     call = torch.randn(2, 4, 8, 8), torch.tensor([999, 17]), torch.tensor([3, 1000])
     for folder in (tmp_path, tmp_path / "transformer"):
         ours = load("dit-xl", weights=folder, steps=2).model
         with torch.no_grad():
-            expected = transformer(*call).sample
-            torch.testing.assert_close(ours(*call), expected, rtol=1e-4, atol=1e-3)
+            torch.testing.assert_close(ours(*call), transformer(*call).sample, rtol=1e-4, atol=1e-3)
     message = "has no transformer/config.json; expected a folder saved"
     with pytest.raises(FileNotFoundError, match=message):
         load("dit-xl", weights=tmp_path / "scheduler")

@@ -1,6 +1,7 @@
 """Models, samplers and cost: DiT and DDIM against their definitions, MACs against published ones."""
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -63,35 +64,30 @@ def test_a_model_of_any_number_of_classes_has_its_own_null_class(classes):
     assert max(y.tolist()) < classes
 
 
-BAD = [
-    ({"name": "dalle"}, "model is 'dalle'; this version has tiny, garments, dit-xl"),
-    ({"sampler": "euler"}, "sampler is 'euler'; this version has ddim"),
-    ({"steps": 0}, "steps is 0"),
-    *(({"steps": n}, "steps is ") for n in (True, 2.0, "20", None, math.nan, 1001)),
-    *(({"guidance": g}, "guidance is ") for g in (0.5, "1.5", True, math.nan, math.inf)),
-    *(({"device": where}, "device ") for where in ("gpu", "cuda:77", "", True)),
-    ({"name": "pixart-alpha-256", "guidance": 0.5}, "guidance is 0.5; expected a number"),
-    ({"name": "pixart-alpha-256", "weights": "random", "prompts": []}, "has no prompt|no prompts"),
-    ({"name": "pixart-alpha-256", "weights": "random", "prompts": [3]}, "prompts are"),
-    ({"name": "uvit-h", "weights": "random", "prompts": ["a cat"]}, "it draws classes"),
-]
-
-INDIVISIBLE = {"patch_size 3": {"patch_size": 3}, "num_heads 3": {"num_heads": 3}}
-INDIVISIBLE |= {"num_heads 2, and by 4": {"hidden_size": 6}}
-
-
 def test_a_denoiser_freezes_its_model_and_what_cannot_be_is_refused_by_name():
     model = DiT(**DITS["tiny"]).train()
     DiTDenoiser(model, DDIM(2))
     assert not model.training
     assert not any(p.requires_grad for p in model.parameters())
-    for changes, message in BAD:
+    for changes, message in [
+        ({"name": "dalle"}, "model is 'dalle'; this version has tiny, garments, dit-xl"),
+        ({"sampler": "euler"}, "sampler is 'euler'; this version has ddim"),
+        ({"steps": 0}, "steps is 0"),
+        *(({"steps": n}, "steps is ") for n in (True, 2.0, "20", None, math.nan, 1001)),
+        *(({"guidance": g}, "guidance is ") for g in (0.5, "1.5", True, math.nan, math.inf)),
+        *(({"device": where}, "device ") for where in ("gpu", "cuda:77", "", True)),
+        ({"name": "pixart-alpha-256", "guidance": 0.5}, "guidance is 0.5; expected a number"),
+        ({"name": "pixart-alpha-256", "weights": "random", "prompts": []}, "(has )?no prompts?"),
+        ({"name": "pixart-alpha-256", "weights": "random", "prompts": [3]}, "prompts are"),
+        ({"name": "uvit-h", "weights": "random", "prompts": ["a cat"]}, "it draws classes"),
+    ]:
         with refused(message):
             load(**{"name": "tiny", **changes})
-    for kind in (DiT, UViT):
-        for by, size in INDIVISIBLE.items():
-            with refused(f"it must be divisible by {by}"):
-                kind(**SMALL | size)
+    wrong = {"patch_size 3": {"patch_size": 3}, "num_heads 3": {"num_heads": 3}}
+    wrong |= {"num_heads 2, and by 4": {"hidden_size": 6}}
+    for kind, (by, size) in product((DiT, UViT), wrong.items()):
+        with refused(f"it must be divisible by {by}"):
+            kind(**SMALL | size)
     with refused("depth is 3; it must be even"):
         UViT(**SMALL, depth=3)
 
@@ -123,11 +119,10 @@ def test_ddim_recovers_an_image_from_its_true_noise(steps, seed):
         torch.testing.assert_close(x, expected, rtol=1e-7, atol=1e-7)
 
 
-SHARES = [("dit-xl-256", 118.65e9, 0.356, 0.641), ("dit-xl-512", 524.6e9, 0.419, 0.580)]
-
-
-@pytest.mark.parametrize(("name", "total", "attention", "feed_forward"), SHARES)
-def test_macs_of_dit_xl_are_the_published_ones(name, total, attention, feed_forward):
+@pytest.mark.parametrize("name", ["dit-xl-256", "dit-xl-512"])
+def test_macs_of_dit_xl_are_the_published_ones(name):
+    published = {"dit-xl-256": (118.65e9, 0.356, 0.641), "dit-xl-512": (524.6e9, 0.419, 0.580)}
+    total, attention, feed_forward = published[name]
     with torch.device("meta"):
         model = DiT(**DITS[name])
     count = macs(DiTDenoiser(model, DDIM(2), guidance=1.0))

@@ -82,8 +82,7 @@ def test_what_runs_beside_the_denoiser_is_left_out(name):
     model = Model(**{name: blocks("attn", "ff"), "blocks": blocks("attn", "ff")})
     assert list(sites(model)) == names_of("attn", "ff")
     refiner = Model(token_refiner=Model(refiner_blocks=blocks("attn")))
-    inside = Model(context_embedder=refiner, blocks=blocks("attn"))
-    assert list(sites(inside)) == names_of("attn")
+    assert list(sites(Model(context_embedder=refiner, blocks=blocks("attn")))) == names_of("attn")
 
 
 NAMES = {

@@ -94,8 +94,7 @@ def test_a_table_says_how_it_was_made_and_runs_after_saving(walker, name, tmp_pa
 
 @given(st.integers(1, 12), st.integers(1, 14))
 def test_fora_computes_all_sites_at_every_nth_step_a_fraction_at_the_first_after_it(steps, n):
-    compute = every(make(steps), n).compute
-    assert compute.tolist() == [[k % n == 0] * 4 for k in range(steps)]
+    assert every(make(steps), n).compute.tolist() == [[k % n == 0] * 4 for k in range(steps)]
     assert every(make(11), 2.5).compute[:, 0].nonzero().flatten().tolist() == [0, 3, 5, 8, 10]
 
 

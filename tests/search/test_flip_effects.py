@@ -70,8 +70,7 @@ def test_the_walk_that_is_differentiated_is_the_tables_own(table, remembers, ord
     schedule = replace(table, order=order)
     image = sample(d, x, cond, schedule)
     assert not effects(d, schedule, x, cond, image).gradient.any()
-    nearby = image * (1 + 2**-50)
-    assert effects(d, Schedule(TABLE), x, cond, nearby).gradient.any()
+    assert effects(d, Schedule(TABLE), x, cond, image * (1 + 2**-50)).gradient.any()
 
 
 @given(table=tables(), order=st.integers(0, 2), past=st.integers(0, 3), e=st.integers(0, 11))
@@ -96,8 +95,7 @@ def test_h_and_g_are_derivatives_of_the_image(remembers, order, monkeypatch):
     schedule, g = Schedule(TABLE, order=order), 0
     away = (sample(d, x, cond, schedule) - plain).flatten()
     for unit in torch.eye(x[0].numel()):  # for signs, all of them: then G is exact
-        signs = unit.view(1, *x.shape[1:]).expand_as(x)
-        model = effects(d, schedule, x, cond, plain, signs)
+        model = effects(d, schedule, x, cond, plain, unit.view(1, *x.shape[1:]).expand_as(x))
         g = g + model.curvature
     assert torch.allclose(model.gradient, v @ away / len(away), rtol=1e-6, atol=1e-12)
     assert torch.allclose(g, v @ v.T / len(away), rtol=1e-6, atol=1e-8 * float(g.max()))
@@ -149,8 +147,7 @@ def test_another_table_keeps_learned_weights_where_it_decides_alike(table, other
     assert with_table(learned, table.compute) == learned
     same = (other.compute == table.compute) & (outputs_before(other.compute) >= past)
     assert torch.equal(moved.weights[same], learned.weights[same])
-    image = walk(d, x, cond, reads(learned))
-    assert torch.allclose(image, sample(d, x, cond, learned))
+    assert torch.allclose(walk(d, x, cond, reads(learned)), sample(d, x, cond, learned))
 
 
 @pytest.mark.parametrize("sampler", sorted(SAMPLERS))

@@ -57,16 +57,14 @@ def test_an_interrupted_pool_is_continued_and_a_file_of_others_refused(tmp_path,
         again = references(d, noises=12, factor=2, path=path, progress=lambda *a: calls.append(a))
         assert torch.equal(again.images, whole.images)
     assert calls == [(4, 12), (8, 12), (12, 12)]
-    of_labels = make()
+    of_labels, solver = make(), harmonica.load("tiny", steps=4, sampler="dpm-solver++")
     of_labels.draw = lambda *how: (lambda x, y: (x, (y + 1) % 3))(*make().draw(*how))
     for message, other in {
         "reference_steps 8 -> 12": {"factor": 3},
         "noises .* -> ": {"noises": 11},
         "noises .* -> .*": {"generator": seeded(1)},
         r"something else \(guidance 1.5 -> 4.0\); name another": {"denoiser": make(guidance=4.0)},
-        "sampler ddim -> dpm-solver": {
-            "denoiser": harmonica.load("tiny", steps=4, sampler="dpm-solver++")
-        },
+        "sampler ddim -> dpm-solver": {"denoiser": solver},
         "steps 4 -> 8": {"denoiser": make(8), "factor": 1},
         r"\(weights ": {"denoiser": make(seed=1)},
         r"\(conditions ": {"denoiser": of_labels},
@@ -107,27 +105,24 @@ def test_a_sampler_that_draws_noise_is_compared_with_its_uncached_walk_one_image
     assert torch.equal(pool.images, sample(d, pool.x, pool.cond))
 
 
-X, Y = torch.zeros(2, 1, 2, 2), torch.zeros(2)
-NO_POOLS = {
-    "one image for each noise, and at least one": [(X, Y, X[:1]), (X[:0], Y[:0], X[:0]), (Y, Y, X)],
-    "x is torch.int64; expected floating-point": [(X.long(), Y, X)],
-    "images is torch.bool; expected floating-point": [(X, Y, X > 0)],
-    r"x is \(2, 1, 2, 2\) on cpu and images are .* on meta": [(X, Y, X.to("meta"))],
-    r"x is \(\) on": [(torch.zeros(()), Y, torch.zeros(()))],
-    r"cond holds a tensor of shape \(1,\); expected tensors of 2 rows": [
-        (X, cond, X) for cond in (Y[:1], [Y, Y[:1]], (Y, None, Y[:1]), {"y": Y, "z": {"w": Y[:1]}})
-    ],
-    r"cond holds a tensor of shape \(\)": [(X, torch.zeros(()), X)],
-    "cond holds a (str|list); expected": [(X, cond, X) for cond in ("cat", ["a", "b"], [1, 2])],
-}
-
-
 def test_a_pool_has_one_image_and_one_row_of_each_condition_for_each_noise():
-    for message, several in NO_POOLS.items():
+    x, y = torch.zeros(2, 1, 2, 2), torch.zeros(2)
+    for message, several in {
+        "image for each noise, and at least one": [(x, y, x[:1]), (x[:0], y[:0], x[:0]), (y, y, x)],
+        "x is torch.int64; expected floating-point": [(x.long(), y, x)],
+        "images is torch.bool; expected floating-point": [(x, y, x > 0)],
+        r"x is \(2, 1, 2, 2\) on cpu and images are .* on meta": [(x, y, x.to("meta"))],
+        r"x is \(\) on": [(torch.zeros(()), y, torch.zeros(()))],
+        r"cond holds a tensor of shape \(1,\); expected tensors of 2 rows": [
+            (x, c, x) for c in (y[:1], [y, y[:1]], (y, None, y[:1]), {"y": y, "z": {"w": y[:1]}})
+        ],
+        r"cond holds a tensor of shape \(\)": [(x, torch.zeros(()), x)],
+        "cond holds a (str|list); expected": [(x, cond, x) for cond in ("cat", ["a", "b"], [1, 2])],
+    }.items():
         for wrong in several:
             with refused(message):
                 Pool(*wrong)
-    shared = Pool(X, {"y": (Y, None), "guidance": 2.0, "size": (8, 8)}, X)
+    shared = Pool(x, {"y": (y, None), "guidance": 2.0, "size": (8, 8)}, x)
     assert len(shared[slice(1)].cond["y"][0]) == 1
 
 
@@ -149,8 +144,7 @@ def test_portions_halve_where_memory_runs_out_and_other_errors_pass():
 @given(table=tables(), order=st.integers(0, 3))
 def test_the_walk_that_is_differentiated_is_the_schedules_own(table, order):
     d, x, cond = with_noise(make(), 2)
-    weights = taylor_weights(table.compute, order)
-    image = weighted_walk(d, table.compute.tolist(), weights, x, cond)
+    image = weighted_walk(d, table.compute.tolist(), taylor_weights(table.compute, order), x, cond)
     schedule = replace(table, order=order)
     assert torch.allclose(image, sample(d, x, cond, schedule), rtol=1e-12, atol=1e-12)
 
@@ -207,26 +201,23 @@ def test_portions_of_a_batch_or_steps_that_run_again_give_the_same_weights(monke
     assert set(seen) == {run_again}
 
 
-BAD = {
-    "history is 0": {"history": 0},
-    "iterations is 0": {"iterations": 0},
-    "batch_size is True": {"batch_size": True},
-    "batch_size is 0": {"batch_size": 0},
-    "the pool has 1 noises": {"pool": drawn(1)},
-    "pool is a Tensor": {"pool": torch.zeros(4, 1, 8, 8)},
-    "schedule is a Router": {"schedule": Router(4, 4)},
-    "generator is a int": {"generator": 0},
-    "this schedule has 2 steps": {"schedule": Schedule([[1] * 4, [0] * 4])},
-}
-
-
 def test_settings_and_images_that_make_no_sense_are_refused_and_the_model_is_left_as_it_was():
     d, settings = make(), {"schedule": TABLE, "pool": drawn(4)}
     before = attributes(d.model)
     learn_weights(d, **settings, iterations=1)
     assert attributes(d.model) == before
     assert all(p.grad is None for p in d.model.parameters())
-    for message, bad in BAD.items():
+    for message, bad in {
+        "history is 0": {"history": 0},
+        "iterations is 0": {"iterations": 0},
+        "batch_size is True": {"batch_size": True},
+        "batch_size is 0": {"batch_size": 0},
+        "the pool has 1 noises": {"pool": drawn(1)},
+        "pool is a Tensor": {"pool": torch.zeros(4, 1, 8, 8)},
+        "schedule is a Router": {"schedule": Router(4, 4)},
+        "generator is a int": {"generator": 0},
+        "this schedule has 2 steps": {"schedule": Schedule([[1] * 4, [0] * 4])},
+    }.items():
         with pytest.raises((ValueError, TypeError), match=message):
             learn_weights(d, **{**settings, **bad})
     pool = drawn(4)

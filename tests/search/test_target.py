@@ -5,7 +5,7 @@ from itertools import combinations, repeat
 
 import pytest
 import torch
-from conftest import make, refused, said, seeded, seeds, start, tables
+from conftest import make, refused, said, seeded, seeds, single, start, tables
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -26,10 +26,6 @@ COST = Macs(torch.tensor([1.0, 2.0, 1.0, 2.0], dtype=torch.float64), 0.5)
 
 def router_of(d, iterations=30, **more):
     return train_sdt(d, iterations=iterations, **{**QUICK, **more})
-
-
-def single():
-    return make(dtype=torch.float32)
 
 
 @pytest.mark.parametrize("speedup", [1.0, 1.6])
@@ -71,8 +67,7 @@ def test_requests_that_contradict_are_refused(target):
 @given(table=tables(), seed=seeds, speedup=st.floats(1.0, 2.4))
 def test_landing_flips_as_few_entries_as_it_must(table, seed, speedup):
     target = Target(speedup, COST, 4)
-    r = torch.rand(4, 4, generator=seeded(seed))
-    landed = target.fit_budget(r, table.compute)
+    landed = target.fit_budget(torch.rand(4, 4, generator=seeded(seed)), table.compute)
     assert bool(landed[0].all())
     assert Schedule(landed).speedup(target.cost) >= speedup * (1 - 1e-9)
     idle, spent = COST.sites.expand(4, 4)[~landed], float((landed * COST.sites).sum())
@@ -115,15 +110,13 @@ def test_where_the_search_ends_no_exchange_of_two_rows_and_no_single_flip_on_tar
     pairs = list(combinations(range(1, 5), 2))
     assert len(pairs) <= PAIRS
     for j, k in pairs:
-        order = [{j: k, k: j}.get(i, i) for i in range(5)]
-        assert judge.judge(end.table[order]).error >= end.error
+        assert judge.judge(end.table[[{j: k, k: j}.get(i, i) for i in range(5)]]).error >= end.error
     assert end.error < judge.judge(table).error
 
 
 def test_a_table_that_is_too_slow_is_brought_on_target():
     d = make(steps=5)
-    target = Target(1.6, macs(d), 5)
-    pool = with_images(d, *start(d, 3))
+    target, pool = Target(1.6, macs(d), 5), with_images(d, *start(d, 3))
     judge = Search(d, pool, repeat(pool), target)
     after = judge.improve(judge.judge(torch.ones(5, 4, dtype=torch.bool)))
     while after is not None and not after.on_target:
@@ -187,7 +180,8 @@ def test_refining_stays_within_its_budget_and_says_what_it_spent(budget):
     judging = 128 * (4 + 8 + 6 + 5 * 4)  # targets, reuse errors and five starts
     assert router.about["provenance"]["search_predictions"] <= max(budget, judging if budget else 0)
     assert router.schedule(0.1).speedup(macs(d)) >= 1.6
-    target, before = Target(1.5, macs(d), 4), router.logits
+    before, three_sites = router.logits, Target(1.1, Macs(torch.ones(3), 0.0), 4)
+    how = {"denoiser": d, "router": router, "target": Target(1.5, macs(d), 4), "budget": 0}
     for message, wrong in {
         "tau is 0": {"tau": 0.0},
         "tau is 1": {"tau": 1},
@@ -198,17 +192,13 @@ def test_refining_stays_within_its_budget_and_says_what_it_spent(budget):
         "router is a Schedule": {"router": router.schedule()},
         "this schedule has 5 steps": {"router": Router(5, d.sites)},
         "target is a float": {"target": 1.5},
-        "counts 4 steps and 3 sites, and the denoiser has 4 and 4": {
-            "target": Target(1.1, Macs(torch.ones(3), 0.0), 4)
-        },
+        "counts 4 steps and 3 sites, and the denoiser has 4 and 4": {"target": three_sites},
         "counts 5 steps": {"target": Target(1.1, macs(d), 5)},
         "NoneType is no Denoiser": {"denoiser": None},
         "int is no Denoiser": {"finer": 3},
     }.items():
         with pytest.raises((ValueError, TypeError), match=message):
-            refine_router(
-                **{"denoiser": d, "router": router, "target": target, "budget": 0} | wrong
-            )
+            refine_router(**how | wrong)
     assert torch.equal(router.logits, before)
 
 
@@ -231,14 +221,6 @@ def test_a_target_that_no_table_can_have_is_refused_by_name():
         router_of(single(), 3, target_speedup=1.2, cost=Macs(torch.ones(3), 0.0))
 
 
-REFUSED = {
-    "train --target 1.5 --beta 1e-7": "leave it out",
-    "train --target 0.5": "the target speedup is 0.5",
-    "demo --target 0.5": "the target speedup is 0.5",
-    "train --target 9": "maximum here is",
-}
-
-
 @pytest.mark.usefixtures("few_noises")
 def test_the_commands_land_on_a_target_and_refuse_one_with_a_beta(tmp_path, capsys):
     size = f"--steps 3 --iterations 4 --out {tmp_path}/"
@@ -247,7 +229,12 @@ def test_the_commands_land_on_a_target_and_refuse_one_with_a_beta(tmp_path, caps
         assert said(train, options, capsys)[0] == 0
         schedule = Schedule.load(tmp_path / out / "schedule.json")
         assert schedule.speedup(macs(load("tiny", steps=3))) >= 1.5
-    for command, message in REFUSED.items():
+    for command, message in {
+        "train --target 1.5 --beta 1e-7": "leave it out",
+        "train --target 0.5": "the target speedup is 0.5",
+        "demo --target 0.5": "the target speedup is 0.5",
+        "train --target 9": "maximum here is",
+    }.items():
         name, _, options = command.partition(" ")
         code, _, err = said({"train": train, "demo": demo}[name], f"{size}c {options}", capsys)
         assert (code, message in err) == (2, True), command

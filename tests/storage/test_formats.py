@@ -76,8 +76,7 @@ def test_the_authors_routers_may_reuse_in_any_row(tmp_path_factory, steps, tau, 
 def test_a_bare_file_shows_by_its_rows_and_columns_whose_it_is(tmp_path):
     theirs = logits(6, 56, trained=slice(0, None, 2))
     assert bool((theirs[1::2].sigmoid() <= 0.1).any())  # untrained rows would reuse here and there
-    schedule = Schedule.load(write_rows(tmp_path / "r.pth", theirs))
-    assert bool(schedule.compute.flip(0)[1::2].all())
+    assert bool(Schedule.load(write_rows(tmp_path / "r.pth", theirs)).compute.flip(0)[1::2].all())
     everywhere = Schedule.load(write_rows(tmp_path / "r.pth", logits(6, 56)))
     assert not bool(everywhere.compute.flip(0)[1::2].all())
     sites = Schedule.load(write_rows(tmp_path / "r.pt", logits(3, 58), AUTHORS)).sites
@@ -165,6 +164,10 @@ TEXTS = {
     "mixes sites of one block": [{"attn": [1, 0], "mlp-0": [1, 0]}],
     "attn with entries other than 0 and 1": [{"attn": [1, other]} for other in (2, "0", [0])],
     "not a valid schedule": [{"attn": []}, {"attn-0": [1], "attn-00": [1]}],
+    "not a valid schedule.*weights": [
+        OURS | {"compute": {"a": "101"}, "weights": other}
+        for other in (["AAAA"], [""], {}, ["AACAPwAAAAA="] * 2)
+    ],
     'no "format"': [{}, {"attn": "10"}],
     "transformer_cache_book is .*expected a plan for each kind": [
         {"step_cache_book": [True], "transformer_cache_book": other} for other in (3, "x", [[True]])
@@ -189,8 +192,6 @@ def test_a_file_that_lacks_something_or_is_impossible_is_refused(tmp_path, save,
 
 
 THREE = [f"transformer_blocks.{site}" for site in ("3.attn1", "3.attn2", "3.ff", "12.ff")]
-
-
 KEYS = {"attn-0 mlp-0 attn-1 mlp-1": DIT[:4], "attn-3 attn2-3 mlp-3 mlp-12": THREE}
 
 

@@ -6,7 +6,7 @@ comes back as a file of tensors.
 
 import pytest
 import torch
-from conftest import ROOT, make, refused, seeded, torchrun
+from conftest import ROOT, refused, seeded, single, torchrun
 
 from harmonica import Router, train_sdt
 from harmonica import processes as distributed
@@ -79,12 +79,11 @@ import weakref
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 import torch
-from conftest import make
+from conftest import single as small
 from harmonica import train_sdt
 from harmonica.processes import processes, rank
 from harmonica.storage.files import write_tensors
 
-small = lambda: make(dtype=torch.float32)
 folder, tensors, facts = Path({folder!r}), {{}}, {{}}
 PROXIES, QUICK, UPDATES = {settings}
 with processes("cpu"):
@@ -129,7 +128,7 @@ def both(folder, killed):
 @pytest.mark.parametrize("name", PROXIES)
 def test_two_processes_train_the_router_of_one_with_the_joint_batch(both, name):
     settings = {**QUICK, "proxy": PROXIES[name]}
-    alone = train_sdt(make(dtype=torch.float32), iterations=UPDATES, **settings).logits
+    alone = train_sdt(single(), iterations=UPDATES, **settings).logits
     for tensors, _ in both:
         r = tensors[name].sigmoid()
         torch.testing.assert_close(tensors[name], alone, rtol=1e-3, atol=1e-4)
@@ -181,7 +180,7 @@ def test_a_run_whose_rank_was_killed_is_resumed_to_the_same_router_bit_for_bit(b
         assert torch.equal(tensors["killed0"], tensors["iepo"])
         assert torch.equal(tensors["killed1"], tensors["iepo"])
     # and with another number of processes, to rounding
-    d = make(dtype=torch.float32)
+    d = single()
     alone = train_sdt(d, iterations=UPDATES, checkpoint=folder / "left", resume=True, **QUICK)
     torch.testing.assert_close(alone.logits, both[0][0]["iepo"], rtol=1e-3, atol=1e-4)
 

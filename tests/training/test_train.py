@@ -4,10 +4,11 @@ import copy
 import math
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, counted, make, press_ctrl_c, raising, refused, seeded, start, started
+from conftest import counted, make, press_ctrl_c, raising, refused, seeded, single, start, started
 
 from harmonica import Router, Schedule, macs, references, sdt, train, train_sdt
 from harmonica.models import load
@@ -27,17 +28,11 @@ def router_of(d, iterations, **more):
     return train_sdt(d, iterations=iterations, **{**QUICK, **more})
 
 
-def single(*args, **options):
-    return make(*args, dtype=torch.float32, **options)
-
-
 @pytest.mark.parametrize("stop", [1, 3, 4, 6, 7, 11])
 def test_a_resumed_router_is_the_uninterrupted_one_bit_for_bit(tmp_path, stop):
-    whole = router_of(single(), 12)
-    path = tmp_path / "checkpoint"
+    whole, path = router_of(single(), 12), tmp_path / "checkpoint"
     router_of(single(), stop, checkpoint=path)
-    resumed = router_of(single(), 12, checkpoint=path, resume=True)
-    assert torch.equal(resumed.logits, whole.logits)
+    assert torch.equal(router_of(single(), 12, checkpoint=path, resume=True).logits, whole.logits)
     assert torch.equal(Router.load(path).logits, whole.logits)
 
 
@@ -88,10 +83,8 @@ def test_a_checkpoint_is_not_overwritten_and_only_continued_by_the_same_run(tmp_
         router_of(d, 3, resume=True)
     with pytest.raises(FileExistsError, match="is a folder; name a file in it"):
         router_of(d, 3, checkpoint=tmp_path)
-    with (
-        exclusive_lock(path),
-        pytest.raises(BlockingIOError, match="c is being written to by anot"),
-    ):
+    locked = pytest.raises(BlockingIOError, match="c is being written to by another")
+    with exclusive_lock(path), locked:
         router_of(d, 3, checkpoint=path)
     router_of(d, 3, checkpoint=path)
     with pytest.raises(FileExistsError, match="resume=True continues it"):
@@ -162,7 +155,7 @@ except KeyboardInterrupt as stop:
 
 def test_ctrl_c_writes_the_checkpoint_and_says_so_in_one_line(tmp_path):
     path = tmp_path / "c"
-    script = SCRIPT.format(tests=f"{ROOT}/tests", path=str(path))
+    script = SCRIPT.format(tests=str(Path(__file__).parents[1]), path=str(path))
     child, deadline = started("-c", script, stdout=subprocess.PIPE), time.monotonic() + 120
     while not path.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -183,10 +176,8 @@ def test_half_precision_does_not_lose_the_gradient_of_the_image_error(lam):
     gradients = {}
     for dtype in (torch.float32, torch.float16):
         d = load("tiny", steps=4, dtype=dtype)
-        router = Router(4, d.sites, generator=seeded(0))
-        noise = [d.draw(4, seeded(1))]
-        updates = sdt(d, router, noise, beta=0.0, proxy=None, lam=torch.full((4,), lam))
-        next(updates)
+        router, noise = Router(4, d.sites, generator=seeded(0)), [d.draw(4, seeded(1))]
+        next(sdt(d, router, noise, beta=0.0, proxy=None, lam=torch.full((4,), lam)))
         gradients[dtype] = router.rows[0].grad
     full, half = (gradient.double() / lam for gradient in gradients.values())
     assert float(full @ half / full.norm() / half.norm()) > 0.95
@@ -232,9 +223,6 @@ def test_training_towards_the_reference_ends_nearer_to_it():
     assert errors["reference"] < errors["uncached"]
 
 
-GIB = 2**30
-
-
 def on_meta(d):
     there = copy.deepcopy(d)
     there.model.to("meta")
@@ -243,7 +231,7 @@ def on_meta(d):
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_the_meta_device_counts_the_memory_that_the_cpu_takes(checkpointed):
-    d = make(3, dtype=torch.float32)
+    d = single(3)
     d.model.activation_checkpointing = checkpointed
     x, cond = start(d, 16, 0)
     router = Router(d.steps, d.sites, logits=torch.full((2, len(d.sites)), 4.0))
@@ -264,12 +252,12 @@ def test_the_search_of_a_long_walk_is_told_from_short_ones():
 
 
 def test_it_counts_predictions_and_the_multiply_accumulates_of_them_and_of_backward_passes():
-    d = make(3, 1, dtype=torch.float32)
+    d = single(3, 1)
     how = {"iterations": 12, "batch_size": 2, "refresh_every": 2}
     meta, calls = on_meta(d), counted(d)
     train_sdt(d, **how, progress=False)
     assert dry_run(meta, **how).predictions == len(calls)
-    d = make(4, 1, dtype=torch.float32)
+    d = single(4, 1)
     one = 2 * macs(d).total  # of both noises
     how = {"iterations": 3, "batch_size": 2, "refresh_every": 1}
     plain, lam = (dry_run(on_meta(d), **how, proxy=proxy).macs for proxy in (None, "leave-one-out"))
@@ -278,7 +266,7 @@ def test_it_counts_predictions_and_the_multiply_accumulates_of_them_and_of_backw
 
 
 def test_a_search_is_counted_only_for_a_target_and_what_does_not_fit_is_said(small):
-    d = on_meta(make(3, 1, dtype=torch.float32))
+    d = on_meta(single(3, 1))
     assert set(dry_run(d).memory) == {"update", "lambda"}
     with_search = dry_run(d, target=True, budget=200)
     assert with_search.predictions == dry_run(d).predictions + 200 // 32
@@ -286,14 +274,15 @@ def test_a_search_is_counted_only_for_a_target_and_what_does_not_fit_is_said(sma
     assert "search" not in dry_run(d, target=True, budget=0).memory
     with refused("the denoiser is on cpu; a dry run takes one on the meta"):
         dry_run(small)
-    plan = DryRun(1, 1e15, 2 * GIB, {"update": 34 * GIB, "lambda": 10 * GIB}, 32)
-    plan.check(40 * GIB, checkpointing=False)
+    gib = 2**30
+    plan = DryRun(1, 1e15, 2 * gib, {"update": 34 * gib, "lambda": 10 * gib}, 32)
+    plan.check(40 * gib, checkpointing=False)
     with refused(r"needs 34.0 GiB at batch size 32 and the device has 24.0"):
-        plan.check(24 * GIB, checkpointing=False)
+        plan.check(24 * gib, checkpointing=False)
     with refused("--batch-size 22 or --activation-checkpointing"):
-        plan.check(24 * GIB, checkpointing=False)
+        plan.check(24 * gib, checkpointing=False)
     with refused("take a larger device"):
-        plan.check(1 * GIB, checkpointing=True)
+        plan.check(1 * gib, checkpointing=True)
 
 
 def test_the_command_says_what_training_takes_and_writes_nothing(tmp_path, capsys):
