@@ -33,9 +33,8 @@ class Recording:
             self.tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         c = self.config
         model = DiT(**{key: c[key] for key in SIZES.split()})
-        prefix = "weights."
-        weights = {k: v for k, v in self.tensors.items() if k.startswith(prefix)}
-        model.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items()}, strict=True)
+        weights = {k[8:]: v for k, v in self.tensors.items() if k.startswith("weights.")}
+        model.load_state_dict(weights, strict=True)
         guidance = {"guidance": c["cfg_scale"], "guided_channels": 3}
         self.denoiser = DiTDenoiser(model, DDIM(c["steps"]), **guidance)
         self.labels, self.noise = self.tensors["labels"], self.tensors["noise"]

@@ -19,9 +19,7 @@ from harmonica.models.pipelines.tune import steps_of_run
 from harmonica.models.sites import sites
 from harmonica.samplers import DDIM
 
-WORDS = (
-    "a the of in on under blue red green small large boat house cat dog tree river at night morning"
-)
+WORDS = "a the of in on under blue red green small boat house cat dog tree river at night morning"
 
 
 def randomised(module: nn.Module, seed: int = 0, std: float = 0.25) -> nn.Module:
@@ -142,9 +140,8 @@ def sd3_controlnet_pipe() -> Any:
 def flux_img2img_pipe() -> Any:
     parts = flux_pipe().components
     parts["vae"].register_to_config(shift_factor=0.1)
-    unused = ("image_encoder", "feature_extractor")
-    used = {k: part for k, part in parts.items() if k not in unused}
-    return silent(diffusers.FluxImg2ImgPipeline(**used))
+    del parts["image_encoder"], parts["feature_extractor"]
+    return silent(diffusers.FluxImg2ImgPipeline(**parts))
 
 
 def ltx_image_to_video_pipe() -> Any:

@@ -93,8 +93,7 @@ class Sham(Tensor):
     __array__ = numpy
 
     def __deepcopy__(self, memo):
-        copy = Sham(self.held.clone())
-        is_parameter = isinstance(self, torch.nn.Parameter)
+        copy, is_parameter = Sham(self.held.clone()), isinstance(self, torch.nn.Parameter)
         memo[id(self)] = torch.nn.Parameter(copy, self.requires_grad) if is_parameter else copy
         return memo[id(self)]
 
@@ -211,8 +210,7 @@ class _Functions(TorchFunctionMode):
         self._sham = device
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        name = getattr(func, "__name__", "")
+        kwargs, name = dict(kwargs or {}), getattr(func, "__name__", "")
         if kwargs.get("device") is not None:
             kwargs["device"] = _indexed(kwargs["device"])
         place = kwargs.get("device")

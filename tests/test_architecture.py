@@ -7,6 +7,10 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "harmonica"
+FILES = {
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in PACKAGE.rglob("*.py")
+}
 CORE = ("router", "cache", "denoise", "iepo", "sdt")
 
 LAYERS = (
@@ -53,12 +57,6 @@ def test_imports_point_down_even_inside_a_function_and_make_no_circle():
             assert not up
     graph = {name: imports(path) - {name} for name, path in FILES.items()}
     assert list(TopologicalSorter(graph).static_order())  # a circle is a CycleError
-
-
-FILES = {
-    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
-    for path in PACKAGE.rglob("*.py")
-}
 
 
 def run(script: str) -> str:

@@ -14,6 +14,7 @@ from harmonica.models.prompts import read_prompts
 
 tune = import_module("harmonica.tune")  # the module; harmonica.tune is a function too
 COMMANDS = {"demo": demo, "image_sets": image_sets, "train": train, "tune": tune}
+SHORT = "--steps 4 --iterations 6 --batch-size 2 --refresh-every 2"
 SMALLEST = {
     demo: "--steps 3 --weights random --images 2",
     train: "--iterations 2 --batch-size 2 --proxy none --activation-checkpointing",
@@ -22,20 +23,15 @@ SMALLEST = {
 """Options of the shortest run."""
 
 FOR_ALL = [
-    ("--model dalle", "model is 'dalle'"),
-    ("--steps 0", "steps is 0"),
+    ("--model dalle", "model is 'dalle'"), ("--steps 0", "steps is 0"),
     ("--steps twenty", "argument --steps: found 'twenty'; expected a whole number"),
-    ("--sampler guess", "sampler is 'guess'"),
-    ("--guidance 0.5", "guidance is 0.5"),
-    ("--dtype float8", "invalid choice: 'float8'"),
-    ("--device teapot", "device teapot: "),
-    ("--device meta", "device meta: "),
-    ("--device cuda:99", "--device cuda:99: "),
+    ("--sampler guess", "sampler is 'guess'"), ("--guidance 0.5", "guidance is 0.5"),
+    ("--dtype float8", "invalid choice: 'float8'"), ("--device teapot", "device teapot: "),
+    ("--device meta", "device meta: "), ("--device cuda:99", "--device cuda:99: "),
     ("--weights no_such.pt", "no_such.pt: no such file"),
     ("--prompts no.txt --model pixart-alpha-256 --weights random", "no.txt: no such file"),
-    ("--out /dev/null/here", "Not a directory"),
-    ("--unknown", "unrecognized arguments: --unknown"),
-]
+    ("--out /dev/null/here", "Not a directory"), ("--unknown", "unrecognized arguments: --unknown"),
+]  # fmt: skip
 REFUSED = {
     demo: [
         ("--model uvit-h", "pass weights=PATH of the original imagenet256_uvit_huge.pth"),
@@ -52,16 +48,14 @@ REFUSED = {
         ("--batch-size 0", "--batch-size: found '0'"),
         ("--refresh-every -1", "--refresh-every: found '-1'"),
         ("--tau 1", "--tau: found '1'; expected a number, 0 or more and below 1"),
-        ("--beta nan", "--beta: found 'nan'"),
-        ("--lr 0", "--lr: found '0'"),
+        ("--beta nan", "--beta: found 'nan'"), ("--lr 0", "--lr: found '0'"),
         ("--proxy vibes", "invalid choice: 'vibes'"),
     ],
     image_sets: [
-        ("--count 0", "--count: found '0'"),
-        ("--batch-size 0", "--batch-size: found '0'"),
+        ("--count 0", "--count: found '0'"), ("--batch-size 0", "--batch-size: found '0'"),
         ("--schedule no_such.json", "no_such.json: no such file"),
     ],
-}
+}  # fmt: skip
 CASES = [(c, *case) for c, cases in REFUSED.items() for case in (*FOR_ALL, *cases)]
 
 
@@ -113,9 +107,6 @@ def test_help_explains_every_option(command):
     if command is train:  # both defaults
         assert "(20000; bundled models: 1500)" in text
         assert "(7e-08; bundled models: 1e-07)" in text
-
-
-SHORT = "--steps 4 --iterations 6 --batch-size 2 --refresh-every 2"
 
 
 def trained(out, capsys, more=""):

@@ -36,6 +36,7 @@ from harmonica.search.target import Target
 
 pytestmark = pytest.mark.usefixtures("small_models", "few_noises")
 
+STOCK = {"dit": dit_pipe, "alpha": pixart_pipe, "sigma": partial(pixart_pipe, "Sigma")}
 MODELS = ["tiny", "dit-xl", "pixart-alpha-256", "pixart-alpha-1024", "uvit-h"]
 
 
@@ -77,9 +78,6 @@ def test_a_deterministic_walk_waits_for_nothing_and_gives_the_cpus_image(name, s
                 image = walk(x, cond)
             assert image.is_cuda
             torch.testing.assert_close(image.held, expected[way], rtol=1e-5, atol=1e-6, msg=way)
-
-
-STOCK = {"dit": dit_pipe, "alpha": pixart_pipe, "sigma": partial(pixart_pipe, "Sigma")}
 
 
 @pytest.mark.parametrize("name", STOCK)

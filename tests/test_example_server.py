@@ -18,11 +18,10 @@ from harmonica.models.sites import sites
 pytest.importorskip("fastapi")
 httpx = pytest.importorskip("httpx")
 
-FILE = Path(__file__).parent.parent / "examples/server.py"
-
 
 def server():
-    spec = importlib.util.spec_from_file_location("example_server", FILE)
+    file = Path(__file__).parent.parent / "examples/server.py"
+    spec = importlib.util.spec_from_file_location("example_server", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -149,11 +149,11 @@ def test_a_read_only_home_another_language_and_a_plain_terminal_will_do(tmp_path
         "TERM": "dumb", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
         **dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9"),
     }  # fmt: skip
-    small_demo = "import sys; from harmonica import demo; demo.HELD_OUT, demo.TIMED = 20, 2; "
+    script = "import sys; from harmonica import demo; demo.HELD_OUT, demo.TIMED = 20, 2; "
+    script += "sys.exit(demo.main())"
     options = ["--schedule", schedule, "--steps", "2", "--images", "2", "--out", out]
-    script = ["-c", small_demo + "sys.exit(demo.main())"]
     how = {"env": environment, "cwd": ROOT, "capture_output": True}
-    done = subprocess.run([sys.executable, *script, *options], check=False, **how)
+    done = subprocess.run([sys.executable, "-c", script, *options], check=False, **how)
     assert done.returncode == 0, done.stderr.decode(errors="replace")
     assert b"\x1b" not in done.stdout + done.stderr
     assert b"Traceback" not in done.stderr

@@ -55,14 +55,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 GADGETS = {
     "a command": (os.system, "touch {trace}"),
     "a process": (subprocess.check_output, ["touch", "{trace}"]),
-    "eval": (eval, "open({trace!r}, 'w')"),
-    "exec": (exec, "open({trace!r}, 'w')"),
-    "a file": (open, "{trace}", "w"),
-    "an import": (__import__, "antigravity"),
-    "a method": (Path.touch, Path("{trace}")),
-    "torch.load": (torch.load, "{trace}"),
+    "eval": (eval, "open({trace!r}, 'w')"), "exec": (exec, "open({trace!r}, 'w')"),
+    "a file": (open, "{trace}", "w"), "an import": (__import__, "antigravity"),
+    "a method": (Path.touch, Path("{trace}")), "torch.load": (torch.load, "{trace}"),
     "torch.hub": (torch.hub.load_state_dict_from_url, "http://127.0.0.1:9/x"),
-}
+}  # fmt: skip
 WRAPPED = {
     "alone": lambda thing: thing,
     "as a row": lambda thing: {"0.prob": torch.ones(2), "1.prob": thing},

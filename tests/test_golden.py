@@ -9,8 +9,7 @@ from golden import LIMIT, Recording
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-HERE = Path(__file__).parent
-FILES = sorted((HERE / "data").glob("golden_*.safetensors"))
+FILES = sorted((Path(__file__).parent / "data").glob("golden_*.safetensors"))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -28,8 +27,7 @@ def test_the_command_prints_each_record_and_fails_on_a_wrong_one(tmp_path, monke
         monkeypatch.setattr(sys, "argv", ["golden.py", str(path)])
         return golden.main()
 
-    assert run(FILES[0]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 13
+    assert (run(FILES[0]), len(capsys.readouterr().out.splitlines())) == (0, 13)
     with safe_open(FILES[0], framework="pt") as file:
         tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
     tensors["lambda.telescoping_mean"] *= 1.001

@@ -162,13 +162,12 @@ def test_other_settings_and_sizes_do_not_go_on_where_these_stopped(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "x.npz", decode=stopping(1)[0])
     for change, message in [
-        ({"seed": 6}, "seed 5 -> 6"),
-        ({"schedule": None}, "schedule .* -> none"),
+        ({"seed": 6}, "seed 5 -> 6"), ({"schedule": None}, "schedule .* -> none"),
         ({"schedule": Schedule([[1] * 4] * 4)}, "schedule "),
         ({"schedule": replace(HALF, order=1)}, "schedule "),
         ({"schedule": weigh(HALF, 1)}, "schedule "),
         ({"denoiser": make(guidance=2.0)}, "guidance 1.5 -> 2.0"),
-    ]:
+    ]:  # fmt: skip
         with refused(rf"was begun with other settings \({message}"):
             write(tmp_path / "x.npz", **change)
     with refused(r"images differ in size: \(2, 2, 3\) in .*, \(4, 4, 3\) in "):

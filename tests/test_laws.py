@@ -17,6 +17,8 @@ from harmonica.denoise import denoise, final_image, gates_of
 from harmonica.iepo import image_error, objective
 from harmonica.models import load
 
+both_modes = pytest.mark.parametrize("mode", ["leave-one-out", "telescoping"])
+
 
 def walk(d, x, y, schedule, cache=None, **more):
     """Return the walk of a denoiser under a schedule, as a generator."""
@@ -191,16 +193,12 @@ def brute_force(d, r, x, y, tau, mode):
     return torch.stack([(a - b).square().mean() for a, b in pairs])
 
 
-both_modes = pytest.mark.parametrize("mode", ["leave-one-out", "telescoping"])
-
-
 @both_modes
 @given(st.integers(1, 5), st.booleans(), seeds)
 def test_lambda_by_shared_prefixes_equals_brute_force_at_half_cost(mode, steps, remembers, seed):
     d, x, y = with_noise(make(steps, remembers=remembers), seed=seed)
     r = drawn(steps, seed)().detach()
-    expected = brute_force(d, r, x, y, 0.1, mode)
-    calls = counted(d)
+    expected, calls = brute_force(d, r, x, y, 0.1, mode), counted(d)
     assert torch.equal(image_error(d, r, x, y, tau=0.1, mode=mode), expected)
     assert len(calls) == steps * (steps + 1) // 2
 
@@ -330,18 +328,14 @@ def test_training_and_lambda_refuse_what_they_cannot_use(small):
             next(denoise(small, x, y, start=start_at))
     for message, how in {
         "the router is 3 × 4": {"router": Router(3, 4)},
-        "router is a Schedule": {"router": Router(4, 4).schedule()},
-        "beta is -1": {"beta": -1},
+        "router is a Schedule": {"router": Router(4, 4).schedule()}, "beta is -1": {"beta": -1},
         "beta is nan": {"beta": float("nan")},
         r"beta has shape \(3,\); expected one price, or one for each": {"beta": torch.ones(3)},
-        "lr is -1": {"lr": -1},
-        "lr is True": {"lr": True},
+        "lr is -1": {"lr": -1}, "lr is True": {"lr": True},
         r"lam is \(3,\); expected one λ of 4 steps": {"lam": torch.ones(3)},
-        "lam is a list": {"lam": [1.0] * 4},
-        "tau is 1": {"tau": 1},
-        "refresh_every is 0": {"refresh_every": 0},
-        "λ is 'other'": {"proxy": "other"},
-    }.items():
+        "lam is a list": {"lam": [1.0] * 4}, "tau is 1": {"tau": 1},
+        "refresh_every is 0": {"refresh_every": 0}, "λ is 'other'": {"proxy": "other"},
+    }.items():  # fmt: skip
         with pytest.raises((ValueError, TypeError), match=message):
             next(sdt(**{"denoiser": small, "router": Router(4, 4), "noise": [(x, y)], **how}))
     with refused(r"out is \(2, 2, 4, 4\) and target \(1, 2, 4, 4\); expected one shape"):

@@ -99,12 +99,10 @@ def test_a_router_without_steps_sites_or_numbers_is_refused():
     nothing, two = Router(3, 2), torch.zeros(2, 2)
     for name, values in {
         "tau": (-0.1, 1.0, 2, math.nan, math.inf, True, "0.1", None, [0.1], torch.ones(2)),
-        "k": (-1, 3, 1.5, "1", None),
-        "steps": (0, -1, True, 2.0, math.nan, "3", None, 10**9),
-        "sites": (0, True, 2.0, None, "ab", 10**9),
-        "generator": (0, True, "cpu"),
+        "k": (-1, 3, 1.5, "1", None), "steps": (0, -1, True, 2.0, math.nan, "3", None, 10**9),
+        "sites": (0, True, 2.0, None, "ab", 10**9), "generator": (0, True, "cpu"),
         "logits": (torch.zeros(3, 2), two * math.nan, two.int(), two.bool(), [[0.0, 0.0]] * 2),
-    }.items():
+    }.items():  # fmt: skip
         for value in values:
             with pytest.raises((ValueError, TypeError), match=f"^{name} (is|are) "):
                 given = {"steps": 3, "sites": 2, name: value}

@@ -105,8 +105,7 @@ def test_the_script_runs_and_its_answers_print_what_it_says(script, tmp_path, mo
 @each_script
 def test_the_notebook_has_the_cells_of_the_script(script):
     made = [(cell["cell_type"], text(cell["source"])) for cell in notebook(script)["cells"]]
-    assert made[0] == ("markdown", BUILD["opening"](script.stem))
-    assert made[1:] == cells(script)
+    assert made == [("markdown", BUILD["opening"](script.stem)), *cells(script)]
 
 
 @each_script

@@ -96,8 +96,7 @@ TABLE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "BriaFibo2Transformer2DModel": (dict(
         injection_layer_ids=(1,), min_num_gist_tokens=2, max_num_gist_tokens=4, gist_step=2, gist_min_text_len=2,
         gist_max_text_len=8, axes_lens=(16, 16, 16)), io(1, 4, 4, 4, text=(1, 1 + 2, 3, 24), t=0.5)),
-    "BriaFiboTransformer2DModel": ({}, io(
-        1, 4, 4, t=0.5, text_encoder_layers=[n(1, 3, 24) for _ in range(4)], **IDS)),
+    "BriaFiboTransformer2DModel": ({}, io(1, 4, 4, t=0.5, text_encoder_layers=[n(1, 3, 24) for _ in range(4)], **IDS)),
     "BriaTransformer2DModel": ({}, io(1, 4, 4, t=0.5, **IDS)),
     "ChromaTransformer2DModel": (dict(approximator_layers=1), io(1, 4, 4, t=0.5, **IDS)),
     "ChronoEditTransformer3DModel": ({}, io(1, 4, 2, 4, 4)),
@@ -107,8 +106,7 @@ TABLE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         LFE_depth=5, LFE_num_id_token=2, LFE_num_querie=2,
         LFE_output_dim=10), io(  # two thirds of the width, as the blocks that read it expect
         1, 2, 4, 4, 4, id_cond=n(1, 24), id_vit_hidden=[n(1, 3, 24) for _ in range(5)])),
-    "CogView3PlusTransformer2DModel": ({}, io(
-        1, 4, 4, 4, original_size=SIZE, target_size=SIZE, crop_coords=SIZE * 0)),
+    "CogView3PlusTransformer2DModel": ({}, io(1, 4, 4, 4, original_size=SIZE, target_size=SIZE, crop_coords=SIZE * 0)),
     "CogView4Transformer2DModel": (dict(rope_axes_dim=(12, 12)), io(
         1, 4, 4, 4, original_size=SIZE, target_size=SIZE, crop_coords=SIZE * 0)),
     "Cosmos3OmniTransformer": (dict(  # three tokens of text, then one frame of 2 × 2 patches
@@ -131,30 +129,26 @@ TABLE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         hidden_states=n(1, 4, 2, 2), timestep=tensor([500.0]), text_bth=n(1, 3, 24), text_lens=tensor([3]))),
     "Flux2Transformer2DModel": (dict(axes_dims_rope=(4, 4, 2, 2)), io(
         1, 4, 4, t=0.5, guidance=tensor([3.5]), img_ids=grid(1, 2, 2, 1), txt_ids=grid(1, 1, 1, 3))),
-    "Flux3Transformer2DModel": (dict(axes_dims_rope=(4, 4, 2, 2)), io(
-        1, 4, 4, t=0.5, img_ids=grid(1, 2, 2, 1), txt_ids=grid(1, 1, 1, 3), image_cond_hidden_states=n(1, 2, 4),
-        image_cond_ids=grid(1, 2, 1, 1))),
+    "Flux3Transformer2DModel": (dict(axes_dims_rope=(4, 4, 2, 2)), io(1, 4, 4, t=0.5, img_ids=grid(1, 2, 2, 1),
+        txt_ids=grid(1, 1, 1, 3), image_cond_hidden_states=n(1, 2, 4), image_cond_ids=grid(1, 2, 1, 1))),
     "FluxTransformer2DModel": ({}, io(1, 4, 4, t=0.5, pooled_projections=n(1, 24), **IDS)),
     "GlmImageTransformer2DModel": (dict(prior_vq_quantizer_codebook_size=5), io(
         1, 4, 4, 4, prior_token_id=arange(4)[None], prior_token_drop=tensor([[False, True, False, False]]),
         target_size=SIZE, crop_coords=SIZE * 0)),
-    "HeliosTransformer3DModel": ({}, io(
-        1, 4, 1, 4, 4, indices_hidden_states=tensor([[1]]), latents_history_short=n(1, 4, 1, 4, 4),
-        indices_latents_history_short=tensor([[0]]))),
-    "HiDreamImageTransformer2DModel": (dict(
-        patch_size=2, caption_channels=[24, 24], axes_dims_rope=(4, 4, 4), max_resolution=(4, 4),
-        llama_layers=[0, 1, 2, 3], num_activated_experts=1), dict(
-        hidden_states=n(1, 4, 4, 4), timesteps=tensor([500.0]), encoder_hidden_states_t5=n(1, 2, 24),
-        encoder_hidden_states_llama3=n(4, 1, 2, 24), pooled_embeds=n(1, 24))),
+    "HeliosTransformer3DModel": ({}, io(1, 4, 1, 4, 4, indices_hidden_states=tensor([[1]]),
+        latents_history_short=n(1, 4, 1, 4, 4), indices_latents_history_short=tensor([[0]]))),
+    "HiDreamImageTransformer2DModel": (dict(patch_size=2, caption_channels=[24, 24], axes_dims_rope=(4, 4, 4),
+        max_resolution=(4, 4), llama_layers=[0, 1, 2, 3], num_activated_experts=1), dict(hidden_states=n(1, 4, 4, 4),
+        timesteps=tensor([500.0]), encoder_hidden_states_t5=n(1, 2, 24), encoder_hidden_states_llama3=n(4, 1, 2, 24),
+        pooled_embeds=n(1, 24))),
     "HunyuanDiT2DModel": (dict(  # the last of four blocks is the first with a skip connection
         in_channels=4, patch_size=2, num_layers=4, text_len=2, text_len_t5=3), io(
         1, 4, 4, 4, text=(1, 2, 24), text_embedding_mask=LONG[:, :2], encoder_hidden_states_t5=n(1, 3, 24),
         text_embedding_mask_t5=LONG, image_meta_size=torch.full((1, 6), 4.0), style=tensor([0]),
         image_rotary_emb=(n(4, 12).cos(), n(4, 12).sin()))),
     "HunyuanImageTransformer2DModel": (dict(rope_axes_dim=(6, 6)), io(1, 4, 2, 2, encoder_attention_mask=LONG)),
-    "HunyuanVideo15Transformer3DModel": ({}, io(
-        1, 4, 1, 2, 2, encoder_attention_mask=LONG, encoder_hidden_states_2=n(1, 2, 24),
-        encoder_attention_mask_2=LONG[:, :2], image_embeds=n(1, 1, 24))),
+    "HunyuanVideo15Transformer3DModel": ({}, io(1, 4, 1, 2, 2, encoder_attention_mask=LONG,
+        encoder_hidden_states_2=n(1, 2, 24), encoder_attention_mask_2=LONG[:, :2], image_embeds=n(1, 1, 24))),
     "HunyuanVideoFramepackTransformer3DModel": (dict(  # seven frames of history in three resolutions, then the new one
         has_image_proj=True, has_clean_x_embedder=True), io(
         1, 4, 1, 4, 4, encoder_attention_mask=LONG, pooled_projections=n(1, 24), guidance=tensor([6.0]),
@@ -169,29 +163,25 @@ TABLE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "JoyImageEditPlusTransformer3DModel": ({}, io(  # 2 × 2 patches
         1, 4, 4, 1, 2, 2, encoder_hidden_states_mask=ones(1, 3), shape_list=[[(1, 2, 2)]])),
     "JoyImageEditTransformer3DModel": ({}, io(1, 4, 1, 4, 4)),
-    "Kandinsky5Transformer3DModel": ({}, io(
-        1, 1, 4, 4, 4, pooled_projections=n(1, 24), visual_rope_pos=[arange(i) for i in (1, 2, 2)],
-        text_rope_pos=arange(3))),
+    "Kandinsky5Transformer3DModel": ({}, io(1, 1, 4, 4, 4, pooled_projections=n(1, 24),
+        visual_rope_pos=[arange(i) for i in (1, 2, 2)], text_rope_pos=arange(3))),
     "Kandinsky6SRTransformer3DModel": (dict(in_visual_dim=2), dict(  # it works on tiles of 8 × 8
         hidden_states=n(1, 1, 8, 16, 5), timestep=tensor([500.0]))),
     "Kandinsky6Transformer3DModel": (dict(visual_cond=False), io(
         1, 1, 4, 4, 4, pooled_projections=n(1, 24), audio_hidden_states=n(1, 2, 4))),
     "Krea2Transformer2DModel": (dict(num_key_value_heads=1), io(
         1, 4, 4, text=(1, 3, 2, 24), t=0.5, position_ids=grid(7, 1, 1))),
-    "LTX2VideoTransformer3DModel": ({}, io(
-        1, 4, 4, audio_hidden_states=n(1, 2, 4), audio_encoder_hidden_states=n(1, 3, 24), num_frames=1, height=2,
-        width=2, audio_num_frames=2)),
+    "LTX2VideoTransformer3DModel": ({}, io(1, 4, 4, audio_hidden_states=n(1, 2, 4),
+        audio_encoder_hidden_states=n(1, 3, 24), num_frames=1, height=2, width=2, audio_num_frames=2)),
     "LTXVideoTransformer3DModel": ({}, io(1, 4, 4, encoder_attention_mask=LONG, num_frames=1, height=2, width=2)),
-    "LatteTransformer3DModel": (dict(
-        in_channels=4, num_layers=2, cross_attention_dim=24, patch_size=2, caption_channels=24, video_length=2,
-        activation_fn="gelu-approximate", norm_type="ada_norm_single", norm_elementwise_affine=False,
-        num_embeds_ada_norm=10), io(1, 4, 2, 4, 4)),
+    "LatteTransformer3DModel": (dict(in_channels=4, num_layers=2, cross_attention_dim=24, patch_size=2,
+        caption_channels=24, video_length=2, activation_fn="gelu-approximate", norm_type="ada_norm_single",
+        norm_elementwise_affine=False, num_embeds_ada_norm=10), io(1, 4, 2, 4, 4)),
     "LongCatAudioDiTTransformer": ({}, io(1, 4, 4, t=0.5, encoder_attention_mask=LONG, latent_cond=n(1, 4, 4))),
     "LongCatImageTransformer2DModel": ({}, io(1, 4, 4, t=0.5, **IDS)),
     "Lumina2Transformer2DModel": (dict(num_kv_heads=1, axes_lens=(8, 4, 4)), io(
         1, 4, 4, 4, t=0.5, encoder_attention_mask=LONG)),
-    "LuminaNextDiT2DModel": (dict(num_kv_heads=1), io(
-        1, 4, 4, 4, t=0.5, encoder_mask=LONG, cross_attention_kwargs={},
+    "LuminaNextDiT2DModel": (dict(num_kv_heads=1), io(1, 4, 4, 4, t=0.5, encoder_mask=LONG, cross_attention_kwargs={},
         image_rotary_emb=torch.polar(ones(2, 2, 6), n(2, 2, 6)))),
     "MiniMaxH3Transformer3DModel": (dict(in_channels=2, rope_freq_dim=2), dict(  # 4 tokens of video, 2 text, 2 sound
         io(1, 4, 8, text=(1, 2, 24), t=0.5), audio_hidden_states=n(1, 2, 4), timestep_indices=arange(8) * 0,
@@ -221,12 +211,11 @@ TABLE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         1, 4, 4, t=0.5, img_shapes=[[(1, 2, 2)]], img_mask=tensor([[False, False, False, True]]))),  # 2 × 2 tokens each
     "QwenImageTransformer2DModel": (dict(in_channels=8, out_channels=2), io(
         1, 4, 8, t=0.5, encoder_hidden_states_mask=TRUE, img_shapes=[(1, 2, 2)])),
-    "RFD4ProteinaTransformer": (dict(
-        nlayers=2, nheads=2, feats_seq=("xt_bb_ca", "xt_local_latents"), feats_pair_repr=("xt_bb_ca_pair_dists",),
-        feats_cond_seq=("time_emb_bb_ca", "time_emb_local_latents"), tri_mult_c=8, num_sequence_classes=5), dict(
-        bb_ca=n(1, 3, 3), local_latents=n(1, 3, 4), bb_ca_time=tensor([0.5]), padding_mask=TRUE,
-        local_latents_time=tensor([0.5]),
-        conditioning=dict(is_in_context_conditioning=~TRUE, supports_local_latent=TRUE))),
+    "RFD4ProteinaTransformer": (dict(nlayers=2, nheads=2, feats_seq=("xt_bb_ca", "xt_local_latents"),
+        feats_pair_repr=("xt_bb_ca_pair_dists",), feats_cond_seq=("time_emb_bb_ca", "time_emb_local_latents"),
+        tri_mult_c=8, num_sequence_classes=5), dict(bb_ca=n(1, 3, 3), local_latents=n(1, 3, 4),
+        bb_ca_time=tensor([0.5]), padding_mask=TRUE, local_latents_time=tensor([0.5]), conditioning=dict(
+        is_in_context_conditioning=~TRUE, supports_local_latent=TRUE))),
     "SD3Transformer2DModel": (dict(  # as 3.5 has it: a second attention in the first blocks only
         qk_norm="rms_norm", dual_attention_layers=(0,)), io(1, 4, 4, 4, pooled_projections=n(1, 24))),
     "SanaTransformer2DModel": ({}, io(1, 4, 4, 4, encoder_attention_mask=ones(1, 3))),

@@ -125,8 +125,7 @@ def test_milliseconds_are_the_sites_own_and_the_rest_is_what_no_schedule_saves(m
     slow = d.sites["blocks.1.attn"]
     monkeypatch.setattr(slow, "forward", slowed(slow.forward, 0.02))
     monkeypatch.setattr(d.sampler, "step", slowed(d.sampler.step, 0.06))
-    found = milliseconds(d, 2, repeats=3)
-    site = list(d.sites).index("blocks.1.attn")
+    found, site = milliseconds(d, 2, repeats=3), list(d.sites).index("blocks.1.attn")
     assert 20 <= found.sites[site] < 40
     assert 60 <= found.rest < 79  # not the slow site as well
     assert all(0 < float(each) < 20 for i, each in enumerate(found.sites) if i != site)
@@ -166,8 +165,7 @@ class Tape:
 def test_a_graph_is_captured_once_and_every_batch_is_copied_in():
     d, tape = make(), Tape()
     walk = Walk(d, random_table(d))
-    draw = GraphWalk(walk, capture=tape)
-    noise = [start(d, seed=seed) for seed in range(3)]
+    draw, noise = GraphWalk(walk, capture=tape), [start(d, seed=seed) for seed in range(3)]
     expected, images = [walk(*batch) for batch in noise], []
     for x, y in noise:
         images.append(draw(x, y))

@@ -159,7 +159,6 @@ any_table = sizes.flatmap(lambda size: tables(*size))
 
 @given(any_table | schedules())
 def test_the_peak_of_live_features_is_what_the_plan_says(schedule):
-    """Counted by weak references, at every site of every step."""
     plan, cache, alive, peaks = plan_of(schedule), {}, [], [0]
 
     def compute():

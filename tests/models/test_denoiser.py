@@ -38,8 +38,14 @@ def cond_of(batch):
     return torch.tensor([[0, 7], [1, 8]])[:batch]
 
 
-SCHEDULERS = ("DDPM", "EulerAncestralDiscrete", "SASolver", "HeunDiscrete", "PNDM")
-SCHEDULERS += ("KDPM2AncestralDiscrete",)
+SCHEDULERS = [
+    "DDPM",
+    "EulerAncestralDiscrete",
+    "SASolver",
+    "HeunDiscrete",
+    "PNDM",
+    "KDPM2AncestralDiscrete",
+]
 
 
 @pytest.mark.parametrize("name", [*WALKS, *SCHEDULERS])
@@ -263,8 +269,7 @@ def test_a_table_for_runs_that_begin_from_an_image_runs_as_it_was_searched(order
     else:
         pipe, schedule = tuned("flux-img2img", pipe, order=order, **how)
     d = from_pipeline(pipe, **{**WALKS["flux-img2img"][1], "steps": 6, "strength": 0.5})
-    assert schedule.timesteps == d.about["timesteps"]
-    assert schedule.steps == 3
+    assert (schedule.timesteps, schedule.steps) == (d.about["timesteps"], 3)
     with cached(pipe, schedule) as session:
         theirs = walked(pipe, d.inputs.of([(0, 7)]), seed=7)[-1]
     assert session.skipped == int((~schedule.compute).sum()) > 0

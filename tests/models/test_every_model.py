@@ -31,6 +31,7 @@ from harmonica.search.flip_effects import flip_effects_at
 from harmonica.search.references import Pool
 
 pytestmark = pytest.mark.usefixtures("small_models")
+SMALLEST = {"dit-xl": partial(DiT, **SMALL_DIT), "uvit-h": partial(UViT, **SMALL_UVIT)}
 NAMES = [name for name in MODELS if name != "garments"]  # it is tiny's class, and larger
 
 
@@ -44,8 +45,7 @@ def test_it_walks_is_exact_trains_and_has_a_lambda(name, sampler):
     router = Router(d.steps, d.sites, generator=generator, about=d.about)
     lam = image_error(d, router(), x, cond)
     assert lam[0] == 0.0 < lam[1:].min()
-    before = router.logits
-    updates = list(sdt(d, router, [(x, cond)]))
+    before, updates = router.logits, list(sdt(d, router, [(x, cond)]))
     assert [update.k for update in updates] == [1, 2, 3]
     assert bool((router.logits != before).any(1).all())  # every row moved
     assert not any(p.grad is not None for p in d.model.parameters())
@@ -202,9 +202,6 @@ def test_what_t5_needs_is_named_if_it_is_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     with refused(r"takes sentencepiece; pip install 'harmonica-dit\[pixart\]'"):
         load("pixart-alpha-256", weights=tmp_path, prompts=["a river"])
-
-
-SMALLEST = {"dit-xl": partial(DiT, **SMALL_DIT), "uvit-h": partial(UViT, **SMALL_UVIT)}
 
 
 @pytest.mark.parametrize("how", ["weights alone", "with what training left", "w.safetensors"])

@@ -31,6 +31,7 @@ PIPES = {
     "pixart-alpha with micro-conditions": lambda: pixart_pipe(micro=True),
     "pixart-sigma": lambda: pixart_pipe("Sigma"),
 }
+STOCK = dit_pipe()
 
 
 @pytest.fixture(params=PIPES)
@@ -156,9 +157,6 @@ def test_enabling_any_number_of_times_is_undone_by_disabling_once(actions):
     assert snapshot(pipe) == before
 
 
-STOCK = dit_pipe()
-
-
 def test_enable_and_disable_have_the_shape_that_people_know():
     """A table that does not fit leaves the one that does, and nothing keeps a pipeline alive."""
     plain = run(pipe := dit_pipe())
@@ -180,8 +178,7 @@ def test_enable_and_disable_have_the_shape_that_people_know():
 
 def test_nested_and_repeated_use_restores_exactly_what_was_there():
     """The innermost schedule is in force, and it alone is held against the run."""
-    pipe = dit_pipe()
-    plain, before = run(pipe, 6), snapshot(pipe)
+    plain, before = run(pipe := dit_pipe(), 6), snapshot(pipe)
     for _ in range(2):
         with cached(pipe, table(pipe)):
             outer = run(pipe)
@@ -199,7 +196,8 @@ def test_two_pipelines_at_once_share_nothing():
 
 
 def test_a_walk_under_inference_mode_does_not_break_later_training():
-    with torch.inference_mode(), cached(pipe := dit_pipe(), table(pipe)):
+    pipe = dit_pipe()
+    with torch.inference_mode(), cached(pipe, table(pipe)):
         run(pipe)
     train_sdt(from_pipeline(pipe, steps=3), iterations=2, batch_size=1, progress=False)
 

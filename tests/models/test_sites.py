@@ -13,6 +13,8 @@ from harmonica import Router
 from harmonica.cost import cost_of_call, count
 from harmonica.models.sites import is_site, macs_per_token, sites
 
+X = {"x": torch.ones(1, 3, 4)}
+
 
 class Model(nn.Module):
     """Anything with named children: runs them, and the elements of its lists, on x (B, N, 4)."""
@@ -44,9 +46,6 @@ def blocks(*names: str) -> nn.ModuleList:
 
 def names_of(*parts: str, stem: str = "blocks") -> list[str]:
     return [f"{stem}.{i}.{part}" for i in range(2) for part in parts]
-
-
-X = {"x": torch.ones(1, 3, 4)}
 
 
 def test_dit_and_pixart_have_the_sites_of_the_paper_in_its_order_which_a_router_takes():
@@ -129,8 +128,10 @@ def test_macs_are_counted_with_inputs_and_estimated_without_but_for_modulation()
     estimated = macs_per_token(model, sites(model))
     assert counted(model).sites.tolist() == [3 * 16.0] * 4  # three tokens through 4 × 4
     assert counted(model).rest == 192.0
-    assert estimated.sites.tolist() == [16.0] * 4
-    assert estimated.rest == 0.0  # the head is in no block
+    assert (estimated.sites.tolist(), estimated.rest) == (
+        [16.0] * 4,
+        0.0,
+    )  # the head is in no block
     with pytest.raises(RuntimeError, match="mat1 and mat2"):  # as in the model
         counted(model, {"x": torch.ones(1, 3, 5)})
     block = Model(attn=linear(), adaLN_modulation=linear(8), norm1=linear(), skip_linear=linear())
@@ -147,8 +148,7 @@ def test_shapes_alone_count_what_arithmetic_counts_and_a_model_that_looks_at_val
     model, inputs = ZOO["PixArtTransformer2DModel"]()
     found = dict(sites(model))
     fake, real = (count(lambda: model(**inputs), found, fake=fake) for fake in (True, False))
-    assert fake.sites.tolist() == real.sites.tolist()
-    assert fake.rest == real.rest
+    assert (fake.sites.tolist(), fake.rest) == (real.sites.tolist(), real.rest)
 
 
 def test_counting_is_not_misled_by_a_wrapped_forward_and_leaves_nothing_behind():

@@ -146,8 +146,7 @@ def test_the_model_is_the_one_written_again_its_timesteps_as_cosines_then_sines(
 
 def two_calls(d, gate_of, x, k, y):
     """Guide as the original does: one call of the model for each label, each with a cache of its own."""
-    t = torch.full((len(x),), d.sampler.timesteps[k] + 1.0)
-    noise = []
+    t, noise = torch.full((len(x),), d.sampler.timesteps[k] + 1.0), []
     for cache_of_the_call, labels in enumerate((y, torch.full_like(y, 3))):
         with torch.no_grad(), gated(d.sites, gate_of(k, cache_of_the_call)):
             noise.append(d.model(x, t, labels))
@@ -180,8 +179,7 @@ def test_guidance_is_the_originals_with_one_added_to_its_scale():
         out = small.predict(x, 1, y)
         assert torch.equal(make_uvit(guidance=1.0).predict(x, 1, y), conditional)
     torch.testing.assert_close(out, conditional + 0.4 * (conditional - null))
-    assert out.shape == x.shape
-    assert UViTDenoiser(small.model, small.sampler).guidance == 1.4
+    assert (out.shape, UViTDenoiser(small.model, small.sampler).guidance) == (x.shape, 1.4)
     with refused(r"guidance is 0.4; expected a number, 1 or more"):
         make_uvit(guidance=0.4)
 

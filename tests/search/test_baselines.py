@@ -101,8 +101,7 @@ def test_fora_computes_all_sites_at_every_nth_step_a_fraction_at_the_first_after
 @settings(max_examples=6)
 @given(st.integers(1, 12), st.data())
 def test_a_target_of_fora_spreads_its_steps_evenly(steps, data):
-    count = data.draw(st.integers(1, steps))
-    d = make(steps)
+    count, d = data.draw(st.integers(1, steps)), make(steps)
     fixed = Schedule([[k < count] * 4 for k in range(steps)]).speedup(macs(d))
     rows = every(d, speedup=fixed).compute[:, 0]
     assert int(rows.sum()) == count

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import attributes, make, refused, seeded, start, tables, with_noise
+from conftest import attributes, equal, make, refused, seeded, start, tables, with_noise
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -33,11 +33,9 @@ def test_a_reference_is_the_image_of_the_same_sampler_with_more_steps(factor):
     d = make()
     pool = references(d, noises=3, factor=factor, generator=seeded(5))
     x, cond = start(d, 3, 5)
-    assert torch.equal(pool.x, x)
-    assert torch.equal(pool.images, sample(make(4 * factor), x, cond))
+    assert equal((pool.x, pool.images), (x, sample(make(4 * factor), x, cond)))
     part = pool[torch.tensor([2, 0])]
-    assert torch.equal(part.cond, cond[[2, 0]])
-    assert torch.equal(part.images, pool.images[[2, 0]])
+    assert equal((part.cond, part.images), (cond[[2, 0]], pool.images[[2, 0]]))
 
 
 def test_an_interrupted_pool_is_continued_and_a_file_of_others_refused(tmp_path, monkeypatch):
@@ -60,15 +58,13 @@ def test_an_interrupted_pool_is_continued_and_a_file_of_others_refused(tmp_path,
     of_labels, solver = make(), harmonica.load("tiny", steps=4, sampler="dpm-solver++")
     of_labels.draw = lambda *how: (lambda x, y: (x, (y + 1) % 3))(*make().draw(*how))
     for message, other in {
-        "reference_steps 8 -> 12": {"factor": 3},
-        "noises .* -> ": {"noises": 11},
+        "reference_steps 8 -> 12": {"factor": 3}, "noises .* -> ": {"noises": 11},
         "noises .* -> .*": {"generator": seeded(1)},
         r"something else \(guidance 1.5 -> 4.0\); name another": {"denoiser": make(guidance=4.0)},
         "sampler ddim -> dpm-solver": {"denoiser": solver},
         "steps 4 -> 8": {"denoiser": make(8), "factor": 1},
-        r"\(weights ": {"denoiser": make(seed=1)},
-        r"\(conditions ": {"denoiser": of_labels},
-    }.items():
+        r"\(weights ": {"denoiser": make(seed=1)}, r"\(conditions ": {"denoiser": of_labels},
+    }.items():  # fmt: skip
         with refused(message):
             references(**{"denoiser": d, "noises": 12, "factor": 2, "path": path, **other})
     for images in (whole.images / 0, whole.images.long(), whole.images[:, :1], torch.ones(())):
@@ -208,16 +204,13 @@ def test_settings_and_images_that_make_no_sense_are_refused_and_the_model_is_lef
     assert attributes(d.model) == before
     assert all(p.grad is None for p in d.model.parameters())
     for message, bad in {
-        "history is 0": {"history": 0},
-        "iterations is 0": {"iterations": 0},
-        "batch_size is True": {"batch_size": True},
-        "batch_size is 0": {"batch_size": 0},
+        "history is 0": {"history": 0}, "iterations is 0": {"iterations": 0},
+        "batch_size is True": {"batch_size": True}, "batch_size is 0": {"batch_size": 0},
         "the pool has 1 noises": {"pool": drawn(1)},
         "pool is a Tensor": {"pool": torch.zeros(4, 1, 8, 8)},
-        "schedule is a Router": {"schedule": Router(4, 4)},
-        "generator is a int": {"generator": 0},
+        "schedule is a Router": {"schedule": Router(4, 4)}, "generator is a int": {"generator": 0},
         "this schedule has 2 steps": {"schedule": Schedule([[1] * 4, [0] * 4])},
-    }.items():
+    }.items():  # fmt: skip
         with pytest.raises((ValueError, TypeError), match=message):
             learn_weights(d, **{**settings, **bad})
     pool = drawn(4)

@@ -183,20 +183,15 @@ def test_refining_stays_within_its_budget_and_says_what_it_spent(budget):
     before, three_sites = router.logits, Target(1.1, Macs(torch.ones(3), 0.0), 4)
     how = {"denoiser": d, "router": router, "target": Target(1.5, macs(d), 4), "budget": 0}
     for message, wrong in {
-        "tau is 0": {"tau": 0.0},
-        "tau is 1": {"tau": 1},
-        "tau is 'a'": {"tau": "a"},
-        "budget is -1; expected a whole": {"budget": -1},
-        "budget is True": {"budget": True},
-        "order is 10": {"order": 10},
-        "router is a Schedule": {"router": router.schedule()},
+        "tau is 0": {"tau": 0.0}, "tau is 1": {"tau": 1}, "tau is 'a'": {"tau": "a"},
+        "budget is -1; expected a whole": {"budget": -1}, "budget is True": {"budget": True},
+        "order is 10": {"order": 10}, "router is a Schedule": {"router": router.schedule()},
         "this schedule has 5 steps": {"router": Router(5, d.sites)},
         "target is a float": {"target": 1.5},
         "counts 4 steps and 3 sites, and the denoiser has 4 and 4": {"target": three_sites},
         "counts 5 steps": {"target": Target(1.1, macs(d), 5)},
-        "NoneType is no Denoiser": {"denoiser": None},
-        "int is no Denoiser": {"finer": 3},
-    }.items():
+        "NoneType is no Denoiser": {"denoiser": None}, "int is no Denoiser": {"finer": 3},
+    }.items():  # fmt: skip
         with pytest.raises((ValueError, TypeError), match=message):
             refine_router(**how | wrong)
     assert torch.equal(router.logits, before)
@@ -204,14 +199,11 @@ def test_refining_stays_within_its_budget_and_says_what_it_spent(budget):
 
 def test_a_target_that_no_table_can_have_is_refused_by_name():
     for message, (speedup, cost, steps) in {
-        "target speedup is None": (None, COST, 4),
-        "target speedup is nan": (math.nan, COST, 4),
-        "target speedup is True": (True, COST, 4),
-        "steps is 0": (1.0, COST, 0),
-        "steps is 4.0": (1.0, COST, 4.0),
-        "cost is a Tensor": (1.0, torch.ones(4), 4),
+        "target speedup is None": (None, COST, 4), "target speedup is nan": (math.nan, COST, 4),
+        "target speedup is True": (True, COST, 4), "steps is 0": (1.0, COST, 0),
+        "steps is 4.0": (1.0, COST, 4.0), "cost is a Tensor": (1.0, torch.ones(4), 4),
         "the maximum here is 3.25": (3.3, COST, 4),
-    }.items():
+    }.items():  # fmt: skip
         with pytest.raises((ValueError, TypeError), match=message):
             Target(speedup, cost, steps)
     for sites in (torch.zeros(2), [-1.0, 1.0], [[1.0]], [math.inf], "ab", torch.ones(2).cfloat()):

@@ -201,8 +201,7 @@ def test_an_exported_table_reads_back_the_same(tmp_path_factory, keys, schedule)
     path, names, keys = tmp_path_factory.mktemp("export") / "s.json", KEYS[keys], keys.split()
     write_smoothcache(path, replace(schedule, sites=names))
     data = json.loads(path.read_text())
-    assert list(data) == keys
-    assert data[keys[0]] == schedule.compute[:, 0].int().tolist()
+    assert (list(data), data[keys[0]]) == (keys, schedule.compute[:, 0].int().tolist())
     assert torch.equal(Schedule.load(path).compute, schedule.compute)
 
 
