@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 T = TypeVar("T")
 StrPath = str | os.PathLike[str]
 MOST = 3e38  # float32 ends there
-LARGEST = 10**6  # a number of steps or sites; a table of more is a mistake
+LARGEST = 10**6  # of steps, sites, noises in a batch or pool, updates of weights; more is a mistake
 
 
 def require(holds: bool, otherwise: str) -> None:
