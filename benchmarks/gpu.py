@@ -8,10 +8,12 @@ keeps what it has. An item that does not run says why. Weights are drawn, zero n
 
     tests           pytest -m gpu
     target          training with a target on the bundled model
-    dit             T = 20, half of the table reused: plain, Walk, graph; real over theoretical, graph over eager
+    dit             T = 20, half of the table reused: plain and Walk, eager and as graphs; real over
+                    theoretical, graph over eager, and what a weighted sum at each entry takes
     update          one update at batch 32, with and without activation checkpointing, against the dry run
     refinement      peak memory of the effects of flips, against the dry run
     milliseconds    the speedup that `milliseconds` predicts, against the clock
+    flux            diffusers' own Flux pipeline, 1024×1024, under `cached`: eager, compiled, features on the host
     pixart          as dit, PixArt-α 512 and 1024
     training        up to 2000 updates of DiT-XL/2 256 with a target, in the time that is left
 """
@@ -24,8 +26,9 @@ import io
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -33,6 +36,7 @@ from typing import Any
 
 import torch
 from record import RESULTS, ended, record
+from weights import small_weights
 
 from harmonica import Router, Schedule, macs, sample, sdt, train_sdt
 from harmonica.command_line import check_device
@@ -40,6 +44,8 @@ from harmonica.inference.graph import GraphWalk
 from harmonica.inference.timing import by_turns, milliseconds, timed
 from harmonica.inference.walk import Walk
 from harmonica.models import load
+from harmonica.models.pipelines import cached
+from harmonica.models.sites import sites
 from harmonica.search.flip_effects import flip_effects_at
 from harmonica.search.references import Pool
 
@@ -58,7 +64,7 @@ class Card:
     quick: bool
     deadline: float
     update_seconds: float = 0.25  # of DiT-XL/2 256 at batch 32, until it is measured
-    _models: dict[str, Any] = field(default_factory=dict)
+    models: dict[str, Any] = field(default_factory=dict)
 
     @property
     def left(self) -> float:
@@ -73,14 +79,14 @@ class Card:
     def model(self, name: str) -> Any:
         """Return a model on the device, loaded once; the one before it is let go."""
         name = "tiny" if self.quick else name
-        if name not in self._models:
-            self._models.clear()
+        if name not in self.models:
+            self.models.clear()
             dtype = torch.bfloat16 if self.cuda else torch.float32
             weights, steps = None if name == "tiny" else "random", 4 if self.quick else 20
-            self._models[name] = load(
+            self.models[name] = load(
                 name, weights=weights, steps=steps, dtype=dtype, device=self.device
             )
-        return self._models[name]
+        return self.models[name]
 
     @contextlib.contextmanager
     def peak(self, figures: dict[str, Any]) -> Any:
@@ -112,14 +118,18 @@ def speeds(card: Card, d: Any, batch: int) -> dict[str, Any]:
     table, (x, cond) = half_reused(d), drawn(d, batch)
     graph = GraphWalk(Walk(d, table))
     walks = {"plain": lambda x, c: sample(d, x, c), "walk": Walk(d, table), "graph": graph}
+    walks["plain_graph"] = GraphWalk(Walk(d))
+    walks["weights"] = Walk(d, replace(table, weights=small_weights(table.compute)))
     turns = by_turns(walks, x, cond, repeats=1 if card.quick else 5)
     seconds = {name: median(values) for name, values in turns.items()}
     theory, real = table.speedup(macs(d)), seconds["plain"] / seconds["walk"]
     figures: dict[str, Any] = {"seconds": {name: round(s, 4) for name, s in seconds.items()}}
     figures |= {"theoretical": round(theory, 3), "real": round(real, 3)}
     figures |= {"real_over_theoretical": round(real / theory, 3)}
+    figures |= {"weights_over_reuse": round(seconds["weights"] / seconds["walk"], 3)}
     if graph.reason is not None:
         return figures | {"no_graph": graph.reason}
+    figures |= {"graph_real": round(seconds["plain_graph"] / seconds["graph"], 3)}
     return figures | {"graph_over_eager": round(seconds["walk"] / seconds["graph"], 3)}
 
 
@@ -127,10 +137,10 @@ def tests(card: Card) -> dict[str, Any]:
     """Run the tests that need a GPU."""
     if not card.cuda:
         raise SkippedError("there is no CUDA device, all of these tests would be skipped")
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests", "--disable-warnings"]
     root, seconds = Path(__file__).parents[1], max(30.0, min(200.0, card.left - 60))
     ran = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=seconds)
-    return {"code": ran.returncode, "last_lines": ran.stdout.strip().splitlines()[-5:]}
+    return {"code": ran.returncode, "said": ran.stdout.strip().splitlines()[-3:]}
 
 
 def target(card: Card) -> dict[str, Any]:
@@ -240,6 +250,71 @@ def pixart(card: Card) -> dict[str, Any]:
     }
 
 
+def flux_pipeline(card: Card) -> Any:
+    """Return Flux as diffusers runs it, of its real size or a tiny one, with drawn weights and no encoders."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    tiny = {"in_channels": 16, "attention_head_dim": 16, "num_attention_heads": 2, "num_layers": 1}
+    tiny |= {"num_single_layers": 2, "joint_attention_dim": 64, "axes_dims_rope": (4, 4, 8)}
+    with torch.device("meta"):
+        transformer = FluxTransformer2DModel(guidance_embeds=True, **(tiny if card.quick else {}))
+    transformer.to(torch.bfloat16 if card.cuda else torch.float32).to_empty(device=card.device)
+    for weight in transformer.requires_grad_(False).parameters():
+        weight.normal_(std=0.02)
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    pipe = FluxPipeline(scheduler, *[None] * 5, transformer.eval())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def flux(card: Card) -> dict[str, Any]:
+    """Time diffusers' Flux under a table that computes every second step."""
+    card.models.clear()
+    pipe, steps, pixels = flux_pipeline(card), 4 if card.quick else 10, 64 if card.quick else 1024
+    model, config = pipe.transformer, pipe.transformer.config
+    draw = lambda *size: torch.randn(1, *size, device=card.device, dtype=model.dtype)  # noqa: E731
+    prompt, pooled = draw(512, config.joint_attention_dim), draw(config.pooled_projection_dim)
+    how = {"prompt_embeds": prompt, "pooled_prompt_embeds": pooled, "output_type": "latent"}
+    how |= {"height": pixels, "width": pixels, "num_inference_steps": steps}
+
+    def walk(*_: Any) -> torch.Tensor:
+        return pipe(**how, generator=torch.Generator().manual_seed(0)).images  # type: ignore[no-any-return]
+
+    def under(computed: list[bool], **options: Any) -> Callable[..., torch.Tensor]:
+        names = tuple(sites(model))
+
+        def run(*_: Any) -> torch.Tensor:
+            table = Schedule([[each] * len(names) for each in computed], names)
+            with cached(pipe, table, **options):
+                return walk()
+
+        return run
+
+    half, found = [k % 2 == 0 for k in range(steps)], {}
+    ways = {"stock": walk, "cached": under(half)}
+    with warnings.catch_warnings():  # a table that reuses nothing skips nothing
+        warnings.simplefilter("ignore")
+        found["exact"] = bool(torch.equal(walk(), under([True] * steps)()))
+    if card.cuda:
+        ways["cached_offload"] = under(half, offload=True)
+    for name, way in ways.items():
+        memory: dict[str, Any] = {}
+        with card.peak(memory):
+            way()
+        found |= {f"{name}_{key}": value for key, value in memory.items()}
+    repeats = 1 if card.quick else 3
+    seconds = by_turns(ways, prompt, None, repeats=repeats)
+    if card.cuda and card.left > 60:
+        model.compile_repeated_blocks()
+        seconds |= by_turns({"stock_compiled": walk}, prompt, None, repeats=repeats)
+        for part in model.modules():
+            part._compiled_call_impl = None
+        for site in sites(model).values():
+            site.compile()
+        seconds |= by_turns({"cached_compiled": ways["cached"]}, prompt, None, repeats=repeats)
+    return found | {"seconds": {name: round(median(each), 4) for name, each in seconds.items()}}
+
+
 def training(card: Card) -> dict[str, Any]:
     """Train as many updates of DiT-XL/2 256 with a target as the time allows."""
     d = card.model("dit-xl-256")
@@ -257,8 +332,8 @@ def training(card: Card) -> dict[str, Any]:
 
 ITEMS: dict[str, tuple[Callable[[Card], dict[str, Any]], float]] = {
     "tests": (tests, 60), "target": (target, 20), "dit": (dit, 40), "update": (update, 30),
-    "refinement": (refinement, 20), "milliseconds": (clocked, 15), "pixart": (pixart, 60),
-    "training": (training, 30),
+    "refinement": (refinement, 20), "milliseconds": (clocked, 15), "flux": (flux, 60),
+    "pixart": (pixart, 40), "training": (training, 30),
 }  # fmt: skip
 """Function, and the seconds that must be left to begin it on a GPU."""
 

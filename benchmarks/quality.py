@@ -230,7 +230,7 @@ def row_of(job: Job) -> dict[str, Any]:
     if path.exists():
         return read_json(path)
     torch.set_num_threads(1)
-    denoiser = load(args.model, steps=steps, sampler=sampler)
+    denoiser = load(args.model, steps=steps, sampler=sampler, device=args.device)
     pool, plain = held_out(denoiser, args)
     row: dict[str, Any] = {
         "model": args.model, "T": steps, "sampler": sampler, "method": method, "asked": speedup, "seed": seed,
@@ -244,7 +244,8 @@ def row_of(job: Job) -> dict[str, Any]:
             fewer = rivals.fewer_steps(steps, speedup)
             solver = method.partition(" of ")[2] or sampler
             row["speedup"] = steps / fewer
-            images = sample(load(args.model, steps=fewer, sampler=solver), pool.x, pool.cond)
+            few = load(args.model, steps=fewer, sampler=solver, device=args.device)
+            images = sample(few, pool.x, pool.cond)
         else:
             schedule = table_of(denoiser, method, speedup, job)
             row |= {"speedup": schedule.speedup(macs(denoiser)), "made": dict(schedule.provenance)}
@@ -253,7 +254,7 @@ def row_of(job: Job) -> dict[str, Any]:
         row["refused"] = str(out_of_reach)
         write_json(path, row)
         return row
-    row |= judged(images, plain, pool.images, args.model)
+    row |= judged(images.cpu(), plain.cpu(), pool.images.cpu(), args.model)
     write_json(path, row)
     return row
 
@@ -317,6 +318,7 @@ def main() -> None:
     parser.add_argument("--pool", type=int, default=1536, help="noises that weights are learned on")
     parser.add_argument("--weight-updates", type=int, default=576, help="of 16 noises")
     parser.add_argument("--seeds", type=int, default=3, help="of what is trained")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument(
         "--finished", action="store_true", help="record what is finished in --out, measure nothing"

@@ -76,10 +76,7 @@ def clock(names: list[str], repeats: int) -> None:
         denoiser = model(name)
         x, cond = denoiser.draw(BATCH[name], torch.Generator().manual_seed(0))
         compute = whole_steps(denoiser, range(0, 10, 2))
-        past = outputs_before(compute)
-        weights = 0.01 * (torch.arange(4) <= past[:, :, None])
-        weights[:, :, 0] = compute.float()
-        weights[:, :, 1] += (~compute).float()
+        weights = small_weights(compute)
         walk = Walk(denoiser, Schedule(compute, tuple(denoiser.sites), weights=weights))
         turns = [timed_walk(walk, x, cond) for _ in range(repeats)]
         whole, sums = (median(column) for column in zip(*turns, strict=True))
@@ -90,6 +87,14 @@ def clock(names: list[str], repeats: int) -> None:
             "weights_over_reuse": round(whole / (whole - sums), 4),
         }
     record("weights_clock", figures)
+
+
+def small_weights(compute: Tensor) -> Tensor:
+    """Return weights (T, N, 4) by which each entry of a table (T, N) reads all past outputs there are, three at most."""
+    weights = 0.01 * (torch.arange(4) <= outputs_before(compute)[:, :, None])
+    weights[:, :, 0] = compute.float()
+    weights[:, :, 1] += (~compute).float()
+    return weights
 
 
 def timed_walk(walk: Walk, x: Tensor, cond: Any) -> tuple[float, float]:

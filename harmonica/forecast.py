@@ -9,6 +9,7 @@ Reuse is w₁ = 1. This file does not know how weights are learned (harmonica.se
 """
 
 from collections.abc import Sequence
+from functools import cache
 from math import factorial
 from typing import Any
 
@@ -52,8 +53,8 @@ def weighted_sum(weights: Weights, features: History, *, fused: bool = False) ->
     """Return Σⱼ wⱼ·fⱼ; surplus weights are ignored, what is no tensor comes from the first feature.
 
     A feature whose weight is the number 0 is left out. If one is left and its weight is 1, it is
-    returned itself, without a pass over memory. `fused` is for weights that are numbers: each
-    feature is added in one pass, which may round once or twice.
+    returned itself, without a pass over memory. `fused` is for weights that are numbers: fewer
+    passes over memory, which round elsewhere.
     """
     pairs: Any = zip(weights, features, strict=False)
     terms = [(w, f) for w, f in pairs if isinstance(w, Tensor) or w != 0] or [(0.0, features[0])]
@@ -64,12 +65,30 @@ def weighted_sum(weights: Weights, features: History, *, fused: bool = False) ->
     def add(first: Any, *others: Any) -> Any:
         if not isinstance(first, Tensor):
             return first  # attention may return (output, None)
+        if fused and first.is_cuda and (fused_sum := _fused_sum()) and _alike(first, *others):
+            return fused_sum([w for w, _ in terms], [first, *others])
         total = scale * first
         for (w, _), other in zip(terms[1:], others, strict=True):
             total = total.add_(other, alpha=w) if fused else total + w * other
         return total
 
     return tree_map(add, *(f for _, f in terms))
+
+
+@cache
+def _fused_sum() -> Any:
+    """Return the sum in one pass, or None where Triton is not installed."""
+    try:
+        from harmonica.fused_sum import fused_sum
+    except ImportError:
+        return None
+    return fused_sum
+
+
+def _alike(*tensors: Tensor) -> bool:
+    """Tell whether these are plain contiguous tensors of one shape and dtype."""
+    kinds = {(type(each), each.shape, each.dtype, each.is_contiguous()) for each in tensors}
+    return len(kinds) == 1 and type(tensors[0]) is Tensor and tensors[0].is_contiguous()
 
 
 def taylor_weights(compute: Tensor, order: int) -> Tensor:

@@ -14,7 +14,7 @@ FILES = {
 CORE = ("router", "cache", "denoise", "iepo", "sdt")
 
 LAYERS = (
-    {"calls", "override", "samplers", "site_names"}
+    {"calls", "fused_sum", "override", "samplers", "site_names"}
     | {"processes", "memory", "run_again", "storage", "table", "schedule_fields", "values"},
     {"cache", "forecast", "router"},
     {"denoise"},

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from harmonica import Router, Schedule, image_error, macs, sample, sdt, train_sdt
 from harmonica.command_line import dtype_of
+from harmonica.forecast import weighted_sum
 from harmonica.inference.timing import milliseconds
 from harmonica.inference.walk import Walk
 from harmonica.models import autoencoder, load
@@ -309,3 +310,19 @@ def test_a_real_card_gives_the_cpus_numbers_to_rounding(name, tmp_path):
     result, expected = (tree_leaves(ON_A_CARD[name](place, tmp_path)) for place in ("cuda", "cpu"))
     result = [leaf.cpu() if isinstance(leaf, torch.Tensor) else leaf for leaf in result]
     torch.testing.assert_close(result, expected, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_fused_sum_of_four_terms_rounds_once(kind):
+    """More terms, and terms that are not contiguous, round after each part."""
+    terms = torch.randn(6, 3, 5, 7, generator=seeded(0)).to("cuda", kind)
+    weights = [0.9, -0.4, 1.5, 0.01, 1.0, 0.3]
+    for several in (terms, terms.transpose(1, 3)):
+        for n in range(1, 7):
+            pairs = list(zip(weights[:n], several.unbind(), strict=False))
+            exact = sum(w * term.double() for w, term in pairs).to(kind)
+            often = {"rtol": 0.02, "atol": 0.05} if n > 4 or several is not terms else {}
+            result = weighted_sum(weights[:n], [term for _, term in pairs], fused=True)
+            torch.testing.assert_close(result, exact, **often)

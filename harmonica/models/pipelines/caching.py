@@ -51,7 +51,8 @@ def cached(
             are understood (`harmonica.site_names`).
         sites: cacheable modules by name; None finds them (`harmonica.models.sites`).
         otherwise: what to do at timesteps that no schedule is for.
-        offload: keep features in pinned host memory; exact, each is copied there and back.
+        offload: keep features in pinned host memory; exact, each is copied there and back. Slow:
+            Flux without a cache is faster. For features that fit nowhere else (docs/scale.md).
 
     Yields a `Session`: `print(session)` says what was reused, `session.report()` in numbers. Raises
     TypeError if pipe has no transformer or scheduler, or a compiled transformer; ValueError if it
