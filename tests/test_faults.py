@@ -4,6 +4,7 @@ Where a fault can be made for real (the system's own refusal to write, a signal,
 """
 
 import ast
+import fcntl
 import os
 import subprocess
 import sys
@@ -118,6 +119,19 @@ def test_a_lock_of_a_killed_run_holds_nobody(tmp_path):
     child.communicate()
     with exclusive_lock(tmp_path):
         assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_whose_file_was_removed_before_it_was_held_is_no_lock(tmp_path, monkeypatch):
+    """Another run ends between this one's opening of the file and its locking of it."""
+    flock = fcntl.flock
+
+    def late(handle, how):
+        (tmp_path / "c.lock").unlink()
+        flock(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(BlockingIOError, match="another run"), exclusive_lock(tmp_path / "c"):
+        pass
 
 
 @pytest.mark.parametrize("name", ["demo", "image sets"])

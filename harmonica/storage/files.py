@@ -126,6 +126,8 @@ def exclusive_lock(path: StrPath) -> Iterator[None]:
         at_end.callback(os.close, handle)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(handle).st_nlink == 0:  # the run that held it has just removed it
+                raise BlockingIOError
         except BlockingIOError:
             todo = "wait for it, or choose another"
             raise BlockingIOError(f"{path} is being written to by another run; {todo}") from None

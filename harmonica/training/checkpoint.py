@@ -181,8 +181,8 @@ class Checkpoint:
         facts: Any
         fields, tensors, facts = read_router(path)
         router, then = build(Router, path, fields), facts.get("settings")
-        whole = isinstance(then, dict) and "state.logits" in tensors
-        require(whole, f"{path} is a router without the state of its training; it cannot go on")
+        complete = isinstance(then, dict) and "state.logits" in tensors
+        require(complete, f"{path} is a router without the state of its training; it cannot go on")
         what, todo = f"{path} was trained with other settings", "resume with the same"
         require_same(what, then, self.facts["settings"], todo)
         with decoding(path, "is a damaged checkpoint"):
