@@ -163,10 +163,8 @@ def weighted(schedule: Schedule, denoiser: Denoiser, job: Job) -> Schedule:
     """Learn weights towards the reference, on a pool that all methods share."""
     *_, seed, args = job
     pool, generator = pool_of(denoiser, args.pool, None, args), torch.Generator().manual_seed(seed)
-    updates: int = args.weight_updates
-    return learn_weights(
-        denoiser, schedule, pool, iterations=updates, batch_size=16, generator=generator
-    )
+    how = {"iterations": args.weight_updates, "batch_size": args.weight_batch_size}
+    return learn_weights(denoiser, schedule, pool, **how, generator=generator)
 
 
 def in_turn(schedule: Schedule, denoiser: Denoiser, speedup: float, job: Job) -> Schedule:
@@ -234,6 +232,7 @@ def row_of(job: Job) -> dict[str, Any]:
     pool, plain = held_out(denoiser, args)
     row: dict[str, Any] = {
         "model": args.model, "T": steps, "sampler": sampler, "method": method, "asked": speedup, "seed": seed,
+        "noises": args.noises, "device": args.device,
     }  # fmt: skip
     if method in TRAINED and "weights" not in method:  # those say themselves how they were learned
         row["updates"] = args.updates
@@ -316,7 +315,10 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0.1, help="of an update")
     parser.add_argument("--refresh-every", type=int, default=10, help="walks between two λ")
     parser.add_argument("--pool", type=int, default=1536, help="noises that weights are learned on")
-    parser.add_argument("--weight-updates", type=int, default=576, help="of 16 noises")
+    parser.add_argument("--weight-updates", type=int, default=576, help="of learning weights")
+    parser.add_argument(
+        "--weight-batch-size", type=int, default=16, help="noises of such an update"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="of what is trained")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--workers", type=int, default=2)
@@ -343,7 +345,7 @@ def main() -> None:
         these = [row for row in rows if run_of_row(row) == run]
         if len({row["asked"] for row in these}) > 2:  # a picture of one speed is a table
             draw(these, args.results / f"{args.name}-{run}.png")
-    record(args.name, {"noises": args.noises, "rows": rows}, args.results)
+    record(args.name, {"rows": rows}, args.results)
 
 
 def run_of_row(row: dict[str, Any]) -> str:
