@@ -8,6 +8,7 @@
 Reuse is w₁ = 1. This file does not know how weights are learned (harmonica.search.learn).
 """
 
+import warnings
 from collections.abc import Sequence
 from functools import cache
 from math import factorial
@@ -77,10 +78,15 @@ def weighted_sum(weights: Weights, features: History, *, fused: bool = False) ->
 
 @cache
 def _fused_sum() -> Any:
-    """Return the sum in one pass, or None where Triton is not installed."""
+    """Return the sum in one pass, or None where Triton is missing or, with a warning, fails."""
     try:
         from harmonica.fused_sum import fused_sum
+
+        fused_sum([1.0], [torch.zeros(1, device="cuda")])  # Triton needs a C compiler, for one
     except ImportError:
+        return None
+    except Exception as error:
+        warnings.warn(f"weighted sums go term by term: Triton fails with {error!r}", stacklevel=2)
         return None
     return fused_sum
 
