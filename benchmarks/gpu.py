@@ -120,6 +120,7 @@ def speeds(card: Card, d: Any, batch: int) -> dict[str, Any]:
     walks = {"plain": lambda x, c: sample(d, x, c), "walk": Walk(d, table), "graph": graph}
     walks["plain_graph"] = GraphWalk(Walk(d))
     walks["weights"] = Walk(d, replace(table, weights=small_weights(table.compute)))
+    walks["weights_graph"] = GraphWalk(walks["weights"])
     turns = by_turns(walks, x, cond, repeats=1 if card.quick else 5)
     seconds = {name: median(values) for name, values in turns.items()}
     theory, real = table.speedup(macs(d)), seconds["plain"] / seconds["walk"]
@@ -127,8 +128,9 @@ def speeds(card: Card, d: Any, batch: int) -> dict[str, Any]:
     figures |= {"theoretical": round(theory, 3), "real": round(real, 3)}
     figures |= {"real_over_theoretical": round(real / theory, 3)}
     figures |= {"weights_over_reuse": round(seconds["weights"] / seconds["walk"], 3)}
-    if graph.reason is not None:
-        return figures | {"no_graph": graph.reason}
+    reason = graph.reason or walks["plain_graph"].reason
+    if reason is not None:
+        return figures | {"no_graph": reason}
     figures |= {"graph_real": round(seconds["plain_graph"] / seconds["graph"], 3)}
     return figures | {"graph_over_eager": round(seconds["walk"] / seconds["graph"], 3)}
 

@@ -66,7 +66,8 @@ def weighted_sum(weights: Weights, features: History, *, fused: bool = False) ->
     def add(first: Any, *others: Any) -> Any:
         if not isinstance(first, Tensor):
             return first  # attention may return (output, None)
-        if fused and first.is_cuda and (fused_sum := _fused_sum()) and _alike(first, *others):
+        one_pass = fused and first.is_cuda and _alike(first, *others)
+        if one_pass and (fused_sum := _fused_sum(first.device, first.dtype)):
             return fused_sum([w for w, _ in terms], [first, *others])
         total = scale * first
         for (w, _), other in zip(terms[1:], others, strict=True):
@@ -77,24 +78,29 @@ def weighted_sum(weights: Weights, features: History, *, fused: bool = False) ->
 
 
 @cache
-def _fused_sum() -> Any:
+def _fused_sum(device: torch.device, dtype: torch.dtype) -> Any:
     """Return the sum in one pass, or None where Triton is missing or, with a warning, fails."""
     try:
         from harmonica.fused_sum import fused_sum
 
-        fused_sum([1.0], [torch.zeros(1, device="cuda")])  # Triton needs a C compiler, for one
+        fused_sum([1.0] * 4, [torch.zeros(16, device=device, dtype=dtype)] * 4)
     except ImportError:
         return None
-    except Exception as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # no C compiler, or a card that does not know the dtype
         warnings.warn(f"weighted sums go term by term: Triton fails with {error!r}", stacklevel=2)
         return None
     return fused_sum
 
 
 def _alike(*tensors: Tensor) -> bool:
-    """Tell whether these are plain contiguous tensors of one shape and dtype."""
-    kinds = {(type(each), each.shape, each.dtype, each.is_contiguous()) for each in tensors}
-    return len(kinds) == 1 and type(tensors[0]) is Tensor and tensors[0].is_contiguous()
+    """Tell whether these are what the kernel takes: plain, contiguous, of one shape and dtype."""
+    kinds = {(type(t), t.shape, t.dtype, t.device, t.is_contiguous()) for t in tensors}
+    first = tensors[0]
+    known = first.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    plain = type(first) is Tensor and first.is_contiguous() and not torch.is_grad_enabled()
+    return len(kinds) == 1 and known and plain
 
 
 def taylor_weights(compute: Tensor, order: int) -> Tensor:

@@ -331,13 +331,15 @@ def test_a_triton_that_fails_is_said_once_and_left_aside(monkeypatch, device):
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_fused_sum_of_four_terms_rounds_once(kind):
     """More terms, and terms that are not contiguous, round after each part."""
-    pytest.importorskip("triton")
+    fused_sum = pytest.importorskip("harmonica.fused_sum").fused_sum
     terms = torch.randn(6, 3, 5, 7, generator=seeded(0)).to("cuda", kind)
     weights = [0.9, -0.4, 1.5, 0.01, 1.0, 0.3]
     for several in (terms, terms.transpose(1, 3)):
         for n in range(1, 7):
+            assert forecast._fused_sum(terms.device, kind) is fused_sum
             pairs = list(zip(weights[:n], several.unbind(), strict=False))
             exact = sum(w * term.double() for w, term in pairs).to(kind)
             often = {"rtol": 0.02, "atol": 0.05} if n > 4 or several is not terms else {}
-            result = forecast.weighted_sum(weights[:n], [term for _, term in pairs], fused=True)
+            with torch.no_grad():
+                result = forecast.weighted_sum(weights[:n], [term for _, term in pairs], fused=True)
             torch.testing.assert_close(result, exact, **often)

@@ -66,7 +66,8 @@ class GraphWalk:
     """A walk that is captured once for each shape of its batch: draw(x, cond) -> x₀.
 
     Where no graph can be had the walk runs as it is, and `reason` says why. At most `most` graphs
-    are kept; the one that was not used for longest makes room. `capture` is for tests.
+    are kept; the one that was not used for longest makes room. They share memory, so threads take
+    turns; all of them must call on one CUDA stream. `capture` is for tests.
     """
 
     def __init__(self, walk: Walk, *, most: int = 4, capture: Capture | None = None) -> None:
@@ -74,9 +75,14 @@ class GraphWalk:
         self.reason: str | None = None
         self.graphs: dict[Any, Replay] = {}  # used last comes last
         self._capture, self._refused = capture or partial(cuda_graph, {}), dict[Any, str]()
+        self._turn = threading.Lock()
 
     def __call__(self, x: Tensor, cond: Any) -> Tensor:
         """Return the images that noise x becomes, both (B, C, H, W), under conditions for it."""
+        with self._turn:
+            return self._drawn(x, cond)
+
+    def _drawn(self, x: Tensor, cond: Any) -> Tensor:
         leaves, shape = tree_flatten((x, cond))
         key = key_of(x, cond)
         self.reason = self._why_not(x) or self._refused.get(key)

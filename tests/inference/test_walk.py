@@ -2,6 +2,8 @@
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pipes import count_calls, randomised
 from types import SimpleNamespace
 
@@ -174,6 +176,17 @@ def test_a_graph_is_captured_once_and_every_batch_is_copied_in():
     assert equal(images, expected)  # nor overwritten by those that followed
 
 
+def test_threads_that_draw_from_one_graph_take_turns():
+    d = make()
+    walk = Walk(d, random_table(d))
+    draw, noise = GraphWalk(walk, capture=Tape()), [start(d, seed=seed) for seed in range(8)]
+    expected = [walk(*batch) for batch in noise]
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(5):
+            images = list(threads.map(lambda batch: draw(*batch), noise))
+            assert equal(images, expected)
+
+
 def test_each_shape_of_noise_and_condition_has_a_graph_and_the_oldest_makes_room():
     d, tape = make(), Tape()
     draw = GraphWalk(Walk(d, random_table(d)), most=2, capture=tape)
@@ -254,10 +267,11 @@ def test_a_capture_that_fails_falls_back_and_keeps_good_graphs_and_is_tried_agai
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", ["tiny", "dit-xl-512", "pixart-alpha-256", "uvit-h"])
 @pytest.mark.parametrize("sampler", ["ddim", "dpm-solver++"])
+@pytest.mark.parametrize("order", [0, 2])
 @pytest.mark.usefixtures("small_models")
-def test_a_replayed_graph_is_the_eager_walk_bit_for_bit(name, sampler):
+def test_a_replayed_graph_is_the_eager_walk_bit_for_bit(name, sampler, order):
     d = loaded(name, sampler, device="cuda")
-    walk = Walk(d, random_table(d))
+    walk = Walk(d, replace(random_table(d), order=order))
     draw = GraphWalk(walk)
     for seed in range(3):
         x, cond = start(d, 2, seed)
