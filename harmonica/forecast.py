@@ -8,9 +8,7 @@
 Reuse is w₁ = 1. This file does not know how weights are learned (harmonica.search.learn).
 """
 
-import warnings
 from collections.abc import Sequence
-from functools import cache
 from math import factorial
 from typing import Any
 
@@ -20,6 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from harmonica.cache import Cache, Compute, Feature, Gate, never_computed
+from harmonica.fused_sum import one_pass
 
 Weights = Sequence[float | Tensor]  # of the outputs of one site
 History = tuple[Feature, ...]  # what the cache holds under `weighted`: last outputs, newest first
@@ -66,41 +65,15 @@ def weighted_sum(weights: Weights, features: History, *, fused: bool = False) ->
     def add(first: Any, *others: Any) -> Any:
         if not isinstance(first, Tensor):
             return first  # attention may return (output, None)
-        one_pass = fused and first.is_cuda and _alike(first, *others)
-        if one_pass and (fused_sum := _fused_sum(first.device, first.dtype)):
-            return fused_sum([w for w, _ in terms], [first, *others])
+        scales: Any = [w for w, _ in terms]
+        if fused and (total := one_pass(scales, [first, *others])) is not None:
+            return total
         total = scale * first
         for (w, _), other in zip(terms[1:], others, strict=True):
             total = total.add_(other, alpha=w) if fused else total + w * other
         return total
 
     return tree_map(add, *(f for _, f in terms))
-
-
-@cache
-def _fused_sum(device: torch.device, dtype: torch.dtype) -> Any:
-    """Return the sum in one pass, or None where Triton is missing or, with a warning, fails."""
-    try:
-        from harmonica.fused_sum import fused_sum
-
-        fused_sum([1.0] * 4, [torch.zeros(16, device=device, dtype=dtype)] * 4)
-    except ImportError:
-        return None
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # no C compiler, or a card that does not know the dtype
-        warnings.warn(f"weighted sums go term by term: Triton fails with {error!r}", stacklevel=2)
-        return None
-    return fused_sum
-
-
-def _alike(*tensors: Tensor) -> bool:
-    """Tell whether these are what the kernel takes: plain, contiguous, of one shape and dtype."""
-    kinds = {(type(t), t.shape, t.dtype, t.device, t.is_contiguous()) for t in tensors}
-    first = tensors[0]
-    known = first.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    plain = type(first) is Tensor and first.is_contiguous() and not torch.is_grad_enabled()
-    return len(kinds) == 1 and known and plain
 
 
 def taylor_weights(compute: Tensor, order: int) -> Tensor:

@@ -3,7 +3,6 @@
 The device is a sham (tests/sham.py), so these laws hold, or fail, on any machine.
 """
 
-import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache, partial
@@ -22,8 +21,9 @@ from smoothcache import smoothcache
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from harmonica import Router, Schedule, forecast, image_error, macs, sample, sdt, train_sdt
+from harmonica import Router, Schedule, fused_sum, image_error, macs, sample, sdt, train_sdt
 from harmonica.command_line import dtype_of
+from harmonica.forecast import weighted_sum
 from harmonica.inference.timing import milliseconds
 from harmonica.inference.walk import Walk
 from harmonica.models import autoencoder, load
@@ -316,12 +316,12 @@ def test_a_triton_that_fails_is_said_once_and_left_aside(monkeypatch, device):
     def fails(*_):
         raise RuntimeError("no C compiler")
 
-    monkeypatch.setitem(sys.modules, "harmonica.fused_sum", SimpleNamespace(fused_sum=fails))
-    monkeypatch.setattr(forecast, "_fused_sum", cache(forecast._fused_sum.__wrapped__))
-    monkeypatch.setattr(forecast, "_alike", lambda *_: True)  # a sham tensor is no plain one
+    for name, value in {"triton": True, "fused_sum": fails, "_alike": lambda _: True}.items():
+        monkeypatch.setattr(fused_sum, name, value)  # a sham tensor is no plain one
+    monkeypatch.setattr(fused_sum, "_works", cache(fused_sum._works.__wrapped__))
     terms = [torch.ones(2).to("cuda")] * 2
     with pytest.warns(UserWarning, match="term by term: .*no C compiler") as said:
-        sums = [forecast.weighted_sum([2.0, 1.0], terms, fused=True) for _ in range(2)]
+        sums = [weighted_sum([2.0, 1.0], terms, fused=True) for _ in range(2)]
     assert [each.cpu().tolist() for each in sums] == [[3.0, 3.0]] * 2
     assert len(said) == 1
 
@@ -331,15 +331,15 @@ def test_a_triton_that_fails_is_said_once_and_left_aside(monkeypatch, device):
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_fused_sum_of_four_terms_rounds_once(kind):
     """More terms, and terms that are not contiguous, round after each part."""
-    fused_sum = pytest.importorskip("harmonica.fused_sum").fused_sum
+    pytest.importorskip("triton")
     terms = torch.randn(6, 3, 5, 7, generator=seeded(0)).to("cuda", kind)
     weights = [0.9, -0.4, 1.5, 0.01, 1.0, 0.3]
     for several in (terms, terms.transpose(1, 3)):
         for n in range(1, 7):
-            assert forecast._fused_sum(terms.device, kind) is fused_sum
+            assert fused_sum._works(terms.device, kind)
             pairs = list(zip(weights[:n], several.unbind(), strict=False))
             exact = sum(w * term.double() for w, term in pairs).to(kind)
             often = {"rtol": 0.02, "atol": 0.05} if n > 4 or several is not terms else {}
             with torch.no_grad():
-                result = forecast.weighted_sum(weights[:n], [term for _, term in pairs], fused=True)
+                result = weighted_sum(weights[:n], [term for _, term in pairs], fused=True)
             torch.testing.assert_close(result, exact, **often)
