@@ -284,9 +284,9 @@ def flux(card: Card) -> dict[str, Any]:
 
     def under(computed: list[bool], **options: Any) -> Callable[..., torch.Tensor]:
         names = tuple(sites(model))
+        table = Schedule([[each] * len(names) for each in computed], names)
 
         def run(*_: Any) -> torch.Tensor:
-            table = Schedule([[each] * len(names) for each in computed], names)
             with cached(pipe, table, **options):
                 return walk()
 
